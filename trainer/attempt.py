@@ -1,0 +1,271 @@
+"""One attempt of a run, on every rank: begin, build, load, train, end."""
+
+import hashlib
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from trainer import build, launch, loop, resume
+from trainer.checkpoint import DamagedError, lineage
+from trainer.checkpoint.lineage import Attempt, Commit
+from trainer.checkpoint.saver import Saver
+from trainer.config import Run
+from trainer.distributed import World
+from trainer.errors import DONE, RUN_AGAIN, ConfigError
+from trainer.policy import Every
+from trainer.preemption import Stop
+from trainer.resume import Start
+from trainer.state import State
+from trainer.storage import Store, open_store
+
+
+def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
+    """Start the run or go on with it, once. Collective, main thread.
+
+    Args:
+        run: the configuration.
+        stored: the configuration as it is stored, without secrets.
+        world: the ranks.
+
+    Returns:
+        The exit code of an outcome that all ranks agree on: done, or run again.
+    """
+    _refuse_different_configs(stored, world)
+    store = open_store(run.run_dir)
+    start = world.from_rank0(lambda: resume.choose(store, run, stored))
+    if resume.finished(run, start):
+        if world.rank == 0:
+            print(finished_text(run, start.step))
+        return DONE
+    threads = world.from_rank0(lambda: _stored_threads(store))
+    threads = launch.threads_per_rank(run.launch, threads)
+    torch.set_num_threads(threads)
+    facts = {**_facts(world, threads), "resume": run.resume}
+    attempt = world.from_rank0(lambda: lineage.begin(store, facts))
+    stop = Stop(world)
+    stop.listen(run.preemption.signals)
+    ending: dict[str, Any] = {"outcome": "error"}
+    tracker = world.together(lambda: build.build_tracker(run, world))
+    try:
+        source = world.together(lambda: build.build_data(run))
+        job = build.build_job(run, world, source, tracker)
+        loop.warm_up(job)
+        start, state = _load(run, stored, job, store, attempt)
+        saver = _saver(run, stored, job, store, attempt, start)
+        stop.save_due = saver.due_by_clock
+        world.from_rank0(lambda: _record_start(run, stored, job, store, attempt, start, state))
+        began = time.monotonic()
+        done = loop.train(job, state, saver, stop)
+        outcome = "done" if done else "preempted"
+        ending = {"outcome": outcome, "signal": stop.signal, "step": state.step}
+    except BaseException as error:
+        ending["error"] = f"{type(error).__name__}: {error}"[:2000]
+        raise
+    finally:
+        stop.restore_handlers()
+        tracker.close()
+        if world.rank == 0:
+            lineage.amend(store, attempt, {"ended": lineage.now(), **ending})
+    if world.rank == 0:
+        print(_end_text(run, state, saver, done, time.monotonic() - began), flush=True)
+    return DONE if done else RUN_AGAIN
+
+
+def _refuse_different_configs(stored: Mapping[str, Any], world: World) -> None:
+    """Under torchrun every rank composes for itself; make sure that they found the same."""
+    text = json.dumps(stored, sort_keys=True, default=str)
+    digests = world.gather(hashlib.blake2b(text.encode()).hexdigest())
+    other = next((rank for rank, d in enumerate(digests) if d != digests[0]), None)
+    if other is not None:
+        raise ConfigError(
+            f"ranks 0 and {other} have different configurations; start every node with the same "
+            "command, configuration files and environment"
+        )
+
+
+def _stored_threads(store: Store) -> int | None:
+    records = lineage.records(store)
+    return records[-1].get("threads") if records else None
+
+
+def _facts(world: World, threads: int) -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "world_size": world.size,
+        "threads": threads,
+        "device": world.device.type,
+        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+    }
+
+
+def _load(
+    run: Run, stored: Mapping[str, Any], job: loop.Job, store: Store, attempt: Attempt
+) -> tuple[Start, State]:
+    """Load the newest checkpoint that every rank finds whole; set damaged ones aside. Collective."""
+    world = job.world
+    damaged: list[Commit] = []
+    while True:
+        start = world.from_rank0(
+            lambda: resume.choose(store, run, stored, attempt=attempt.number, damaged=damaged)
+        )
+        try:
+            state = world.together(lambda: resume.load(job, start))
+        except DamagedError as error:
+            if start.is_fork or start.commit is None or start.is_named:
+                raise
+            damaged.append(start.commit)
+            if world.rank == 0:
+                lineage.mark_damaged(store, start.commit, str(error))
+                print(f"DAMAGED: {error}. Trying the newest older one.", flush=True)
+            continue
+        if start.manifest is None and run.init.weights:
+            path = run.init.weights
+            world.together(lambda: resume.load_weights(job.model, path))
+        return start, state
+
+
+def _saver(
+    run: Run,
+    stored: Mapping[str, Any],
+    job: loop.Job,
+    store: Store,
+    attempt: Attempt,
+    start: Start,
+) -> Saver:
+    wanted = run.checkpoint
+    saver = Saver(
+        store,
+        job.world,
+        attempt,
+        config=stored,
+        every=Every(steps=wanted.every_steps, epochs=wanted.every_epochs),
+        every_s=wanted.every_s,
+        keep_last=wanted.keep_last,
+        keep_best=wanted.keep_best,
+        metric=wanted.metric,
+        mode=wanted.mode,
+        stop_on_error=wanted.on_error == "stop",
+        before_commit=job.tracker.flush,
+        say=job.tracker.say,
+    )
+    if start.manifest is not None and not start.is_fork:
+        saver.committed_step = start.step
+    return saver
+
+
+def _record_start(
+    run: Run,
+    stored: Mapping[str, Any],
+    job: loop.Job,
+    store: Store,
+    attempt: Attempt,
+    start: Start,
+    state: State,
+) -> None:
+    """Write where the attempt starts from, before it saves anything. Rank 0 only."""
+    own = None if start.is_fork else start.commit
+    origin = {"step": own.step if own else 0, "attempt": own.attempt if own else None}
+    lineage.amend(store, attempt, {"resumed_from": origin})
+    store.replace("config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(stored))).encode())
+    job.tracker.start(
+        {
+            "run_dir": run.run_dir,
+            "step": state.step,
+            "last_eval_step": state.last_eval_step,
+            "max_steps": job.max_steps,
+            "steps_per_epoch": job.data.steps_per_epoch,
+            "world_size": job.world.size,
+            "config": stored,
+        }
+    )
+    record = lineage.records(store)[-1]
+    for line in [*_banner(run, job, record), *_resume_lines(job, store, start, state, record)]:
+        job.tracker.say(line)
+
+
+# --- what a person reads -----------------------------------------------------------------------
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _banner(run: Run, job: loop.Job, record: Mapping[str, Any]) -> list[str]:
+    parameters = sum(p.numel() for p in job.model.parameters())
+    ranks, accumulate = job.world.size, run.trainer.accumulate
+    share = run.trainer.global_batch_size // ranks // accumulate
+    return [
+        f"{run.name}: {parameters:,} parameters on {_count(ranks, 'rank')} "
+        f"({job.world.device.type}, {_count(record['threads'], 'thread')}), "
+        f"attempt {record['attempt']}",
+        f"{run.trainer.global_batch_size:,} samples a step = {_count(ranks, 'rank')} x "
+        f"{_count(accumulate, 'microbatch').replace('batchs', 'batches')} x {share:,}; "
+        f"{_count(job.data.steps_per_epoch, 'step')} an epoch, {job.max_steps:,} in all",
+    ]
+
+
+def _resume_lines(
+    job: loop.Job, store: Store, start: Start, state: State, record: Mapping[str, Any]
+) -> list[str]:
+    lines = [f"PASSED OVER: {text}" for text in start.skipped]
+    if start.manifest is None or start.commit is None:
+        return lines
+    left = _count(job.max_steps - state.step, "step")
+    how = f"forking {start.store_url}/{start.commit.folder}" if start.is_fork else "resuming"
+    lines.append(f"{how} from step {state.step:,}; {left} left")
+    if start.differences:
+        lines.append("settings that changed since then:")
+        lines += [f"  {difference}" for difference in start.differences]
+    saved_in = open_store(start.store_url) if start.is_fork else store
+    number = start.manifest.attempt
+    then = next((r for r in lineage.records(saved_in) if r["attempt"] == number), record)
+    facts = ("world_size", "threads", "device", "versions")
+    changed = [f"{key} {then.get(key)} -> {record[key]}" for key in facts if then.get(key) != record[key]]  # noqa: E501
+    if changed:
+        lines.append(f"not bit-exact from here on, because of {'; '.join(changed)}")
+    return lines
+
+
+def _end_text(run: Run, state: State, saver: Saver, done: bool, seconds: float) -> str:
+    newest = "none" if saver.committed_step is None else f"step {saver.committed_step:,}"
+    if not done:
+        return (
+            f"Stopped on request at step {state.step:,}; newest checkpoint: {newest}. Run the "
+            f"same command again to go on (exit code {RUN_AGAIN})."
+        )
+    figures = "  ".join(f"{name} {value:.4f}" for name, value in state.metrics.items())
+    lines = [f"Finished at step {state.step:,} after {seconds:.1f} s.  {figures}"]
+    if saver.committed_step != state.step:
+        lines.append(
+            f"The last step could NOT be saved; newest checkpoint: {newest}. Run the same command "
+            "again to repeat what is missing."
+        )
+    return "\n".join([*lines, *_next_steps(run, state.step)])
+
+
+def finished_text(run: Run, step: int) -> str:
+    """Return what to say of a run that is already at its end."""
+    text = (
+        f"{run.run_dir} is finished: it is at step {step:,}, as far as this configuration goes. "
+        "Nothing to do."
+    )
+    return "\n".join([text, *_next_steps(run, step)])
+
+
+def _next_steps(run: Run, step: int) -> list[str]:
+    epochs = run.trainer.max_epochs
+    further = f"trainer.max_epochs={2 * epochs}" if epochs else f"trainer.max_steps={2 * step}"
+    return [
+        f"  the run   {run.run_dir}",
+        f"  go on     the same command with {further}",
+        f"  look      {run.run_dir}/metrics.jsonl",
+        f"  export    python -m trainer.export {run.run_dir} format=safetensors",
+    ]

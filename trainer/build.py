@@ -1,0 +1,343 @@
+"""The only place where configuration becomes objects, and where targets are judged before."""
+
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trainer import parallel, preemption, rng
+from trainer.config import Run
+from trainer.data.source import Datasets, EvalStream, TrainStream
+from trainer.distributed import World
+from trainer.errors import ConfigError, DataError, PerdureError, Problem, closest
+from trainer.loop import Job
+from trainer.policy import Every
+from trainer.protocols import DataSource, Tracker
+from trainer.tracking.jsonl import Jsonl
+from trainer.tracking.several import Several, Silent
+
+_HORIZON_WORDS = ("total_steps", "total_epochs", "steps_per_epoch")
+"""Words that stand for the run's length in a scheduler's arguments."""
+
+
+# --- before anything runs ----------------------------------------------------------------------
+
+
+def check(run: Run) -> list[Problem]:
+    """Return what is wrong with every `_target_` of `run`: names, arguments, types of values.
+
+    Imports the targets and calls none of them.
+    """
+    problems = []
+    for group, provided in (("model", 0), ("data", 0), ("task", 0), ("optimizer", 1)):
+        problems += check_target(getattr(run, group), group, provided)
+    if run.scheduler:
+        known = {key: value for key, value in run.scheduler.items() if key != "interval"}
+        words = {k: 1 if v in _HORIZON_WORDS else v for k, v in known.items() if _hashable(v)}
+        problems += check_target({**known, **words}, "scheduler", 1)
+    for name, node in run.tracker.items():
+        problems += check_target(node, f"tracker.{name}", 0)
+    if run.init.weights and not Path(run.init.weights).is_file():
+        problems.append(Problem("init.weights", f"{run.init.weights!r} is not a file"))
+    for name in preemption.signal_problems(run.preemption.signals):
+        text = f"{name!r} is not a signal that can be handled{closest(name, _signal_names())}"
+        problems.append(Problem("preemption.signals", text))
+    return problems
+
+
+def _signal_names() -> list[str]:
+    import signal
+
+    return [item.name for item in signal.Signals]
+
+
+def _hashable(value: Any) -> bool:
+    return not isinstance(value, (list, dict))
+
+
+def check_target(node: Any, key: str, provided: int = 0) -> list[Problem]:
+    """Return the problems of one `{_target_: …, argument: …}` node and of those inside it.
+
+    Args:
+        node: the node.
+        key: its full key, for the messages.
+        provided: positional arguments that we pass ourselves, such as an optimizer's parameters.
+    """
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        text = "has no _target_: the dotted name of a class or function that makes it"
+        return [Problem(key, text)]
+    target, problem = _find(str(node["_target_"]))
+    if target is None:
+        return [Problem(f"{key}._target_", problem)]
+    arguments = {name: value for name, value in node.items() if not name.startswith("_")}
+    problems = []
+    for name, value in arguments.items():
+        problems += _check_nested(value, f"{key}.{name}")
+    return problems + _check_arguments(target, str(node["_target_"]), arguments, key, provided)
+
+
+def _check_nested(value: Any, key: str) -> list[Problem]:
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            return check_target(value, key)
+        return [p for name, item in value.items() for p in _check_nested(item, f"{key}.{name}")]
+    if isinstance(value, list):
+        return [p for i, item in enumerate(value) for p in _check_nested(item, f"{key}[{i}]")]
+    return []
+
+
+def _find(path: str) -> tuple[Any, str]:
+    """Return (object, "") or (None, what is wrong)."""
+    parts = path.split(".")
+    found: Any = None
+    for count in range(len(parts) - 1, 0, -1):
+        module_name = ".".join(parts[:count])
+        try:
+            found = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is not None and (module_name + ".").startswith(error.name + "."):
+                continue  # the module itself is missing, not something that it imports
+            return None, f"{module_name} cannot be imported: {error}"
+        except Exception as error:  # a user's module may fail in any way while it is imported
+            return None, f"{module_name} cannot be imported: {type(error).__name__}: {error}"
+        for name in parts[count:]:
+            if not hasattr(found, name):
+                hint = closest(name, [n for n in dir(found) if not n.startswith("_")])
+                return None, f"{path}: there is no {name!r} in {module_name}{hint}"
+            found = getattr(found, name)
+        if not callable(found):
+            return None, f"{path} is a {type(found).__name__}, not a class or function"
+        return found, ""
+    return None, f"{path}: there is no module {parts[0]!r}{_shadowed(parts[0])}" + (
+        "" if len(parts) > 1 else "; give the dotted name of a class or function"
+    )
+
+
+def _shadowed(name: str) -> str:
+    """Say where `models` comes from, when a folder of the user's hides the one of this project."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError:
+        return ""
+    ours = Path(__file__).resolve().parent.parent / name
+    folders = [Path(folder).resolve() for folder in getattr(module, "__path__", [])]
+    if name == "models" and ours not in folders:
+        return (
+            f" part of that name: 'models' is {folders[0] if folders else module}, which hides "
+            "this project's own; rename that folder, or start from another directory"
+        )
+    return " part of that name"
+
+
+def _check_arguments(
+    target: Any, path: str, arguments: Mapping[str, Any], key: str, provided: int
+) -> list[Problem]:
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        return []  # a builtin without a signature judges its arguments itself
+    parameters = signature.parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    positional = [
+        name
+        for name, p in parameters.items()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    given = set(positional[:provided])
+    valid = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    valid = [name for name in valid if name not in given]
+    problems = []
+    for name, value in arguments.items():
+        if name not in valid:
+            if not takes_any:
+                text = f"{path} has no argument {name!r}{closest(name, valid)}"
+                problems.append(Problem(f"{key}.{name}", text))
+        elif not accepts(_annotation(target, parameters[name]), value):
+            text = f"{value!r} is not {_shown(_annotation(target, parameters[name]))}"
+            problems.append(Problem(f"{key}.{name}", text))
+    for name in valid:
+        parameter = parameters[name]
+        if parameter.default is parameter.empty and name not in arguments:
+            problems.append(Problem(f"{key}.{name}", f"{path} needs this argument"))
+    return problems
+
+
+def _annotation(target: Any, parameter: inspect.Parameter) -> Any:
+    if not isinstance(parameter.annotation, str):
+        return parameter.annotation
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        return typing.get_type_hints(function).get(parameter.name, Any)
+    except Exception:  # an annotation may name anything, also what only a type checker imports
+        return Any
+
+
+def _shown(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+_SIMPLE = (int, float, bool, str, type(None))
+
+
+def accepts(annotation: Any, value: Any) -> bool:
+    """Return whether a value from YAML can be meant by an annotation; in doubt, yes."""
+    if annotation in (Any, inspect.Parameter.empty) or isinstance(value, Mapping):
+        return True
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        if isinstance(value, str) and _numbers_only(inner):
+            return False
+        return any(accepts(item, value) for item in inner)
+    if origin is typing.Literal:
+        return value in inner
+    if origin in (list, Sequence, set, frozenset):
+        return isinstance(value, list) and all(accepts(inner[0], item) for item in value)
+    if origin is tuple:
+        if not isinstance(value, list):
+            return False
+        items = [inner[0]] * len(value) if inner[1:] == (Ellipsis,) else list(inner)
+        return len(items) == len(value) and all(map(accepts, items, value))
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if annotation in (bool, str):
+        return isinstance(value, annotation)
+    if annotation in (None, type(None)):
+        return value is None
+    return True
+
+
+def _numbers_only(members: Sequence[Any]) -> bool:
+    """Whether a union is of numbers, and of tensors at most: no text is meant by it."""
+    names = {getattr(member, "__name__", "") for member in members}
+    return bool(names & {"int", "float"}) and names <= {"int", "float", "bool", "NoneType", "Tensor"}
+
+
+# --- objects -----------------------------------------------------------------------------------
+
+
+def _make(node: Mapping[str, Any], key: str, *provided: Any) -> Any:
+    """Call a target. What it says about its arguments becomes a ConfigError; a bug stays one."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(dict(node), *provided, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, PerdureError):
+            raise cause from None
+        if isinstance(cause, ValueError):
+            raise ConfigError(f"{key}: {node['_target_']} refused: {cause}") from cause
+        if cause is not None:
+            raise cause
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def build_data(run: Run) -> DataSource:
+    """Build the data; a plain dataset is trained on and nothing is evaluated."""
+    made = _make(run.data, "data")
+    source: DataSource = made if _is_source(made) else Datasets(train=made)
+    if not hasattr(source.train, "__len__"):
+        raise DataError(
+            f"data: {run.data['_target_']} gives training data without a length; a dataset needs "
+            "__len__ and __getitem__"
+        )
+    return source
+
+
+def _is_source(made: Any) -> bool:
+    """Whether it has both parts; looked up statically, since asking would load them."""
+    return all(inspect.getattr_static(made, part, None) is not None for part in ("train", "eval"))
+
+
+def _check_shape(run: Run, source: DataSource) -> None:
+    tensors = getattr(source.train, "tensors", None)
+    if tensors and list(tensors[0].shape[1:]) != list(run.sample.shape):
+        raise ConfigError(
+            f"sample.shape={list(run.sample.shape)}, but {run.data['_target_']} gives inputs of "
+            f"shape {list(tensors[0].shape[1:])}; set sample.shape={list(tensors[0].shape[1:])}"
+        )
+
+
+def build_model(run: Run) -> nn.Module:
+    """Build the plain model on the CPU; its initial weights are a function of `seed`."""
+    rng.seed_all(run.seed)
+    model = _make(run.model, "model")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: {run.model['_target_']} gives a {type(model).__name__}, not a "
+                          "torch.nn.Module")  # fmt: skip
+    return model
+
+
+def build_tracker(run: Run, world: World) -> Tracker:
+    """Build rank 0's trackers, `metrics.jsonl` always among them; other ranks are silent."""
+    if world.rank != 0:
+        return Silent()
+    return Several([Jsonl(), *(_make(node, f"tracker.{n}") for n, node in run.tracker.items())])
+
+
+def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> Job:
+    """Build everything that training needs, before any state is loaded. Collective."""
+    _check_shape(run, source)
+    settings = run.trainer
+    data = TrainStream(
+        dataset=source.train,
+        world=world,
+        seed=run.seed,
+        global_batch_size=settings.global_batch_size,
+        accumulate=settings.accumulate,
+    )
+    limits = [settings.max_steps, (settings.max_epochs or 0) * data.steps_per_epoch or None]
+    max_steps = min(limit for limit in limits if limit is not None)
+    model = build_model(run).to(world.device)
+    options = {key: value for key, value in vars(run.parallel).items() if key != "strategy"}
+    wrapped = parallel.wrap(model, world, parallel.DdpOptions(**options))
+    optimizer = _make(run.optimizer, "optimizer", [p for p in model.parameters() if p.requires_grad])
+    scheduler = None
+    if run.scheduler:
+        horizon = dict(
+            zip(
+                _HORIZON_WORDS,
+                (max_steps, -(-max_steps // data.steps_per_epoch), data.steps_per_epoch),
+                strict=True,
+            )
+        )
+        node = {
+            key: horizon.get(value, value) if isinstance(value, str) else value
+            for key, value in run.scheduler.items()
+            if key != "interval"
+        }
+        scheduler = _make(node, "scheduler", optimizer)
+    share = settings.global_batch_size // world.size // settings.accumulate
+    evaluation = None
+    if source.eval is not None:
+        evaluation = EvalStream(source.eval, world, settings.eval_batch_size or max(share, 1))
+    rng.seed_all(rng.derive("rank", run.seed, 0, world.rank))
+    return Job(
+        world=world,
+        model=model,
+        wrapped=wrapped,
+        task=_make(run.task, "task"),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scheduler_interval=run.scheduler.get("interval", "step"),
+        scaler=parallel.gradient_scaler(settings.precision, world.device),
+        precision=settings.precision,
+        data=data,
+        evaluation=evaluation,
+        tracker=tracker,
+        max_steps=max_steps,
+        eval_every=Every(steps=settings.eval_every_steps, epochs=settings.eval_every_epochs),
+        log_every_steps=settings.log_every_steps,
+        clip_norm=settings.clip_norm,
+        metric=run.checkpoint.metric,
+        metric_mode=run.checkpoint.mode,
+        seed=run.seed,
+    )

@@ -1,0 +1,87 @@
+"""Checkpoints that either exist whole or do not exist: save, load, latest, steps, verify, delete.
+
+A checkpoint exists if and only if its manifest exists and agrees with the files it names. Nothing
+is trusted: every byte that is loaded is checked, and no pickle is ever read.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from trainer.checkpoint import lineage, manifest
+from trainer.checkpoint.lineage import Attempt, Commit
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.reader import DamagedError, Reader
+from trainer.checkpoint.tree import Content
+from trainer.checkpoint.writer import Writer
+from trainer.storage import Store
+
+__all__ = [
+    "Attempt", "Commit", "Content", "DamagedError", "Manifest", "Reader", "Writer",
+    "delete", "latest", "load", "save", "steps", "verify",
+]  # fmt: skip
+
+
+def save(
+    writer: Writer,
+    content: Content,
+    *,
+    step: int,
+    epoch: int = 0,
+    samples: int = 0,
+    config: Mapping[str, Any] | None = None,
+    before_commit: Callable[[], None] = lambda: None,
+) -> Manifest:
+    """Write and commit a checkpoint of `step`. Collective; durable and visible on return.
+
+    Raises:
+        CheckpointError, StoreError: on every rank; nothing was committed.
+        SupersededError: a newer attempt owns the run.
+    """
+    return writer.write(
+        content,
+        step=step,
+        epoch=epoch,
+        samples=samples,
+        config=config or {},
+        before_commit=before_commit,
+    )
+
+
+def steps(store: Store) -> list[Commit]:
+    """Return the committed checkpoints of the surviving timeline, oldest first. Any rank."""
+    return lineage.commits(store)
+
+
+def latest(store: Store) -> Manifest | None:
+    """Return the newest manifest of the surviving timeline, or None. Any rank.
+
+    Whether its shards are whole is found by `load` or `verify`.
+    """
+    found = steps(store)
+    return lineage.read_manifest(store, found[-1]) if found else None
+
+
+def load(store: Store, manifest_: Manifest, targets: Mapping[str, Tensor]) -> None:
+    """Read stored tensors into the tensors of `targets`, in place, by name. No collectives.
+
+    Raises:
+        CheckpointError: a name, shape or dtype does not fit.
+        DamagedError: bytes are proven wrong; `targets` may be partly overwritten.
+    """
+    Reader(store, f"{lineage.FOLDER}/{manifest_.folder}", manifest_).read(targets)
+
+
+def verify(store: Store, manifest_: Manifest) -> None:
+    """Read every byte of a checkpoint and check it. Any rank.
+
+    Raises:
+        DamagedError: names the file and the tensor.
+    """
+    Reader(store, f"{lineage.FOLDER}/{manifest_.folder}", manifest_).verify()
+
+
+def delete(store: Store, commit: Commit) -> None:
+    """Delete a checkpoint, its manifest first. Rank 0 only."""
+    lineage.delete(store, commit.folder)

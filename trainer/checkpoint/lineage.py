@@ -1,0 +1,196 @@
+"""Attempts, and which committed checkpoints belong to the timeline that survives.
+
+The newest attempt wins. Every attempt records which checkpoint it resumed from before it saves;
+a checkpoint of an older attempt, from after that point, is of an abandoned timeline and ignored,
+however late its manifest appears.
+"""
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from trainer.checkpoint.manifest import Manifest, from_bytes, is_void, parse_folder, void_bytes
+from trainer.errors import StoreError, SupersededError
+from trainer.storage import AlreadyExists, Store
+
+FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+DAMAGED = "damaged.json"
+_VOID_MAX_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the processes of a run."""
+
+    number: int
+    token: str
+    """Eight random hexadecimal digits; part of every shard's name."""
+
+
+@dataclass(frozen=True, order=True)
+class Commit:
+    """A committed checkpoint of the surviving timeline."""
+
+    step: int
+    attempt: int
+    folder: str
+    """Key of its folder."""
+
+    @property
+    def manifest_key(self) -> str:
+        """Key of its manifest."""
+        return f"{self.folder}/{MANIFEST}"
+
+
+def now() -> str:
+    """Return the time as attempts record it: ISO 8601, UTC, seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _key(number: int) -> str:
+    return f"attempts/{number:04d}.json"
+
+
+def begin(store: Store, facts: Mapping[str, Any]) -> Attempt:
+    """Create the next attempt's record, before anything else is written. Rank 0 only."""
+    token = secrets.token_hex(4)
+    while True:
+        number = max(_numbers(store), default=0) + 1
+        record = {"attempt": number, "token": token, "started": now(), **facts}
+        try:
+            store.create(_key(number), _record_bytes(record))
+        except AlreadyExists:
+            continue  # another start took the number at the same moment
+        return Attempt(number, token)
+
+
+def amend(store: Store, attempt: Attempt, facts: Mapping[str, Any]) -> None:
+    """Add facts to an attempt's own record, durably. Rank 0 only."""
+    record = _read(store, attempt.number)
+    store.replace(_key(attempt.number), _record_bytes({**record, **facts}))
+
+
+def records(store: Store) -> list[dict[str, Any]]:
+    """Return the records of all attempts, oldest first."""
+    return [_read(store, number) for number in _numbers(store)]
+
+
+def _record_bytes(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _numbers(store: Store) -> list[int]:
+    names = [key.removeprefix("attempts/").removesuffix(".json") for key in store.list("attempts")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _read(store: Store, number: int) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(store.read(_key(number)))
+    except ValueError as error:
+        raise StoreError(
+            f"{store.url}/{_key(number)} is not JSON ({error}); which checkpoints count depends "
+            "on it. Restore it, or delete it if that attempt committed nothing"
+        ) from None
+    return record
+
+
+def refuse_if_superseded(store: Store, attempt: Attempt) -> None:
+    """Raise SupersededError if a newer attempt exists. Rank 0 only, before every commit."""
+    newest = max(_numbers(store), default=0)
+    if newest > attempt.number:
+        record = _read(store, newest)
+        raise SupersededError(
+            f"attempt {attempt.number} of {store.url} was superseded: attempt {newest} was started "
+            f"{record.get('started')} on {record.get('host')} (process {record.get('pid')}). The "
+            "newest attempt owns the run; this one stops and commits nothing more"
+        )
+
+
+def commits(store: Store, *, damaged: bool = False) -> list[Commit]:
+    """Return the committed checkpoints of the surviving timeline, oldest first.
+
+    Args:
+        store: the run's store.
+        damaged: include those that carry a mark of proven damage.
+    """
+    keys = store.list(FOLDER)
+    marked = {key.rpartition("/")[0] for key in keys if key.endswith(f"/{DAMAGED}")}
+    starts = [
+        (record["attempt"], record["resumed_from"]["step"])
+        for record in records(store)
+        if record.get("resumed_from")
+    ]
+    found = []
+    for key in keys:
+        folder, _, name = key.rpartition("/")
+        parsed = parse_folder(folder.removeprefix(FOLDER + "/"))
+        if name != MANIFEST or parsed is None or (folder in marked and not damaged):
+            continue
+        commit = Commit(*parsed, folder)
+        if not _orphaned(commit, starts) and not _void(store, key):
+            found.append(commit)
+    return sorted(found)
+
+
+def _orphaned(commit: Commit, starts: Sequence[tuple[int, int]]) -> bool:
+    return any(attempt > commit.attempt and step < commit.step for attempt, step in starts)
+
+
+def _void(store: Store, key: str) -> bool:
+    return store.size(key) < _VOID_MAX_BYTES and is_void(store.read(key))
+
+
+def read_manifest(store: Store, commit: Commit) -> Manifest:
+    """Read and validate a manifest. Any rank.
+
+    Raises:
+        CheckpointError: it is altered, void, or of another version.
+        StoreError: it could not be read; nothing is known to be damaged.
+    """
+    where = f"{store.url}/{commit.manifest_key}"
+    return from_bytes(store.read(commit.manifest_key), where)
+
+
+def mark_damaged(store: Store, commit: Commit, why: str) -> None:
+    """Set a checkpoint aside whose bytes were proven wrong; it is kept. Rank 0 only."""
+    data = _record_bytes({"found": now(), "why": why})
+    store.replace(f"{commit.folder}/{DAMAGED}", data)
+
+
+def delete(store: Store, folder: str) -> None:
+    """Delete a checkpoint: the manifest first, so that no half of it ever counts. Rank 0 only."""
+    keys = store.list(folder)
+    manifest_key = f"{folder}/{MANIFEST}"
+    if manifest_key in keys:
+        store.delete([manifest_key])
+    store.delete([key for key in keys if key != manifest_key])
+
+
+def clean(store: Store, attempt: Attempt, newest: Commit) -> None:
+    """Delete what no attempt will ever commit or read. Rank 0 only, after a commit.
+
+    Folders of older attempts without a manifest are first voided, so that a writer which is still
+    alive cannot commit what is being deleted. Checkpoints of abandoned timelines go too.
+    """
+    alive = {commit.folder for commit in commits(store, damaged=True)}
+    folders: dict[str, list[str]] = {}
+    for key in store.list(FOLDER):
+        folder, _, name = key.rpartition("/")
+        folders.setdefault(folder, []).append(name)
+    for folder, names in folders.items():
+        parsed = parse_folder(folder.removeprefix(FOLDER + "/"))
+        if parsed is None or parsed[1] >= attempt.number or folder in alive:
+            continue
+        if MANIFEST not in names:
+            try:
+                store.create(f"{folder}/{MANIFEST}", void_bytes(attempt.number))
+            except AlreadyExists:
+                continue  # its writer was faster: lineage decides about it
+            store.delete([f"{folder}/{name}" for name in names])
+        elif parsed[0] <= newest.step:
+            delete(store, folder)

@@ -1,0 +1,424 @@
+"""What a checkpoint looks like: `manifest.json` as dataclasses, to bytes and back.
+
+Pure: no I/O, no torch. Everything that is read is treated as hostile: a manifest either passes
+all checks here or raises CheckpointError. The format is described in docs/checkpoint-format.md.
+"""
+
+import base64
+import json
+import math
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+
+from trainer.checkpoint.shard import DTYPES, element_count
+from trainer.errors import CheckpointError
+
+FORMAT = "perdure-checkpoint"
+VERSION = 1
+ALGORITHM = "xxh3_64"
+MAX_MANIFEST_BYTES = 1 << 28
+
+_SHARD_NAME = re.compile(r"r\d{5,}-of-\d{5,}-[0-9a-f]{8}-\d+\.safetensors")
+_FOLDER_NAME = re.compile(r"step-(\d{8,})\.(\d{4,})")
+_LAST_FIELD = b',\n"checksum":'
+
+
+def checksum(data: bytes | bytearray | memoryview) -> str:
+    """Return the XXH3 64-bit checksum (seed 0) of `data` as 16 hexadecimal digits."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def folder_name(step: int, attempt: int) -> str:
+    """Return the name of the folder of the checkpoint that `attempt` saved at `step`."""
+    return f"step-{step:08d}.{attempt:04d}"
+
+
+def parse_folder(name: str) -> tuple[int, int] | None:
+    """Return (step, attempt) of a checkpoint folder's name, or None if it is not one."""
+    match = _FOLDER_NAME.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def shard_name(*, rank: int, world_size: int, token: str, save: int) -> str:
+    """Return a shard's name; the attempt's random token keeps two attempts apart."""
+    return f"r{rank:05d}-of-{world_size:05d}-{token}-{save}.safetensors"
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One shard. The header's checksum covers, through the header, every byte of the file."""
+
+    bytes: int
+    header_bytes: int
+    """Bytes before the first tensor: eight for the length, then JSON padded with spaces."""
+    header_checksum: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of a tensor that lies in one file."""
+
+    file: str
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor of the checkpoint: what it is, and how it is cut over the files.
+
+    Exactly one of these says how: `file` (whole, in that file), `grid` (an even sharding: cut
+    along each axis into that many pieces of ceil(n / pieces), piece k in C order in file k),
+    `columns` (anything else), `alias` (the same storage as another name).
+    """
+
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    file: int | None = None
+    grid: tuple[int, ...] | None = None
+    columns: Mapping[str, list[Any]] | None = None
+    alias: str | None = None
+
+    def parts(self, files: list[str]) -> Iterator[Part]:
+        """Yield the boxes that cover the tensor, each with the name of its file."""
+        if self.file is not None:
+            yield Part(files[self.file], (0,) * len(self.shape), self.shape)
+        elif self.grid is not None:
+            yield from self._grid_parts(files)
+        elif self.columns is not None:
+            columns = self.columns
+            for index, offsets, lengths in zip(
+                columns["file"], columns["offsets"], columns["lengths"], strict=True
+            ):
+                yield Part(files[index], tuple(offsets), tuple(lengths))
+
+    def _grid_parts(self, files: list[str]) -> Iterator[Part]:
+        grid = self.grid or ()
+        steps = [-(-n // g) for n, g in zip(self.shape, grid, strict=True)]
+        for index in range(math.prod(grid)):
+            rest, position = index, []
+            for g in reversed(grid):
+                position.insert(0, rest % g)
+                rest //= g
+            offsets = tuple(
+                min(p * s, n) for p, s, n in zip(position, steps, self.shape, strict=True)
+            )
+            lengths = tuple(
+                min(s, n - o) for s, n, o in zip(steps, self.shape, offsets, strict=True)
+            )
+            yield Part(files[index], offsets, lengths)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry as it stands in the manifest."""
+        if self.alias is not None:
+            return {"alias": self.alias}
+        how = {"file": self.file, "grid": self.grid, "columns": self.columns}
+        chosen = {key: value for key, value in how.items() if value is not None}
+        return {"dtype": self.dtype, "shape": list(self.shape), **chosen}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The commit record of one checkpoint."""
+
+    step: int
+    epoch: int
+    samples: int
+    attempt: int
+    token: str
+    save: int
+    """Number of the save within its attempt, from 1."""
+    world_size: int
+    versions: Mapping[str, str]
+    tensors: Mapping[str, TensorEntry]
+    files: Mapping[str, ShardFile]
+    objects: Mapping[str, Any]
+    """Every value of the state that is not a tensor, decoded."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    block_bytes: int = 1 << 20
+
+    @property
+    def folder(self) -> str:
+        """Name of the checkpoint's folder."""
+        return folder_name(self.step, self.attempt)
+
+    def resolve(self, name: str) -> TensorEntry:
+        """Return the entry of `name`, following an alias."""
+        entry = self.tensors[name]
+        return self.tensors[entry.alias] if entry.alias is not None else entry
+
+
+def to_bytes(manifest: Manifest) -> bytes:
+    """Return the bytes of `manifest.json`: one top-level field a line, the checksum last."""
+    top = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": manifest.step,
+        "epoch": manifest.epoch,
+        "samples": manifest.samples,
+        "attempt": manifest.attempt,
+        "token": manifest.token,
+        "save": manifest.save,
+        "world_size": manifest.world_size,
+        "versions": dict(manifest.versions),
+        "algorithm": ALGORITHM,
+        "block_bytes": manifest.block_bytes,
+        "files": {name: vars(file) for name, file in manifest.files.items()},
+        "tensors": {name: entry.to_json() for name, entry in manifest.tensors.items()},
+        "objects": encode(dict(manifest.objects), "objects"),
+        "config": encode(dict(manifest.config), "config"),
+    }
+    lines = [f"{json.dumps(key)}:{_dump(value)}" for key, value in top.items()]
+    body = ("{\n" + ",\n".join(lines)).encode()
+    return body + _LAST_FIELD + json.dumps(checksum(body)).encode() + b"\n}\n"
+
+
+def void_bytes(attempt: int) -> bytes:
+    """Return the content that stops a folder's writer from ever committing it."""
+    return _dump({"void": attempt}).encode()
+
+
+def is_void(data: bytes) -> bool:
+    """Return whether these bytes are a void manifest."""
+    return len(data) < 64 and re.fullmatch(rb'\{"void":\d+\}', data.strip()) is not None
+
+
+def from_bytes(data: bytes, where: str) -> Manifest:
+    """Parse and validate a manifest; `where` names it in errors.
+
+    Raises:
+        CheckpointError: it is void, altered, of another format or version, or contradicts itself.
+    """
+
+    def refuse(what: str) -> CheckpointError:
+        return CheckpointError(f"{where}: {what}")
+
+    if is_void(data):
+        raise refuse("the folder was given up by a later attempt and holds no checkpoint")
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise refuse(f"{len(data):,} bytes are more than a manifest can have")
+    top = _parse_object(data, refuse)
+    if top.get("format") != FORMAT:
+        raise refuse(f"this is not a checkpoint manifest (format {top.get('format')!r})")
+    if top.get("version") != VERSION:
+        raise refuse(
+            f"format version {top.get('version')!r}; this program reads version {VERSION}: "
+            "read it with the version of Perdure that wrote it, or a newer one"
+        )
+    body, found, _ = data.rpartition(_LAST_FIELD)
+    if not found or top.get("checksum") != checksum(body):
+        raise refuse("the checksum does not match its bytes; the file was altered or cut short")
+    try:
+        return _validated(top)
+    except CheckpointError as error:
+        raise refuse(str(error)) from None
+    except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
+        raise refuse(f"malformed: {type(error).__name__}: {error}") from None
+
+
+def _parse_object(data: bytes, refuse: Callable[[str], CheckpointError]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise ValueError("a key stands twice")
+        return values
+
+    def no_constant(text: str) -> float:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        top = json.loads(data, object_pairs_hook=unique, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise refuse(f"not JSON ({error}); the file was altered or cut short") from None
+    if not isinstance(top, dict):
+        raise refuse("not a JSON object")
+    return top
+
+
+def _validated(top: Mapping[str, Any]) -> Manifest:
+    if top["algorithm"] != ALGORITHM:
+        raise CheckpointError(f"checksum algorithm {top['algorithm']!r}; known: {ALGORITHM}")
+    if not 1 <= _natural(top["block_bytes"]) <= 1 << 20:
+        raise CheckpointError(f"block_bytes {top['block_bytes']} is not in 1 … 1,048,576")
+    files = {}
+    for name, file in top["files"].items():
+        if not _SHARD_NAME.fullmatch(name):
+            raise CheckpointError(f"{name!r} cannot be the name of a shard")
+        files[name] = ShardFile(
+            _natural(file["bytes"]), _natural(file["header_bytes"]), str(file["header_checksum"])
+        )
+    tensors = {str(name): _entry(value) for name, value in top["tensors"].items()}
+    for name, entry in tensors.items():
+        _check_entry(name, entry, tensors, len(files))
+    numbers = ("step", "epoch", "samples", "attempt", "save", "world_size")
+    return Manifest(
+        **{key: _natural(top[key]) for key in numbers},
+        token=str(top["token"]),
+        versions=dict(top["versions"]),
+        tensors=tensors,
+        files=files,
+        objects=decode(top["objects"]),
+        config=decode(top["config"]),
+        block_bytes=top["block_bytes"],
+    )
+
+
+def _natural(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise CheckpointError(f"{value!r} is not a natural number of 63 bits")
+    return value
+
+
+def _entry(value: Mapping[str, Any]) -> TensorEntry:
+    if "alias" in value:
+        return TensorEntry(alias=str(value["alias"]))
+    grid, columns = value.get("grid"), value.get("columns")
+    return TensorEntry(
+        dtype=str(value["dtype"]),
+        shape=tuple(_natural(n) for n in value["shape"]),
+        file=None if value.get("file") is None else _natural(value["file"]),
+        grid=None if grid is None else tuple(_natural(n) for n in grid),
+        columns=columns,
+    )
+
+
+def _check_entry(
+    name: str, entry: TensorEntry, tensors: Mapping[str, TensorEntry], file_count: int
+) -> None:
+    if entry.alias is not None:
+        if entry.alias not in tensors or tensors[entry.alias].alias is not None:
+            raise CheckpointError(f"tensor {name!r} is an alias of {entry.alias!r}, which is none")
+        return
+    if entry.dtype not in DTYPES:
+        raise CheckpointError(f"tensor {name!r} has the unknown dtype {entry.dtype!r}")
+    if sum(how is not None for how in (entry.file, entry.grid, entry.columns)) != 1:
+        raise CheckpointError(f"tensor {name!r} must have one of file, grid, columns")
+    if entry.file is not None and entry.file >= file_count:
+        raise CheckpointError(f"tensor {name!r} lies in file {entry.file} of {file_count}")
+    if entry.grid is not None and (
+        len(entry.grid) != len(entry.shape)
+        or 0 in entry.grid
+        or math.prod(entry.grid) > file_count
+    ):
+        raise CheckpointError(f"tensor {name!r} has the impossible grid {list(entry.grid)}")
+    if entry.columns is not None:
+        _check_columns(name, entry, file_count)
+
+
+def _check_columns(name: str, entry: TensorEntry, file_count: int) -> None:
+    columns = entry.columns or {}
+    covered = 0
+    for index, offsets, lengths in zip(
+        columns["file"], columns["offsets"], columns["lengths"], strict=True
+    ):
+        inside = len(offsets) == len(lengths) == len(entry.shape) and all(
+            _natural(o) + _natural(n) <= size
+            for o, n, size in zip(offsets, lengths, entry.shape, strict=True)
+        )
+        if not inside or _natural(index) >= file_count:
+            raise CheckpointError(f"tensor {name!r} has a part outside of it or of the files")
+        covered += element_count(lengths)
+    if covered != element_count(entry.shape):
+        raise CheckpointError(
+            f"tensor {name!r} has {element_count(entry.shape):,} elements, its parts {covered:,}"
+        )
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Stands in `objects` where the state has a tensor, which is stored under `name`."""
+
+    name: str
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+
+
+def encode(value: Any, where: str) -> Any:
+    """Turn a value into strict JSON, with a tag where JSON alone would lose its type.
+
+    `decode` gives back a value that is equal in value and type: integer keys, tuples, counters,
+    sets, bytes, complex and non-finite numbers and NumPy scalars included.
+
+    Raises:
+        CheckpointError: the type cannot be stored; the message names it and `where` it stands.
+    """
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if kind is list:
+        return [encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if kind is dict:
+        if all(type(key) is str and not key.startswith("$") for key in value):
+            return {key: encode(item, f"{where}.{key}") for key, item in value.items()}
+        return {"$dict": _encode_pairs(value, where)}
+    if kind in (tuple, set, frozenset):
+        items = value if kind is tuple else sorted(value, key=repr)
+        return {f"${kind.__name__}": [encode(item, where) for item in items]}
+    if kind in (Counter, OrderedDict):
+        return {f"${kind.__name__}": _encode_pairs(value, where)}
+    if kind is TensorRef:
+        return {"$tensor": value.name}
+    if kind is bytes:
+        return {"$bytes": base64.b64encode(value).decode()}
+    if kind is complex:
+        return {"$complex": [encode(value.real, where), encode(value.imag, where)]}
+    if kind.__module__ == "numpy" and hasattr(value, "dtype") and not value.shape:
+        return {"$numpy": [value.dtype.str, base64.b64encode(value.tobytes()).decode()]}
+    raise CheckpointError(
+        f"{where} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: it "
+        "stores tensors and JSON values and never pickles. Keep it as numbers, strings, lists, "
+        "dicts or tensors in the state_dict that returns it."
+    )
+
+
+def _encode_pairs(value: Mapping[Any, Any], where: str) -> list[list[Any]]:
+    return [
+        [encode(key, f"{where} key"), encode(item, f"{where}[{key!r}]")]
+        for key, item in value.items()
+    ]
+
+
+def _decode_numpy(content: list[str]) -> Any:
+    import numpy as np  # only where a NumPy scalar was stored
+
+    kind, data = content
+    if not re.fullmatch(r"[<>|=]?[bifcu]\d+", kind):
+        raise ValueError(f"{kind!r} is not a NumPy number")
+    return np.frombuffer(base64.b64decode(data), dtype=kind)[0]
+
+
+_TAGS: dict[str, Callable[[Any], Any]] = {
+    "$float": float,
+    "$tensor": TensorRef,
+    "$dict": lambda pairs: {decode(key): decode(item) for key, item in pairs},
+    "$tuple": lambda items: tuple(decode(item) for item in items),
+    "$set": lambda items: {decode(item) for item in items},
+    "$frozenset": lambda items: frozenset(decode(item) for item in items),
+    "$Counter": lambda pairs: Counter({decode(key): decode(item) for key, item in pairs}),
+    "$OrderedDict": lambda pairs: OrderedDict((decode(k), decode(item)) for k, item in pairs),
+    "$bytes": lambda text: base64.b64decode(text, validate=True),
+    "$complex": lambda pair: complex(decode(pair[0]), decode(pair[1])),
+    "$numpy": _decode_numpy,
+}
+
+
+def decode(value: Any) -> Any:
+    """Undo `encode`."""
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    if isinstance(value, dict):
+        if len(value) == 1:
+            ((tag, content),) = value.items()
+            if tag in _TAGS:
+                return _TAGS[tag](content)
+        return {key: decode(item) for key, item in value.items()}
+    return value

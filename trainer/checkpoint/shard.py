@@ -1,0 +1,150 @@
+"""One file of a checkpoint: an ordinary safetensors file, with a checksum for every block.
+
+Pure: no I/O, no torch. The layout is safetensors' own (eight bytes of header length, a JSON
+header, the tensors without holes), narrowed so that files are equal for equal content: tensors
+lie by falling item size, then name; the header is padded with spaces to a 4096-byte boundary;
+`__metadata__.blocks` holds the checksums of the data, in file order, one for each block of at
+most 1 MiB, blocks starting anew at every tensor.
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.errors import CheckpointError
+
+ALIGNMENT_BYTES = 4096
+BLOCK_BYTES = 1 << 20
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own readers refuse more
+DIGEST_DIGITS = 16
+
+DTYPES: Mapping[str, int] = {
+    "F64": 8, "I64": 8, "U64": 8, "C64": 8,
+    "F32": 4, "I32": 4, "U32": 4,
+    "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "C128": 16,
+}  # fmt: skip
+"""Item size in bytes of each dtype. C128 is ours: in the file it is F64 with a last axis of 2."""
+
+
+def element_count(shape: Iterable[int]) -> int:
+    """Return the number of elements of a tensor of this shape."""
+    return math.prod(shape)
+
+
+def part_key(name: str, offsets: Sequence[int] | None) -> str:
+    """Return the key of a tensor in a shard: its name, or `name@o0,o1` for a part of it."""
+    return name if offsets is None else f"{name}@{','.join(map(str, offsets))}"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A tensor, or a part of one, as it lies in a shard."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    """First byte, counted from the start of the file."""
+    stop: int
+    block: int = 0
+    """Number of this chunk's first block in the shard's list of checksums."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the chunk."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything lies in a shard that is going to be written."""
+
+    chunks: tuple[Chunk, ...]
+    header_bytes: int
+    total_bytes: int
+
+
+def block_count(nbytes: int, block_bytes: int = BLOCK_BYTES) -> int:
+    """Return the number of blocks of a chunk of this many bytes."""
+    return -(-nbytes // block_bytes)
+
+
+def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Layout:
+    """Lay out (key, dtype, shape) triples as a shard; the order of `tensors` does not matter."""
+    ordered = sorted(tensors, key=lambda item: (-DTYPES[item[1]], item[0]))
+    spans, position, blocks = [], 0, 0
+    for key, dtype, shape in ordered:
+        nbytes = element_count(shape) * DTYPES[dtype]
+        spans.append(Chunk(key, dtype, shape, position, position + nbytes, blocks))
+        position += nbytes
+        blocks += block_count(nbytes)
+    unpadded = len(_header_json(spans, "0" * (DIGEST_DIGITS * blocks)))
+    header_bytes = -(-(8 + unpadded) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    chunks = tuple(
+        Chunk(c.key, c.dtype, c.shape, c.start + header_bytes, c.stop + header_bytes, c.block)
+        for c in spans
+    )
+    return Layout(chunks, header_bytes, header_bytes + position)
+
+
+def header(layout: Layout, digests: Sequence[str]) -> bytes:
+    """Return the first `layout.header_bytes` bytes of the shard, `digests` being its blocks'."""
+    spans = [
+        Chunk(c.key, c.dtype, c.shape, c.start - layout.header_bytes, c.stop - layout.header_bytes)
+        for c in layout.chunks
+    ]
+    text = _header_json(spans, "".join(digests))
+    length = layout.header_bytes - 8
+    return length.to_bytes(8, "little") + text.ljust(length, b" ")
+
+
+def _header_json(spans: Sequence[Chunk], blocks: str) -> bytes:
+    content: dict[str, Any] = {"__metadata__": {"algorithm": "xxh3_64", "blocks": blocks}}
+    for span in spans:
+        shape = list(span.shape)
+        content[span.key] = {
+            "dtype": "F64" if span.dtype == "C128" else span.dtype,
+            "shape": [*shape, 2] if span.dtype == "C128" else shape,
+            "data_offsets": [span.start, span.stop],
+        }
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def parse_header(
+    data: bytes, *, total_bytes: int, where: str, block_bytes: int = BLOCK_BYTES
+) -> tuple[dict[str, Chunk], list[str]]:
+    """Parse the header of a shard whose checksum was found right.
+
+    Returns the chunks by key, and the checksums of all blocks in file order.
+
+    Raises:
+        CheckpointError: it is no safetensors header, or has holes, overlaps, wrong sizes.
+    """
+    try:
+        if int.from_bytes(data[:8], "little") != len(data) - 8:
+            raise ValueError(f"the header's length is not {len(data) - 8:,}")
+        content = json.loads(data[8:])
+        metadata = content.pop("__metadata__")
+        blocks = metadata["blocks"]
+        chunks, position, block = {}, len(data), 0
+        for key, value in content.items():
+            start, stop = (len(data) + int(offset) for offset in value["data_offsets"])
+            shape = tuple(int(n) for n in value["shape"])
+            nbytes = element_count(shape) * DTYPES[value["dtype"]]
+            if start != position or stop - start != nbytes:
+                raise ValueError(f"{key!r} lies at {start:,} to {stop:,}, not at {position:,}")
+            chunks[key] = Chunk(key, value["dtype"], shape, start, stop, block)
+            position, block = stop, block + block_count(nbytes, block_bytes)
+        if position != total_bytes:
+            raise ValueError(f"its tensors end at {position:,}, the file at {total_bytes:,}")
+        if len(blocks) != block * DIGEST_DIGITS:
+            raise ValueError(f"{len(blocks):,} digits of checksums for {block:,} blocks")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{where}: not a shard of a checkpoint: {error}") from None
+    digests = [blocks[i : i + DIGEST_DIGITS] for i in range(0, len(blocks), DIGEST_DIGITS)]
+    return chunks, digests

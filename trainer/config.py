@@ -1,0 +1,305 @@
+"""What can be configured: frozen dataclasses with defaults, units and docs, and a strict merge.
+
+Hydra composes the YAML files and the command line; `merge` judges the result. It collects every
+problem instead of stopping at the first, starts nothing and changes nothing.
+"""
+
+import re
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trainer.errors import Problem, closest
+
+
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    choices: tuple[str, ...] = (),
+    at_least: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """Declare a field: its default, its one-line doc with the unit, and what values are valid."""
+    metadata = {"doc": doc, "choices": choices, "at_least": at_least, "above": above}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    if isinstance(default, type) and is_dataclass(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What one sample of the data looks like; model configurations refer to it."""
+
+    shape: list[int] = setting([1, 28, 28], "Shape of one input without the batch axis.")
+    classes: int = setting(10, "Number of classes of the labels.", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """How long to train, on how much at a time, and when to look."""
+
+    max_epochs: int | None = setting(10, "Stop after this many passes over the data.", at_least=1)
+    max_steps: int | None = setting(None, "Stop after this many steps.", at_least=1)
+    global_batch_size: int = setting(64, "Samples per step over all ranks.", at_least=1)
+    accumulate: int = setting(1, "Microbatches per step on each rank.", at_least=1)
+    clip_norm: float | None = setting(None, "Clip the gradients to this 2-norm.", above=0)
+    precision: str = setting(
+        "fp32", "Arithmetic of forward and backward.", choices=("fp32", "bf16", "fp16")
+    )
+    eval_every_epochs: int | None = setting(1, "Evaluate after every N epochs.", at_least=1)
+    eval_every_steps: int | None = setting(None, "Evaluate after every N steps.", at_least=1)
+    eval_batch_size: int | None = setting(
+        None, "Samples per rank and evaluation batch; default: a rank's share.", at_least=1
+    )
+    log_every_steps: int = setting(10, "Log the training loss every N steps.", at_least=1)
+    deterministic: bool = setting(True, "Choose deterministic kernels on GPUs.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How ranks come to be when no launcher has started us."""
+
+    nproc: str = setting("auto", "Ranks on this node: a number, or auto = GPUs, else 1.")
+    threads: str = setting(
+        "auto", "CPU threads per rank: a number, or auto = cores / ranks; kept on resume."
+    )
+    device: str = setting("auto", "Where to train.", choices=("auto", "cpu", "cuda"))
+    max_restarts: int = setting(0, "Restarts of all ranks after one died.", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How the model is spread over the ranks, and DistributedDataParallel's own options."""
+
+    strategy: str = setting("ddp", "How ranks share the work.", choices=("single", "ddp"))
+    bucket_cap_mb: float = setting(25.0, "Size of a gradient bucket in MiB.", above=0)
+    gradient_as_bucket_view: bool = setting(True, "Gradients live in the buckets.")
+    static_graph: bool = setting(False, "The graph is the same in every step.")
+    find_unused_parameters: bool = setting(False, "Some parameters get no gradient.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When to save and what to keep."""
+
+    every_steps: int | None = setting(None, "Save every N steps.", at_least=1)
+    every_s: float | None = setting(
+        600.0, "Save when this many seconds have passed since the last save.", above=0
+    )
+    every_epochs: int | None = setting(1, "Save after every N epochs.", at_least=1)
+    keep_last: int = setting(2, "Newest checkpoints to keep.", at_least=1)
+    keep_best: int = setting(1, "Best checkpoints to keep, where metric is set.", at_least=0)
+    metric: str | None = setting(None, "Metric of the evaluation that decides what is best.")
+    mode: str = setting("max", "Whether a larger metric is better.", choices=("max", "min"))
+    on_error: str = setting(
+        "continue",
+        "A save failed: stop, or go on and try at the next interval (three in a row stop).",
+        choices=("continue", "stop"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preemption:
+    """Which signals mean: save and leave with exit code 75."""
+
+    signals: list[str] = setting(
+        ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP"], "Names of the signals."
+    )
+    grace_s: float = setting(30.0, "Seconds between the signal and SIGKILL.", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """What a run begins with when it has no checkpoint yet."""
+
+    weights: str | None = setting(None, "Path of a safetensors file with the model's weights.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The configuration of a run. Groups with a `_target_` are open; all else is fixed."""
+
+    name: str = setting("???", "Name of the run; by default data and model.")
+    run_dir: str = setting("???", "Directory of the run; the same directory is the same run.")
+    seed: int = setting(0, "Decides initial weights, order of the data, dropout.", at_least=0)
+    resume: str = setting("auto", "auto, never, best, a step, or the path of a checkpoint or run.")
+    sample: Sample = setting(Sample, "What one sample of the data looks like.")
+    model: dict[str, Any] = setting({}, "The nn.Module, by _target_.")
+    data: dict[str, Any] = setting({}, "The data, by _target_.")
+    task: dict[str, Any] = setting({}, "Loss and metrics, by _target_.")
+    optimizer: dict[str, Any] = setting({}, "The optimizer, by _target_.")
+    scheduler: dict[str, Any] = setting({}, "The learning-rate scheduler, by _target_, or empty.")
+    parallel: Parallel = setting(Parallel, "How the model is spread over ranks.")
+    trainer: Trainer = setting(Trainer, "How long, how much at a time, when to look.")
+    launch: Launch = setting(Launch, "How ranks come to be.")
+    checkpoint: Checkpoint = setting(Checkpoint, "When to save and what to keep.")
+    preemption: Preemption = setting(Preemption, "Signals that mean save and leave.")
+    tracker: dict[str, Any] = setting({}, "Trackers by name, each by _target_.")
+    init: Init = setting(Init, "What a fresh run begins with.")
+
+
+def merge(composed: DictConfig) -> tuple[Run | None, list[Problem]]:
+    """Merge a composed configuration onto the schema.
+
+    Returns the frozen configuration, or None with every unknown key, wrong type, unresolvable
+    interpolation and value out of range. Values inside open groups are judged by `build.check`.
+    """
+    schema = OmegaConf.structured(Run)
+    problems = _merge_node(Run, composed, schema, "")
+    for missing in ("name", "run_dir"):
+        if not problems and OmegaConf.is_missing(schema, missing):
+            problems.append(Problem(missing, "is not set; give it a value"))
+    if problems:
+        return None, problems
+    run: Run = OmegaConf.to_object(schema)  # type: ignore[assignment]
+    problems = check(run)
+    return (None if problems else run), problems
+
+
+def _merge_node(cls: type, node: DictConfig, schema: DictConfig, prefix: str) -> list[Problem]:
+    hints = get_type_hints(cls)
+    OmegaConf.set_readonly(schema, False)  # a frozen dataclass makes its own node read-only
+    problems = []
+    for key in map(str, node):
+        full = prefix + key
+        if key not in hints:
+            problems.append(Problem(full, f"no such key{closest(key, hints)}"))
+            continue
+        try:
+            value = node[key]
+        except OmegaConfBaseException as error:
+            problems.append(Problem(full, f"cannot be resolved: {_first_line(error)}"))
+            continue
+        if is_dataclass(hints[key]) and isinstance(value, DictConfig):
+            inner: type = hints[key]
+            problems += _merge_node(inner, value, schema[key], full + ".")
+            continue
+        try:
+            if isinstance(value, (DictConfig, ListConfig)):
+                value = OmegaConf.to_container(value, resolve=True)
+            if hints[key] == dict[str, Any] and value is None:
+                value = {}
+            schema[key] = value
+        except OmegaConfBaseException as error:
+            text = f"{value!r} does not fit: {_first_line(error)}"
+            problems.append(Problem(full, text))
+    return problems
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def check(run: Run) -> list[Problem]:
+    """Return what is wrong with values that have the right type. Changes nothing."""
+    problems = _check_ranges(run, "")
+    if not re.fullmatch(r"[\w.,=+@-]+", run.name):
+        text = f"{run.name!r} must be made of letters, digits and . , = + @ _ -"
+        problems.append(Problem("name", text))
+    if "://" in run.run_dir and not run.run_dir.startswith("file://"):
+        text = f"{run.run_dir!r}: only local paths can hold a run so far"
+        problems.append(Problem("run_dir", text))
+    if not run.resume:
+        problems.append(Problem("resume", "is empty; use auto, never, best, a step or a path"))
+    for key in ("nproc", "threads"):
+        value = getattr(run.launch, key)
+        if value != "auto" and not (value.isdigit() and int(value) >= 1):
+            problems.append(Problem(f"launch.{key}", f"{value!r} is neither auto nor 1, 2, …"))
+    if run.trainer.max_epochs is None and run.trainer.max_steps is None:
+        text = "both trainer.max_steps and trainer.max_epochs are null: the run would never end"
+        problems.append(Problem("trainer.max_epochs", text))
+    for group in ("model", "data", "task", "optimizer"):
+        if not getattr(run, group).get("_target_"):
+            text = "has no _target_; choose one, for example with "
+            problems.append(Problem(group, text + f"{group}=<name> (see --help)"))
+    interval = run.scheduler.get("interval", "step")
+    if interval not in ("step", "epoch"):
+        text = f"{interval!r} is not step or epoch{closest(str(interval), ('step', 'epoch'))}"
+        problems.append(Problem("scheduler.interval", text))
+    return problems
+
+
+def check_world(run: Run, world_size: int) -> list[Problem]:
+    """Return what is wrong with `run` on `world_size` ranks, with the nearest sizes that fit."""
+    problems = []
+    unit = world_size * run.trainer.accumulate
+    size = run.trainer.global_batch_size
+    if size % unit:
+        lower, upper = size // unit * unit, (size // unit + 1) * unit
+        nearest = f"{lower:,} or {upper:,}" if lower else f"{upper:,}"
+        ranks = "1 rank" if world_size == 1 else f"{world_size:,} ranks"
+        text = (
+            f"{size:,} samples cannot be divided over {ranks} x {run.trainer.accumulate:,} "
+            f"microbatches (nearest: {nearest})"
+        )
+        problems.append(Problem("trainer.global_batch_size", text))
+    if world_size > 1 and run.parallel.strategy == "single":
+        text = f"'single' cannot use {world_size:,} ranks; use parallel=ddp or launch.nproc=1"
+        problems.append(Problem("parallel.strategy", text))
+    return problems
+
+
+def _check_ranges(node: Any, prefix: str) -> list[Problem]:
+    problems = []
+    for item in fields(node):
+        value, rule = getattr(node, item.name), item.metadata
+        full = prefix + item.name
+        if is_dataclass(value):
+            problems += _check_ranges(value, full + ".")
+        elif value is None:
+            continue
+        elif rule["choices"] and value not in rule["choices"]:
+            hint = closest(value, rule["choices"])
+            problems.append(Problem(full, f"{value!r} is not one of its values{hint}"))
+        elif rule["at_least"] is not None and value < rule["at_least"]:
+            problems.append(Problem(full, f"{value} is too small (nearest: {rule['at_least']})"))
+        elif rule["above"] is not None and not value > rule["above"]:
+            problems.append(Problem(full, f"{value} must be larger than {rule['above']}"))
+    return problems
+
+
+def default_of(cls: type, name: str) -> Any:
+    """Return the default of a field of one of the dataclasses above."""
+    for item in fields(cls):
+        if item.name == name:
+            return item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
+    raise AttributeError(name)
+
+
+_SECRET = re.compile(
+    r"(?i)(^|_)(password|passwd|secret|credentials?|api_?key|(access|secret)_?key"
+    r"|(?<!pad_)(?<!bos_)(?<!eos_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)token)$"
+)
+
+
+def stored(composed: DictConfig) -> dict[str, Any]:
+    """Return the configuration as it is stored: plain JSON values, secrets redacted.
+
+    Interpolations are resolved, except those that read the environment: they stay as text, so
+    that what a variable held never reaches a file.
+    """
+    raw = OmegaConf.to_container(composed, resolve=False)
+    return _stored_node(composed, raw)  # type: ignore[return-value]
+
+
+def _stored_node(node: DictConfig | ListConfig, raw: Any) -> Any:
+    keys = list(raw) if isinstance(raw, dict) else range(len(raw))
+    values = {}
+    for key in keys:
+        if isinstance(key, str) and _SECRET.search(key) and raw[key] is not None:
+            values[key] = "<redacted>"
+        elif isinstance(raw[key], (dict, list)):
+            values[key] = _stored_node(node[key], raw[key])
+        elif isinstance(raw[key], str) and "oc.env" in raw[key]:
+            values[key] = raw[key]
+        else:
+            value = node[key]
+            if isinstance(value, (DictConfig, ListConfig)):
+                value = _stored_node(value, OmegaConf.to_container(value, resolve=False))
+            values[key] = value
+    return values if isinstance(raw, dict) else list(values.values())

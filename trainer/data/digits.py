@@ -1,0 +1,35 @@
+"""scikit-learn's handwritten digits: 1,797 real 8x8 images that ship inside the package."""
+
+from functools import cached_property
+
+import torch
+from torch.utils.data import TensorDataset
+
+
+class Digits:
+    """Images (N, 1, 8, 8) float32 in 0 … 1 with labels (N,) int64 in 0 … 9.
+
+    Every fifth sample is for evaluation: 1,437 to train on, 360 to evaluate.
+    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
+    """
+
+    @cached_property
+    def _all(self) -> tuple[torch.Tensor, torch.Tensor]:
+        from sklearn.datasets import load_digits  # slow to import; only this source needs it
+
+        images, labels = load_digits(return_X_y=True)
+        scaled = torch.from_numpy(images).float().div_(16).reshape(-1, 1, 8, 8)
+        return scaled, torch.from_numpy(labels).long()
+
+    @cached_property
+    def train(self) -> TensorDataset:
+        """Four fifths of the samples."""
+        images, labels = self._all
+        chosen = torch.arange(len(labels)) % 5 != 4
+        return TensorDataset(images[chosen], labels[chosen])
+
+    @cached_property
+    def eval(self) -> TensorDataset:
+        """Every fifth sample."""
+        images, labels = self._all
+        return TensorDataset(images[4::5], labels[4::5])

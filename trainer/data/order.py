@@ -1,0 +1,42 @@
+"""The order of samples: a pure function of (seed, epoch), the same on any number of ranks."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from trainer.rng import derive
+from trainer.state import Cursor
+
+
+def permutation(seed: int, epoch: int, size: int) -> Tensor:
+    """Return the order of an epoch: a permutation of 0 … size-1, 1-d int64."""
+    generator = torch.Generator().manual_seed(derive("order", seed, epoch))
+    return torch.randperm(size, generator=generator)
+
+
+def global_batches(
+    cursor: Cursor, *, seed: int, size: int, global_batch_size: int
+) -> Iterator[tuple[Tensor, Cursor]]:
+    """Yield (sample indices of one global batch, cursor after it), without end.
+
+    The last, incomplete batch of an epoch is dropped. The cursor after an epoch's last batch is
+    the next epoch's beginning.
+    """
+    per_epoch = size // global_batch_size
+    epoch, batch = cursor["epoch"], cursor["batch"]
+    while True:
+        order = permutation(seed, epoch, size)
+        while batch < per_epoch:
+            indices = order[batch * global_batch_size : (batch + 1) * global_batch_size]
+            batch += 1
+            ended = batch == per_epoch
+            yield indices, {"epoch": epoch + ended, "batch": 0 if ended else batch}
+        epoch, batch = epoch + 1, 0
+
+
+def share(indices: Tensor, *, rank: int, world_size: int, accumulate: int) -> list[Tensor]:
+    """Return this rank's microbatches of a global batch: equal, consecutive pieces."""
+    per_rank = len(indices) // world_size
+    mine = indices[rank * per_rank : (rank + 1) * per_rank]
+    return list(mine.split(per_rank // accumulate))

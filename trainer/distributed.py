@@ -1,0 +1,113 @@
+"""Rank facts, the CPU control group, and agreement between ranks."""
+
+import os
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from trainer.errors import PerdureError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """Who we are among the ranks. `control` is a gloo group that training never uses."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+    control: Any = None
+
+    def from_rank0(self, ask: Callable[[], T]) -> T:
+        """Call `ask` on rank 0; return its answer, or raise its error, on every rank. Collective."""
+        if self.size == 1:
+            return ask()
+        outcome: list[Any] = [None]
+        if self.rank == 0:
+            outcome = [_attempt(ask)]
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        value, error = outcome[0]
+        if error is not None:
+            raise _agreed(error)
+        return value  # type: ignore[no-any-return]
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's `value`, in rank order, on every rank. Collective."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def together(self, do: Callable[[], T]) -> T:
+        """Call `do` on every rank and return its own answer, or raise the first rank's error.
+
+        Collective; `do` itself must not communicate, or only if it does so on every rank alike.
+        The error names its rank and has the same type on every rank.
+        """
+        if self.size == 1:
+            return do()
+        outcome = _attempt(do)
+        for rank, error in enumerate(self.gather(outcome[1])):
+            if error is not None:
+                raise _agreed(error, f"rank {rank}: ")
+        return outcome[0]  # type: ignore[no-any-return]
+
+    def on_each(self, do: Callable[[], T]) -> list[T]:
+        """As `together`, but return every rank's answer, in rank order."""
+        return self.gather(self.together(do))
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the mean of `values` over all ranks, on the training group. Collective."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def close(self) -> None:
+        """Leave the process groups; the other ranks must do so too."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def _attempt(do: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return do(), None
+    except PerdureError as error:
+        return None, error
+    except Exception as error:  # every exception between two votes becomes a vote
+        text = "".join(traceback.format_exception(error)).rstrip()
+        return None, RuntimeError(text)  # plain, so that it can cross ranks
+
+
+def _agreed(error: Exception, prefix: str = "") -> Exception:
+    """Return the error as every rank raises it; `agreed` tells that all of them do."""
+    raised = type(error)(f"{prefix}{error}")
+    raised.agreed = True  # type: ignore[attr-defined]
+    return raised
+
+
+def connect(device: torch.device, *, timeout_s: float) -> World:
+    """Join the process groups that the environment describes. Collective over all ranks.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them. Without
+    WORLD_SIZE, or with one rank, there is no group at all.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(device=device)
+    timeout = timedelta(seconds=timeout_s)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, timeout=timeout, device_id=device if device.type == "cuda" else None
+    )
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return World(dist.get_rank(), size, local_rank, device, control)

@@ -1,0 +1,90 @@
+"""Command-line overrides, prepared so that all of their problems are found together.
+
+Hydra stops at the first key that it does not know. So a plain `key=value` becomes `++key=value`,
+and the strict merge judges them all; a choice of a group that does not exist is taken out and
+reported with the rest.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+
+from trainer.errors import Problem, closest
+
+_CONFIG_DIR_FLAGS = ("--config-dir", "-cd")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Arguments for Hydra, and what was wrong with those that were taken out."""
+
+    arguments: list[str]
+    problems: list[Problem]
+    swept: list[str]
+    """Keys that a multirun sweeps over."""
+
+
+def groups(folders: Sequence[Path]) -> dict[str, set[str]]:
+    """Return {group: its choices} over all configuration folders."""
+    found: dict[str, set[str]] = {}
+    for folder in folders:
+        for path in folder.rglob("*.yaml"):
+            group = path.parent.relative_to(folder).as_posix()
+            if group != ".":
+                found.setdefault(group, set()).add(path.stem)
+    return found
+
+
+def prepare(arguments: Sequence[str], conf: Path) -> Prepared:
+    """Rewrite the overrides among `arguments`; flags of Hydra are left alone."""
+    known = groups([conf, *_user_folders(arguments)])
+    parser = OverridesParser.create()
+    prepared = Prepared([], [], [])
+    for argument in arguments:
+        if argument.startswith("-") or "=" not in argument:
+            prepared.arguments.append(argument)
+            continue
+        try:
+            override = parser.parse_override(argument)
+        except OverrideParseException as error:
+            text = f"{argument!r} cannot be read: {str(error).splitlines()[0]}"
+            prepared.problems.append(Problem(argument.partition("=")[0], text))
+            continue
+        key = override.key_or_group
+        if override.is_sweep_override():
+            prepared.swept.append(key)
+        problem = _group_problem(key, argument, known)
+        if problem is not None:
+            prepared.problems.append(problem)
+        elif key in known or "/" in key or "@" in argument or key.startswith("hydra."):
+            prepared.arguments.append(argument)
+        else:
+            plain = argument[0] not in "+~"
+            prepared.arguments.append("++" + argument if plain else argument)
+    return prepared
+
+
+def _user_folders(arguments: Sequence[str]) -> list[Path]:
+    folders = []
+    for index, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag in _CONFIG_DIR_FLAGS:
+            following = arguments[index + 1] if index + 1 < len(arguments) else ""
+            folders.append(Path(value if equals else following))
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def _group_problem(key: str, argument: str, known: Mapping[str, set[str]]) -> Problem | None:
+    if key not in known or argument.startswith("~"):
+        return None
+    text = argument.partition("=")[2]
+    if text.startswith(("{", "[", "choice(", "glob(")) or text in ("null", ""):
+        return None
+    for choice in text.split(","):
+        name = choice.strip().removesuffix(".yaml")
+        if name not in known[key]:
+            return Problem(key, f"there is no {key}={name}{closest(name, known[key])}")
+    return None

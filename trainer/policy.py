@@ -1,0 +1,44 @@
+"""When to save and evaluate, and what to keep: pure functions of numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Every:
+    """Intervals of saving or evaluating; None switches one off."""
+
+    steps: int | None = None
+    epochs: int | None = None
+
+
+def due(every: Every, *, step: int, epoch: int, epoch_ended: bool, final: bool) -> str | None:
+    """Return why something is due at this step, or None.
+
+    `epoch` counts complete epochs; `epoch_ended` says that this step completed the last of them.
+    """
+    if final:
+        return "the end of the run"
+    if every.steps and step % every.steps == 0:
+        return f"every {every.steps:,} steps"
+    if every.epochs and epoch_ended and epoch % every.epochs == 0:
+        return "the end of an epoch"
+    return None
+
+
+def stale(
+    steps: Mapping[int, float | None], *, keep_last: int, keep_best: int, mode: str
+) -> list[int]:
+    """Return which steps to delete.
+
+    Args:
+        steps: every committed step of this timeline, with its metric where one was measured.
+        keep_last: newest steps to keep; the newest is always kept.
+        keep_best: steps with the best metric to keep.
+        mode: `max` or `min`, whether a larger metric is better.
+    """
+    kept = set(sorted(steps)[-max(keep_last, 1) :])
+    sign = -1 if mode == "max" else 1
+    measured = [(sign * value, -step) for step, value in steps.items() if value is not None]
+    kept.update(-step for _, step in sorted(measured)[:keep_best])
+    return sorted(set(steps) - kept)

@@ -1,0 +1,76 @@
+"""What a user implements: a Task, data, a Tracker. Nothing here is a base class to inherit.
+
+A model is any `nn.Module`. Everything is named by `_target_` in the configuration, or passed to
+`loop.Job` by hand.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Batch = Any
+"""What a dataset's collation yields: a tensor, or tuples, lists and dicts of tensors.
+
+The first axis of each tensor counts the samples.
+"""
+
+
+class Task(Protocol):
+    """What a step computes, and what an evaluation measures."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
+        """Return the mean loss over the samples of `batch` (0-dim), and the model's outputs.
+
+        Called in training and in evaluation, on every rank, with that rank's samples only. It
+        must not communicate.
+        """
+
+    def figures(self, outputs: Any, batch: Batch) -> Mapping[str, Tensor]:
+        """Return means over the samples of `batch` that training logs beside the loss (0-dim)."""
+
+    def metrics(self) -> Mapping[str, Any]:
+        """Return new torchmetrics metrics by name; called once, before the first evaluation."""
+
+    def update(self, metrics: Mapping[str, Any], outputs: Any, batch: Batch) -> None:
+        """Add one evaluation batch to `metrics`."""
+
+
+class DataSource(Protocol):
+    """Training data, and what to evaluate on.
+
+    A dataset has `__len__` and `__getitem__`. Where it has `tensors` (as TensorDataset does) or
+    `__getitems__`, a batch is fetched whole; otherwise samples are collated one by one.
+    """
+
+    @property
+    def train(self) -> Any:
+        """The dataset to train on."""
+
+    @property
+    def eval(self) -> Any | None:
+        """The dataset to evaluate on, or None."""
+
+
+class Tracker(Protocol):
+    """Where figures go. Rank 0 only; the other ranks have none."""
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        """Begin an attempt.
+
+        `facts` has `run_dir`, `step` (where it starts from), `last_eval_step`, `max_steps`,
+        `steps_per_epoch`, `world_size`, `config`. Training figures of later steps than `step` and
+        evaluations of later steps than `last_eval_step` are void: they will come again.
+        """
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Take one line: `step`, `epoch`, `samples`, `time`, `split` and figures (floats)."""
+
+    def say(self, text: str) -> None:
+        """Tell the person something that is not a figure."""
+
+    def flush(self) -> None:
+        """Make every line taken so far durable. Called before each checkpoint is committed."""
+
+    def close(self) -> None:
+        """End the attempt; called once, also after a failure."""

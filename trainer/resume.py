@@ -1,0 +1,345 @@
+"""Where a run goes on from, and whether this configuration may go on from there. Reads only."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import checkpoint, loop, rng
+from trainer.checkpoint import lineage, tree
+from trainer.checkpoint.lineage import FOLDER, MANIFEST, Commit
+from trainer.checkpoint.manifest import Manifest, parse_folder
+from trainer.checkpoint.plan import TORCH_DTYPES
+from trainer.config import Run
+from trainer.errors import CheckpointError, ConfigError
+from trainer.state import State
+from trainer.storage import Store, open_store
+
+_STATE_KEYS = ("model", "data", "task", "optimizer", "scheduler", "seed")
+_STATE_SETTINGS = ("trainer.global_batch_size",)
+_LOCATIONS = ("dir", "path", "root", "cache_dir")
+_PLACE_KEYS = ("name", "run_dir", "resume", "init.weights")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting that differs from the checkpoint's."""
+
+    key: str
+    old: Any
+    new: Any
+
+    @property
+    def refuses(self) -> bool:
+        """Whether the state of the checkpoint makes no sense under the new value."""
+        head, _, rest = self.key.partition(".")
+        if head == "data" and rest.rpartition(".")[2] in _LOCATIONS:
+            return False
+        return head in _STATE_KEYS or self.key in _STATE_SETTINGS
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_shown(self.old)} -> {_shown(self.new)}"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an attempt starts from."""
+
+    store_url: str = ""
+    commit: Commit | None = None
+    manifest: Manifest | None = None
+    """None: from scratch."""
+    is_fork: bool = False
+    """The checkpoint belongs to another run."""
+    is_named: bool = False
+    """It was asked for by its step or as `best`, so no other one will do."""
+    differences: tuple[Difference, ...] = ()
+    skipped: tuple[str, ...] = ()
+    """Newer checkpoints that were passed over, and why."""
+
+    @property
+    def step(self) -> int:
+        """The step to go on from; 0 from scratch."""
+        return self.manifest.step if self.manifest else 0
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested configuration as {dotted key: value}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """Return the settings that differ, sorted by key; where a run lies is not one of them."""
+    before, after = flatten(old), flatten(new)
+    keys = sorted(key for key in {*before, *after} if key not in _PLACE_KEYS)
+    return [
+        Difference(key, before.get(key, _ABSENT), after.get(key, _ABSENT))
+        for key in keys
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+    ]
+
+
+_ABSENT = "(not set)"
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def choose(
+    store: Store,
+    run: Run,
+    config: Mapping[str, Any],
+    *,
+    attempt: int | None = None,
+    damaged: Collection[Commit] = (),
+) -> Start:
+    """Decide where to start. Rank 0 only.
+
+    Args:
+        store: the run's own store.
+        run: the configuration; `run.resume` says what is wanted.
+        config: the configuration as it would be stored.
+        attempt: the number of the attempt that asks, where it has one already.
+        damaged: checkpoints that were found damaged while loading.
+
+    A step, `best` or `never` is honoured once: when the same command runs again, as it does after
+    a preemption, the run goes on from its newest checkpoint.
+
+    Raises:
+        ConfigError: this configuration cannot go on with this run, or `resume` names nothing.
+        CheckpointError: checkpoints exist and none of them is whole.
+    """
+    commits = lineage.commits(store)
+    request = run.resume
+    earlier = [r for r in lineage.records(store) if attempt is None or r["attempt"] < attempt]
+    honoured = any(r.get("resume") == request and r.get("resumed_from") for r in earlier[-1:])
+    if request == "never":
+        if commits and not honoured:
+            raise ConfigError(
+                f"resume=never, but {run.run_dir} has checkpoints up to step "
+                f"{commits[-1].step:,}. Choose another name=…, or delete that directory yourself"
+            )
+        request = "auto"
+    wants_step = request.isdigit() or request == "best"
+    if wants_step and not (honoured and commits):
+        commit = _named(store, commits, request, run)
+        start = replace(_open(store, commit), is_named=True)
+    elif commits or lineage.commits(store, damaged=True):
+        start = _newest_whole(store, commits, damaged)
+    elif request == "auto":
+        return Start()
+    else:
+        start = _fork(request)
+    assert start.manifest is not None  # noqa: S101 (for the type checker)
+    differences = tuple(compare(start.manifest.config, config))
+    if not start.is_fork and any(difference.refuses for difference in differences):
+        raise ConfigError(_refusal(run, start, differences))
+    return replace(start, differences=differences)
+
+
+def _open(store: Store, commit: Commit) -> Start:
+    return Start(store.url, commit, lineage.read_manifest(store, commit))
+
+
+def _newest_whole(store: Store, commits: list[Commit], damaged: Collection[Commit]) -> Start:
+    skipped = []
+    for commit in reversed(commits):
+        if commit in damaged:
+            continue
+        try:
+            start = _open(store, commit)
+        except CheckpointError as error:
+            skipped.append(str(error))
+            continue
+        return replace(start, skipped=tuple(skipped))
+    raise CheckpointError(
+        f"{store.url} has checkpoints and none of them is whole; the run is not begun anew, so "
+        "that nothing is overwritten. "
+        + " ".join(skipped)
+        + " Restore one of them, or start elsewhere with name=…"
+    )
+
+
+def _named(store: Store, commits: list[Commit], request: str, run: Run) -> Commit:
+    if request == "best":
+        best = _best(store, commits, run)
+        if best is None:
+            raise ConfigError(
+                f"resume=best, but no checkpoint in {store.url} has a measured metric; set "
+                "checkpoint.metric, or use resume=auto"
+            )
+        return best
+    chosen = [commit for commit in commits if commit.step == int(request)]
+    if not chosen:
+        steps = ", ".join(f"{commit.step:,}" for commit in commits) or "none"
+        raise ConfigError(
+            f"resume={request}: {store.url} has no checkpoint of that step; steps there: {steps}"
+        )
+    return chosen[-1]
+
+
+def _best(store: Store, commits: list[Commit], run: Run) -> Commit | None:
+    sign = 1 if run.checkpoint.mode == "max" else -1
+    measured = []
+    for commit in commits:
+        state = lineage.read_manifest(store, commit).objects["run"]
+        value = state["metrics"].get(run.checkpoint.metric)
+        if value is not None and state["last_eval_step"] == commit.step:
+            measured.append((sign * value, commit))
+    return max(measured)[1] if measured else None
+
+
+def _fork(request: str) -> Start:
+    """Open a checkpoint of another run: its directory, one of its folders, or a manifest."""
+    path = Path(request.removeprefix("file://"))
+    if path.name == MANIFEST:
+        path = path.parent
+    parsed = parse_folder(path.name)
+    if parsed is not None and path.parent.name == FOLDER:
+        store = open_store(str(path.parent.parent))
+        commit = Commit(*parsed, f"{FOLDER}/{path.name}")
+        if (path / MANIFEST).is_file():
+            return replace(_open(store, commit), is_fork=True)
+    else:
+        store = open_store(str(path))
+        commits = lineage.commits(store)
+        if commits:
+            return replace(_newest_whole(store, commits, ()), is_fork=True)
+    raise ConfigError(
+        f"resume={request}: there is no committed checkpoint; give auto, never, best, a step, a "
+        f"run's directory, or one of the folders in its {FOLDER}/"
+    )
+
+
+def _refusal(run: Run, start: Start, differences: tuple[Difference, ...]) -> str:
+    refused = [str(d) for d in differences if d.refuses]
+    return "\n".join(
+        [
+            f"{run.run_dir} is at step {start.step:,} of a run with another configuration, which "
+            "this one cannot continue:",
+            *(f"  {text}" for text in refused),
+            "Take these back to go on with it, or",
+            "  name=…                       begin a new run from scratch",
+            f"  name=… resume={run.run_dir}  begin a new run from its full state",
+            "  name=… init.weights=…        begin a new run from exported weights alone "
+            f"(python -m trainer.export {run.run_dir} format=safetensors)",
+        ]
+    )
+
+
+def finished(run: Run, start: Start) -> bool:
+    """Return whether the checkpoint is already at the end that `run` asks for."""
+    if start.manifest is None or start.is_fork:
+        return False
+    limits = run.trainer
+    by_steps = limits.max_steps is not None and start.manifest.step >= limits.max_steps
+    by_epochs = limits.max_epochs is not None and start.manifest.epoch >= limits.max_epochs
+    return by_steps or by_epochs
+
+
+def load(job: loop.Job, start: Start) -> State:
+    """Bring model, optimizer, scheduler, scaler and generators to `start`; return the state.
+
+    No collectives: call it on every rank, then let the ranks vote.
+
+    Raises:
+        DamagedError: bytes of the checkpoint are proven wrong.
+        CheckpointError: it does not fit this model or optimizer.
+    """
+    manifest = start.manifest
+    if manifest is None or start.commit is None:
+        return State()
+    reader = checkpoint.Reader(open_store(start.store_url), start.commit.folder, manifest)
+    changed = {d.key for d in start.differences}
+    state = State()
+    state.load_state_dict(dict(manifest.objects["run"]))
+    reader.read(_model_targets(job, manifest))
+    tree.load_model(job.model, manifest.objects, reader.fetch)
+    _load_optimizer(job, manifest, reader)
+    lr_changed = _override_hyperparameters(job, start)
+    scheduler_changed = any(key.split(".")[0] == "scheduler" for key in changed)
+    if job.scheduler is not None and not lr_changed and not scheduler_changed:
+        job.scheduler.load_state_dict(tree.join(manifest.objects["scheduler"], reader.fetch))
+    if job.scaler.is_enabled() and manifest.objects.get("scaler"):
+        job.scaler.load_state_dict(tree.join(manifest.objects["scaler"], reader.fetch))
+    if any(key == "seed" or key.split(".")[0] == "data" or key in _STATE_SETTINGS for key in changed):
+        if start.is_fork:  # another order of the data: begin the epoch anew
+            state.cursor = {"epoch": state.cursor["epoch"], "batch": 0}
+    _restore_generators(job, manifest, state.step, reader.fetch)
+    return state
+
+
+def _model_targets(job: loop.Job, manifest: Manifest) -> dict[str, torch.Tensor]:
+    targets = tree.model_targets(job.model)
+    stored = {name for name in manifest.tensors if name.startswith("model.")}
+    aliased = {name for name in stored if manifest.tensors[name].alias is not None}
+    missing, extra = sorted(set(targets) - stored), sorted(stored - aliased - set(targets))
+    if missing or extra:
+        raise CheckpointError(
+            f"step {manifest.step:,} does not fit this model: it lacks {missing[:4] or 'nothing'}, "
+            f"and holds {extra[:4] or 'nothing'} besides; a changed model can start from "
+            "init.weights=<safetensors>"
+        )
+    return targets
+
+
+def _load_optimizer(job: loop.Job, manifest: Manifest, reader: checkpoint.Reader) -> None:
+    stored = {
+        name: (TORCH_DTYPES[entry.dtype], entry.shape)
+        for name, entry in manifest.tensors.items()
+        if name.startswith("optimizer.")
+    }
+    slots = tree.optimizer_slots(job.model, job.optimizer, stored)
+    reader.read({name: slot.tensor for name, slot in slots.items()})
+    objects = manifest.objects["optimizer"]
+    tree.load_optimizer(job.model, job.optimizer, objects, slots, reader.fetch)
+
+
+def _override_hyperparameters(job: loop.Job, start: Start) -> bool:
+    """In a fork, let hyper-parameters that this configuration changes win; say whether lr did."""
+    lr_changed = False
+    for difference in start.differences:
+        head, _, key = difference.key.partition(".")
+        if head != "optimizer" or key not in job.optimizer.param_groups[0]:
+            continue
+        for group in job.optimizer.param_groups:
+            group[key] = difference.new
+            if key == "lr":
+                group["initial_lr"] = difference.new
+                lr_changed = True
+    return lr_changed
+
+
+def _restore_generators(
+    job: loop.Job, manifest: Manifest, step: int, fetch: Callable[[str], torch.Tensor]
+) -> None:
+    prefix = f"rng.{job.world.rank}."
+    names = [name for name in manifest.tensors if name.startswith(prefix)]
+    if manifest.world_size == job.world.size and names:
+        rng.restore({name.removeprefix(prefix): fetch(name) for name in names})
+    else:
+        rng.seed_all(rng.derive("rank", job.seed, step, job.world.rank))
+
+
+def load_weights(model: torch.nn.Module, path: str) -> None:
+    """Fill the model from a safetensors file, all names exactly. Any rank, no collectives.
+
+    Raises:
+        ConfigError: a name or a shape differs.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise ConfigError(f"init.weights={path} does not fit this model: {error}") from None

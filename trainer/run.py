@@ -1,0 +1,204 @@
+"""python -m trainer.run [key=value …]: compose, check, launch, build, train, exit code."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from trainer import config, errors, launch
+from trainer.config import Run
+from trainer.errors import (
+    CONFIGURATION,
+    DONE,
+    FAILURE,
+    RUN_AGAIN,
+    ConfigError,
+    PerdureError,
+    Problem,
+    StoreError,
+)
+
+_GROUP_TIMEOUT_S = 600.0
+
+
+def conf_folder() -> Path:
+    """Return the folder of the shipped configuration: installed, or in a checkout."""
+    here = Path(__file__).resolve().parent
+    installed = here / "conf"
+    return installed if installed.is_dir() else here.parent / "conf"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code (the table is in trainer.errors)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if arguments[:1] == ["--worker"]:
+            return _worker(Path(arguments[1]))
+        return _command(arguments)
+    except PerdureError as error:
+        return _say_error(error)
+
+
+def _say_error(error: PerdureError) -> int:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+# --- compose and check -------------------------------------------------------------------------
+
+
+def _command(arguments: list[str]) -> int:
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from trainer import overrides
+
+    check_only = "--check" in arguments
+    prepared = overrides.prepare([a for a in arguments if a != "--check"], conf_folder())
+    ConfigStore.instance().store(
+        name="schema", node=OmegaConf.to_container(OmegaConf.structured(Run))
+    )
+    codes: list[int] = []
+
+    def job(composed: DictConfig) -> None:
+        is_sweep = _name_sweep_job(composed, prepared.swept)
+        try:
+            codes.append(_one_run(composed, prepared.problems, check_only))
+        except PerdureError as error:
+            codes.append(_say_error(error))
+        if is_sweep and codes[-1] == RUN_AGAIN:
+            raise SystemExit(RUN_AGAIN)
+
+    sys.argv = [sys.argv[0], *prepared.arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing and exiting with 1
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        if codes or not _is_compose_error(error):
+            raise
+        found = [*prepared.problems, Problem("command line", str(error).strip())]
+        raise ConfigError(errors.problems_text(found)) from None
+    failed = [code for code in codes if code != DONE]
+    return FAILURE if FAILURE in failed else (failed or [DONE])[0]
+
+
+def _is_compose_error(error: BaseException) -> bool:
+    frames = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        frames.append(traceback.tb_frame.f_code.co_name)
+        traceback = traceback.tb_next
+    return "_one_run" not in frames
+
+
+def _name_sweep_job(composed: DictConfig, swept: Sequence[str]) -> bool:
+    """In a multirun, add the job's swept values to its name, so that each has its directory."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    settings = HydraConfig.get()
+    if settings.mode != RunMode.MULTIRUN:
+        return False
+    chosen = [text.lstrip("+") for text in settings.overrides.task]
+    parts = [text for text in chosen if text.partition("=")[0] in swept]
+    parts = [text for text in parts if not text.startswith("name=")]
+    if parts and not OmegaConf.is_missing(composed, "name"):
+        OmegaConf.set_struct(composed, False)
+        composed.name = "-".join([composed.name, *parts]).replace("/", ".")
+    return True
+
+
+def _one_run(composed: DictConfig, problems: Sequence[Problem], check_only: bool) -> int:
+    run, found = config.merge(composed)
+    found = [*problems, *found]
+    if run is not None:
+        found += config.check_world(run, launch.world_size(run.launch))
+        from trainer import build  # imports torch; a typo is told without waiting for it
+
+        found += build.check(run)
+    if found or run is None:
+        raise ConfigError(errors.problems_text(found))
+    if check_only:
+        print(f"The configuration of {run.run_dir} is fine. Nothing was started.")
+        return DONE
+    stored = config.stored(composed)
+    if launch.is_rank():
+        return _rank(run, stored)
+    return _launch(run, stored)
+
+
+# --- launch ------------------------------------------------------------------------------------
+
+
+def _launch(run: Run, stored: Mapping[str, Any]) -> int:
+    """Refuse early what cannot go on, then become the only rank, or start all ranks."""
+    from trainer import attempt, resume
+    from trainer.storage import open_store
+
+    store = open_store(run.run_dir)
+    try:
+        store.probe()
+    except StoreError as error:
+        raise ConfigError(f"run_dir={run.run_dir} cannot be written: {error}") from None
+    start = resume.choose(store, run, stored)
+    if resume.finished(run, start):
+        print(attempt.finished_text(run, start.step))
+        return DONE
+    if launch.ranks_on_this_node(run.launch) == 1:
+        return _rank(run, stored)
+    payload = {"run": OmegaConf.to_container(OmegaConf.structured(run)), "stored": stored}
+    return launch.run_ranks(
+        payload,
+        run.launch,
+        logs=Path(run.run_dir) / "logs",
+        grace_s=run.preemption.grace_s,
+    )
+
+
+def _worker(file: Path) -> int:
+    """Be one of the ranks that `_launch` started."""
+    payload = json.loads(file.read_text())
+    run, found = config.merge(OmegaConf.create(payload["run"]))
+    if run is None:
+        raise ConfigError(errors.problems_text(found))
+    return _rank(run, payload["stored"])
+
+
+def _rank(run: Run, stored: Mapping[str, Any]) -> int:
+    """Be a rank: join the others, train, leave. Returns the exit code."""
+    import torch
+
+    from trainer import attempt, distributed
+
+    device = torch.device(launch.device_name(run.launch))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = run.trainer.deterministic
+    try:
+        world = distributed.connect(device, timeout_s=_GROUP_TIMEOUT_S)
+        try:
+            code = attempt.run_attempt(run, stored, world)
+        except PerdureError as error:
+            if world.size > 1 and not getattr(error, "agreed", False):
+                raise
+            code = _say_error(error) if world.rank == 0 else error.exit_code
+        world.close()
+    except BaseException as error:
+        if not launch.is_rank():
+            raise
+        launch.report_crash(error)  # the launcher shows it, once
+        raise SystemExit(FAILURE) from None
+    if world.rank == 0:
+        launch.leave_outcome(code)
+    return launch.rank_exit_code(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""A learning-rate schedule that torch does not have in one word."""
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def warmup_cosine(
+    optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, floor: float = 0.0
+) -> LambdaLR:
+    """Raise the learning rate linearly from 0, then lower it along half a cosine.
+
+    A closed form of the step (I. Loshchilov and F. Hutter, SGDR, ICLR 2017, eq. 5, one cycle):
+    only the step is kept in a checkpoint, so a longer run follows the longer curve from there.
+
+    Args:
+        optimizer: whose learning rates are scaled.
+        total_steps: where the curve ends; the configuration's word `total_steps` stands for the
+            run's length.
+        warmup_steps: steps of the linear rise.
+        floor: share of the learning rate that is left at the end, 0 … 1.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, factor)

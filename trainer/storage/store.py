@@ -1,0 +1,51 @@
+"""The contract of a store: keys are relative paths with `/`, values are bytes."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from trainer.errors import StoreError
+
+
+class AlreadyExists(StoreError):
+    """`create` found the key taken; nothing was changed."""
+
+
+class Store(Protocol):
+    """Where the keys of one run live.
+
+    Every method may be called from any rank and thread. Failures of the medium raise StoreError;
+    a key that does not exist raises FileNotFoundError.
+    """
+
+    url: str
+
+    def write(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """Write a new key from consecutive chunks; durable on return, not atomic."""
+
+    def create(self, key: str, data: bytes) -> None:
+        """Create `key` with exactly `data`, atomically and durably, only if it does not exist.
+
+        Raises:
+            AlreadyExists: somebody else's bytes are there. Finding one's own is a success.
+        """
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Set `key` to exactly `data`, atomically and durably."""
+
+    def read(self, key: str) -> bytes:
+        """Return all bytes of `key`."""
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        """Fill `buffer` from byte `start` of `key`; return how many bytes there were."""
+
+    def size(self, key: str) -> int:
+        """Return the bytes of `key`."""
+
+    def list(self, prefix: str) -> list[str]:
+        """Return the sorted keys below the folder `prefix`; empty where there is none."""
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete keys, durably, in this order; a missing one is not an error."""
+
+    def probe(self) -> None:
+        """Write and delete a small key, so that a store which refuses writing is found early."""
