@@ -143,22 +143,24 @@ class Run:
     init: Init = setting(Init, "What a fresh run begins with.")
 
 
-def merge(composed: DictConfig) -> tuple[Run | None, list[Problem]]:
+def merge(composed: DictConfig) -> tuple[Run, list[Problem]]:
     """Merge a composed configuration onto the schema.
 
-    Returns the frozen configuration, or None with every unknown key, wrong type, unresolvable
-    interpolation and value out of range. Values inside open groups are judged by `build.check`.
+    Returns the frozen configuration, and every unknown key, wrong type, unresolvable
+    interpolation and value out of range. Where there are problems the configuration is only good
+    for finding more of them: what could not be merged has its default. Values inside open groups
+    are judged by `build.check`.
     """
     schema = OmegaConf.structured(Run)
     problems = _merge_node(Run, composed, schema, "")
-    for missing in ("name", "run_dir"):
-        if not problems and OmegaConf.is_missing(schema, missing):
-            problems.append(Problem(missing, "is not set; give it a value"))
-    if problems:
-        return None, problems
+    for key in ("name", "run_dir"):
+        if OmegaConf.is_missing(schema, key):
+            if key not in {problem.key for problem in problems}:
+                problems.append(Problem(key, "is not set; give it a value"))
+            schema[key] = "unnamed"
     run: Run = OmegaConf.to_object(schema)  # type: ignore[assignment]
-    problems = check(run)
-    return (None if problems else run), problems
+    told = {problem.key for problem in problems}
+    return run, problems + [problem for problem in check(run) if problem.key not in told]
 
 
 def _merge_node(cls: type, node: DictConfig, schema: DictConfig, prefix: str) -> list[Problem]:

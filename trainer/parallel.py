@@ -63,13 +63,19 @@ def settle_buckets(
         for buffer, before in buffers:
             buffer.copy_(before)
     rng.restore(generators)
-    if not wrapped.find_unused_parameters and not has_rebuilt_buckets(wrapped):
+    rebuilds_by_now = not (wrapped.find_unused_parameters or wrapped.static_graph)
+    if rebuilds_by_now and not has_rebuilt_buckets(wrapped):
         raise RuntimeError("DDP kept its first buckets after the warm-up; resume is not exact")
 
 
 def has_rebuilt_buckets(wrapped: DistributedDataParallel) -> bool:
-    """Return whether the reducer has its final buckets (torch says so only in logging data)."""
-    return bool(wrapped._get_ddp_logging_data().get("has_rebuilt_buckets"))
+    """Return whether the reducer has its final buckets.
+
+    torch has no public word for it; a test fails when this attribute changes. Without unused
+    parameters the reducer rebuilds at the second forward, with a static graph at the third, and
+    with find_unused_parameters never.
+    """
+    return bool(wrapped._has_rebuilt_buckets)
 
 
 def take_rank0_buffers(model: nn.Module, world: World) -> None:

@@ -228,10 +228,10 @@ def _refusal(run: Run, start: Start, differences: tuple[Difference, ...]) -> str
             "this one cannot continue:",
             *(f"  {text}" for text in refused),
             "Take these back to go on with it, or",
-            "  name=…                       begin a new run from scratch",
-            f"  name=… resume={run.run_dir}  begin a new run from its full state",
-            "  name=… init.weights=…        begin a new run from exported weights alone "
-            f"(python -m trainer.export {run.run_dir} format=safetensors)",
+            "  name=…                        begin a new run from scratch",
+            f"  name=… resume={run.run_dir}   begin a new run from its full state",
+            "  name=… init.weights=<file>    begin a new run from its weights alone, exported with",
+            f"    python -m trainer.export {run.run_dir} format=safetensors",
         ]
     )
 

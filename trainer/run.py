@@ -115,14 +115,13 @@ def _name_sweep_job(composed: DictConfig, swept: Sequence[str]) -> bool:
 
 
 def _one_run(composed: DictConfig, problems: Sequence[Problem], check_only: bool) -> int:
-    run, found = config.merge(composed)
-    found = [*problems, *found]
-    if run is not None:
-        found += config.check_world(run, launch.world_size(run.launch))
-        from trainer import build  # imports torch; a typo is told without waiting for it
+    from trainer import build
 
-        found += build.check(run)
-    if found or run is None:
+    run, found = config.merge(composed)
+    found = [*problems, *found, *build.check(run)]
+    if not any(p.key.startswith(("launch.", "trainer.", "parallel.")) for p in found):
+        found += config.check_world(run, launch.world_size(run.launch))
+    if found:
         raise ConfigError(errors.problems_text(found))
     if check_only:
         print(f"The configuration of {run.run_dir} is fine. Nothing was started.")
@@ -165,7 +164,7 @@ def _worker(file: Path) -> int:
     """Be one of the ranks that `_launch` started."""
     payload = json.loads(file.read_text())
     run, found = config.merge(OmegaConf.create(payload["run"]))
-    if run is None:
+    if found:
         raise ConfigError(errors.problems_text(found))
     return _rank(run, payload["stored"])
 

@@ -32,7 +32,7 @@ class Jsonl:
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (close)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line."""

@@ -1,0 +1,82 @@
+"""python -m trainer.export RUN format=safetensors|state_dict [step=latest|best|N] [out=PATH]."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.errors import DONE, ConfigError, PerdureError, closest
+from trainer.export import safetensors, state_dict
+from trainer.export.source import open_source
+
+_FORMATS = {"safetensors": safetensors, "state_dict": state_dict}
+_OPTIONS = {"format": "safetensors", "step": "latest", "out": ""}
+_USAGE = f"""usage: python -m trainer.export RUN [format=…] [step=…] [out=…]
+  RUN     directory of a run
+  format  {" or ".join(_FORMATS)} (default safetensors)
+  step    latest, best, or the number of a step that the run has kept (default latest)
+  out     file to write (default RUN/exports/step-N.<suffix of the format>)"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(_USAGE)
+        return DONE if arguments else ConfigError.exit_code
+    try:
+        run_dir, options = _parse(arguments)
+        path, count = export(run_dir, options["format"], options["step"], options["out"])
+    except PerdureError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{path}: {count:,} tensors, {path.stat().st_size:,} bytes")
+    return DONE
+
+
+def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
+    options = dict(_OPTIONS)
+    runs = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            runs.append(argument)
+        elif key not in options:
+            raise ConfigError(f"there is no option {key!r}{closest(key, options)}\n{_USAGE}")
+        else:
+            options[key] = value
+    if len(runs) != 1:
+        raise ConfigError(f"one run is needed, {len(runs)} were given\n{_USAGE}")
+    if options["format"] not in _FORMATS:
+        hint = closest(options["format"], _FORMATS)
+        raise ConfigError(f"there is no format {options['format']!r}{hint}")
+    return runs[0], options
+
+
+def export(run_dir: str, format: str, step: str, out: str) -> tuple[Path, int]:
+    """Write the weights of a checkpoint; return the file's path and the number of tensors.
+
+    Needs one CPU process and no process group. The file appears whole and durable, or not at all.
+    """
+    source = open_source(run_dir, step)
+    module = _FORMATS[format]
+    name = f"step-{source.commit.step:08d}{module.SUFFIX}"
+    path = Path(out) if out else Path(run_dir) / "exports" / name
+    weights = source.weights()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+        try:
+            module.write(weights, temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={path} cannot be written: {error.strerror}") from None
+    return path, len(weights)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,13 @@
+"""`format=state_dict`: what `torch.load(path, weights_only=True)` returns as a dict of tensors."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SUFFIX = ".pt"
+
+
+def write(weights: dict[str, Tensor], path: Path) -> None:
+    """Write the weights as a plain state dict; shared storage stays shared."""
+    torch.save(weights, path)
