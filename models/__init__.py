@@ -1,0 +1,1 @@
+"""Plain nn.Modules; they know nothing of the trainer."""

@@ -1,0 +1,1 @@
+"""Perdure: training jobs that are killed and finish anyway."""

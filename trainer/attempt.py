@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,7 +110,10 @@ def _facts(world: World, threads: int) -> dict[str, Any]:
 def _load(
     run: Run, stored: Mapping[str, Any], job: loop.Job, store: Store, attempt: Attempt
 ) -> tuple[Start, State]:
-    """Load the newest checkpoint that every rank finds whole; set damaged ones aside. Collective."""
+    """Load the newest checkpoint that every rank finds whole; set damaged ones aside.
+
+    Collective.
+    """
     world = job.world
     damaged: list[Commit] = []
     while True:
@@ -117,7 +121,7 @@ def _load(
             lambda: resume.choose(store, run, stored, attempt=attempt.number, damaged=damaged)
         )
         try:
-            state = world.together(lambda: resume.load(job, start))
+            state = world.together(partial(resume.load, job, start))
         except DamagedError as error:
             if start.is_fork or start.commit is None or start.is_named:
                 raise
@@ -127,8 +131,7 @@ def _load(
                 print(f"DAMAGED: {error}. Trying the newest older one.", flush=True)
             continue
         if start.manifest is None and run.init.weights:
-            path = run.init.weights
-            world.together(lambda: resume.load_weights(job.model, path))
+            world.together(partial(resume.load_weights, job.model, run.init.weights))
         return start, state
 
 
@@ -228,7 +231,9 @@ def _resume_lines(
     number = start.manifest.attempt
     then = next((r for r in lineage.records(saved_in) if r["attempt"] == number), record)
     facts = ("world_size", "threads", "device", "versions")
-    changed = [f"{key} {then.get(key)} -> {record[key]}" for key in facts if then.get(key) != record[key]]  # noqa: E501
+    changed = [
+        f"{key} {then.get(key)} -> {record[key]}" for key in facts if then.get(key) != record[key]
+    ]
     if changed:
         lines.append(f"not bit-exact from here on, because of {'; '.join(changed)}")
     return lines

@@ -149,7 +149,9 @@ def _check_arguments(
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     given = set(positional[:provided])
-    valid = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    valid = [
+        n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
     valid = [name for name in valid if name not in given]
     problems = []
     for name, value in arguments.items():
@@ -216,7 +218,13 @@ def accepts(annotation: Any, value: Any) -> bool:
 def _numbers_only(members: Sequence[Any]) -> bool:
     """Whether a union is of numbers, and of tensors at most: no text is meant by it."""
     names = {getattr(member, "__name__", "") for member in members}
-    return bool(names & {"int", "float"}) and names <= {"int", "float", "bool", "NoneType", "Tensor"}
+    return bool(names & {"int", "float"}) and names <= {
+        "int",
+        "float",
+        "bool",
+        "NoneType",
+        "Tensor",
+    }
 
 
 # --- objects -----------------------------------------------------------------------------------
@@ -236,7 +244,7 @@ def _make(node: Mapping[str, Any], key: str, *provided: Any) -> Any:
         if isinstance(cause, ValueError):
             raise ConfigError(f"{key}: {node['_target_']} refused: {cause}") from cause
         if cause is not None:
-            raise cause
+            raise cause from None
         raise ConfigError(f"{key}: {error}") from error
 
 
@@ -299,7 +307,9 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
     model = build_model(run).to(world.device)
     options = {key: value for key, value in vars(run.parallel).items() if key != "strategy"}
     wrapped = parallel.wrap(model, world, parallel.DdpOptions(**options))
-    optimizer = _make(run.optimizer, "optimizer", [p for p in model.parameters() if p.requires_grad])
+    optimizer = _make(
+        run.optimizer, "optimizer", [p for p in model.parameters() if p.requires_grad]
+    )
     scheduler = None
     if run.scheduler:
         horizon = dict(

@@ -5,7 +5,7 @@ problem instead of stopping at the first, starts nothing and changes nothing.
 """
 
 import re
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -265,14 +265,6 @@ def _check_ranges(node: Any, prefix: str) -> list[Problem]:
     return problems
 
 
-def default_of(cls: type, name: str) -> Any:
-    """Return the default of a field of one of the dataclasses above."""
-    for item in fields(cls):
-        if item.name == name:
-            return item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
-    raise AttributeError(name)
-
-
 _SECRET = re.compile(
     r"(?i)(^|_)(password|passwd|secret|credentials?|api_?key|(access|secret)_?key"
     r"|(?<!pad_)(?<!bos_)(?<!eos_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)token)$"
@@ -285,23 +277,21 @@ def stored(composed: DictConfig) -> dict[str, Any]:
     Interpolations are resolved, except those that read the environment: they stay as text, so
     that what a variable held never reaches a file.
     """
-    raw = OmegaConf.to_container(composed, resolve=False)
-    return _stored_node(composed, raw)  # type: ignore[return-value]
+    found: dict[str, Any] = _stored_node(composed)
+    return found
 
 
-def _stored_node(node: DictConfig | ListConfig, raw: Any) -> Any:
-    keys = list(raw) if isinstance(raw, dict) else range(len(raw))
-    values = {}
-    for key in keys:
-        if isinstance(key, str) and _SECRET.search(key) and raw[key] is not None:
-            values[key] = "<redacted>"
-        elif isinstance(raw[key], (dict, list)):
-            values[key] = _stored_node(node[key], raw[key])
-        elif isinstance(raw[key], str) and "oc.env" in raw[key]:
-            values[key] = raw[key]
-        else:
-            value = node[key]
-            if isinstance(value, (DictConfig, ListConfig)):
-                value = _stored_node(value, OmegaConf.to_container(value, resolve=False))
-            values[key] = value
-    return values if isinstance(raw, dict) else list(values.values())
+def _stored_node(node: DictConfig | ListConfig) -> Any:
+    raw: Any = OmegaConf.to_container(node, resolve=False)
+    if isinstance(node, ListConfig):
+        return [_stored_value(node, index, raw[index]) for index in range(len(raw))]
+    return {str(key): _stored_value(node, key, raw[key]) for key in raw}
+
+
+def _stored_value(node: DictConfig | ListConfig, key: Any, raw: Any) -> Any:
+    if isinstance(key, str) and _SECRET.search(key) and raw is not None:
+        return "<redacted>"
+    if isinstance(raw, str) and "oc.env" in raw:
+        return raw
+    value = node[key]
+    return _stored_node(value) if isinstance(value, (DictConfig, ListConfig)) else value

@@ -26,7 +26,7 @@ class World:
     control: Any = None
 
     def from_rank0(self, ask: Callable[[], T]) -> T:
-        """Call `ask` on rank 0; return its answer, or raise its error, on every rank. Collective."""
+        """Call `ask` on rank 0; return its answer or raise its error on every rank. Collective."""
         if self.size == 1:
             return ask()
         outcome: list[Any] = [None]

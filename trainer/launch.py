@@ -124,11 +124,13 @@ def run_ranks(payload: Mapping[str, Any], launch: Launch, *, logs: Path, grace_s
             signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
             shutdown_timeout=int(grace_s) + 1,
             logs_specs=DefaultLogsSpecs(
-                log_dir=str(logs), redirects={rank: Std.ALL for rank in range(1, count)}
+                log_dir=str(logs), redirects=dict.fromkeys(range(1, count), Std.ALL)
             ),
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "trainer.run", "--worker", str(worker_file))
+            elastic_launch(config, sys.executable)(
+                "-m", "trainer.run", "--worker", str(worker_file)
+            )
         except ChildFailedError as error:
             print(_failure_text(error, logs), file=sys.stderr, flush=True)
             return _read_outcome(outcome, FAILURE) or FAILURE

@@ -37,7 +37,9 @@ class Job:
     optimizer: Optimizer
     scheduler: LRScheduler | None = None
     scheduler_interval: str = "step"
-    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))
+    scaler: torch.amp.GradScaler = field(
+        default_factory=lambda: torch.amp.GradScaler(enabled=False)
+    )
     precision: str = "fp32"
     data: TrainStream
     evaluation: EvalStream | None = None
@@ -193,9 +195,8 @@ def _due(every: Every, state: State, job: Job) -> str | None:
 def _schedule(job: Job, state: State, applied: bool) -> None:
     if job.scheduler is None or isinstance(job.scheduler, ReduceLROnPlateau):
         return  # a plateau is judged after each evaluation
-    if job.scheduler_interval == "step" and applied:
-        job.scheduler.step()
-    elif job.scheduler_interval == "epoch" and state.cursor["batch"] == 0:
+    epoch_ended = state.cursor["batch"] == 0
+    if epoch_ended if job.scheduler_interval == "epoch" else applied:
         job.scheduler.step()
 
 

@@ -33,7 +33,7 @@ def wrap(model: nn.Module, world: World, options: DdpOptions) -> nn.Module:
     return DistributedDataParallel(
         model,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        bucket_cap_mb=options.bucket_cap_mb,  # type: ignore[arg-type]
+        bucket_cap_mb=options.bucket_cap_mb,
         gradient_as_bucket_view=options.gradient_as_bucket_view,
         static_graph=options.static_graph,
         find_unused_parameters=options.find_unused_parameters,

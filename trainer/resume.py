@@ -39,6 +39,12 @@ class Difference:
             return False
         return head in _STATE_KEYS or self.key in _STATE_SETTINGS
 
+    @property
+    def moves_data(self) -> bool:
+        """Whether a position in the data means something else under the new value."""
+        head = self.key.partition(".")[0]
+        return head in ("seed", "data") or self.key in _STATE_SETTINGS
+
     def __str__(self) -> str:
         return f"{self.key}: {_shown(self.old)} -> {_shown(self.new)}"
 
@@ -271,9 +277,8 @@ def load(job: loop.Job, start: Start) -> State:
         job.scheduler.load_state_dict(tree.join(manifest.objects["scheduler"], reader.fetch))
     if job.scaler.is_enabled() and manifest.objects.get("scaler"):
         job.scaler.load_state_dict(tree.join(manifest.objects["scaler"], reader.fetch))
-    if any(key == "seed" or key.split(".")[0] == "data" or key in _STATE_SETTINGS for key in changed):
-        if start.is_fork:  # another order of the data: begin the epoch anew
-            state.cursor = {"epoch": state.cursor["epoch"], "batch": 0}
+    if start.is_fork and any(d.moves_data for d in start.differences):
+        state.cursor = {"epoch": state.cursor["epoch"], "batch": 0}
     _restore_generators(job, manifest, state.step, reader.fetch)
     return state
 

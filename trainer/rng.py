@@ -32,9 +32,12 @@ def capture() -> dict[str, Tensor]:
     _, words, gauss = random.getstate()
     python = _PYTHON.pack(*words, gauss is not None, gauss or 0.0)
     state = np.random.get_state(legacy=False)
-    inner = state["state"]  # type: ignore[index, call-overload]
+    inner = state["state"]
     numpy_bytes = _NUMPY.pack(
-        *inner["key"].tolist(), inner["pos"], state["has_gauss"], state["gauss"]  # type: ignore[index, call-overload]
+        *inner["key"].tolist(),
+        inner["pos"],
+        state["has_gauss"],
+        state["gauss"],
     )
     states = {
         "python": _as_tensor(python),

@@ -12,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 from trainer import config, errors, launch
 from trainer.config import Run
 from trainer.errors import (
-    CONFIGURATION,
     DONE,
     FAILURE,
     RUN_AGAIN,

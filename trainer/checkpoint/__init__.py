@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.checkpoint import lineage, manifest
+from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import Attempt, Commit
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import DamagedError, Reader

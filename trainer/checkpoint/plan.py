@@ -50,7 +50,9 @@ def make(tensors: Mapping[str, Tensor], world: World, previous: Plan | None = No
     current = digest(tensors)
     if all(world.gather(previous is not None and previous.digest == current)) and previous:
         return previous
-    from torch.distributed.checkpoint import DefaultSavePlanner  # imported at the first save
+    from torch.distributed.checkpoint.default_planner import (
+        DefaultSavePlanner,
+    )  # imported at the first save
 
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(dict(tensors), None, world.rank == 0)

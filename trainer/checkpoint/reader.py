@@ -106,8 +106,7 @@ class Reader:
         if size != record.bytes:
             raise self._damaged(
                 file,
-                f"it is {size:,} bytes, the manifest says {record.bytes:,}: "
-                "cut short or replaced",
+                f"it is {size:,} bytes, the manifest says {record.bytes:,}: cut short or replaced",
             )
         if record.header_bytes > min(record.bytes, shard.MAX_HEADER_BYTES):
             raise self._damaged(file, f"a header of {record.header_bytes:,} bytes cannot be")
@@ -162,7 +161,7 @@ class DamagedError(CheckpointError):
 def _bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor."""
     flat = tensor.view(-1) if tensor.dim() else tensor.view(1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy().data)
 
 
 def _describe(dtype: str, shape: tuple[int, ...]) -> str:

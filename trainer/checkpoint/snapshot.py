@@ -26,7 +26,7 @@ class Snapshot:
 
     def seal(self, layout: shard.Layout) -> tuple[memoryview, manifest.ShardFile]:
         """Compute the checksums, put the header in place; return the shard's bytes and record."""
-        data = memoryview(self._buffer.numpy())[: layout.total_bytes]
+        data = memoryview(self._buffer.numpy().data)[: layout.total_bytes]
         digests = [
             manifest.checksum(data[start : min(start + shard.BLOCK_BYTES, chunk.stop)])
             for chunk in layout.chunks

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainer.checkpoint.manifest import TensorRef
+from trainer.checkpoint.values import TensorRef
 from trainer.errors import CheckpointError
 
 
@@ -40,7 +40,9 @@ def split(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     if type(value) in (list, tuple):
         items = [split(item, f"{prefix}.{i}", tensors) for i, item in enumerate(value)]
         return items if type(value) is list else tuple(items)
-    if type(value) is dict and any(isinstance(item, (Tensor, list, tuple, dict)) for item in value.values()):  # noqa: E501
+    if type(value) is dict and any(
+        isinstance(item, (Tensor, list, tuple, dict)) for item in value.values()
+    ):
         return {key: split(item, f"{prefix}.{key}", tensors) for key, item in value.items()}
     return value
 
@@ -92,7 +94,9 @@ def add_model(content: Content, model: nn.Module, *, with_buffers: bool) -> None
         content.objects["model_extra"] = values
 
 
-def load_model(model: nn.Module, objects: Mapping[str, Any], fetch: Callable[[str], Tensor]) -> None:
+def load_model(
+    model: nn.Module, objects: Mapping[str, Any], fetch: Callable[[str], Tensor]
+) -> None:
     """Hand `_extra_state` values back; the tensors themselves were read in place."""
     for name, value in objects.get("model_extra", {}).items():
         owner = model.get_submodule(name.rpartition(".")[0])

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint import lineage, manifest, plan
+from trainer.checkpoint import lineage, manifest, plan, values
 from trainer.checkpoint.lineage import FOLDER, MANIFEST, Attempt
 from trainer.checkpoint.manifest import Manifest, TensorEntry
 from trainer.checkpoint.snapshot import Snapshot
@@ -106,4 +106,4 @@ def _refuse_unknown(content: Content) -> None:
             raise CheckpointError(
                 f"tensor {name!r} has the layout {tensor.layout}; only dense tensors are stored"
             )
-    manifest.encode(content.objects, "objects")
+    values.encode(content.objects, "objects")

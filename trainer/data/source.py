@@ -17,7 +17,7 @@ from trainer.state import Cursor
 
 @dataclass(frozen=True)
 class Datasets:
-    """A pair of datasets, for `data={_target_: trainer.data.source.Datasets, train: …, eval: …}`."""
+    """A pair of datasets: `data={_target_: trainer.data.source.Datasets, train: …, eval: …}`."""
 
     train: Any
     eval: Any | None = None
@@ -73,7 +73,7 @@ class TrainStream:
         return len(self.dataset) // self.global_batch_size
 
     def batches(self, cursor: Cursor) -> Iterator[tuple[list[Batch], Cursor]]:
-        """Yield (this rank's microbatches of one global batch, cursor after it) from `cursor` on."""
+        """Yield (this rank's microbatches of a global batch, cursor after it) from `cursor` on."""
         everything = order.global_batches(
             cursor,
             seed=self.seed,

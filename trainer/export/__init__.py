@@ -1,0 +1,1 @@
+"""Exports: what was trained, for people who have not got this project."""

@@ -1,0 +1,49 @@
+# make train     install, then train (ARGS="model=mlp trainer.max_epochs=3" passes overrides)
+# make test      install what the tests need, then run them
+# make check     formatting, lint, types, direction of imports
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+ARGS ?=
+
+.PHONY: train test test-cluster check format bench-loop clean
+
+train: $(VENV)/.installed
+	@$(BIN)/python -m trainer.run $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 -m "not cluster" $(ARGS)
+
+test-cluster: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m cluster $(ARGS)
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix --quiet .
+	$(BIN)/ruff format .
+
+bench-loop: $(VENV)/.installed
+	$(BIN)/python scripts/bench_loop.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (torch is large; once)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (torch is large; once)"
+	@$(PIP) --editable '.[test,dev]'
+	@touch $@ $(VENV)/.installed

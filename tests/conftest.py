@@ -1,0 +1,15 @@
+"""Fixtures of all tests, and the rule that continuous integration skips nothing."""
+
+import os
+
+import pytest
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Turn a skip into a failure where PERDURE_NO_SKIPS is set."""
+    report = yield
+    if report.skipped and os.environ.get("PERDURE_NO_SKIPS"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, and PERDURE_NO_SKIPS is set: {report.longrepr}"
+    return report

@@ -1,0 +1,112 @@
+"""Values of the state that are not tensors: to strict JSON and back, equal in value and type.
+
+Plain JSON turns integer keys into text and tuples into lists; a MultiStepLR whose milestones came
+back so would never decay again. So such values carry a tag. Nothing is ever pickled.
+"""
+
+import base64
+import json
+import math
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Stands in `objects` where the state has a tensor, which is stored under `name`."""
+
+    name: str
+
+
+def dump(value: Any) -> str:
+    """Return compact, strict JSON text."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+
+
+def encode(value: Any, where: str) -> Any:
+    """Turn a value into strict JSON, with a tag where JSON alone would lose its type.
+
+    `decode` gives back a value that is equal in value and type: integer keys, tuples, counters,
+    sets, bytes, complex and non-finite numbers and NumPy scalars included.
+
+    Raises:
+        CheckpointError: the type cannot be stored; the message names it and `where` it stands.
+    """
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if kind is list:
+        return [encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if kind is dict:
+        if all(type(key) is str and not key.startswith("$") for key in value):
+            return {key: encode(item, f"{where}.{key}") for key, item in value.items()}
+        return {"$dict": _encode_pairs(value, where)}
+    if kind in (tuple, set, frozenset):
+        items = value if kind is tuple else sorted(value, key=repr)
+        return {f"${kind.__name__}": [encode(item, where) for item in items]}
+    if kind in (Counter, OrderedDict):
+        return {f"${kind.__name__}": _encode_pairs(value, where)}
+    if kind is TensorRef:
+        return {"$tensor": value.name}
+    if kind is bytes:
+        return {"$bytes": base64.b64encode(value).decode()}
+    if kind is complex:
+        return {"$complex": [encode(value.real, where), encode(value.imag, where)]}
+    if kind.__module__ == "numpy" and hasattr(value, "dtype") and not value.shape:
+        return {"$numpy": [value.dtype.str, base64.b64encode(value.tobytes()).decode()]}
+    raise CheckpointError(
+        f"{where} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: it "
+        "stores tensors and JSON values and never pickles. Keep it as numbers, strings, lists, "
+        "dicts or tensors in the state_dict that returns it."
+    )
+
+
+def _encode_pairs(value: Mapping[Any, Any], where: str) -> list[list[Any]]:
+    return [
+        [encode(key, f"{where} key"), encode(item, f"{where}[{key!r}]")]
+        for key, item in value.items()
+    ]
+
+
+def _decode_numpy(content: list[str]) -> Any:
+    import numpy as np  # only where a NumPy scalar was stored
+
+    kind, data = content
+    if not re.fullmatch(r"[<>|=]?[bifcu]\d+", kind):
+        raise ValueError(f"{kind!r} is not a NumPy number")
+    return np.frombuffer(base64.b64decode(data), dtype=kind)[0]
+
+
+_TAGS: dict[str, Callable[[Any], Any]] = {
+    "$float": float,
+    "$tensor": TensorRef,
+    "$dict": lambda pairs: {decode(key): decode(item) for key, item in pairs},
+    "$tuple": lambda items: tuple(decode(item) for item in items),
+    "$set": lambda items: {decode(item) for item in items},
+    "$frozenset": lambda items: frozenset(decode(item) for item in items),
+    "$Counter": lambda pairs: Counter({decode(key): decode(item) for key, item in pairs}),
+    "$OrderedDict": lambda pairs: OrderedDict((decode(k), decode(item)) for k, item in pairs),
+    "$bytes": lambda text: base64.b64decode(text, validate=True),
+    "$complex": lambda pair: complex(decode(pair[0]), decode(pair[1])),
+    "$numpy": _decode_numpy,
+}
+
+
+def decode(value: Any) -> Any:
+    """Undo `encode`."""
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    if isinstance(value, dict):
+        if len(value) == 1:
+            ((tag, content),) = value.items()
+            if tag in _TAGS:
+                return _TAGS[tag](content)
+        return {key: decode(item) for key, item in value.items()}
+    return value
