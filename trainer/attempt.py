@@ -83,12 +83,16 @@ def _refuse_different_configs(stored: Mapping[str, Any], world: World) -> None:
     """Under torchrun every rank composes for itself; make sure that they found the same."""
     text = json.dumps(stored, sort_keys=True, default=str)
     digests = world.gather(hashlib.blake2b(text.encode()).hexdigest())
-    other = next((rank for rank, d in enumerate(digests) if d != digests[0]), None)
-    if other is not None:
-        raise ConfigError(
-            f"ranks 0 and {other} have different configurations; start every node with the same "
-            "command, configuration files and environment"
-        )
+
+    def compare() -> None:
+        other = next((rank for rank, d in enumerate(digests) if d != digests[0]), None)
+        if other is not None:
+            raise ConfigError(
+                f"ranks 0 and {other} have different configurations; start every node with the "
+                "same command, configuration files and environment"
+            )
+
+    world.from_rank0(compare)
 
 
 def _stored_threads(store: Store) -> int | None:
@@ -124,15 +128,26 @@ def _load(
             state = world.together(partial(resume.load, job, start))
         except DamagedError as error:
             if start.is_fork or start.commit is None or start.is_named:
-                raise
-            damaged.append(start.commit)
-            if world.rank == 0:
-                lineage.mark_damaged(store, start.commit, str(error))
-                print(f"DAMAGED: {error}. Trying the newest older one.", flush=True)
+                world.from_rank0(partial(_refuse_damaged, start, error))
+            else:
+                damaged.append(start.commit)
+                world.from_rank0(partial(_set_aside, store, start.commit, error))
             continue
         if start.manifest is None and run.init.weights:
             world.together(partial(resume.load_weights, job.model, run.init.weights))
         return start, state
+
+
+def _set_aside(store: Store, commit: Commit, error: DamagedError) -> None:
+    lineage.mark_damaged(store, commit, str(error))
+    print(f"DAMAGED: {error}. Trying the newest older one.", flush=True)
+
+
+def _refuse_damaged(start: Start, error: DamagedError) -> None:
+    commits = lineage.commits(open_store(start.store_url))
+    older = [f"{commit.step:,}" for commit in reversed(commits) if commit.step < start.step]
+    advice = f"resume from one of them with resume={older[0]}" if older else "there is no older one"
+    raise DamagedError(f"{error}. Older whole steps: {', '.join(older) or 'none'}; {advice}")
 
 
 def _saver(

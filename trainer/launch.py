@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,11 @@ def rank_exit_code(code: int) -> int:
 
 
 def report_crash(error: BaseException) -> None:
-    """Leave an error where the elastic agent finds it, so that it is shown once."""
+    """Leave an error where the elastic agent finds it, so that it is shown once; else print it."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        print(f"rank {os.environ.get('RANK')} failed:", file=sys.stderr)
+        traceback.print_exception(error)
+        return
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     handler = get_error_handler()

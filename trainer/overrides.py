@@ -6,11 +6,11 @@ reported with the rest.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 
 from trainer.errors import Problem, closest
 
@@ -43,13 +43,11 @@ def prepare(arguments: Sequence[str], conf: Path) -> Prepared:
     known = groups([conf, *_user_folders(arguments)])
     parser = OverridesParser.create()
     prepared = Prepared([], [], [])
-    for argument in arguments:
-        if argument.startswith("-") or "=" not in argument:
-            prepared.arguments.append(argument)
-            continue
+    flags = [a for a in arguments if not _is_override(a)]
+    for argument in filter(_is_override, arguments):
         try:
             override = parser.parse_override(argument)
-        except OverrideParseException as error:
+        except HydraException as error:
             text = f"{argument!r} cannot be read: {str(error).splitlines()[0]}"
             prepared.problems.append(Problem(argument.partition("=")[0], text))
             continue
@@ -64,7 +62,12 @@ def prepare(arguments: Sequence[str], conf: Path) -> Prepared:
         else:
             plain = argument[0] not in "+~"
             prepared.arguments.append("++" + argument if plain else argument)
-    return prepared
+    # Hydra's argument parser wants all overrides in one row.
+    return replace(prepared, arguments=[*flags, *prepared.arguments])
+
+
+def _is_override(argument: str) -> bool:
+    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
 
 
 def _user_folders(arguments: Sequence[str]) -> list[Path]:

@@ -192,5 +192,5 @@ def clean(store: Store, attempt: Attempt, newest: Commit) -> None:
             except AlreadyExists:
                 continue  # its writer was faster: lineage decides about it
             store.delete([f"{folder}/{name}" for name in names])
-        elif parsed[0] <= newest.step:
+        elif parsed[0] <= newest.step and DAMAGED not in names:
             delete(store, folder)

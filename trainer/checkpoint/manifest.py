@@ -24,7 +24,6 @@ MAX_MANIFEST_BYTES = 1 << 28
 
 _SHARD_NAME = re.compile(r"r\d{5,}-of-\d{5,}-[0-9a-f]{8}-\d+\.safetensors")
 _FOLDER_NAME = re.compile(r"step-(\d{8,})\.(\d{4,})")
-_LAST_FIELD = b',\n"checksum":'
 
 
 def checksum(data: bytes | bytearray | memoryview) -> str:
@@ -173,8 +172,14 @@ def to_bytes(manifest: Manifest) -> bytes:
         "config": encode(dict(manifest.config), "config"),
     }
     lines = [f"{json.dumps(key)}:{dump(value)}" for key, value in top.items()]
-    body = ("{\n" + ",\n".join(lines)).encode()
-    return body + _LAST_FIELD + json.dumps(checksum(body)).encode() + b"\n}\n"
+    # surrogatepass, as json.loads has it: Python's text for a path that is not UTF-8 needs it
+    body = ("{\n" + ",\n".join(lines)).encode("utf-8", "surrogatepass")
+    return body + _tail(body)
+
+
+def _tail(body: bytes) -> bytes:
+    """Return what follows the bytes that the checksum covers."""
+    return f',\n"checksum":"{checksum(body)}"\n}}\n'.encode()
 
 
 def void_bytes(attempt: int) -> bytes:
@@ -209,14 +214,14 @@ def from_bytes(data: bytes, where: str) -> Manifest:
             f"format version {top.get('version')!r}; this program reads version {VERSION}: "
             "read it with the version of Perdure that wrote it, or a newer one"
         )
-    body, found, _ = data.rpartition(_LAST_FIELD)
-    if not found or top.get("checksum") != checksum(body):
+    body = data[: -len(_tail(b""))]
+    if data != body + _tail(body):
         raise refuse("the checksum does not match its bytes; the file was altered or cut short")
     try:
         return _validated(top)
     except CheckpointError as error:
         raise refuse(str(error)) from None
-    except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise refuse(f"malformed: {type(error).__name__}: {error}") from None
 
 
@@ -245,15 +250,16 @@ def _validated(top: Mapping[str, Any]) -> Manifest:
     if not 1 <= _natural(top["block_bytes"]) <= 1 << 20:
         raise CheckpointError(f"block_bytes {top['block_bytes']} is not in 1 … 1,048,576")
     files = {}
-    for name, file in top["files"].items():
+    for name, file in _mapping(top["files"]).items():
         if not _SHARD_NAME.fullmatch(name):
             raise CheckpointError(f"{name!r} cannot be the name of a shard")
         files[name] = ShardFile(
             _natural(file["bytes"]), _natural(file["header_bytes"]), str(file["header_checksum"])
         )
-    tensors = {str(name): _entry(value) for name, value in top["tensors"].items()}
+    tensors = {str(name): _entry(value) for name, value in _mapping(top["tensors"]).items()}
+    total_bytes = sum(file.bytes for file in files.values())
     for name, entry in tensors.items():
-        _check_entry(name, entry, tensors, len(files))
+        _check_entry(name, entry, tensors, len(files), total_bytes)
     numbers = ("step", "epoch", "samples", "attempt", "save", "world_size")
     return Manifest(
         **{key: _natural(top[key]) for key in numbers},
@@ -261,10 +267,16 @@ def _validated(top: Mapping[str, Any]) -> Manifest:
         versions=dict(top["versions"]),
         tensors=tensors,
         files=files,
-        objects=decode(top["objects"]),
-        config=decode(top["config"]),
+        objects=_mapping(decode(top["objects"])),
+        config=_mapping(decode(top["config"])),
         block_bytes=top["block_bytes"],
     )
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"a {type(value).__name__} stands where a JSON object has to")
+    return value
 
 
 def _natural(value: Any) -> int:
@@ -273,8 +285,8 @@ def _natural(value: Any) -> int:
     return value
 
 
-def _entry(value: Mapping[str, Any]) -> TensorEntry:
-    if "alias" in value:
+def _entry(value: Any) -> TensorEntry:
+    if "alias" in _mapping(value):
         return TensorEntry(alias=str(value["alias"]))
     grid, columns = value.get("grid"), value.get("columns")
     return TensorEntry(
@@ -287,7 +299,11 @@ def _entry(value: Mapping[str, Any]) -> TensorEntry:
 
 
 def _check_entry(
-    name: str, entry: TensorEntry, tensors: Mapping[str, TensorEntry], file_count: int
+    name: str,
+    entry: TensorEntry,
+    tensors: Mapping[str, TensorEntry],
+    file_count: int,
+    total_bytes: int,
 ) -> None:
     if entry.alias is not None:
         if entry.alias not in tensors or tensors[entry.alias].alias is not None:
@@ -295,6 +311,8 @@ def _check_entry(
         return
     if entry.dtype not in DTYPES:
         raise CheckpointError(f"tensor {name!r} has the unknown dtype {entry.dtype!r}")
+    if element_count(entry.shape) * DTYPES[entry.dtype] > total_bytes:
+        raise CheckpointError(f"tensor {name!r} has more bytes than all files")
     if sum(how is not None for how in (entry.file, entry.grid, entry.columns)) != 1:
         raise CheckpointError(f"tensor {name!r} must have one of file, grid, columns")
     if entry.file is not None and entry.file >= file_count:

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 from trainer.errors import CheckpointError
@@ -133,16 +134,16 @@ def parse_header(
         blocks = metadata["blocks"]
         chunks, position, block = {}, len(data), 0
         for key, value in content.items():
-            start, stop = (len(data) + int(offset) for offset in value["data_offsets"])
-            shape = tuple(int(n) for n in value["shape"])
+            start, stop = (len(data) + index(offset) for offset in value["data_offsets"])
+            shape = tuple(index(n) for n in value["shape"])
             nbytes = element_count(shape) * DTYPES[value["dtype"]]
-            if start != position or stop - start != nbytes:
+            if start != position or stop - start != nbytes or min(shape, default=0) < 0:
                 raise ValueError(f"{key!r} lies at {start:,} to {stop:,}, not at {position:,}")
             chunks[key] = Chunk(key, value["dtype"], shape, start, stop, block)
             position, block = stop, block + block_count(nbytes, block_bytes)
         if position != total_bytes:
             raise ValueError(f"its tensors end at {position:,}, the file at {total_bytes:,}")
-        if len(blocks) != block * DIGEST_DIGITS:
+        if not isinstance(blocks, str) or len(blocks) != block * DIGEST_DIGITS:
             raise ValueError(f"{len(blocks):,} digits of checksums for {block:,} blocks")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where}: not a shard of a checkpoint: {error}") from None

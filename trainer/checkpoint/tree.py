@@ -33,8 +33,14 @@ class Content:
 
 
 def split(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
-    """Move every tensor inside `value` to `tensors`, leaving a TensorRef in its place."""
+    """Move every tensor inside `value` to `tensors`, leaving a TensorRef in its place.
+
+    Raises:
+        CheckpointError: two tensors would get one name, as {1: …, "1": …} would.
+    """
     if isinstance(value, Tensor):
+        if prefix in tensors:
+            raise CheckpointError(f"two tensors of the state would be stored as {prefix!r}")
         tensors[prefix] = value.detach()
         return TensorRef(prefix)
     if type(value) in (list, tuple):

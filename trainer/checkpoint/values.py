@@ -59,7 +59,7 @@ def encode(value: Any, where: str) -> Any:
         return {"$bytes": base64.b64encode(value).decode()}
     if kind is complex:
         return {"$complex": [encode(value.real, where), encode(value.imag, where)]}
-    if kind.__module__ == "numpy" and hasattr(value, "dtype") and not value.shape:
+    if kind.__module__ == "numpy" and _is_numpy_number(value):
         return {"$numpy": [value.dtype.str, base64.b64encode(value.tobytes()).decode()]}
     raise CheckpointError(
         f"{where} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: it "
@@ -75,11 +75,24 @@ def _encode_pairs(value: Mapping[Any, Any], where: str) -> list[list[Any]]:
     ]
 
 
+_NUMPY_NUMBER = re.compile(r"[<>|=]?[bifcu]\d+")
+
+
+def _is_numpy_number(value: Any) -> bool:
+    """Return whether the dtype's text says all about the type of this NumPy object."""
+    import numpy as np  # only where a NumPy object was met
+
+    if not isinstance(value, np.generic):
+        return False
+    text = value.dtype.str
+    return _NUMPY_NUMBER.fullmatch(text) is not None and np.dtype(text).type is type(value)
+
+
 def _decode_numpy(content: list[str]) -> Any:
     import numpy as np  # only where a NumPy scalar was stored
 
     kind, data = content
-    if not re.fullmatch(r"[<>|=]?[bifcu]\d+", kind):
+    if not _NUMPY_NUMBER.fullmatch(kind):
         raise ValueError(f"{kind!r} is not a NumPy number")
     return np.frombuffer(base64.b64decode(data), dtype=kind)[0]
 

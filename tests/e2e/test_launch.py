@@ -1,0 +1,88 @@
+"""One command, one process, local ranks, torchrun on one node and on two: the same training."""
+
+import socket
+import subprocess
+import sys
+
+from conftest import HARD
+
+from scripts.compare_runs import differences
+
+FRAGILE = [*HARD, "task._target_=mine.task.Fragile"]
+SHORT = [*FRAGILE, "trainer.max_steps=8"]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_ranks_are_the_same_bits_however_they_were_started(command):
+    assert command(*SHORT, "name=ours", "launch.nproc=2").returncode == 0
+    one_node = command(
+        "--standalone", "--nproc-per-node=2", "-m", "trainer.run", *SHORT, "name=one",
+        module="torch.distributed.run",
+    )  # fmt: skip
+    assert one_node.returncode == 0, one_node.stderr
+    port = free_port()
+    nodes = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+                f"--node-rank={node}", "--rdzv-backend=static",
+                "--master-addr=127.0.0.1", f"--master-port={port}",
+                "-m", "trainer.run", *SHORT, "name=two",
+            ],
+            cwd=command.folder, env=command.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+    outputs = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    runs = command.folder / "runs"
+    assert differences(str(runs / "ours"), str(runs / "one")) == []
+    assert differences(str(runs / "ours"), str(runs / "two")) == []
+
+
+def test_a_failing_rank_is_shown_once_with_its_traceback_and_takes_the_others_down(command):
+    failed = command(*SHORT, "name=a", "launch.nproc=3", FAIL_AT="1:5")
+    assert failed.returncode == 1
+    shown = failed.stdout + failed.stderr
+    assert shown.count("ZeroDivisionError: a bug in the user's own code") == 1
+    assert shown.count("Traceback") == 1
+    assert "rank 1 failed" in failed.stderr
+
+
+def test_output_of_other_ranks_lies_in_the_run_directory(command):
+    assert command(*SHORT, "name=a", "launch.nproc=2").returncode == 0
+    logs = sorted(path.name for path in (command.folder / "runs/a/logs").rglob("*.log"))
+    assert "stderr.log" in logs
+
+
+def test_a_bug_in_one_process_keeps_its_traceback(command):
+    failed = command(*SHORT, "name=a", FAIL_AT="0:3")
+    assert failed.returncode == 1
+    assert failed.stderr.count("ZeroDivisionError: a bug in the user's own code") == 1
+    assert 'task.py"' in failed.stderr
+
+
+def test_ranks_with_different_configurations_are_refused(command):
+    port = free_port()
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "trainer.run", *SHORT, "name=a", f"optimizer.lr={lr}"],
+            cwd=command.folder,
+            env={
+                **command.env, "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            },
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank, lr in enumerate((0.1, 0.2))
+    ]  # fmt: skip
+    errors = [node.communicate(timeout=120)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [2, 2], errors
+    assert "ranks 0 and 1 have different configurations" in errors[0]
+    assert errors[1] == ""

@@ -1,0 +1,361 @@
+"""The contract of a store, and what is particular to a directory."""
+
+import os
+import resource
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.errors import RUN_AGAIN, StoreError
+from trainer.storage import AlreadyExists, LocalStore, Store, open_store
+
+STORES: dict[str, Callable[[Path], Store]] = {"local": LocalStore}
+
+
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """Return an empty store; every kind of store keeps the same contract."""
+    return STORES[request.param](tmp_path / "runs" / "x")
+
+
+def in_threads(count: int, do: Callable[[int], object]) -> list[object]:
+    """Call `do` in threads that start together; return what each returned or raised."""
+    barrier = Barrier(count)
+
+    def one(number: int) -> object:
+        barrier.wait()
+        try:
+            return do(number)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+# --- the contract ------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read_back(store):
+    store.write("a/b/c.bin", [b"one", memoryview(b"two"), b"", b"three"])
+    assert store.read("a/b/c.bin") == b"onetwothree"
+    assert store.size("a/b/c.bin") == 11
+
+
+def test_an_empty_key_and_an_empty_value_are_told_apart_from_nothing(store):
+    store.write("empty", [])
+    assert store.read("empty") == b""
+    assert store.size("empty") == 0
+    with pytest.raises(FileNotFoundError):
+        store.read("absent")
+
+
+def test_a_value_of_many_megabytes_in_one_chunk_is_written_whole(store):
+    data = os.urandom(1 << 20) * 5 + b"end"
+    store.write("big", [memoryview(data)])
+    assert store.read("big") == data
+
+
+def test_a_chunk_of_wider_items_is_written_as_its_bytes(store):
+    store.write("x", [memoryview(bytes(range(16))).cast("Q")])
+    assert store.read("x") == bytes(range(16))
+
+
+def test_a_new_key_is_never_written_over_an_old_one(store):
+    store.write("a", [b"old"])
+    with pytest.raises(StoreError):
+        store.write("a", [b"new"])
+    assert store.read("a") == b"old"
+
+
+def test_create_makes_a_key_with_exactly_these_bytes(store):
+    store.create("a/b", b"data")
+    assert store.read("a/b") == b"data"
+    assert store.list("") == ["a/b"]
+
+
+def test_create_never_changes_what_is_there(store):
+    store.create("a/b", b"mine")
+    with pytest.raises(AlreadyExists, match="a/b"):
+        store.create("a/b", b"theirs")
+    with pytest.raises(AlreadyExists):
+        store.create("a/b", b"")
+    assert store.read("a/b") == b"mine"
+    assert store.list("") == ["a/b"]
+
+
+def test_create_is_a_success_where_its_own_bytes_are_there_already(store):
+    store.create("a", b"mine")
+    store.create("a", b"mine")
+    assert store.read("a") == b"mine"
+
+
+def test_of_many_that_create_one_key_exactly_one_succeeds(store):
+    for round_ in range(5):
+        key = f"race/{round_}"
+        outcomes = in_threads(8, lambda i, key=key: store.create(key, f"by {i}".encode() * 500))
+        winners = [i for i, outcome in enumerate(outcomes) if outcome is None]
+        losers = [outcome for outcome in outcomes if isinstance(outcome, AlreadyExists)]
+        assert (len(winners), len(losers)) == (1, 7)
+        assert store.read(key) == f"by {winners[0]}".encode() * 500
+    assert store.list("") == [f"race/{round_}" for round_ in range(5)]
+
+
+def test_replace_sets_a_key_whether_it_is_there_or_not(store):
+    store.replace("a/b", b"first")
+    assert store.read("a/b") == b"first"
+    store.replace("a/b", b"2nd")
+    assert store.read("a/b") == b"2nd"
+    assert store.list("") == ["a/b"]
+
+
+def test_a_reader_never_sees_half_of_a_replacement(store):
+    values = [bytes([i]) * 300_000 for i in range(4)]
+    store.replace("a", values[0])
+
+    def work(number: int) -> set[bytes]:
+        if number == 0:
+            for value in values * 5:
+                store.replace("a", value)
+            return set()
+        return {store.read("a") for _ in range(40)}
+
+    for seen in in_threads(3, work):
+        assert seen <= set(values), seen
+
+
+RANGE_BYTES = bytes(range(256)) * 4
+
+
+@given(start=st.integers(0, 1100), length=st.integers(0, 1100))
+@settings(max_examples=60, deadline=None)
+def test_read_into_fills_a_range_and_is_short_only_at_the_end(tmp_path_factory, start, length):
+    store = LocalStore(tmp_path_factory.getbasetemp())
+    store.create("range", RANGE_BYTES)
+    buffer = bytearray(b"\xaa" * length)
+    count = store.read_into("range", start, memoryview(buffer))
+    expected = RANGE_BYTES[start : start + length]
+    assert count == len(expected)
+    assert bytes(buffer) == expected + b"\xaa" * (length - count)
+
+
+def test_read_into_reads_ranges_at_both_ends(store):
+    store.write("a", [b"0123456789"])
+    buffer = bytearray(4)
+    assert store.read_into("a", 0, memoryview(buffer)) == 4
+    assert buffer == b"0123"
+    assert store.read_into("a", 8, memoryview(buffer)) == 2
+    assert buffer == b"8923"
+    assert store.read_into("a", 10, memoryview(buffer)) == 0
+    assert store.read_into("a", 99, memoryview(buffer)) == 0
+    assert store.read_into("a", 3, memoryview(bytearray())) == 0
+
+
+@pytest.mark.parametrize("method", ["read", "size"])
+def test_a_missing_key_is_told_apart_from_a_failure(store, method):
+    for key in ("absent", "absent/folder/key"):
+        with pytest.raises(FileNotFoundError):
+            getattr(store, method)(key)
+        with pytest.raises(FileNotFoundError):
+            store.read_into(key, 0, memoryview(bytearray(4)))
+
+
+def test_list_gives_the_sorted_keys_below_a_folder(store):
+    for key in ("b/2", "b/10", "a/x/y", "a.b", "c"):
+        store.write(key, [b""])
+    assert store.list("") == ["a.b", "a/x/y", "b/10", "b/2", "c"]
+    assert store.list("b") == ["b/10", "b/2"]
+    assert store.list("a") == ["a/x/y"]
+    assert store.list("a/x") == ["a/x/y"]
+    assert store.list("nowhere") == []
+
+
+def test_an_empty_store_lists_nothing_and_comes_to_be_by_no_read(store):
+    assert store.list("") == []
+    assert store.list("checkpoints") == []
+    assert not Path(store.url).exists()
+
+
+def test_deleted_keys_are_gone_and_the_others_stay(store):
+    for key in ("a/1", "a/2", "b/1"):
+        store.write(key, [b"x"])
+    store.delete(["a/1", "b/1"])
+    assert store.list("") == ["a/2"]
+    with pytest.raises(FileNotFoundError):
+        store.read("a/1")
+
+
+def test_deleting_what_is_not_there_is_no_error(store):
+    store.delete([])
+    store.delete(["absent", "no/such/folder/key"])
+    store.write("a", [b"x"])
+    store.delete(["a", "a"])
+    assert store.list("") == []
+
+
+def test_a_key_can_be_made_anew_after_it_was_deleted(store):
+    store.create("a/b", b"one")
+    store.delete(["a/b"])
+    store.create("a/b", b"two")
+    assert store.read("a/b") == b"two"
+
+
+OUTSIDE = ["../x", "/etc/passwd", "a/../../x", "..", "a/..", "/", "../x/y"]
+
+
+@pytest.mark.parametrize("key", OUTSIDE)
+def test_a_key_that_leaves_the_directory_is_refused_by_every_method(store, key, tmp_path):
+    outside = tmp_path / "runs" / "x" / ".." / "x"
+    for call in (
+        lambda: store.write(key, [b"x"]),
+        lambda: store.create(key, b"x"),
+        lambda: store.replace(key, b"x"),
+        lambda: store.read(key),
+        lambda: store.read_into(key, 0, memoryview(bytearray(1))),
+        lambda: store.size(key),
+        lambda: store.delete([key]),
+        lambda: store.list(key),
+    ):
+        with pytest.raises(ValueError, match="is not a key"):
+            call()
+    assert not outside.exists()
+
+
+def test_a_probe_leaves_nothing(store):
+    store.probe()
+    store.probe()
+    assert store.list("") == []
+
+
+def test_many_writers_of_one_new_folder_do_not_disturb_each_other(store):
+    outcomes = in_threads(8, lambda i: store.write(f"new/folder/{i}", [bytes([i])]))
+    assert outcomes == [None] * 8
+    assert [store.read(f"new/folder/{i}") for i in range(8)] == [bytes([i]) for i in range(8)]
+
+
+# --- a directory -------------------------------------------------------------------------------
+
+
+def test_a_directory_is_opened_by_its_path_or_as_a_file_url(tmp_path):
+    open_store(str(tmp_path)).write("a", [b"x"])
+    assert open_store(f"file://{tmp_path}").read("a") == b"x"
+    assert (tmp_path / "a").read_bytes() == b"x"
+
+
+def test_a_file_that_is_not_published_yet_is_not_listed(tmp_path):
+    store = LocalStore(tmp_path)
+    store.create("checkpoints/a", b"x")
+    (tmp_path / "checkpoints" / ".tmp-0123").write_bytes(b"half")
+    assert store.list("") == store.list("checkpoints") == ["checkpoints/a"]
+
+
+def test_no_temporary_file_stays_behind(tmp_path):
+    store = LocalStore(tmp_path)
+    store.create("a/x", b"one")
+    store.create("a/x", b"one")
+    with pytest.raises(AlreadyExists):
+        store.create("a/x", b"two")
+    store.replace("a/x", b"three")
+    store.probe()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "x"]
+
+
+def test_an_emptied_folder_goes_and_the_root_stays(tmp_path):
+    store = LocalStore(tmp_path / "run")
+    store.write("checkpoints/step/a", [b"x"])
+    store.write("b", [b"x"])
+    store.delete(["checkpoints/step/a", "b"])
+    assert [path.name for path in (tmp_path / "run").rglob("*")] == ["checkpoints"]
+
+
+def fails(store: Store, *, key: str = "folder/key") -> Iterator[StoreError]:
+    """Yield the error of every method that changes the store."""
+    for call in (
+        lambda: store.write(key, [b"x"]),
+        lambda: store.create(key, b"x"),
+        lambda: store.replace(key, b"x"),
+    ):
+        with pytest.raises(StoreError) as caught:
+            call()
+        yield caught.value
+
+
+def test_a_file_in_the_place_of_a_folder_is_named_with_advice(tmp_path):
+    (tmp_path / "folder").write_text("a file")
+    for error in fails(LocalStore(tmp_path)):
+        assert str(tmp_path / "folder" / "key") in str(error)
+        assert "a file stands where a folder is needed" in str(error)
+        assert error.exit_code == RUN_AGAIN
+    with pytest.raises(StoreError, match="a file stands where a folder is needed"):
+        LocalStore(tmp_path).read("folder/key")
+    with pytest.raises(StoreError, match="a file stands where a folder is needed"):
+        LocalStore(tmp_path).list("folder")
+    assert (tmp_path / "folder").read_text() == "a file"
+
+
+def test_a_run_dir_that_is_a_file_is_named_with_advice(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    store = LocalStore(tmp_path / "run")
+    for error in fails(store):
+        assert str(tmp_path / "run") in str(error)
+        assert "a file stands where a folder is needed" in str(error)
+    with pytest.raises(StoreError, match="a file stands where a folder is needed"):
+        store.probe()
+
+
+@pytest.mark.parametrize("place", ["/proc/perdure", "/sys/perdure"])
+def test_a_file_system_that_takes_no_files_is_named_with_advice(place):
+    store = LocalStore(place)
+    for error in fails(store):
+        assert place in str(error)
+        assert str(error).rpartition(";")[2].strip()
+    with pytest.raises(StoreError, match=place):
+        store.probe()
+
+
+def test_a_folder_in_the_place_of_a_file_is_a_store_error(tmp_path):
+    (tmp_path / "folder" / "key").mkdir(parents=True)
+    store = LocalStore(tmp_path)
+    for error in fails(store):
+        assert str(tmp_path / "folder" / "key") in str(error)
+    with pytest.raises(StoreError):
+        store.read("folder/key")
+    with pytest.raises(StoreError):
+        store.delete(["folder/key"])
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["key"]
+
+
+@contextmanager
+def files_limited_to(nbytes: int) -> Iterator[None]:
+    """Let the kernel refuse larger files; so a write fails in the middle, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_publication_that_fails_in_the_middle_publishes_and_leaves_nothing(tmp_path):
+    store = LocalStore(tmp_path)
+    store.create("a/old", b"old")
+    with files_limited_to(4096), pytest.raises(StoreError, match="EFBIG"):
+        store.create("a/new", bytes(10_000))
+    with files_limited_to(4096), pytest.raises(StoreError, match="EFBIG"):
+        store.replace("a/old", bytes(10_000))
+    assert store.read("a/old") == b"old"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["old"]
+
+
+def test_a_write_that_fails_in_the_middle_is_reported_and_can_be_deleted(tmp_path):
+    store = LocalStore(tmp_path)
+    with files_limited_to(4096), pytest.raises(StoreError, match="EFBIG"):
+        store.write("a/shard", [bytes(3000), bytes(3000)])
+    store.delete(["a/shard"])
+    assert list(tmp_path.iterdir()) == []
