@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import pkgutil
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from trainer.tracking.several import Several, Silent
 
 _HORIZON_WORDS = ("total_steps", "total_epochs", "steps_per_epoch")
 """Words that stand for the run's length in a scheduler's arguments."""
+_HYDRA_WORDS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 
 
 # --- before anything runs ----------------------------------------------------------------------
@@ -35,7 +37,8 @@ def check(run: Run) -> list[Problem]:
     """
     problems = []
     for group, provided in (("model", 0), ("data", 0), ("task", 0), ("optimizer", 1)):
-        problems += check_target(getattr(run, group), group, provided)
+        if getattr(run, group).get("_target_"):  # config.check tells where there is none
+            problems += check_target(getattr(run, group), group, provided)
     if run.scheduler:
         known = {key: value for key, value in run.scheduler.items() if key != "interval"}
         words = {k: 1 if v in _HORIZON_WORDS else v for k, v in known.items() if _hashable(v)}
@@ -74,11 +77,16 @@ def check_target(node: Any, key: str, provided: int = 0) -> list[Problem]:
     target, problem = _find(str(node["_target_"]))
     if target is None:
         return [Problem(f"{key}._target_", problem)]
-    arguments = {name: value for name, value in node.items() if not name.startswith("_")}
+    arguments = {name: value for name, value in node.items() if name not in _HYDRA_WORDS}
+    listed = node.get("_args_")
     problems = []
-    for name, value in arguments.items():
+    for name, value in {**arguments, "_args_": listed}.items():
         problems += _check_nested(value, f"{key}.{name}")
-    return problems + _check_arguments(target, str(node["_target_"]), arguments, key, provided)
+    provided += len(listed) if isinstance(listed, list) else 0
+    found = _check_arguments(target, str(node["_target_"]), arguments, key, provided)
+    if node.get("_partial_"):  # what is missing comes with the call
+        found = [problem for problem in found if problem.key.rpartition(".")[2] in arguments]
+    return problems + found
 
 
 def _check_nested(value: Any, key: str) -> list[Problem]:
@@ -94,6 +102,8 @@ def _check_nested(value: Any, key: str) -> list[Problem]:
 def _find(path: str) -> tuple[Any, str]:
     """Return (object, "") or (None, what is wrong)."""
     parts = path.split(".")
+    if not all(parts):
+        return None, f"{path!r} is not a dotted name"
     found: Any = None
     for count in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:count])
@@ -103,35 +113,42 @@ def _find(path: str) -> tuple[Any, str]:
             if error.name is not None and (module_name + ".").startswith(error.name + "."):
                 continue  # the module itself is missing, not something that it imports
             return None, f"{module_name} cannot be imported: {error}"
-        except Exception as error:  # a user's module may fail in any way while it is imported
+        except (Exception, SystemExit) as error:  # a user's module may fail in any way
             return None, f"{module_name} cannot be imported: {type(error).__name__}: {error}"
         for name in parts[count:]:
+            if not hasattr(found, name) and name in _submodules(found):
+                return None, f"{path} is a module, not a class or function"
             if not hasattr(found, name):
-                hint = closest(name, [n for n in dir(found) if not n.startswith("_")])
-                return None, f"{path}: there is no {name!r} in {module_name}{hint}"
+                missing = f"there is no {name!r} in {module_name}{closest(name, _names(found))}"
+                return None, f"{path}: {missing}{_shadowed(module_name)}"
             found = getattr(found, name)
         if not callable(found):
             return None, f"{path} is a {type(found).__name__}, not a class or function"
         return found, ""
-    return None, f"{path}: there is no module {parts[0]!r}{_shadowed(parts[0])}" + (
-        "" if len(parts) > 1 else "; give the dotted name of a class or function"
-    )
+    hint = "" if len(parts) > 1 else "; give the dotted name of a class or function"
+    return None, f"{path}: there is no module {parts[0]!r}{hint}"
+
+
+def _names(found: Any) -> list[str]:
+    return [name for name in [*dir(found), *_submodules(found)] if not name.startswith("_")]
+
+
+def _submodules(found: Any) -> list[str]:
+    """Return the names of a package's modules, also of those that nobody has imported."""
+    return [module.name for module in pkgutil.iter_modules(getattr(found, "__path__", []))]
 
 
 def _shadowed(name: str) -> str:
     """Say where `models` comes from, when a folder of the user's hides the one of this project."""
-    try:
-        module = importlib.import_module(name)
-    except ImportError:
-        return ""
     ours = Path(__file__).resolve().parent.parent / name
+    module = importlib.import_module(name)
     folders = [Path(folder).resolve() for folder in getattr(module, "__path__", [])]
-    if name == "models" and ours not in folders:
-        return (
-            f" part of that name: 'models' is {folders[0] if folders else module}, which hides "
-            "this project's own; rename that folder, or start from another directory"
-        )
-    return " part of that name"
+    if name != "models" or ours in folders:
+        return ""
+    return (
+        f"; 'models' is {folders[0] if folders else module} here, which hides this project's own: "
+        "rename that folder, or start from another directory"
+    )
 
 
 def _check_arguments(
@@ -159,6 +176,8 @@ def _check_arguments(
             if not takes_any:
                 text = f"{path} has no argument {name!r}{closest(name, valid)}"
                 problems.append(Problem(f"{key}.{name}", text))
+        elif value is None and parameters[name].default is None:
+            continue
         elif not accepts(_annotation(target, parameters[name]), value):
             text = f"{value!r} is not {_shown(_annotation(target, parameters[name]))}"
             problems.append(Problem(f"{key}.{name}", text))
@@ -198,10 +217,10 @@ def accepts(annotation: Any, value: Any) -> bool:
     if origin is typing.Literal:
         return value in inner
     if origin in (list, Sequence, set, frozenset):
-        return isinstance(value, list) and all(accepts(inner[0], item) for item in value)
+        return isinstance(value, list) and all(accepts(item, v) for item in inner for v in value)
     if origin is tuple:
-        if not isinstance(value, list):
-            return False
+        if not (isinstance(value, list) and inner):
+            return isinstance(value, list)
         items = [inner[0]] * len(value) if inner[1:] == (Ellipsis,) else list(inner)
         return len(items) == len(value) and all(map(accepts, items, value))
     if annotation is float:

@@ -4,14 +4,18 @@ Hydra composes the YAML files and the command line; `merge` judges the result. I
 problem instead of stopping at the first, starts nothing and changes nothing.
 """
 
+import copy
+import math
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from trainer.errors import Problem, closest
+
+_MAX_SEED = (1 << 63) - 1
 
 
 def setting(
@@ -43,7 +47,7 @@ class Sample:
 class Trainer:
     """How long to train, on how much at a time, and when to look."""
 
-    max_epochs: int | None = setting(10, "Stop after this many passes over the data.", at_least=1)
+    max_epochs: int | None = setting(15, "Stop after this many passes over the data.", at_least=1)
     max_steps: int | None = setting(None, "Stop after this many steps.", at_least=1)
     global_batch_size: int = setting(64, "Samples per step over all ranks.", at_least=1)
     accumulate: int = setting(1, "Microbatches per step on each rank.", at_least=1)
@@ -160,6 +164,7 @@ def merge(composed: DictConfig) -> tuple[Run, list[Problem]]:
             schema[key] = "unnamed"
     run: Run = OmegaConf.to_object(schema)  # type: ignore[assignment]
     told = {problem.key for problem in problems}
+    told |= {key.partition(".")[0] for key in told}  # an open group that could not be merged
     return run, problems + [problem for problem in check(run) if problem.key not in told]
 
 
@@ -175,15 +180,19 @@ def _merge_node(cls: type, node: DictConfig, schema: DictConfig, prefix: str) ->
         try:
             value = node[key]
         except OmegaConfBaseException as error:
-            problems.append(Problem(full, f"cannot be resolved: {_first_line(error)}"))
+            problems.append(Problem(full, _without_value(error)))
             continue
         if is_dataclass(hints[key]) and isinstance(value, DictConfig):
             inner: type = hints[key]
             problems += _merge_node(inner, value, schema[key], full + ".")
             continue
+        if isinstance(value, (DictConfig, ListConfig)):
+            unresolved = _unresolved(value, full)
+            if unresolved:
+                problems += unresolved
+                continue
+            value = OmegaConf.to_container(value, resolve=True)
         try:
-            if isinstance(value, (DictConfig, ListConfig)):
-                value = OmegaConf.to_container(value, resolve=True)
             if hints[key] == dict[str, Any] and value is None:
                 value = {}
             schema[key] = value
@@ -193,24 +202,52 @@ def _merge_node(cls: type, node: DictConfig, schema: DictConfig, prefix: str) ->
     return problems
 
 
+def _unresolved(node: DictConfig | ListConfig, prefix: str) -> list[Problem]:
+    """Return what has no value inside an open group or a list, each with its full key."""
+    problems = []
+    for key, full in _inner_keys(node, prefix):
+        try:
+            value = node[key]
+        except OmegaConfBaseException as error:
+            problems.append(Problem(full, _without_value(error)))
+            continue
+        if isinstance(value, (DictConfig, ListConfig)):
+            problems += _unresolved(value, full)
+    return problems
+
+
+def _inner_keys(node: DictConfig | ListConfig, prefix: str) -> list[tuple[Any, str]]:
+    if isinstance(node, ListConfig):
+        return [(index, f"{prefix}[{index}]") for index in range(len(node))]
+    return [(key, f"{prefix}.{key!s}") for key in node]
+
+
+def _without_value(error: OmegaConfBaseException) -> str:
+    if isinstance(error, MissingMandatoryValue):
+        return "is not set; give it a value"
+    return f"cannot be resolved: {_first_line(error)}"
+
+
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
 def check(run: Run) -> list[Problem]:
     """Return what is wrong with values that have the right type. Changes nothing."""
-    problems = _check_ranges(run, "")
+    problems = _check_ranges(run, "") + _check_numbers(run)
     if not re.fullmatch(r"[\w.,=+@-]+", run.name):
         text = f"{run.name!r} must be made of letters, digits and . , = + @ _ -"
         problems.append(Problem("name", text))
     if "://" in run.run_dir and not run.run_dir.startswith("file://"):
         text = f"{run.run_dir!r}: only local paths can hold a run so far"
         problems.append(Problem("run_dir", text))
+    if not run.run_dir:
+        problems.append(Problem("run_dir", "is empty; give the directory of the run"))
     if not run.resume:
         problems.append(Problem("resume", "is empty; use auto, never, best, a step or a path"))
     for key in ("nproc", "threads"):
         value = getattr(run.launch, key)
-        if value != "auto" and not (value.isdigit() and int(value) >= 1):
+        if value != "auto" and not (value.isdecimal() and int(value) >= 1):
             problems.append(Problem(f"launch.{key}", f"{value!r} is neither auto nor 1, 2, …"))
     if run.trainer.max_epochs is None and run.trainer.max_steps is None:
         text = "both trainer.max_steps and trainer.max_epochs are null: the run would never end"
@@ -246,6 +283,17 @@ def check_world(run: Run, world_size: int) -> list[Problem]:
     return problems
 
 
+def _check_numbers(run: Run) -> list[Problem]:
+    problems = []
+    if not all(size >= 1 for size in run.sample.shape):
+        problems.append(Problem("sample.shape", f"{run.sample.shape} has an axis below 1"))
+    if run.seed > _MAX_SEED:
+        problems.append(Problem("seed", f"{run.seed} is too large (nearest: {_MAX_SEED})"))
+    if math.isinf(run.preemption.grace_s):
+        problems.append(Problem("preemption.grace_s", "inf is not a number of seconds"))
+    return problems
+
+
 def _check_ranges(node: Any, prefix: str) -> list[Problem]:
     problems = []
     for item in fields(node):
@@ -266,7 +314,8 @@ def _check_ranges(node: Any, prefix: str) -> list[Problem]:
 
 
 _SECRET = re.compile(
-    r"(?i)(^|_)(password|passwd|secret|credentials?|api_?key|(access|secret)_?key"
+    r"(?i)(^|_)(password|passwd|passphrase|secret|credentials?|api_?key"
+    r"|(access|secret|private)_?key"
     r"|(?<!pad_)(?<!bos_)(?<!eos_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)token)$"
 )
 
@@ -275,23 +324,45 @@ def stored(composed: DictConfig) -> dict[str, Any]:
     """Return the configuration as it is stored: plain JSON values, secrets redacted.
 
     Interpolations are resolved, except those that read the environment: they stay as text, so
-    that what a variable held never reaches a file.
+    that what a variable held never reaches a file. A value that refers to a secret, or to such a
+    text, gets what is stored there.
     """
-    found: dict[str, Any] = _stored_node(composed)
+    safe = copy.deepcopy(composed)
+    texts: dict[str, str] = {}
+    _hide(safe, texts)
+    found: dict[str, Any] = _plain(safe, texts)
     return found
 
 
-def _stored_node(node: DictConfig | ListConfig) -> Any:
+def _hide(node: Any, texts: dict[str, str]) -> None:
+    """Replace secrets, and texts that read the environment by keys of `texts`."""
     raw: Any = OmegaConf.to_container(node, resolve=False)
-    if isinstance(node, ListConfig):
-        return [_stored_value(node, index, raw[index]) for index in range(len(raw))]
-    return {str(key): _stored_value(node, key, raw[key]) for key in raw}
+    items: Any = raw.items() if isinstance(raw, dict) else enumerate(raw)
+    for key, value in items:
+        if isinstance(key, str) and _SECRET.search(key) and value is not None:
+            node[key] = "<redacted>"
+        elif isinstance(value, str) and "oc.env" in value:
+            name = f"PERDURE_TEXT_{len(texts)}_"
+            texts[name] = value
+            node[key] = name
+        elif isinstance(value, (dict, list)):
+            _hide(node[key], texts)
 
 
-def _stored_value(node: DictConfig | ListConfig, key: Any, raw: Any) -> Any:
-    if isinstance(key, str) and _SECRET.search(key) and raw is not None:
-        return "<redacted>"
-    if isinstance(raw, str) and "oc.env" in raw:
-        return raw
-    value = node[key]
-    return _stored_node(value) if isinstance(value, (DictConfig, ListConfig)) else value
+def _plain(value: Any, texts: dict[str, str]) -> Any:
+    if isinstance(value, ListConfig):
+        return [_plain(_resolved(value, index), texts) for index in range(len(value))]
+    if isinstance(value, DictConfig):
+        return {str(key): _plain(_resolved(value, key), texts) for key in value}
+    if isinstance(value, str):
+        for name, text in texts.items():
+            value = value.replace(name, text)
+    return value
+
+
+def _resolved(node: DictConfig | ListConfig, key: Any) -> Any:
+    try:
+        return node[key]
+    except OmegaConfBaseException:  # computed from a text that reads the environment
+        raw: Any = OmegaConf.to_container(node, resolve=False)
+        return raw[key]

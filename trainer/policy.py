@@ -1,5 +1,6 @@
 """When to save and evaluate, and what to keep: pure functions of numbers."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -34,11 +35,15 @@ def stale(
     Args:
         steps: every committed step of this timeline, with its metric where one was measured.
         keep_last: newest steps to keep; the newest is always kept.
-        keep_best: steps with the best metric to keep.
+        keep_best: steps with the best metric to keep; of equal ones the earlier.
         mode: `max` or `min`, whether a larger metric is better.
     """
     kept = set(sorted(steps)[-max(keep_last, 1) :])
     sign = -1 if mode == "max" else 1
-    measured = [(sign * value, -step) for step, value in steps.items() if value is not None]
-    kept.update(-step for _, step in sorted(measured)[:keep_best])
+    measured = [
+        (sign * value, step)
+        for step, value in steps.items()
+        if value is not None and not math.isnan(value)
+    ]
+    kept.update(step for _, step in sorted(measured)[:keep_best])
     return sorted(set(steps) - kept)

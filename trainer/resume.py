@@ -1,5 +1,6 @@
 """Where a run goes on from, and whether this configuration may go on from there. Reads only."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,7 +136,7 @@ def choose(
                 f"{commits[-1].step:,}. Choose another name=…, or delete that directory yourself"
             )
         request = "auto"
-    wants_step = request.isdigit() or request == "best"
+    wants_step = request.isdecimal() or request == "best"
     if wants_step and not (honoured and commits):
         commit = _named(store, commits, request, run)
         start = replace(_open(store, commit), is_named=True)
@@ -199,9 +200,10 @@ def _best(store: Store, commits: list[Commit], run: Run) -> Commit | None:
     for commit in commits:
         state = lineage.read_manifest(store, commit).objects["run"]
         value = state["metrics"].get(run.checkpoint.metric)
-        if value is not None and state["last_eval_step"] == commit.step:
-            measured.append((sign * value, commit))
-    return max(measured)[1] if measured else None
+        at_this_step = state["last_eval_step"] == commit.step
+        if value is not None and not math.isnan(value) and at_this_step:
+            measured.append((sign * value, -commit.step, commit))  # of equal ones the earlier
+    return max(measured)[2] if measured else None
 
 
 def _fork(request: str) -> Start:

@@ -1,5 +1,6 @@
 """Everything that moves during training, besides the tensors of model and optimizer."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,7 +25,7 @@ class State:
     metrics: dict[str, float] = field(default_factory=dict)
     """Figures of that evaluation."""
     best: dict[str, float] | None = None
-    """`value` and `step` of the best metric so far, where one is tracked."""
+    """`value` and `step` of the best metric so far, where one is tracked; the earliest such."""
 
     @property
     def epoch(self) -> int:
@@ -42,7 +43,7 @@ class State:
         """Take note of a complete evaluation at this step."""
         self.last_eval_step = self.step
         self.metrics = metrics
-        if metric is None:
+        if metric is None or math.isnan(metrics[metric]):
             return
         value = metrics[metric]
         sign = 1 if mode == "max" else -1

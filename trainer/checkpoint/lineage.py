@@ -6,6 +6,7 @@ however late its manifest appears.
 """
 
 import json
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from trainer.checkpoint.manifest import Manifest, from_bytes, is_void, parse_folder, void_bytes
-from trainer.errors import StoreError, SupersededError
+from trainer.errors import CheckpointError, StoreError, SupersededError
 from trainer.storage import AlreadyExists, Store
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 DAMAGED = "damaged.json"
 _VOID_MAX_BYTES = 64
+_RECORD_KEY = re.compile(r"attempts/([0-9]{4,})\.json")
 
 
 @dataclass(frozen=True)
@@ -84,16 +86,18 @@ def _record_bytes(record: Mapping[str, Any]) -> bytes:
 
 
 def _numbers(store: Store) -> list[int]:
-    names = [key.removeprefix("attempts/").removesuffix(".json") for key in store.list("attempts")]
-    return sorted(int(name) for name in names if name.isdigit())
+    matches = [_RECORD_KEY.fullmatch(key) for key in store.list("attempts")]
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def _read(store: Store, number: int) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(store.read(_key(number)))
+        if not isinstance(record, dict):
+            raise ValueError(f"a {type(record).__name__}")
     except ValueError as error:
         raise StoreError(
-            f"{store.url}/{_key(number)} is not JSON ({error}); which checkpoints count depends "
+            f"{store.url}/{_key(number)} is not a JSON object ({error}); which checkpoints count depends "
             "on it. Restore it, or delete it if that attempt committed nothing"
         ) from None
     return record
@@ -142,18 +146,30 @@ def _orphaned(commit: Commit, starts: Sequence[tuple[int, int]]) -> bool:
 
 
 def _void(store: Store, key: str) -> bool:
-    return store.size(key) < _VOID_MAX_BYTES and is_void(store.read(key))
+    try:
+        return store.size(key) < _VOID_MAX_BYTES and is_void(store.read(key))
+    except FileNotFoundError:  # deleted since it was listed
+        return True
 
 
 def read_manifest(store: Store, commit: Commit) -> Manifest:
     """Read and validate a manifest. Any rank.
 
     Raises:
-        CheckpointError: it is altered, void, or of another version.
+        CheckpointError: it is altered, void, of another version or checkpoint, or gone.
         StoreError: it could not be read; nothing is known to be damaged.
     """
     where = f"{store.url}/{commit.manifest_key}"
-    return from_bytes(store.read(commit.manifest_key), where)
+    try:
+        manifest = from_bytes(store.read(commit.manifest_key), where)
+    except FileNotFoundError:
+        raise CheckpointError(f"{where}: it was deleted meanwhile") from None
+    if (manifest.step, manifest.attempt) != (commit.step, commit.attempt):
+        raise CheckpointError(
+            f"{where}: it is the manifest of step {manifest.step:,}, attempt {manifest.attempt}; "
+            "somebody copied or renamed it"
+        )
+    return manifest
 
 
 def mark_damaged(store: Store, commit: Commit, why: str) -> None:

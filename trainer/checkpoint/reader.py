@@ -34,7 +34,8 @@ class Reader:
                 raise CheckpointError(f"{self._where()} has no tensor {name!r}")
             entry = self._manifest.resolve(name)
             found = (entry.dtype, tuple(entry.shape))
-            wanted = (DTYPE_NAMES[target.dtype], tuple(target.shape))
+            dtype = DTYPE_NAMES.get(target.dtype, str(target.dtype))
+            wanted = (dtype, tuple(target.shape))
             if found != wanted:
                 raise CheckpointError(
                     f"{self._where()}: tensor {name!r} is {_describe(*found)}, this model needs "
@@ -64,11 +65,13 @@ class Reader:
         chunks, digests = self._header(part.file)
         whole = tuple(part.lengths) == tuple(target.shape)
         key = shard.part_key(name, None if whole else part.offsets)
-        shape = (*part.lengths, 2) if target.dtype == torch.complex128 else tuple(part.lengths)
-        if key not in chunks or chunks[key].shape != shape:
+        stored = (DTYPE_NAMES[target.dtype], tuple(part.lengths))
+        if target.dtype == torch.complex128:
+            stored = ("F64", (*part.lengths, 2))
+        if key not in chunks or (chunks[key].dtype, chunks[key].shape) != stored:
             raise CheckpointError(
-                f"{self._where()}: {part.file} does not hold {key!r} in the shape that the "
-                "manifest says"
+                f"{self._where()}: {part.file} does not hold {key!r} as {_describe(*stored)}, "
+                "which the manifest says"
             )
         place = target
         for dim, (offset, length) in enumerate(zip(part.offsets, part.lengths, strict=True)):
@@ -160,7 +163,7 @@ class DamagedError(CheckpointError):
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor."""
-    flat = tensor.view(-1) if tensor.dim() else tensor.view(1)
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # an axis of one may have any stride
     return memoryview(flat.view(torch.uint8).numpy().data)
 
 

@@ -21,6 +21,7 @@ ALIGNMENT_BYTES = 4096
 BLOCK_BYTES = 1 << 20
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own readers refuse more
 DIGEST_DIGITS = 16
+METADATA = "__metadata__"
 
 DTYPES: Mapping[str, int] = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8,
@@ -105,7 +106,7 @@ def header(layout: Layout, digests: Sequence[str]) -> bytes:
 
 
 def _header_json(spans: Sequence[Chunk], blocks: str) -> bytes:
-    content: dict[str, Any] = {"__metadata__": {"algorithm": "xxh3_64", "blocks": blocks}}
+    content: dict[str, Any] = {METADATA: {"algorithm": "xxh3_64", "blocks": blocks}}
     for span in spans:
         shape = list(span.shape)
         content[span.key] = {
@@ -130,7 +131,7 @@ def parse_header(
         if int.from_bytes(data[:8], "little") != len(data) - 8:
             raise ValueError(f"the header's length is not {len(data) - 8:,}")
         content = json.loads(data[8:])
-        metadata = content.pop("__metadata__")
+        metadata = content.pop(METADATA)
         blocks = metadata["blocks"]
         chunks, position, block = {}, len(data), 0
         for key, value in content.items():

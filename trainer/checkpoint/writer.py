@@ -1,17 +1,18 @@
 """One save: plan, snapshot, write, commit."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 
-from trainer.checkpoint import lineage, manifest, plan, values
+from trainer.checkpoint import lineage, manifest, plan, shard, values
 from trainer.checkpoint.lineage import FOLDER, MANIFEST, Attempt
 from trainer.checkpoint.manifest import Manifest, TensorEntry
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.tree import Content
 from trainer.distributed import World
-from trainer.errors import CheckpointError, PerdureError
+from trainer.errors import CheckpointError, PerdureError, StoreError
 from trainer.storage import AlreadyExists, Store
 
 
@@ -56,17 +57,21 @@ class Writer:
             rank=world.rank, world_size=world.size, token=self._attempt.token, save=self._saves
         )
 
+        litter = [f"{folder}/{name}"]  # what to delete if this save fails; space may be short
+
         def write_shard() -> tuple[str, manifest.ShardFile]:
             self._snapshot.fill(current.layout, content.tensors)
             data, record = self._snapshot.seal(current.layout)
-            self._store.write(f"{folder}/{name}", [data])
+            try:
+                self._store.write(f"{folder}/{name}", [data])
+            except AlreadyExists:
+                litter.clear()  # it is somebody else's
+                raise
             return name, record
 
-        try:
-            files = dict(world.on_each(write_shard))
-        except PerdureError:
-            self._store.delete([f"{folder}/{name}"])  # of no use to anybody, and space may be short
-            raise
+        def check() -> None:
+            before_commit()
+            lineage.refuse_if_superseded(self._store, self._attempt)
 
         def commit() -> Manifest:
             aliases = {name: TensorEntry(alias=owner) for name, owner in content.aliases.items()}
@@ -84,8 +89,6 @@ class Writer:
                 objects=content.objects,
                 config=config,
             )
-            before_commit()
-            lineage.refuse_if_superseded(self._store, self._attempt)
             try:
                 self._store.create(f"{folder}/{MANIFEST}", manifest.to_bytes(made))
             except AlreadyExists:
@@ -95,11 +98,23 @@ class Writer:
                 ) from None
             return made
 
-        return world.from_rank0(commit)
+        committing = False
+        try:
+            files = dict(world.on_each(write_shard))
+            world.from_rank0(check)
+            committing = True
+            return world.from_rank0(commit)
+        except PerdureError as error:
+            if not (committing and isinstance(error, StoreError)):  # else it may be committed
+                with suppress(StoreError):
+                    self._store.delete(litter)
+            raise
 
 
 def _refuse_unknown(content: Content) -> None:
     for name, tensor in content.tensors.items():
+        if name == shard.METADATA:
+            raise CheckpointError(f"a tensor cannot be called {name!r}; safetensors uses that name")
         if tensor.dtype not in plan.DTYPE_NAMES:
             raise CheckpointError(f"tensor {name!r} has the dtype {tensor.dtype}, not storable")
         if tensor.layout != torch.strided:

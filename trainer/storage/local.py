@@ -21,14 +21,17 @@ class LocalStore:
         self._root = Path(root)
 
     def write(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
-        """Write a new file and fsync it and its folder. Raises FileExistsError if it exists."""
+        """Write a new file and fsync it and its folder."""
         path = self._path(key)
         with _store_errors("write", path):
             self._make_folder(path.parent)
-            with open(path, "xb", buffering=0) as file:
-                for chunk in chunks:
-                    _write_all(file.fileno(), chunk)
-                os.fsync(file.fileno())
+            try:
+                with open(path, "xb", buffering=0) as file:
+                    for chunk in chunks:
+                        _write_all(file.fileno(), chunk)
+                    os.fsync(file.fileno())
+            except FileExistsError:
+                raise AlreadyExists(f"{path} exists already") from None
             _sync_folder(path.parent)
 
     def create(self, key: str, data: bytes) -> None:
@@ -49,19 +52,27 @@ class LocalStore:
         """Publish by rename(2)."""
         path = self._path(key)
         with _store_errors("replace", path):
-            os.rename(self._write_temporary(path, data), path)
+            temporary = self._write_temporary(path, data)
+            try:
+                os.rename(temporary, path)
+            except OSError:
+                os.unlink(temporary)
+                raise
             _sync_folder(path.parent)
 
     def read(self, key: str) -> bytes:
         """Return the whole file."""
         path = self._path(key)
-        with _store_errors("read", path):
+        with _store_errors("read", path, may_be_missing=True):
             return path.read_bytes()
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> int:
         """Read one range; short only at the end of the file."""
         path = self._path(key)
-        with _store_errors("read", path), open(path, "rb", buffering=0) as file:
+        with (
+            _store_errors("read", path, may_be_missing=True),
+            open(path, "rb", buffering=0) as file,
+        ):
             done = 0
             while done < len(buffer):
                 count = os.preadv(file.fileno(), [buffer[done:]], start + done)
@@ -73,14 +84,15 @@ class LocalStore:
     def size(self, key: str) -> int:
         """Return the file's size."""
         path = self._path(key)
-        with _store_errors("look at", path):
+        with _store_errors("look at", path, may_be_missing=True):
             return path.stat().st_size
 
     def list(self, prefix: str) -> list[str]:
         """Walk the folder; files that `create` and `replace` have not published are left out."""
         found = []
-        with _store_errors("list", self._root / prefix):
-            for folder, _, names in os.walk(self._root / prefix, onerror=_raise_unless_missing):
+        top = self._path(prefix)
+        with _store_errors("list", top):
+            for folder, _, names in os.walk(top, onerror=_raise_unless_missing):
                 relative = Path(folder).relative_to(self._root)
                 found += [str(relative / n) for n in names if not n.startswith(_TEMPORARY)]
         return sorted(found)
@@ -114,15 +126,22 @@ class LocalStore:
         if folder.is_dir():
             return
         self._make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
         _sync_folder(folder.parent)
 
     def _write_temporary(self, path: Path, data: bytes) -> Path:
         self._make_folder(path.parent)
         temporary = path.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
-        with open(temporary, "xb", buffering=0) as file:
-            _write_all(file.fileno(), data)
-            os.fsync(file.fileno())
+        try:
+            with open(temporary, "xb", buffering=0) as file:
+                _write_all(file.fileno(), data)
+                os.fsync(file.fileno())
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
         return temporary
 
     def _leave(self, folder: Path) -> None:
@@ -154,13 +173,13 @@ def _raise_unless_missing(error: OSError) -> None:
 
 
 @contextmanager
-def _store_errors(verb: str, path: Path) -> Iterator[None]:
-    """Turn an OSError into a StoreError with the path; a missing file stays what it is."""
+def _store_errors(verb: str, path: Path, *, may_be_missing: bool = False) -> Iterator[None]:
+    """Turn an OSError into a StoreError with the path; where one reads, a missing file stays so."""
     try:
         yield
-    except (FileNotFoundError, StoreError):
-        raise
     except OSError as error:
+        if may_be_missing and isinstance(error, FileNotFoundError):
+            raise
         name = errno.errorcode.get(error.errno or 0, "")
         advice = {
             "ENOSPC": "free some space, or lower checkpoint.keep_last",

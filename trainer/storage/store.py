@@ -7,7 +7,7 @@ from trainer.errors import StoreError
 
 
 class AlreadyExists(StoreError):
-    """`create` found the key taken; nothing was changed."""
+    """`write` or `create` found the key taken; nothing was changed."""
 
 
 class Store(Protocol):
@@ -20,7 +20,11 @@ class Store(Protocol):
     url: str
 
     def write(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
-        """Write a new key from consecutive chunks; durable on return, not atomic."""
+        """Write a new key from consecutive chunks; durable on return, not atomic.
+
+        Raises:
+            AlreadyExists: the key is taken.
+        """
 
     def create(self, key: str, data: bytes) -> None:
         """Create `key` with exactly `data`, atomically and durably, only if it does not exist.

@@ -69,7 +69,7 @@ def test_a_chunk_of_wider_items_is_written_as_its_bytes(store):
 
 def test_a_new_key_is_never_written_over_an_old_one(store):
     store.write("a", [b"old"])
-    with pytest.raises(StoreError):
+    with pytest.raises(AlreadyExists, match="a"):
         store.write("a", [b"new"])
     assert store.read("a") == b"old"
 
@@ -211,7 +211,6 @@ OUTSIDE = ["../x", "/etc/passwd", "a/../../x", "..", "a/..", "/", "../x/y"]
 
 @pytest.mark.parametrize("key", OUTSIDE)
 def test_a_key_that_leaves_the_directory_is_refused_by_every_method(store, key, tmp_path):
-    outside = tmp_path / "runs" / "x" / ".." / "x"
     for call in (
         lambda: store.write(key, [b"x"]),
         lambda: store.create(key, b"x"),
@@ -224,7 +223,7 @@ def test_a_key_that_leaves_the_directory_is_refused_by_every_method(store, key, 
     ):
         with pytest.raises(ValueError, match="is not a key"):
             call()
-    assert not outside.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_probe_leaves_nothing(store):

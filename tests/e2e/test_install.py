@@ -1,0 +1,51 @@
+"""From a clean clone: the two commands of the README, and an ordinary installation."""
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments, **options):
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=900, **options)
+
+
+@pytest.fixture
+def clone(tmp_path):
+    made = run("git", "clone", "--quiet", str(ROOT), str(tmp_path / "clone"))
+    if made.returncode:
+        pytest.fail(made.stderr)
+    return tmp_path / "clone"
+
+
+@pytest.mark.cluster
+def test_make_train_in_a_fresh_clone(clone):
+    done = run("make", "train", "ARGS=model=mlp trainer.max_epochs=3", cwd=clone)
+    assert done.returncode == 0, done.stderr
+    assert "Finished at step 66" in done.stdout
+    assert (clone / "runs/digits-mlp/metrics.jsonl").exists()
+
+
+@pytest.mark.cluster
+def test_pip_install_works_from_any_directory(clone, tmp_path):
+    """Dependencies come from this environment; the project itself is installed anew."""
+    venv, folder = tmp_path / "venv", tmp_path / "elsewhere"
+    folder.mkdir()
+    assert run(sys.executable, "-m", "venv", str(venv)).returncode == 0
+    python = str(venv / "bin/python")
+    installed = run(python, "-m", "pip", "install", "--no-deps", str(clone))
+    assert installed.returncode == 0, installed.stderr
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout
+    Path(site.strip(), "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    done = run(python, "-m", "trainer.run", "data=synthetic", "trainer.max_steps=2", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "runs/synthetic-cnn/config.yaml").exists()
+    (folder / "models").mkdir()
+    (folder / "models/__init__.py").touch()
+    shadowed = run(python, "-m", "trainer.run", "--check", cwd=folder)
+    assert shadowed.returncode == 2
+    assert f"'models' is {folder / 'models'}, which hides" in shadowed.stderr

@@ -1,0 +1,69 @@
+"""warmup_cosine against a table made by hand, and on a longer road after a reload."""
+
+import math
+
+import pytest
+import torch
+
+from trainer.schedule import warmup_cosine
+
+
+def made(**arguments):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    return optimizer, warmup_cosine(optimizer, **arguments)
+
+
+def rates(optimizer, scheduler, steps):
+    """Return the learning rate of each of the next `steps` steps."""
+    seen = []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+def test_the_whole_curve_with_a_warmup():
+    root = math.sqrt(3) / 2
+    half_cosine = [1, (1 + root) / 2, 3 / 4, 1 / 2, 1 / 4, (1 - root) / 2, 0, 0, 0]
+    by_hand = [2 * f for f in [1 / 5, 2 / 5, 3 / 5, 4 / 5, *half_cosine]]
+    found = rates(*made(total_steps=10, warmup_steps=4), 13)
+    assert found == pytest.approx(by_hand, abs=1e-15)
+
+
+def test_without_a_warmup_it_begins_at_the_full_rate_and_ends_at_the_floor():
+    found = rates(*made(total_steps=4, floor=0.1), 6)
+    by_hand = [1, 0.1 + 0.9 * (2 + math.sqrt(2)) / 4, 0.55, 0.1 + 0.9 * (2 - math.sqrt(2)) / 4]
+    assert found == pytest.approx([2 * f for f in [*by_hand, 0.1, 0.1]])
+
+
+def test_a_run_shorter_than_its_warmup_only_rises():
+    found = rates(*made(total_steps=2, warmup_steps=4), 3)
+    assert found == pytest.approx([0.4, 0.8, 1.2])
+
+
+def test_every_group_keeps_its_own_rate():
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": [parameters[0]], "lr": 1.0}, {"params": [parameters[1]], "lr": 10.0}]
+    optimizer = torch.optim.SGD(groups)
+    scheduler = warmup_cosine(optimizer, total_steps=2)
+    optimizer.step()
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5, 5.0])
+
+
+def test_after_a_reload_a_longer_run_follows_the_longer_curve_from_there():
+    optimizer, scheduler = made(total_steps=10, warmup_steps=2)
+    rates(optimizer, scheduler, 5)
+    longer, its_scheduler = made(total_steps=20, warmup_steps=2)
+    its_scheduler.load_state_dict(scheduler.state_dict())
+    rates(longer, its_scheduler, 1)  # the step in hand still has the rate that was saved
+    uninterrupted = rates(*made(total_steps=20, warmup_steps=2), 20)
+    assert rates(longer, its_scheduler, 14) == uninterrupted[6:]
+
+
+def test_only_numbers_are_kept_in_a_checkpoint():
+    _, scheduler = made(total_steps=10)
+    kept = scheduler.state_dict()
+    assert kept["lr_lambdas"] == [None]
+    assert kept["last_epoch"] == 0
