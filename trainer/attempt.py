@@ -19,7 +19,7 @@ from trainer.checkpoint.lineage import Attempt, Commit
 from trainer.checkpoint.saver import Saver
 from trainer.config import Run
 from trainer.distributed import World
-from trainer.errors import DONE, RUN_AGAIN, ConfigError
+from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError
 from trainer.policy import Every
 from trainer.preemption import Stop
 from trainer.resume import Start
@@ -76,7 +76,9 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
             lineage.amend(store, attempt, {"ended": lineage.now(), **ending})
     if world.rank == 0:
         print(_end_text(run, state, saver, done, time.monotonic() - began), flush=True)
-    return DONE if done else RUN_AGAIN
+    if not done:
+        return RUN_AGAIN
+    return DONE if saver.committed_step == state.step else FAILURE
 
 
 def _refuse_different_configs(stored: Mapping[str, Any], world: World) -> None:

@@ -139,8 +139,8 @@ def run_ranks(payload: Mapping[str, Any], launch: Launch, *, logs: Path, grace_s
         except ChildFailedError as error:
             print(_failure_text(error, logs), file=sys.stderr, flush=True)
             return _read_outcome(outcome, FAILURE) or FAILURE
-        except SignalException as error:
-            return _read_outcome(outcome, 128 + int(error.sigval))
+        except SignalException:
+            return _read_outcome(outcome, RUN_AGAIN)  # stopped before it had begun
         return _read_outcome(outcome, FAILURE)
 
 

@@ -63,7 +63,10 @@ def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
     """
     job.wrapped.train()
     pace = _Pace(state)
+    evaluated = state.last_eval_step
     interrupted = not _evaluate_if_due(job, state, stop)  # an evaluation that a stop cut short
+    if state.last_eval_step != evaluated:
+        saver.committed_step = None  # the checkpoint of this step has not got its evaluation
     batches = job.data.batches(state.cursor)
     while state.step < job.max_steps and not interrupted:
         microbatches, cursor = next(batches)
@@ -164,7 +167,10 @@ def _evaluate_if_due(job: Job, state: State, stop: Stop) -> bool:
     """Evaluate if this step is due and not done yet; return False if a stop interrupted it."""
     if state.step == 0 or state.last_eval_step == state.step:
         return True
-    if job.evaluation is None or not _due(job.eval_every, state, job):
+    if not _due(job.eval_every, state, job):
+        return True
+    if job.evaluation is None:
+        state.last_eval_step = state.step  # all that there is to measure
         return True
     began = time.monotonic()
     figures = evaluate(job, state, stop)

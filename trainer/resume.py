@@ -245,13 +245,14 @@ def _refusal(run: Run, start: Start, differences: tuple[Difference, ...]) -> str
 
 
 def finished(run: Run, start: Start) -> bool:
-    """Return whether the checkpoint is already at the end that `run` asks for."""
+    """Return whether the checkpoint is at the end that `run` asks for, and was evaluated there."""
     if start.manifest is None or start.is_fork:
         return False
     limits = run.trainer
     by_steps = limits.max_steps is not None and start.manifest.step >= limits.max_steps
     by_epochs = limits.max_epochs is not None and start.manifest.epoch >= limits.max_epochs
-    return by_steps or by_epochs
+    evaluated = start.manifest.objects["run"]["last_eval_step"] == start.step
+    return (by_steps or by_epochs) and evaluated
 
 
 def load(job: loop.Job, start: Start) -> State:

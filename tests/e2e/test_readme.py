@@ -10,7 +10,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_tours_commands_run_in_their_order(command):
-    """All `python -m` commands; the two `make` commands have a test of their own, in a fresh clone."""
+    """All `python -m` commands; the `make` commands have a test of their own, in a fresh clone."""
     blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if "python -m" in line]
     assert len(lines) == 7
@@ -23,7 +23,7 @@ def test_the_tours_commands_run_in_their_order(command):
             env=command.env,
             capture_output=True,
             text=True,
-        )
+        )  # fmt: skip
         shown.append(done)
     killed, resumed, finished, exported, checked, two, helped = shown
     assert "Finished" not in killed.stdout

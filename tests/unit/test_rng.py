@@ -112,14 +112,14 @@ def test_a_forked_block_that_raises_leaves_no_trace():
     undisturbed = draw()
     rng.seed_all(1)
     with pytest.raises(ZeroDivisionError), rng.forked(7):
-        draw()
-        raise ZeroDivisionError
+        draw()[0][99 // 0]
     assert draw() == undisturbed
 
 
 @pytest.mark.parametrize(("parts", "seed"), [
-    (("order", 0, 0), 7453028512061360496), (("order", 0, 1), 4602570500139554110), (("rank", 1, 1200, 3), 835384305724941068),
-    (("eval", 7, 40, 0), 8776782545458106456), (("synthetic", 0, "train"), 2675402717009117829),
+    (("order", 0, 0), 7453028512061360496), (("order", 0, 1), 4602570500139554110),
+    (("rank", 1, 1200, 3), 835384305724941068), (("eval", 7, 40, 0), 8776782545458106456),
+    (("synthetic", 0, "train"), 2675402717009117829),
 ])  # fmt: skip
 def test_derived_seeds_never_change(parts, seed):
     """A change here changes the order of the data of every run that exists."""

@@ -10,7 +10,7 @@ from trainer.checkpoint.lineage import Attempt, Commit
 from trainer.checkpoint.tree import Content
 from trainer.checkpoint.writer import Writer
 from trainer.distributed import World
-from trainer.errors import CheckpointError, PerdureError, StoreError, SupersededError
+from trainer.errors import CheckpointError, PerdureError, StoreError
 from trainer.state import State
 from trainer.storage import Store
 
@@ -94,14 +94,13 @@ class Saver:
                 config=self._config,
                 before_commit=self._before_commit,
             )
-            self._world.from_rank0(lambda: self._prune(state))
-        except SupersededError:
-            raise
         except (CheckpointError, StoreError) as error:
             self._failed(state.step, error)
             return False
         self.committed_step = state.step
         self._failures = 0
+        if self._world.rank == 0:
+            self._prune(state)
         return True
 
     def _failed(self, step: int, error: PerdureError) -> None:
@@ -116,6 +115,13 @@ class Saver:
             )
 
     def _prune(self, state: State) -> None:
+        """Delete what is no longer wanted; if that fails, the next save tries again."""
+        try:
+            self._delete_stale(state)
+        except (CheckpointError, StoreError) as error:
+            self._say(f"OLD CHECKPOINTS WERE NOT DELETED at step {state.step:,}: {error}")
+
+    def _delete_stale(self, state: State) -> None:
         newest = Commit(state.step, self._attempt.number, "")
         commits = lineage.commits(self._store)
         steps = {commit.step: self._metric_of(commit, state) for commit in commits}

@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 class Digits:
     """Images (N, 1, 8, 8) float32 in 0 … 1 with labels (N,) int64 in 0 … 9.
 
-    Every fifth sample is for evaluation: 1,437 to train on, 360 to evaluate.
+    Every fifth sample is for evaluation: 1,438 to train on, 359 to evaluate.
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
     """
 

@@ -105,7 +105,7 @@ class EvalStream:
         Every rank yields equally often, so ranks can agree on something after each batch.
         """
         size, world = len(self.dataset), self.world
-        mine = torch.arange(world.rank, size, world.size)
+        mine = torch.arange(size)[world.rank :: world.size]
         longest = -(-size // world.size)
         for start in range(0, longest, self.batch_size):
             indices = mine[start : start + self.batch_size]

@@ -34,11 +34,11 @@ class Console:
         from rich import progress  # only where there is a terminal
 
         self._bar = progress.Progress(
-            progress.TextColumn("{task.description}"),
+            progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
             progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.fields[figures]}"),
+            progress.TextColumn("{task.fields[figures]}", markup=False),
         )
         self._task = self._bar.add_task(
             _epoch_text(facts, facts["step"]),
@@ -55,7 +55,7 @@ class Console:
             description = _epoch_text(self._facts, line["step"])
             self._bar.update(self._task, completed=line["step"], description=description)
             if is_eval:
-                self._bar.console.print(_line_text(line, self._facts))
+                self.say(_line_text(line, self._facts))
             else:
                 self._bar.update(self._task, figures=_figures_text(line))
         elif is_eval or time.monotonic() - self._last_line_s >= self._every_s:

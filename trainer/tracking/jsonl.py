@@ -69,9 +69,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_bytes().split(b"\n"):
         try:
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
+        except ValueError:  # not JSON, or cut inside a character
             break
     return lines

@@ -1,0 +1,460 @@
+"""When a save happens, what follows it, and what a failed one means."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer import checkpoint, policy
+from trainer.checkpoint import lineage
+from trainer.checkpoint.lineage import Attempt, Commit
+from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.tree import Content
+from trainer.distributed import World
+from trainer.errors import CheckpointError, StoreError, SupersededError
+from trainer.policy import Every
+from trainer.state import State
+from trainer.storage import LocalStore
+
+
+class Clock:
+    """Time that passes only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class BrokenStore(LocalStore):
+    """A real directory on which shards or deletions fail while `broken` names them."""
+
+    broken = ""
+
+    def write(self, key: str, chunks: Any) -> None:
+        if self.broken == "write":
+            raise StoreError("no space left")
+        super().write(key, chunks)
+
+    def delete(self, keys: Any) -> None:
+        if self.broken == "delete":
+            raise StoreError("no rights to delete")
+        super().delete(keys)
+
+
+def start(store: LocalStore, step: int = 0) -> Attempt:
+    attempt = lineage.begin(store, {})
+    lineage.amend(store, attempt, {"resumed_from": {"step": step}})
+    return attempt
+
+
+def saver_on(store: LocalStore, attempt: Attempt | None = None, **more: Any) -> Saver:
+    more = {"say": lambda text: None, "every": Every(steps=1), "config": {"seed": 5}, **more}
+    return Saver(store, World(), attempt or start(store), **more)
+
+
+def save(saver: Saver, step: int, **metrics: float) -> bool:
+    """Save a step; `metrics` are those of an evaluation at this step, if there were any."""
+    state = State(step=step, samples=8 * step, cursor={"epoch": step // 4, "batch": step % 4})
+    if metrics:
+        state.last_eval_step, state.metrics = step, metrics
+    content = Content(
+        tensors={"w": torch.full((9,), float(step))}, objects={"run": state.state_dict()}
+    )
+    return saver.save(state, content)
+
+
+def steps_on(store: LocalStore) -> list[int]:
+    return [commit.step for commit in checkpoint.steps(store)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BrokenStore:
+    return BrokenStore(tmp_path)
+
+
+# --- saving ------------------------------------------------------------------------------------
+
+
+def test_a_save_commits_the_step_with_its_numbers_and_configuration(store):
+    saver = saver_on(store)
+    assert saver.committed_step is None
+    assert save(saver, 6, accuracy=0.5)
+    assert saver.committed_step == 6
+    found = checkpoint.latest(store)
+    assert (found.step, found.epoch, found.samples, found.config) == (6, 1, 48, {"seed": 5})
+    assert found.objects["run"]["metrics"] == {"accuracy": 0.5}
+
+
+def test_a_step_that_is_committed_is_not_saved_again(store):
+    saver = saver_on(store)
+    save(saver, 6)
+    before = {key: store.read(key) for key in store.list("")}
+    store.broken = "write"
+    assert save(saver, 6)
+    assert {key: store.read(key) for key in store.list("")} == before
+
+
+def test_the_step_that_an_attempt_resumed_from_is_not_saved_again(store):
+    saver = saver_on(store)
+    saver.committed_step = 6
+    assert save(saver, 6)
+    assert steps_on(store) == []
+    assert save(saver, 7)
+    assert steps_on(store) == [7]
+
+
+def test_before_commit_is_called_for_each_save_and_its_failure_is_a_failed_save(store):
+    calls: list[list[int]] = []
+
+    def flush() -> None:
+        calls.append(steps_on(store))
+        if len(calls) == 2:
+            raise StoreError("cannot flush")
+
+    saver = saver_on(store, before_commit=flush)
+    assert [save(saver, step) for step in (1, 2, 3)] == [True, False, True]
+    assert calls == [[], [1], [1]]
+    assert steps_on(store) == [1, 3]
+
+
+# --- the clock ---------------------------------------------------------------------------------
+
+
+def test_a_save_is_due_when_the_interval_has_passed_since_the_last_one(store):
+    clock = Clock()
+    saver = saver_on(store, every_s=60, clock=clock)
+    assert not saver.due_by_clock()
+    clock.now_s += 59.9
+    assert not saver.due_by_clock()
+    clock.now_s += 0.1
+    assert saver.due_by_clock()
+    save(saver, 1)
+    assert not saver.due_by_clock()
+    clock.now_s += 60
+    assert saver.due_by_clock()
+
+
+def test_without_an_interval_the_clock_makes_nothing_due(store):
+    clock = Clock()
+    saver = saver_on(store, clock=clock)
+    clock.now_s += 1e9
+    assert not saver.due_by_clock()
+
+
+def test_a_failed_save_waits_for_the_next_interval(store):
+    clock = Clock()
+    saver = saver_on(store, every_s=60, clock=clock)
+    clock.now_s += 60
+    store.broken = "write"
+    assert not save(saver, 1)
+    assert not saver.due_by_clock()
+
+
+def test_a_save_that_was_not_needed_does_not_start_the_interval_anew(store):
+    clock = Clock()
+    saver = saver_on(store, every_s=60, clock=clock)
+    save(saver, 1)
+    clock.now_s += 60
+    save(saver, 1)
+    assert saver.due_by_clock()
+
+
+# --- what is kept ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "expected"), [(1, [5]), (2, [4, 5]), (9, [1, 2, 3, 4, 5]), (0, [5])]
+)
+def test_the_newest_checkpoints_are_kept(store, keep_last, expected):
+    saver = saver_on(store, keep_last=keep_last)
+    for step in range(1, 6):
+        save(saver, step)
+    assert steps_on(store) == expected
+    folders = {key.split("/")[1] for key in store.list("checkpoints")}
+    assert len(folders) == len(expected)
+
+
+@pytest.mark.parametrize(("mode", "best"), [("max", 2), ("min", 3)])
+def test_the_best_checkpoint_is_kept_besides(store, mode, best):
+    saver = saver_on(store, keep_last=1, keep_best=1, metric="score", mode=mode)
+    for step, score in enumerate((0.5, 0.9, 0.1, 0.4, 0.6), start=1):
+        save(saver, step, score=score, loss=-score)
+    assert steps_on(store) == [best, 5]
+
+
+def test_without_a_metric_none_is_kept_for_being_best(store):
+    saver = saver_on(store, keep_last=1, keep_best=3)
+    for step in range(1, 4):
+        save(saver, step, score=1.0 / step)
+    assert steps_on(store) == [3]
+
+
+def test_a_metric_counts_only_where_it_was_measured_at_that_step(store):
+    saver = saver_on(store, keep_last=1, keep_best=1, metric="score")
+    save(saver, 1, score=0.3)
+    state = State(step=2, last_eval_step=1, metrics={"score": 0.9})  # an old figure
+    saver.save(state, Content(objects={"run": state.state_dict()}))
+    save(saver, 3)
+    assert steps_on(store) == [1, 3]
+
+
+def test_a_metric_that_is_not_a_number_never_is_the_best(store):
+    saver = saver_on(store, keep_last=1, keep_best=1, metric="score")
+    for step, score in enumerate((math.nan, 0.2, math.nan, 0.1, math.nan), start=1):
+        save(saver, step, score=score)
+    assert steps_on(store) == [2, 5]
+
+
+def test_the_best_of_earlier_attempts_is_known_after_a_resume(store):
+    first = saver_on(store, keep_last=1, keep_best=1, metric="score")
+    for step, score in ((1, 0.9), (2, 0.1)):
+        save(first, step, score=score)
+    second = saver_on(store, start(store, 2), keep_last=1, keep_best=1, metric="score")
+    for step, score in ((3, 0.2), (4, 0.3)):
+        save(second, step, score=score)
+    assert steps_on(store) == [1, 4]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    scores=st.lists(st.none() | st.integers(0, 3), min_size=1, max_size=6),
+    keep_last=st.integers(1, 3),
+    keep_best=st.integers(0, 3),
+    mode=st.sampled_from(["max", "min"]),
+    restart_at=st.integers(0, 6),
+)
+def test_what_is_kept_is_the_newest_and_the_best_of_what_was_kept_before(
+    tmp_path_factory, scores, keep_last, keep_best, mode, restart_at
+):
+    store = LocalStore(tmp_path_factory.mktemp("run"))
+    keep = {"keep_last": keep_last, "keep_best": keep_best, "metric": "m", "mode": mode}
+    saver = saver_on(store, **keep)
+    expected: list[int] = []
+    for step, score in enumerate(scores, start=1):
+        if step == restart_at:
+            saver = saver_on(store, start(store, step - 1), **keep)
+        save(saver, step, **({} if score is None else {"m": score}))
+        expected.append(step)
+        ranked = sorted(
+            (one for one in expected if scores[one - 1] is not None),
+            key=lambda one: (-scores[one - 1] if mode == "max" else scores[one - 1], one),
+        )
+        expected = sorted({*expected[-keep_last:], *ranked[:keep_best]})
+        assert steps_on(store) == expected
+
+
+def test_an_unreadable_manifest_of_an_older_checkpoint_does_not_stop_the_pruning(store):
+    first = saver_on(store, keep_last=9, metric="score")
+    for step in (1, 2, 3):
+        save(first, step, score=0.1 * step)
+    folder = checkpoint.steps(store)[1].folder
+    store.replace(f"{folder}/manifest.json", b"{ altered " * 20)
+    said: list[str] = []
+    second = saver_on(
+        store, start(store, 3), keep_last=2, keep_best=1, metric="score", say=said.append
+    )
+    for step in (4, 5):
+        assert save(second, step, score=0.01)
+    assert {3, 4, 5} <= set(steps_on(store))
+    assert 1 not in steps_on(store)
+    assert said == []
+
+
+def test_a_damaged_checkpoint_is_kept_and_counts_for_nothing(store):
+    saver = saver_on(store, keep_last=2)
+    for step in (1, 2):
+        save(saver, step)
+    damaged = checkpoint.steps(store)[0]
+    lineage.mark_damaged(store, damaged, "test")
+    for step in (3, 4):
+        save(saver, step)
+    assert steps_on(store) == [3, 4]
+    assert len(store.list(damaged.folder)) == 3
+
+
+def test_a_save_cleans_what_earlier_attempts_left_unfinished(store):
+    first = saver_on(store)
+    save(first, 1)
+    store.write("checkpoints/step-00000002.0001/shard", [bytes(100)])
+    second = saver_on(store, start(store, 1))
+    save(second, 2)
+    assert "checkpoints/step-00000002.0001/shard" not in store.list("checkpoints")
+    assert steps_on(store) == [1, 2]
+
+
+# --- failures ----------------------------------------------------------------------------------
+
+
+def test_a_failed_save_is_told_and_training_goes_on(store):
+    said: list[str] = []
+    saver = saver_on(store, say=said.append)
+    save(saver, 1)
+    store.broken = "write"
+    assert not save(saver, 2)
+    assert saver.committed_step == 1
+    (text,) = said
+    for part in ("SAVE FAILED", "step 2", "1 in a row", "no space left"):
+        assert part in text
+    store.broken = ""
+    assert save(saver, 2)
+    assert steps_on(store) == [1, 2]
+
+
+def test_the_third_failure_in_a_row_ends_the_run(store):
+    saver = saver_on(store)
+    save(saver, 1)
+    store.broken = "write"
+    assert [save(saver, 2), save(saver, 3)] == [False, False]
+    with pytest.raises(StoreError, match="no space left"):
+        save(saver, 4)
+    assert steps_on(store) == [1]
+
+
+def test_a_success_between_them_begins_the_count_of_failures_anew(store):
+    saver = saver_on(store)
+    for step in range(0, 12, 3):
+        store.broken = "write"
+        assert not save(saver, step + 1)
+        assert not save(saver, step + 2)
+        store.broken = ""
+        assert save(saver, step + 3)
+
+
+def test_a_save_that_was_not_needed_is_no_success_between_failures(store):
+    saver = saver_on(store)
+    save(saver, 1)
+    store.broken = "write"
+    assert not save(saver, 2)
+    assert not save(saver, 3)
+    assert save(saver, 1)
+    with pytest.raises(StoreError):
+        save(saver, 4)
+
+
+def test_the_first_failure_ends_the_run_where_that_is_wanted(store):
+    saver = saver_on(store, stop_on_error=True)
+    store.broken = "write"
+    with pytest.raises(StoreError, match="no space left"):
+        save(saver, 1)
+
+
+def test_a_value_that_cannot_be_stored_is_a_failed_save(store):
+    said: list[str] = []
+    saver = saver_on(store, say=said.append)
+    state = State(step=1)
+    assert not saver.save(state, Content(objects={"run": {}, "odd": object()}))
+    assert "objects.odd is a builtins.object" in said[0]
+    with pytest.raises(CheckpointError):
+        saver_on(store, stop_on_error=True).save(state, Content(objects={"odd": object()}))
+
+
+def test_a_superseded_attempt_ends_at_once(store):
+    saver = saver_on(store)
+    save(saver, 1)
+    lineage.begin(store, {})
+    with pytest.raises(SupersededError):
+        save(saver, 2)
+    assert steps_on(store) == [1]
+
+
+@pytest.mark.parametrize("stop_on_error", [False, True])
+def test_a_checkpoint_that_was_committed_counts_though_old_ones_could_not_be_deleted(
+    store, stop_on_error
+):
+    said: list[str] = []
+    saver = saver_on(store, keep_last=1, stop_on_error=stop_on_error, say=said.append)
+    save(saver, 1)
+    store.broken = "delete"
+    for step in (2, 3, 4, 5):
+        assert save(saver, step)
+        assert saver.committed_step == step
+    assert len(said) == 4
+    assert all("no rights to delete" in text for text in said)
+    store.broken = ""
+    assert save(saver, 6)
+    assert steps_on(store) == [6]
+
+
+class FailingAt(LocalStore):
+    """A real directory that fails at the n-th call, before or after it did its work."""
+
+    def __init__(self, root: str, fail_at: int, *, after: bool) -> None:
+        super().__init__(root)
+        self.calls, self._fail_at, self._after = 0, fail_at, after
+
+    def _call(self, do: Callable[[], Any]) -> Any:
+        self.calls += 1
+        due = self.calls == self._fail_at
+        if due and not self._after:
+            raise StoreError("the disk failed")
+        result = do()
+        if due:
+            raise StoreError("the reply was lost")
+        return result
+
+    def write(self, key: str, chunks: Any) -> None:
+        self._call(lambda: LocalStore.write(self, key, chunks))
+
+    def create(self, key: str, data: bytes) -> None:
+        self._call(lambda: LocalStore.create(self, key, data))
+
+    def read(self, key: str) -> bytes:
+        return self._call(lambda: LocalStore.read(self, key))
+
+    def size(self, key: str) -> int:
+        return self._call(lambda: LocalStore.size(self, key))
+
+    def list(self, prefix: str) -> list[str]:
+        return self._call(lambda: LocalStore.list(self, prefix))
+
+    def delete(self, keys: Any) -> None:
+        self._call(lambda: LocalStore.delete(self, keys))
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_whichever_call_of_a_save_with_its_pruning_fails_every_checkpoint_that_counts_is_whole(
+    tmp_path, after
+):
+    def prepared(name: str, fail_at: int) -> tuple[LocalStore, FailingAt, Saver]:
+        store = LocalStore(tmp_path / name)
+        first = saver_on(store, keep_last=3)
+        for step in (1, 2, 3):
+            save(first, step)
+        store.write("checkpoints/step-00000004.0001/shard", [bytes(100)])
+        attempt = start(store, 3)
+        failing = FailingAt(store.url, fail_at, after=after)
+        return store, failing, saver_on(failing, attempt, keep_last=1)
+
+    _, counting, saver = prepared("counted", 0)
+    assert save(saver, 4)
+    assert counting.calls >= 12
+    for n in range(1, counting.calls + 1):
+        store, _, saver = prepared(str(n), n)
+        done = save(saver, 4)
+        commits = lineage.commits(store)
+        assert commits[-1].step == 4 or (not done and commits[-1] == Commit(
+            3, 1, "checkpoints/step-00000003.0001"
+        ))  # fmt: skip
+        for commit in commits:
+            checkpoint.verify(store, lineage.read_manifest(store, commit))
+        assert save(saver, 5)
+        assert steps_on(store) == [5]
+
+
+def test_a_saver_keeps_what_the_policy_says_it_keeps(store):
+    """The saver adds no rule of its own to the policy."""
+    scores = {1: 0.3, 2: 0.9, 3: 0.5, 4: 0.7, 5: 0.1}
+    saver = saver_on(store, keep_last=9, metric="m")
+    for step, score in scores.items():
+        save(saver, step, m=score)
+    last = saver_on(store, start(store, 5), keep_last=2, keep_best=2, metric="m", mode="max")
+    save(last, 6, m=0.0)
+    stale = policy.stale({**scores, 6: 0.0}, keep_last=2, keep_best=2, mode="max")
+    assert steps_on(store) == sorted({*scores, 6} - set(stale)) == [2, 4, 5, 6]

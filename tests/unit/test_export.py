@@ -1,0 +1,224 @@
+"""Weights out: names without wrappers, whole files, one checkpoint of several."""
+
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from trainer.checkpoint import Content, DamagedError, Writer, lineage, save, tree
+from trainer.distributed import World
+from trainer.errors import CheckpointError, ConfigError
+from trainer.export.__main__ import export, main
+from trainer.export.source import clean_names, open_source
+from trainer.state import State
+from trainer.storage import open_store
+
+
+class Net(nn.Module):
+    """Parameters, buffers of other types, and two names for one storage."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.half = nn.Linear(4, 4).bfloat16()
+        self.head = nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("empty", torch.zeros(0, 3))
+
+
+def net(seed):
+    torch.manual_seed(seed)
+    return Net()
+
+
+def a_run(folder, models, *, best=None):
+    """Write a checkpoint of each {step: model}; return the run's directory as text."""
+    store = open_store(str(folder))
+    attempt = lineage.begin(store, {})
+    lineage.amend(store, attempt, {"resumed_from": {"step": 0, "attempt": None}})
+    writer = Writer(store, World(), attempt)
+    for step, model in models.items():
+        content = Content(objects={"run": State(step=step, best=best).state_dict()})
+        tree.add_model(content, model, with_buffers=True)
+        save(writer, content, step=step)
+    return str(folder)
+
+
+def same(model, weights):
+    expected = model.state_dict()
+    assert set(weights) == set(expected)
+    for name, value in expected.items():
+        assert weights[name].dtype == value.dtype
+        assert torch.equal(weights[name], value), name
+
+
+def load(path):
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "state_dict"])
+def test_an_export_loads_strictly_into_the_plain_model(tmp_path, form):
+    run = a_run(tmp_path / "run", {3: net(1)})
+    path, count = export(run, form, "latest", "")
+    assert path.parent == tmp_path / "run" / "exports"
+    assert path.stem == "step-00000003"
+    weights = load(path)
+    assert count == len(weights) == len(net(0).state_dict())
+    plain = net(2)
+    plain.load_state_dict(weights, strict=True)
+    same(net(1), plain.state_dict())
+
+
+def test_shared_storage_stays_shared_in_a_state_dict(tmp_path):
+    path, _ = export(a_run(tmp_path / "run", {3: net(1)}), "state_dict", "latest", "")
+    weights = torch.load(path, weights_only=True)
+    assert weights["head.weight"].data_ptr() == weights["embed.weight"].data_ptr()
+
+
+def test_safetensors_own_reader_opens_the_file(tmp_path):
+    path, _ = export(a_run(tmp_path / "run", {3: net(1)}), "safetensors", "latest", "")
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == set(net(0).state_dict())
+
+
+@pytest.mark.parametrize(("step", "seed"), [("latest", 30), ("10", 10), ("best", 20)])
+def test_the_step_that_was_asked_for_is_exported(tmp_path, step, seed):
+    models = {at: net(at) for at in (10, 20, 30)}
+    run = a_run(tmp_path / "run", models, best={"value": 0.9, "step": 20})
+    path, _ = export(run, "safetensors", step, "")
+    assert path.name == f"step-{seed:08d}.safetensors"
+    same(models[seed], load(path))
+
+
+@pytest.mark.parametrize(("step", "best", "error", "text"), [
+    ("15", None, ConfigError, "has latest, best and the steps 10, 20"),
+    ("lates", None, ConfigError, "has latest, best and the steps 10, 20"),
+    ("-1", None, ConfigError, "has latest, best and the steps 10, 20"),
+    ("best", None, ConfigError, "tracks no metric"),
+    ("best", {"value": 1.0, "step": 15}, CheckpointError, "best step 15 .* was not saved"),
+])  # fmt: skip
+def test_a_step_that_is_not_there_is_an_error_that_says_what_is(tmp_path, step, best, error, text):
+    run = a_run(tmp_path / "run", {10: net(1), 20: net(2)}, best=best)
+    with pytest.raises(error, match=text):
+        open_source(run, step)
+
+
+def test_a_directory_without_checkpoints_is_no_run(tmp_path):
+    with pytest.raises(ConfigError, match="holds no committed checkpoint"):
+        open_source(str(tmp_path / "none"), "latest")
+
+
+def test_out_chooses_the_file_and_replaces_what_was_there(tmp_path):
+    run = a_run(tmp_path / "run", {3: net(1)})
+    out = tmp_path / "deep" / "weights.bin"
+    out.parent.mkdir()
+    out.write_text("old")
+    path, _ = export(run, "safetensors", "latest", str(out))
+    assert path == out
+    same(net(1), load_file(out))
+    assert [p.name for p in out.parent.iterdir()] == ["weights.bin"]
+    assert not (tmp_path / "run" / "exports").exists()
+
+
+@pytest.mark.parametrize("out", ["file/weights", "folder"])
+def test_a_file_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, out):
+    run = a_run(tmp_path / "run", {3: net(1)})
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        export(run, "state_dict", "latest", str(tmp_path / out))
+    assert sorted(path.name for path in tmp_path.rglob("*.tmp*")) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "run"]
+
+
+def test_damaged_bytes_are_never_exported(tmp_path):
+    run = a_run(tmp_path / "run", {3: net(1)})
+    (shard,) = (tmp_path / "run").rglob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DamagedError):
+        export(run, "safetensors", "latest", "")
+    assert not (tmp_path / "run" / "exports").exists()
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_it_wrote(tmp_path, capsys):
+    run = a_run(tmp_path / "run", {1200: nn.Linear(300, 5)})
+    assert main([run, "format=state_dict"]) == 0
+    path = f"{run}/exports/step-00001200.pt"
+    size = os.path.getsize(path)
+    assert capsys.readouterr().out == f"{path}: 2 tensors, {size:,} bytes\n"
+
+
+@pytest.mark.parametrize(("arguments", "text"), [
+    (["RUN", "fromat=safetensors"], "no option 'fromat' (did you mean 'format'?)"),
+    (["RUN", "format=safetensor"], "no format 'safetensor' (did you mean 'safetensors'?)"),
+    (["RUN", "format="], "no format ''"),
+    (["step=3"], "one run is needed, 0 were given"),
+    (["RUN", "OTHER"], "one run is needed, 2 were given"),
+    (["RUN", "step=7"], "step=7: "),
+    (["/nowhere/at/all"], "holds no committed checkpoint"),
+])  # fmt: skip
+def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, capsys, arguments, text):
+    run = a_run(tmp_path / "run", {3: nn.Linear(2, 2)})
+    assert main([run if argument == "RUN" else argument for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("ConfigError: ")
+    assert text in captured.err
+
+
+def test_help_is_no_mistake_and_no_arguments_are(capsys):
+    assert main(["--help"]) == 0
+    assert main([]) == 2
+    assert capsys.readouterr().out.count("usage: python -m trainer.export RUN") == 2
+
+
+# --- names -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("names", "cleaned"), [
+    (["a.weight", "a.bias"], ["a.weight", "a.bias"]),
+    (["module.a", "module.b"], ["a", "b"]),
+    (["module.a", "b"], ["module.a", "b"]),  # a user's own submodule
+    (["a.module.w", "a.b"], ["a.module.w", "a.b"]),
+    (["module.a.module.w", "module.b"], ["a.module.w", "b"]),
+    (["module.module.a"], ["a"]),
+    (["modules.a", "modules.b"], ["modules.a", "modules.b"]),
+    (["_orig_mod.a", "b"], ["a", "b"]),
+    (["a._orig_mod.w", "b"], ["a.w", "b"]),
+    (["_orig_mod._orig_mod.a._orig_mod.w"], ["a.w"]),
+    (["_orig_mod.module.a", "_orig_mod.module.b"], ["a", "b"]),
+    (["module._orig_mod.a", "module._orig_mod.b"], ["a", "b"]),
+    (["module._orig_mod.module.a"], ["a"]),
+    (["module._orig_mod.module.a", "module.b"], ["module.a", "b"]),
+    (["a._fsdp_wrapped_module._checkpoint_wrapped_module.w"], ["a.w"]),
+    (["my_orig_mod.a", "_orig_modular.b"], ["my_orig_mod.a", "_orig_modular.b"]),
+    (["_orig_mod"], ["_orig_mod"]),
+    ([], []),
+])  # fmt: skip
+def test_names_are_freed_of_wrappers_and_of_nothing_else(names, cleaned):
+    assert clean_names(names) == dict(zip(names, cleaned, strict=True))
+
+
+@pytest.mark.parametrize("names", [["_orig_mod.a", "a"], ["a._orig_mod.w", "_orig_mod.a.w"]])
+def test_two_names_that_would_become_one_are_an_error(names):
+    with pytest.raises(CheckpointError, match="two tensors would both be called 'a"):
+        clean_names(names)
+
+
+def test_real_wrappers_leave_no_trace(tmp_path):
+    inner = nn.Linear(2, 3)
+    wrapped = nn.Module()
+    wrapped.module = torch.compile(inner, backend="eager")  # as DDP around a compiled model names it
+    path, _ = export(a_run(tmp_path / "run", {1: wrapped}), "state_dict", "latest", "")
+    same(inner, torch.load(path, weights_only=True))
