@@ -149,11 +149,15 @@ def flipped(data):
     return bytes(changed)
 
 
+def not_deflated(data):
+    return data[:10] + b"\xff" * len(data)
+
+
 def not_gzip(data):
     return b"<html>404</html>"
 
 
-@pytest.mark.parametrize("damage", [cut, flipped, not_gzip])
+@pytest.mark.parametrize("damage", [cut, flipped, not_deflated, not_gzip])
 def test_a_damaged_gzip_file_is_named_with_what_to_do(folder, damage):
     (folder / NAMES[3]).unlink()
     path = folder / (NAMES[3] + ".gz")

@@ -80,6 +80,14 @@ def test_shared_storage_stays_shared_in_a_state_dict(tmp_path):
     assert weights["head.weight"].data_ptr() == weights["embed.weight"].data_ptr()
 
 
+def test_an_export_is_the_same_bytes_whatever_its_name(tmp_path):
+    run = a_run(tmp_path / "run", {3: net(1)})
+    for form in ("safetensors", "state_dict"):
+        first, _ = export(run, form, "latest", str(tmp_path / "no_suffix"))
+        second, _ = export(run, form, "latest", str(tmp_path / "other.bin"))
+        assert first.read_bytes() == second.read_bytes()
+
+
 def test_safetensors_own_reader_opens_the_file(tmp_path):
     path, _ = export(a_run(tmp_path / "run", {3: net(1)}), "safetensors", "latest", "")
     with safe_open(path, "pt") as file:
@@ -126,13 +134,14 @@ def test_out_chooses_the_file_and_replaces_what_was_there(tmp_path):
     assert not (tmp_path / "run" / "exports").exists()
 
 
-@pytest.mark.parametrize("out", ["file/weights", "folder"])
-def test_a_file_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, out):
+@pytest.mark.parametrize("form", ["safetensors", "state_dict"])
+@pytest.mark.parametrize("out", ["file/weights", "folder", "x" * 250])
+def test_a_file_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, out, form):
     run = a_run(tmp_path / "run", {3: net(1)})
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match="cannot be written"):
-        export(run, "state_dict", "latest", str(tmp_path / out))
+        export(run, form, "latest", str(tmp_path / out))
     assert sorted(path.name for path in tmp_path.rglob("*.tmp*")) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "run"]
 
@@ -219,6 +228,8 @@ def test_two_names_that_would_become_one_are_an_error(names):
 def test_real_wrappers_leave_no_trace(tmp_path):
     inner = nn.Linear(2, 3)
     wrapped = nn.Module()
-    wrapped.module = torch.compile(inner, backend="eager")  # as DDP around a compiled model names it
+    wrapped.module = torch.compile(
+        inner, backend="eager"
+    )  # as DDP around a compiled model names it
     path, _ = export(a_run(tmp_path / "run", {1: wrapped}), "state_dict", "latest", "")
     same(inner, torch.load(path, weights_only=True))

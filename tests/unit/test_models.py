@@ -78,6 +78,12 @@ def test_dropout_is_random_in_training_and_off_in_evaluation():
     assert torch.equal(still(x), still(x))
 
 
+def test_hidden_units_are_dropped_with_twice_the_probability():
+    model = CNN((1, 8, 8), dropout=0.5)  # so all of them
+    outputs = model(torch.ones(4, 1, 8, 8))
+    assert torch.equal(outputs, model.fc2.bias.expand(4, -1))
+
+
 @pytest.mark.parametrize(("arguments", "text"), [
     ({"input_shape": (1, 5, 28)}, "height and width must be >= 6"),
     ({"input_shape": (1, 28, 5)}, "height and width must be >= 6"),

@@ -97,8 +97,8 @@ def _read(store: Store, number: int) -> dict[str, Any]:
             raise ValueError(f"a {type(record).__name__}")
     except ValueError as error:
         raise StoreError(
-            f"{store.url}/{_key(number)} is not a JSON object ({error}); which checkpoints count depends "
-            "on it. Restore it, or delete it if that attempt committed nothing"
+            f"{store.url}/{_key(number)} is not a JSON object ({error}); which checkpoints count "
+            "depends on it. Restore it, or delete it if that attempt committed nothing"
         ) from None
     return record
 

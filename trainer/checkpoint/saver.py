@@ -137,11 +137,15 @@ class Saver:
             return None
         key = (commit.step, commit.attempt)
         if key not in self._measured:
-            if commit.step == state.step:
-                stored: Mapping[str, Any] = state.state_dict()
-            else:
-                stored = lineage.read_manifest(self._store, commit).objects["run"]
-            at_this_step = stored["last_eval_step"] == commit.step
+            stored = state.state_dict() if commit.step == state.step else self._stored(commit)
+            at_this_step = stored.get("last_eval_step") == commit.step
             value = stored["metrics"].get(self._metric) if at_this_step else None
             self._measured[key] = value
         return self._measured[key]
+
+    def _stored(self, commit: Commit) -> Mapping[str, Any]:
+        try:
+            stored: Mapping[str, Any] = lineage.read_manifest(self._store, commit).objects["run"]
+        except CheckpointError:
+            return {}  # unreadable, so without a metric; it must not keep all others from going
+        return stored

@@ -10,4 +10,5 @@ SUFFIX = ".pt"
 
 def write(weights: dict[str, Tensor], path: Path) -> None:
     """Write the weights as a plain state dict; shared storage stays shared."""
-    torch.save(weights, path)
+    with open(path, "wb") as file:  # by its name, torch would put that name into the file
+        torch.save(weights, file)

@@ -85,7 +85,9 @@ def test_attempts_that_start_at_the_same_moment_get_distinct_numbers(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         attempts = list(pool.map(begin, range(8)))
     assert sorted(attempt.number for attempt in attempts) == list(range(1, 9))
-    tokens = {record["attempt"]: record["token"] for record in lineage.records(LocalStore(tmp_path))}
+    tokens = {
+        record["attempt"]: record["token"] for record in lineage.records(LocalStore(tmp_path))
+    }
     assert {attempt.number: attempt.token for attempt in attempts} == tokens
 
 
@@ -111,7 +113,7 @@ def test_amending_adds_facts_and_keeps_the_others(store):
 def test_a_record_that_cannot_be_read_is_named_with_advice(store, content):
     start(store)
     store.replace("attempts/0001.json", content)
-    with pytest.raises(StoreError, match="attempts/0001.json is not a JSON object.*Restore it"):
+    with pytest.raises(StoreError, match=r"0001\.json is not a JSON object.*Restore it"):
         lineage.commits(store)
 
 
@@ -237,7 +239,9 @@ def test_an_attempt_that_was_superseded_commits_nothing_more(store):
     first = start(store)
     save(store, first, 10)
     second = lineage.begin(store, {"host": "node7", "pid": 4321})
-    with pytest.raises(SupersededError, match=r"attempt 2 was started .* on node7 \(process 4321\)"):
+    with pytest.raises(
+        SupersededError, match=r"attempt 2 was started .* on node7 \(process 4321\)"
+    ):
         save(store, first, 20)
     assert surviving(store) == [(10, 1)]
     assert [key for key in store.list("checkpoints") if "00000020" in key] == []

@@ -430,6 +430,7 @@ VALUES = {
     "a": torch.arange(5 * MIB // 8 + 3, dtype=torch.int64),  # six blocks, the last one small
     "b": torch.arange(700, dtype=torch.float32),
     "c": torch.arange(5, dtype=torch.uint8),
+    "d": torch.arange(MIB + 1, dtype=torch.int32).to(torch.uint8),  # a last block of one byte
 }
 
 
@@ -506,7 +507,7 @@ def positions(stored: Stored) -> dict[str, tuple[int, str]]:
 
 def test_a_flipped_bit_in_every_block_and_every_part_of_the_header_is_found(stored):
     places = positions(stored)
-    assert len(places) == 7 + 3 * (6 + 1 + 1)
+    assert len(places) == 7 + 3 * (6 + 1 + 1 + 2)
     for bit, (place, about) in enumerate(places.values()):
         stored.flip(place, bit % 8)
         stored.assert_found(about)

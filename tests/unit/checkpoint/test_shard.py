@@ -277,6 +277,8 @@ def metadata(blocks: Any) -> dict[str, Any]:
 HOSTILE: dict[str, dict[str, Any]] = {
     "overlap": {"b": tensor(offsets=(16, 24))},
     "hole": {"b": tensor(offsets=(25, 33))},
+    "overlap that ends in the right place": {"b": tensor(shape=(16,), offsets=(16, 32))},
+    "hole that ends in the right place": {"b": tensor(shape=(4,), offsets=(28, 32))},
     "data after the end": {"b": tensor(shape=(7,), offsets=(24, 31))},
     "beyond the end": {"b": tensor(shape=(9,), offsets=(24, 33))},
     "empty beyond the end": {"c": tensor(shape=(0,), offsets=(33, 33))},

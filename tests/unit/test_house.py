@@ -1,0 +1,208 @@
+"""Rules of the house: what is shipped composes, imports stay light, words are there."""
+
+import ast
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from trainer import build, checkpoint, config
+from trainer.config import Run
+from trainer.run import conf_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+YAMLS = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
+CHOICES = [path.removesuffix(".yaml") for path in YAMLS if "/" in path]
+SOURCES = sorted(path for folder in ("trainer", "models") for path in (ROOT / folder).rglob("*.py"))
+HEAVY = ("wandb", "torchmetrics", "sklearn", "scipy", "s3fs", "onnx", "matplotlib", "rich")
+
+
+# --- configuration -----------------------------------------------------------------------------
+
+
+def composed(*overrides):
+    """Compose as trainer/run.py does."""
+    ConfigStore.instance().store(
+        name="schema", node=OmegaConf.to_container(OmegaConf.structured(Run))
+    )
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        node = compose("config", overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(node)  # for ${hydra:…}
+    OmegaConf.set_struct(node, False)
+    del node["hydra"]
+    return node
+
+
+@pytest.fixture(autouse=True)
+def _hydra_as_it_was():
+    yield
+    HydraConfig.instance().cfg = None
+
+
+def test_there_are_files_to_look_at():
+    assert {"config.yaml", "model/cnn.yaml", "experiment/digits_cnn.yaml"} <= set(YAMLS)
+    assert conf_folder() == CONF
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_file_of_the_configuration_composes_without_problems(choice):
+    group, _, name = choice.rpartition("/")
+    run, problems = config.merge(composed(f"{group}={name}"))
+    assert problems == []
+    assert build.check(run) == []
+
+
+def test_the_default_configuration_is_digits_and_a_cnn():
+    run, problems = config.merge(composed())
+    assert (problems, build.check(run)) == ([], [])
+    assert (run.name, run.run_dir) == ("digits-cnn", "runs/digits-cnn")
+    assert run.sample == config.Sample(shape=[1, 8, 8], classes=10)
+    assert run.model["input_shape"] == [1, 8, 8]
+
+
+def test_the_name_says_what_was_chosen():
+    assert config.merge(composed("data=mnist", "model=mlp"))[0].name == "mnist-mlp"
+
+
+def test_an_experiment_has_a_name_of_its_own():
+    for choice in CHOICES:
+        group, _, name = choice.rpartition("/")
+        if group == "experiment":
+            assert config.merge(composed(f"experiment={name}"))[0].name == name
+
+
+def test_what_is_stored_of_the_default_configuration_is_json_without_interpolations():
+    found = config.stored(composed())
+    assert "${" not in json.dumps(found)
+    assert found["run_dir"] == "runs/digits-cnn"
+
+
+def restated(cls, node, prefix):
+    """Yield the keys of `node` whose value is the dataclass's own default."""
+    for field in dataclasses.fields(cls):
+        if field.name not in node:
+            continue
+        default = (
+            field.default
+            if field.default_factory is dataclasses.MISSING
+            else field.default_factory()
+        )
+        value = node[field.name]
+        if dataclasses.is_dataclass(default) and isinstance(value, dict):
+            yield from restated(type(default), value, f"{prefix}{field.name}.")
+        elif value == default:
+            yield prefix + field.name
+
+
+@pytest.mark.parametrize("path", YAMLS)
+def test_no_file_restates_a_default(path):
+    text = (CONF / path).read_text()
+    node = OmegaConf.to_container(OmegaConf.create(text))
+    group = path.partition("/")[0]
+    fields = {field.name: field for field in dataclasses.fields(Run)}
+    inner = fields[group].default_factory if group in fields else None
+    if "@package _global_" in text or "/" not in path:
+        found = list(restated(Run, node, ""))
+    elif dataclasses.is_dataclass(inner):
+        found = list(restated(inner, node, f"{group}."))
+    else:
+        found = []  # an open group has no defaults
+    assert found == []
+
+
+def test_the_rule_about_defaults_sees_them():
+    node = {"seed": 0, "name": "x", "trainer": {"accumulate": 1, "max_epochs": 3}, "sample": {}}
+    assert list(restated(Run, node, "")) == ["seed", "trainer.accumulate"]
+
+
+def test_the_configuration_stays_small():
+    assert sum(len((CONF / path).read_text().splitlines()) for path in YAMLS) < 450
+
+
+def test_every_setting_has_a_doc_of_one_sentence():
+    def look(cls):
+        for field in dataclasses.fields(cls):
+            assert field.metadata["doc"].endswith("."), f"{cls.__name__}.{field.name}"
+            if dataclasses.is_dataclass(field.default_factory):
+                look(field.default_factory)
+
+    look(Run)
+
+
+# --- imports -----------------------------------------------------------------------------------
+
+IMPORT_ALL = """
+import importlib, json, os, sys, threading
+import torch, omegaconf  # what they do is theirs
+before = dict(os.environ), threading.active_count(), sys.argv[:]
+for name in MODULES:
+    importlib.import_module(name)
+import signal
+print(json.dumps({
+    "heavy": [name for name in HEAVY if name in sys.modules],
+    "environment": dict(os.environ) == before[0],
+    "threads": threading.active_count() - before[1],
+    "arguments": sys.argv == before[2],
+    "handlers": [s.name for s in signal.Signals if callable(signal.getsignal(s))],
+    "groups": torch.distributed.is_initialized(),
+}))
+"""
+
+
+def modules():
+    names = [path.relative_to(ROOT).with_suffix("").as_posix() for path in SOURCES]
+    return [name.replace("/", ".").removesuffix(".__init__") for name in names]
+
+
+def test_importing_everything_is_light_and_changes_nothing(tmp_path):
+    script = f"MODULES = {modules()!r}\nHEAVY = {HEAVY!r}\n{IMPORT_ALL}"
+    done = subprocess.run(
+        [sys.executable, "-B", "-W", "error", "-c", script],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)  # and nothing else was printed
+    assert done.stderr == ""
+    assert found == {
+        "heavy": [], "environment": True, "threads": 0, "arguments": True,
+        "handlers": ["SIGINT"], "groups": False,
+    }  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- words -------------------------------------------------------------------------------------
+
+
+def public(tree, prefix=""):
+    """Yield (name, node) of every public class and function, and of public methods."""
+    for node in tree.body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
+            yield prefix + node.name, node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node, f"{prefix}{node.name}.")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_module_and_everything_public_in_it_has_a_docstring(path):
+    tree = ast.parse(path.read_text())
+    bare = [name for name, node in public(tree) if not ast.get_docstring(node)]
+    assert bare == []
+    assert ast.get_docstring(tree)
+
+
+def test_the_surface_of_the_checkpoint_package():
+    assert sorted(checkpoint.__all__) == [
+        "Attempt", "Commit", "Content", "DamagedError", "Manifest", "Reader", "Writer",
+        "delete", "latest", "load", "save", "steps", "verify",
+    ]  # fmt: skip
+    assert all(hasattr(checkpoint, name) for name in checkpoint.__all__)
