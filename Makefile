@@ -13,7 +13,7 @@ train: $(VENV)/.installed
 	@$(BIN)/python -m trainer.run $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 -m "not cluster" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not cluster" $(ARGS)
 
 test-cluster: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m cluster $(ARGS)

@@ -17,6 +17,7 @@ from trainer.errors import DONE, FAILURE, RUN_AGAIN
 _OUTCOME = "PERDURE_OUTCOME"
 """Names the file in which rank 0 leaves the exit code for the launcher that started it."""
 _MAX_THREADS = 16
+_PR_SET_PDEATHSIG = 1
 
 
 def is_rank() -> bool:
@@ -60,6 +61,17 @@ def threads_per_rank(launch: Launch, stored: int | None) -> int:
         return stored
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(len(os.sched_getaffinity(0)) // local, _MAX_THREADS))
+
+
+def die_with_launcher() -> None:
+    """Have the kernel kill this rank when the launcher that started it dies (prctl(2), Linux).
+
+    Otherwise the ranks of a killed launcher would go on as a second job on the same run.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def leave_outcome(code: int) -> None:

@@ -150,6 +150,13 @@ def choose(
     differences = tuple(compare(start.manifest.config, config))
     if not start.is_fork and any(difference.refuses for difference in differences):
         raise ConfigError(_refusal(run, start, differences))
+    other_optimizer = next((d for d in differences if d.key == "optimizer._target_"), None)
+    if other_optimizer is not None:
+        raise ConfigError(
+            f"resume={run.resume}: {other_optimizer}; one optimizer cannot go on with the state of "
+            "another. Begin from the weights alone: init.weights=<file>, exported with python -m "
+            "trainer.export"
+        )
     return replace(start, differences=differences)
 
 
@@ -319,10 +326,11 @@ def _override_hyperparameters(job: loop.Job, start: Start) -> bool:
         head, _, key = difference.key.partition(".")
         if head != "optimizer" or key not in job.optimizer.param_groups[0]:
             continue
+        value = job.optimizer.defaults.get(key, difference.new)  # as the optimizer itself has it
         for group in job.optimizer.param_groups:
-            group[key] = difference.new
+            group[key] = value
             if key == "lr":
-                group["initial_lr"] = difference.new
+                group["initial_lr"] = value
                 lr_changed = True
     return lr_changed
 

@@ -161,6 +161,7 @@ def _launch(run: Run, stored: Mapping[str, Any]) -> int:
 
 def _worker(file: Path) -> int:
     """Be one of the ranks that `_launch` started."""
+    launch.die_with_launcher()
     payload = json.loads(file.read_text())
     run, found = config.merge(OmegaConf.create(payload["run"]))
     if found:

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import time
+from pathlib import Path
 
 import pytest
 from conftest import HARD
@@ -53,3 +55,30 @@ def test_under_torchrun_a_preempted_rank_exits_0_so_that_the_agent_does_not_rest
     assert stopped.returncode == 0, stopped.stderr
     assert attempt(command.folder / "runs/a", 1)["outcome"] == "preempted"
     assert not (command.folder / "runs/a/attempts/0002.json").exists()
+
+
+def test_when_the_launcher_is_killed_its_ranks_die_too_and_the_run_goes_on(command, wait_for):
+    arguments = [*FRAGILE, "launch.nproc=2", "name=a"]
+    process = command.start(*arguments, "trainer.max_epochs=4000")
+    metrics = command.folder / "runs/a/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 9, process)
+    rank_0 = attempt(command.folder / "runs/a", 1)["pid"]
+    process.kill()
+    process.communicate()
+    assert ends(rank_0)
+    went_on = command(*arguments)
+    assert went_on.returncode == 0, went_on.stderr
+
+
+def ends(pid):
+    """Wait for a process of somebody else's to be gone, for a bounded time."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.02)
+    return False

@@ -210,6 +210,10 @@ def test_an_interpolation_that_cannot_be_resolved_has_its_full_key_at_every_dept
     assert "PERDURE_NOT_SET" in found["model.blocks[0].size"]
 
 
+def test_a_group_with_one_unresolvable_value_is_not_also_said_to_be_empty():
+    assert list(problems_of(model__a={"b": "${c}"})) == ["model.a.b"]
+
+
 def test_a_mandatory_value_inside_an_open_group_is_a_problem():
     assert problems_of(data__dir="???") == {"data.dir": "is not set; give it a value"}
 

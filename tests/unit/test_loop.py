@@ -18,11 +18,11 @@ from trainer.config import Run, Trainer
 from trainer.data.source import EvalStream, TrainStream
 from trainer.data.synthetic import Synthetic
 from trainer.distributed import World
-from trainer.errors import ConfigError
+from trainer.errors import CheckpointError, ConfigError, StoreError
 from trainer.policy import Every
 from trainer.preemption import Stop
 from trainer.state import State
-from trainer.storage import open_store
+from trainer.storage import LocalStore, open_store
 from trainer.task import Classification
 from trainer.tracking.several import Silent
 
@@ -70,6 +70,18 @@ class Meddling(Classification):
         self.left[model.training] = None if left is None else left - 1
         loss, outputs = super().loss(model, batch)
         return (self.do(loss) if left == 1 else loss), outputs
+
+
+class FailsAtFirst(LocalStore):
+    """A disk on which the first few shards cannot be written."""
+
+    failures = 0
+
+    def write(self, key, chunks):
+        if self.failures:
+            self.failures -= 1
+            raise StoreError("no space left")
+        super().write(key, chunks)
 
 
 class Killed(Exception):
@@ -127,14 +139,14 @@ def a_job(*, model=None, optimizer=sgd, schedule=None, dataset=DATA, accumulate=
     )
 
 
-def a_saver(folder, start=None, *, every=None, **settings):
+def a_saver(folder, start=None, *, every=None, store=None, **settings):
     """Begin an attempt of the run in `folder`, from `start` if it goes on from one."""
-    store = open_store(str(folder))
+    store = store or open_store(str(folder))
     attempt = lineage.begin(store, {"resume": "auto"})
     origin = {"step": start.step if start else 0, "attempt": None}
     lineage.amend(store, attempt, {"resumed_from": origin})
-    settings = {"keep_last": 100, **settings}
-    saver = Saver(store, World(), attempt, config={}, every=every or Every(), **settings)
+    settings = {"keep_last": 100, "config": {}, "every": every or Every(), **settings}
+    saver = Saver(store, World(), attempt, **settings)
     if start is not None and start.manifest is not None:
         saver.committed_step = start.step
     return saver
@@ -433,6 +445,19 @@ def test_the_clock_can_ask_for_a_save_at_any_step(tmp_path):
     assert saved_steps(tmp_path) == [4, 8, 12]
 
 
+def test_the_last_save_is_tried_again_before_it_is_given_up(tmp_path):
+    store, said = FailsAtFirst(tmp_path), []
+    store.failures = 2
+    saver = a_saver(tmp_path, store=store, say=said.append)
+    assert loop.train(a_job(), State(), saver, Stop(World()))
+    assert saved_steps(tmp_path) == [12]
+    assert ["SAVE FAILED at step 12" in text for text in said] == [True, True]
+    store.failures = 3
+    saver = a_saver(tmp_path / "other", store=store, say=said.append)
+    with pytest.raises(StoreError, match="no space left"):
+        loop.train(a_job(), State(), saver, Stop(World()))
+
+
 SCHEDULES = {
     "none": {},
     "per_step": {"schedule": lambda o: lr_scheduler.OneCycleLR(o, 0.5, total_steps=13)},
@@ -563,6 +588,76 @@ def test_a_metric_that_is_not_measured_is_named_with_the_closest(tmp_path):
     job = a_job(metric="acuracy")
     with pytest.raises(ConfigError, match=r"'acuracy' is not measured .*did you mean 'accuracy'"):
         loop.train(job, State(), a_saver(tmp_path), Stop(World()))
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+OLD = {
+    "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9, "nesterov": True},
+    "trainer": {"global_batch_size": BATCH},
+}  # fmt: skip
+
+
+def forked(folder, new, job):
+    """Save a run of 7 steps, whose configuration is OLD, and load it into a new run's job."""
+    schedule = {"schedule": lambda o: lr_scheduler.StepLR(o, 3)}
+    origin = a_job(max_steps=7, **schedule)
+    loop.train(origin, state := State(), a_saver(folder / "a", config=OLD), Stop(World()))
+    run = Run(name="b", run_dir=str(folder / "b"), resume=str(folder / "a"))
+    return origin, state, resume.load(job, resume.choose(open_store(run.run_dir), run, new))
+
+
+def test_a_fork_takes_over_the_full_state(tmp_path):
+    job = a_job(schedule=lambda o: lr_scheduler.StepLR(o, 3))
+    origin, state, its_state = forked(tmp_path, OLD, job)
+    assert everything(job, its_state) == everything(origin, state)
+
+
+def test_hyper_parameters_that_a_fork_changes_win(tmp_path):
+    def other(model):
+        return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.8)
+
+    new = {**OLD, "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.5, "momentum": 0.8}}
+    job = a_job(optimizer=other, schedule=lambda o: lr_scheduler.StepLR(o, 3))
+    origin, _, its_state = forked(tmp_path, new, job)
+    (group,) = job.optimizer.param_groups
+    assert (group["lr"], group["initial_lr"], group["momentum"]) == (0.5, 0.5, 0.8)
+    assert group["nesterov"] is False  # no longer set: the optimizer's own default
+    assert its_state.step == 7
+    assert torch.equal(job.model.body[0].weight, origin.model.body[0].weight)
+    loop.train_step(job, next(job.data.batches(its_state.cursor))[0])
+
+
+@pytest.mark.parametrize(("new", "cursor"), [
+    (OLD, {"epoch": 1, "batch": 2}),
+    ({**OLD, "seed": 5}, {"epoch": 1, "batch": 0}),
+    ({**OLD, "data": {"_target_": "mine.Data"}}, {"epoch": 1, "batch": 0}),
+    ({**OLD, "trainer": {"global_batch_size": 4}}, {"epoch": 1, "batch": 0}),
+    ({**OLD, "trainer": {"global_batch_size": BATCH, "max_steps": 9}}, {"epoch": 1, "batch": 2}),
+])  # fmt: skip
+def test_a_fork_onto_other_data_begins_the_epoch_anew(tmp_path, new, cursor):
+    assert forked(tmp_path, new, a_job())[2].cursor == cursor
+
+
+def test_on_another_number_of_ranks_generators_are_derived_from_seed_step_and_rank(tmp_path):
+    loop.train(a_job(max_steps=7), State(), a_saver(tmp_path), Stop(World()))
+    job = a_job(seed=3)
+    job.world = World(rank=1, size=2)
+    resume.load(job, resume.choose(open_store(str(tmp_path)), Run(name="a", run_dir="a"), {}))
+    drawn = torch.rand(3)
+    rng.seed_all(rng.derive("rank", 3, 7, 1))
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def test_a_model_that_does_not_fit_is_refused_by_name(tmp_path):
+    loop.train(a_job(max_steps=1), State(), a_saver(tmp_path), Stop(World()))
+    start = resume.choose(open_store(str(tmp_path)), Run(name="a", run_dir="a"), {})
+    with pytest.raises(CheckpointError, match=r"lacks \['model.bias', 'model.weight'\]"):
+        resume.load(a_job(model=nn.Linear(6, 3)), start)
+    wider = Net()
+    wider.body[4] = nn.Linear(8, 4)
+    with pytest.raises(CheckpointError, match=r"F32 \[3, 8\], this model needs F32 \[4, 8\]"):
+        resume.load(a_job(model=wider), start)
 
 
 # --- schedulers and the scaler -----------------------------------------------------------------

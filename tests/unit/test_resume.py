@@ -327,6 +327,14 @@ def test_a_fork_may_change_anything_and_shows_it(run, other):
     assert [str(difference) for difference in start.differences] == ["model.hidden: 16 -> 99"]
 
 
+def test_a_fork_with_another_optimizer_is_refused(run, other):
+    config = changed(optimizer___target_="torch.optim.Adam")
+    with pytest.raises(
+        ConfigError, match=r"torch\.optim\.SGD -> torch\.optim\.Adam.*init\.weights"
+    ):
+        run.choose(str(other.folder), config=config)
+
+
 def test_a_path_is_where_a_run_begins_and_not_where_it_goes_on(run, other):
     run.attempt([20], resume=str(other.folder))
     start = run.choose(str(other.folder))
