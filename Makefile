@@ -13,10 +13,10 @@ train: $(VENV)/.installed
 	@$(BIN)/python -m trainer.run $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not cluster" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not cluster and not slow" $(ARGS)
 
 test-cluster: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m cluster $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "cluster or slow" $(ARGS)
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

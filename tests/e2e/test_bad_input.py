@@ -3,7 +3,7 @@
 import gzip
 
 import pytest
-from conftest import HARD
+from commands import HARD
 
 from trainer import run
 

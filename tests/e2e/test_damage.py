@@ -1,7 +1,7 @@
 """A damaged checkpoint: named, set aside, and the newest whole one taken instead, loudly."""
 
 import pytest
-from conftest import HARD
+from commands import HARD
 
 from scripts.compare_runs import differences
 
@@ -34,7 +34,14 @@ def remove(path):
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_one_bit, remove])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_one_bit,
+        pytest.param(truncate, marks=pytest.mark.slow),
+        pytest.param(remove, marks=pytest.mark.slow),
+    ],
+)
 def test_auto_falls_back_to_the_newest_whole_one_loudly_and_ends_the_same(command, stopped, damage):
     assert command(*KEEP, "name=b").returncode == 0
     damaged = shard_of(stopped, 18)
@@ -49,6 +56,7 @@ def test_auto_falls_back_to_the_newest_whole_one_loudly_and_ends_the_same(comman
     assert differences(str(stopped), str(command.folder / "runs/b")) == []
 
 
+@pytest.mark.slow
 def test_a_damaged_manifest_is_passed_over_too(command, stopped):
     manifest = shard_of(stopped, 18).parent / "manifest.json"
     flip_one_bit(manifest)
@@ -67,6 +75,7 @@ def test_a_named_step_that_is_damaged_is_an_error_that_lists_the_older_ones(comm
     assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow
 def test_with_two_ranks_damage_that_one_rank_sees_turns_all(command):
     two = [*KEEP, "name=a", "launch.nproc=2"]
     assert command(*two, TERM_AT="0:17").returncode == 75
@@ -78,6 +87,7 @@ def test_with_two_ranks_damage_that_one_rank_sees_turns_all(command):
     assert "resuming from step 15" in went_on.stdout
 
 
+@pytest.mark.slow
 def test_when_none_is_whole_the_run_is_refused_and_nothing_is_begun_anew(command, stopped):
     for step in (10, 15, 18):
         truncate(shard_of(stopped, step))

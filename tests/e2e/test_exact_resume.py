@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import HARD
+from commands import HARD
 
 from scripts.compare_runs import differences
 
@@ -16,7 +16,7 @@ FRAGILE = [*HARD, "task._target_=mine.task.Fragile"]
     # At two ranks a sum is the same either way round; DDP's order of buckets shows from three on.
     (3, []),
     pytest.param(
-        3, ["parallel.static_graph=true", "parallel.bucket_cap_mb=0.01"], marks=pytest.mark.cluster
+        3, ["parallel.static_graph=true", "parallel.bucket_cap_mb=0.01"], marks=pytest.mark.slow
     ),
 ])  # fmt: skip
 def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(command, ranks, extra):
@@ -40,6 +40,7 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(command, ra
     assert differences(str(runs / "a"), str(runs / "b")) == []
 
 
+@pytest.mark.slow
 def test_the_comparison_itself_sees_a_difference(command):
     """The oracle above can fail: another seed gives other bits."""
     short = [*HARD, "trainer.max_steps=3"]
@@ -50,6 +51,7 @@ def test_the_comparison_itself_sees_a_difference(command):
     assert "tensor model.conv1.weight" in found
 
 
+@pytest.mark.slow
 def test_killed_twice_metrics_have_every_step_once(command):
     arguments = [*FRAGILE, "name=a"]
     command(*arguments, DIE_AT="0:13")
@@ -62,6 +64,7 @@ def test_killed_twice_metrics_have_every_step_once(command):
     assert evaluated == [7, 14, 20, 21, 28, 35, 40]
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on_in_the_same_order_and_says_that_bits_differ(command):
     assert command(*FRAGILE, "name=a", "launch.nproc=2", "trainer.max_steps=10").returncode == 0
     more = command(*FRAGILE, "name=a", "launch.nproc=1")

@@ -4,7 +4,8 @@ import socket
 import subprocess
 import sys
 
-from conftest import HARD
+import pytest
+from commands import HARD
 
 from scripts.compare_runs import differences
 
@@ -18,6 +19,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_ranks_are_the_same_bits_however_they_were_started(command):
     assert command(*SHORT, "name=ours", "launch.nproc=2").returncode == 0
     one_node = command(
@@ -55,6 +57,7 @@ def test_a_failing_rank_is_shown_once_with_its_traceback_and_takes_the_others_do
     assert "rank 1 failed" in failed.stderr
 
 
+@pytest.mark.slow
 def test_output_of_other_ranks_lies_in_the_run_directory(command):
     assert command(*SHORT, "name=a", "launch.nproc=2").returncode == 0
     logs = sorted(path.name for path in (command.folder / "runs/a/logs").rglob("*.log"))
@@ -68,6 +71,7 @@ def test_a_bug_in_one_process_keeps_its_traceback(command):
     assert 'task.py"' in failed.stderr
 
 
+@pytest.mark.slow
 def test_ranks_with_different_configurations_are_refused(command):
     port = free_port()
     nodes = [

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import HARD
+from commands import HARD
 
 from scripts.compare_runs import differences
 
@@ -38,6 +38,7 @@ def test_sigterm_to_the_command_saves_and_exits_75(command, wait_for, ranks):
     assert [folder.name for folder in kept] == [f"step-{ended['step']:08d}.0001"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 1)])
 def test_a_stop_leaves_no_trace_in_the_result(command, ranks, rank):
     arguments = [*FRAGILE, f"launch.nproc={ranks}"]
@@ -49,6 +50,7 @@ def test_a_stop_leaves_no_trace_in_the_result(command, ranks, rank):
     assert differences(str(runs / "a"), str(runs / "b")) == []
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_preempted_rank_exits_0_so_that_the_agent_does_not_restart_it(command):
     launcher = ["--standalone", "--nproc-per-node=2", "--max-restarts=3", "-m", "trainer.run"]
     stopped = command(*launcher, *FRAGILE, "name=a", module="torch.distributed.run", TERM_AT="1:13")
@@ -57,6 +59,7 @@ def test_under_torchrun_a_preempted_rank_exits_0_so_that_the_agent_does_not_rest
     assert not (command.folder / "runs/a/attempts/0002.json").exists()
 
 
+@pytest.mark.slow
 def test_when_the_launcher_is_killed_its_ranks_die_too_and_the_run_goes_on(command, wait_for):
     arguments = [*FRAGILE, "launch.nproc=2", "name=a"]
     process = command.start(*arguments, "trainer.max_epochs=4000")

@@ -1,5 +1,6 @@
 """A user's own model, Dataset, Task and configuration, with no change here."""
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -40,6 +41,7 @@ def test_a_users_package_trains_resumes_and_exports(command):
     net.load_state_dict({k.removeprefix("body."): v for k, v in weights.items()}, strict=True)
 
 
+@pytest.mark.slow
 def test_a_plain_dataset_is_trained_on_without_evaluation(command):
     done = command(
         "model._target_=mine.nets.Net", "~model.classes", "~model.input_shape", "++model.width=4",
@@ -50,6 +52,7 @@ def test_a_plain_dataset_is_trained_on_without_evaluation(command):
     assert '"split": "eval"' not in (command.folder / "runs/plain/metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_exported_weights_start_a_new_run(command):
     write_conf(command.folder)
     mine = ["--config-dir", "my_conf", "experiment=mine"]
@@ -68,6 +71,7 @@ def test_exported_weights_start_a_new_run(command):
     assert "does not fit this model" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_a_path_forks_the_full_state_into_a_new_run(command):
     write_conf(command.folder)
     mine = ["--config-dir", "my_conf", "experiment=mine"]
@@ -83,6 +87,7 @@ def test_a_path_forks_the_full_state_into_a_new_run(command):
     assert '"step": 18' in metrics
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_each_job_its_own_directory_and_a_finished_one_is_not_repeated(command):
     write_conf(command.folder)
     sweep = ["--config-dir", "my_conf", "experiment=mine", "-m", "seed=1,2", "trainer.max_steps=2"]
@@ -97,6 +102,7 @@ def test_a_sweep_gives_each_job_its_own_directory_and_a_finished_one_is_not_repe
     assert sorted(p.name for p in command.folder.iterdir()) == ["my_conf", "runs"]
 
 
+@pytest.mark.slow
 def test_a_sweep_with_a_failing_job_does_the_others_and_ends_with_a_failure(command):
     write_conf(command.folder)
     failed = command(

@@ -639,13 +639,14 @@ def test_a_fork_onto_other_data_begins_the_epoch_anew(tmp_path, new, cursor):
     assert forked(tmp_path, new, a_job())[2].cursor == cursor
 
 
-def test_on_another_number_of_ranks_generators_are_derived_from_seed_step_and_rank(tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_on_another_number_of_ranks_generators_are_derived_from_seed_step_and_rank(tmp_path, rank):
     loop.train(a_job(max_steps=7), State(), a_saver(tmp_path), Stop(World()))
     job = a_job(seed=3)
-    job.world = World(rank=1, size=2)
+    job.world = World(rank=rank, size=2)
     resume.load(job, resume.choose(open_store(str(tmp_path)), Run(name="a", run_dir="a"), {}))
     drawn = torch.rand(3)
-    rng.seed_all(rng.derive("rank", 3, 7, 1))
+    rng.seed_all(rng.derive("rank", 3, 7, rank))
     assert torch.equal(drawn, torch.rand(3))
 
 

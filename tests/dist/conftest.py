@@ -1,0 +1,5 @@
+"""The fixture of ranks.py, for every test of several ranks."""
+
+from ranks import on_ranks
+
+__all__ = ["on_ranks"]

@@ -1,0 +1,61 @@
+"""DDP: its warm-up leaves no trace, its buckets are final, a step is the large batch's step."""
+
+import torch
+from torch import nn
+
+from trainer import parallel, rng
+from trainer.distributed import World
+
+
+def make_model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 4)
+    )
+
+
+def warm_up(world: World, static_graph: bool):
+    model = make_model()
+    options = parallel.DdpOptions(bucket_cap_mb=0.0005, static_graph=static_graph)
+    wrapped = parallel.wrap(model, world, options)
+    rng.seed_all(world.rank)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    generators = rng.capture()
+    parallel.settle_buckets(
+        wrapped, model, world, lambda: wrapped(torch.randn(5, 8)).square().mean().backward()
+    )
+    after = model.state_dict()
+    untouched = all(torch.equal(before[name], after[name]) for name in before)
+    no_gradients = all(parameter.grad is None for parameter in model.parameters())
+    same_generators = all(torch.equal(a, rng.capture()[name]) for name, a in generators.items())
+    return untouched, no_gradients, same_generators, parallel.has_rebuilt_buckets(wrapped)
+
+
+def test_the_warm_up_leaves_no_trace_and_the_buckets_are_final(on_ranks):
+    assert on_ranks(3, warm_up, False) == [(True, True, True, True)] * 3
+    assert on_ranks(2, warm_up, False) == [(True, True, True, False)] * 2  # not needed there
+
+
+def gradients(world: World, size: int):
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4)
+    wrapped = parallel.wrap(model, world, parallel.DdpOptions())
+    inputs = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
+    mine = inputs.chunk(world.size)[world.rank].chunk(2)
+    for index, piece in enumerate(mine):
+        with parallel.reducing(wrapped, last=index == 1):
+            (wrapped(piece).square().mean() / 2).backward()
+    buffer = nn.BatchNorm1d(3)
+    buffer.running_mean.fill_(world.rank)
+    parallel.take_rank0_buffers(buffer, world)
+    return model.weight.grad.tolist(), buffer.running_mean.tolist()
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch(on_ranks):
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4)
+    inputs = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
+    model(inputs).square().mean().backward()
+    for grad, running_mean in on_ranks(2, gradients, 2):
+        torch.testing.assert_close(torch.tensor(grad), model.weight.grad)
+        assert running_mean == [0.0, 0.0, 0.0]

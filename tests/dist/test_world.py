@@ -1,0 +1,68 @@
+"""Agreement between ranks: answers and errors reach every rank alike."""
+
+import os
+import signal
+
+from trainer.distributed import World
+from trainer.errors import CheckpointError, DataError
+from trainer.preemption import Stop
+
+
+def answers_and_errors(world: World):
+    seen = [world.from_rank0(lambda: world.rank + 10), world.gather(world.rank)]
+
+    def fail_on_1():
+        if world.rank == 1:
+            raise CheckpointError("disk full")
+        return world.rank
+
+    def fail_on_0():
+        raise DataError("no data")
+
+    for ask in (lambda: world.together(fail_on_1), lambda: world.from_rank0(fail_on_0)):
+        try:
+            ask()
+        except (CheckpointError, DataError) as error:
+            seen.append((type(error).__name__, str(error), error.agreed))
+    try:
+        world.together(lambda: 1 / world.rank)
+    except RuntimeError as error:
+        seen.append("ZeroDivisionError" in str(error))
+    seen.append(world.on_each(lambda: world.rank * 2))
+    return seen
+
+
+def test_answers_and_errors_are_the_same_on_every_rank(on_ranks):
+    first, second = on_ranks(2, answers_and_errors)
+    assert first == second == [
+        10,
+        [0, 1],
+        ("CheckpointError", "rank 1: disk full", True),
+        ("DataError", "no data", True),
+        True,
+        [0, 2],
+    ]  # fmt: skip
+
+
+def stop_at(world: World, rank: int, boundary: int):
+    """Walk over 12 boundaries; one rank gets a signal before one of them."""
+    stop = Stop(world)
+    stop.listen(["SIGUSR1", "SIGTERM"])
+    stop.save_due = lambda: world.rank == 1  # only rank 0's clock counts
+    saves = 0
+    for step in range(12):
+        if (world.rank, step) == (rank, boundary):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        saves += stop.agree()
+        if stop.signal:
+            break
+    stop.settle()
+    stop.restore_handlers()
+    return step, stop.signal, saves
+
+
+def test_one_ranks_signal_stops_all_at_the_same_boundary(on_ranks):
+    for rank, boundary in ((0, 0), (1, 5)):
+        answers = on_ranks(2, stop_at, rank, boundary)
+        assert answers == [(boundary + 1, signal.SIGUSR1, 0)] * 2

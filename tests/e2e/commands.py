@@ -1,0 +1,145 @@
+"""Real processes: the command as a user starts it, and a package as a user would write one."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A small model with everything that makes resume hard: dropout, BatchNorm, shuffling, a schedule,
+# clipping, evaluations and saves at steps of their own.
+HARD = [
+    "data=synthetic", "sample.shape=[1,8,8]", "data.train_samples=240", "data.eval_samples=70",
+    "model.batch_norm=true", "model.channels=[4,8]", "model.hidden=16", "scheduler=cosine",
+    "trainer.max_epochs=2", "trainer.global_batch_size=12", "trainer.log_every_steps=1",
+    "trainer.clip_norm=1.0", "trainer.eval_every_steps=7", "checkpoint.every_steps=5",
+    "launch.threads=1",
+]  # fmt: skip
+
+USER_PACKAGE = {
+    "__init__.py": "",
+    "task.py": '''
+        """A Task that can be killed, or fail, at a given training step of a given rank."""
+        import os
+        import signal
+
+        from trainer.task import Classification
+
+
+        class Fragile(Classification):
+            steps = 0
+
+            def loss(self, model, batch):
+                if model.training:
+                    self.steps += 1
+                    here = f"{os.environ.get('RANK', '0')}:{self.steps}"
+                    if os.environ.get("DIE_AT") == here:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    if os.environ.get("TERM_AT") == here:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    if os.environ.get("FAIL_AT") == here:
+                        raise ZeroDivisionError("a bug in the user's own code")
+                return super().loss(model, batch)
+    ''',
+    "nets.py": """
+        from torch import nn
+
+
+        class Net(nn.Module):
+            def __init__(self, width: int):
+                super().__init__()
+                self.body = nn.Sequential(nn.Flatten(), nn.Linear(16, width), nn.Linear(width, 3))
+
+            def forward(self, x):
+                return self.body(x)
+    """,
+    "data.py": '''
+        import torch
+        from torch.utils.data import Dataset
+
+
+        class Points(Dataset):
+            """A plain map-style Dataset: no tensors, no __getitems__."""
+
+            def __init__(self, size: int = 60):
+                self.size = size
+
+            def __len__(self):
+                return self.size
+
+            def __getitem__(self, index):
+                generator = torch.Generator().manual_seed(index)
+                return torch.randn(4, 4, generator=generator) + index % 3, index % 3
+    ''',
+}
+
+
+class Command:
+    """Starts `python -m trainer.…` in its own process, as a user does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.env = {
+            k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "OMP_"))
+        }
+
+    def start(self, *arguments: str, module: str = "trainer.run", **env: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            cwd=self.folder,
+            env={**self.env, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(
+        self, *arguments: str, module: str = "trainer.run", **env: str
+    ) -> subprocess.CompletedProcess:
+        process = self.start(*arguments, module=module, **env)
+        try:
+            out, err = process.communicate(timeout=240)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """The command, started in an empty folder, with the user's package `mine` on its path."""
+    package = tmp_path / "packages" / "mine"
+    package.mkdir(parents=True)
+    for name, text in USER_PACKAGE.items():
+        (package / name).write_text(textwrap.dedent(text))
+    folder = tmp_path / "work"
+    folder.mkdir()
+    made = Command(folder)
+    made.env["PYTHONPATH"] = str(package.parent)
+    return made
+
+
+@pytest.fixture
+def wait_for() -> Callable[[Callable[[], bool], subprocess.Popen], None]:
+    """Wait until a condition holds while a process lives; a bound ends a test that never would."""
+
+    def wait(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            if process.poll() is not None:
+                out, err = process.communicate()
+                pytest.fail(f"the process ended with {process.returncode}:\n{out}\n{err}")
+            if time.monotonic() > deadline:
+                process.send_signal(signal.SIGKILL)
+                pytest.fail("the condition never came true")
+            time.sleep(0.02)
+
+    return wait
