@@ -81,7 +81,7 @@ def test_a_path_forks_the_full_state_into_a_new_run(command):
     )
     assert forked.returncode == 0, forked.stderr
     assert "forking runs/first/checkpoints/step-00000012.0001 from step 12" in forked.stdout
-    assert "optimizer.lr: 0.001 -> 0.5" in forked.stdout
+    assert "optimizer.lr: 0.003 -> 0.5" in forked.stdout
     metrics = (command.folder / "runs/second/metrics.jsonl").read_text()
     assert '"lr": 0.5' in metrics
     assert '"step": 18' in metrics
