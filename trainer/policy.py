@@ -38,12 +38,16 @@ def stale(
         keep_best: steps with the best metric to keep; of equal ones the earlier.
         mode: `max` or `min`, whether a larger metric is better.
     """
-    kept = set(sorted(steps)[-max(keep_last, 1) :])
+    kept = {*sorted(steps)[-max(keep_last, 1) :], *best_first(steps, mode)[:keep_best]}
+    return sorted(set(steps) - kept)
+
+
+def best_first(steps: Mapping[int, float | None], mode: str) -> list[int]:
+    """Return the measured steps, the best one first; of equal ones the earlier first."""
     sign = -1 if mode == "max" else 1
     measured = [
         (sign * value, step)
         for step, value in steps.items()
         if value is not None and not math.isnan(value)
     ]
-    kept.update(step for _, step in sorted(measured)[:keep_best])
-    return sorted(set(steps) - kept)
+    return [step for _, step in sorted(measured)]

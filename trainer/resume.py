@@ -1,6 +1,5 @@
 """Where a run goes on from, and whether this configuration may go on from there. Reads only."""
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trainer import checkpoint, loop, rng
+from trainer import checkpoint, loop, policy, rng
 from trainer.checkpoint import lineage, tree
 from trainer.checkpoint.lineage import FOLDER, MANIFEST, Commit
 from trainer.checkpoint.manifest import Manifest, parse_folder
@@ -202,15 +201,13 @@ def _named(store: Store, commits: list[Commit], request: str, run: Run) -> Commi
 
 
 def _best(store: Store, commits: list[Commit], run: Run) -> Commit | None:
-    sign = 1 if run.checkpoint.mode == "max" else -1
-    measured = []
-    for commit in commits:
-        state = lineage.read_manifest(store, commit).objects["run"]
-        value = state["metrics"].get(run.checkpoint.metric)
-        at_this_step = state["last_eval_step"] == commit.step
-        if value is not None and not math.isnan(value) and at_this_step:
-            measured.append((sign * value, -commit.step, commit))  # of equal ones the earlier
-    return max(measured)[2] if measured else None
+    metric = run.checkpoint.metric
+    if metric is None:
+        return None
+    by_step = {commit.step: commit for commit in commits}
+    values = {step: lineage.measured(store, commit, metric) for step, commit in by_step.items()}
+    best = policy.best_first(values, run.checkpoint.mode)
+    return by_step[best[0]] if best else None
 
 
 def _fork(request: str) -> Start:

@@ -26,9 +26,11 @@ HARD = [
 USER_PACKAGE = {
     "__init__.py": "",
     "task.py": '''
-        """A Task that can be killed, or fail, at a given training step of a given rank."""
+        """A Task that can be killed, fail or wait, at a given training step of a given rank."""
         import os
         import signal
+        import time
+        from pathlib import Path
 
         from trainer.task import Classification
 
@@ -44,6 +46,10 @@ USER_PACKAGE = {
                         os.kill(os.getpid(), signal.SIGKILL)
                     if os.environ.get("TERM_AT") == here:
                         os.kill(os.getpid(), signal.SIGTERM)
+                    if os.environ.get("PAUSE_AT") == here:
+                        Path("paused").touch()
+                        while Path("paused").exists():
+                            time.sleep(0.02)
                     if os.environ.get("FAIL_AT") == here:
                         raise ZeroDivisionError("a bug in the user's own code")
                 return super().loss(model, batch)

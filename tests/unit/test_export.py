@@ -36,16 +36,23 @@ def net(seed):
     return Net()
 
 
-def a_run(folder, models, *, best=None):
-    """Write a checkpoint of each {step: model}; return the run's directory as text."""
+def a_run(folder, models, *, accuracy=None):
+    """Write a checkpoint of each {step: model}; return the run's directory as text.
+
+    `accuracy` is {step: what was measured there}; where it is given, the run tracks it.
+    """
     store = open_store(str(folder))
     attempt = lineage.begin(store, {})
     lineage.amend(store, attempt, {"resumed_from": {"step": 0, "attempt": None}})
     writer = Writer(store, World(), attempt)
     for step, model in models.items():
-        content = Content(objects={"run": State(step=step, best=best).state_dict()})
+        state = State(step=step)
+        if step in (accuracy or {}):
+            state.evaluated({"accuracy": accuracy[step]}, metric="accuracy", mode="max")
+        content = Content(objects={"run": state.state_dict()})
         tree.add_model(content, model, with_buffers=True)
-        save(writer, content, step=step)
+        config = {"checkpoint": {"metric": None if accuracy is None else "accuracy"}}
+        save(writer, content, step=step, config=config)
     return str(folder)
 
 
@@ -98,21 +105,23 @@ def test_safetensors_own_reader_opens_the_file(tmp_path):
 @pytest.mark.parametrize(("step", "seed"), [("latest", 30), ("10", 10), ("best", 20)])
 def test_the_step_that_was_asked_for_is_exported(tmp_path, step, seed):
     models = {at: net(at) for at in (10, 20, 30)}
-    run = a_run(tmp_path / "run", models, best={"value": 0.9, "step": 20})
+    run = a_run(tmp_path / "run", models, accuracy={10: 0.7, 20: 0.9, 30: 0.9})
     path, _ = export(run, "safetensors", step, "")
     assert path.name == f"step-{seed:08d}.safetensors"
     same(models[seed], load(path))
 
 
-@pytest.mark.parametrize(("step", "best", "error", "text"), [
+@pytest.mark.parametrize(("step", "accuracy", "error", "text"), [
     ("15", None, ConfigError, "has latest, best and the steps 10, 20"),
     ("lates", None, ConfigError, "has latest, best and the steps 10, 20"),
     ("-1", None, ConfigError, "has latest, best and the steps 10, 20"),
     ("best", None, ConfigError, "tracks no metric"),
-    ("best", {"value": 1.0, "step": 15}, CheckpointError, "best step 15 .* was not saved"),
+    ("best", {}, CheckpointError, "no checkpoint of .* has 'accuracy' of its own step"),
 ])  # fmt: skip
-def test_a_step_that_is_not_there_is_an_error_that_says_what_is(tmp_path, step, best, error, text):
-    run = a_run(tmp_path / "run", {10: net(1), 20: net(2)}, best=best)
+def test_a_step_that_is_not_there_is_an_error_that_says_what_is(
+    tmp_path, step, accuracy, error, text
+):
+    run = a_run(tmp_path / "run", {10: net(1), 20: net(2)}, accuracy=accuracy)
     with pytest.raises(error, match=text):
         open_source(run, step)
 

@@ -172,6 +172,17 @@ def read_manifest(store: Store, commit: Commit) -> Manifest:
     return manifest
 
 
+def measured(store: Store, commit: Commit, metric: str) -> float | None:
+    """Return the metric that was measured at a checkpoint's own step, if it was. Any rank.
+
+    Raises:
+        CheckpointError, StoreError: as `read_manifest`.
+    """
+    state = read_manifest(store, commit).objects["run"]
+    at_this_step = state["last_eval_step"] == commit.step
+    return state["metrics"].get(metric) if at_this_step else None
+
+
 def mark_damaged(store: Store, commit: Commit, why: str) -> None:
     """Set a checkpoint aside whose bytes were proven wrong; it is kept. Rank 0 only."""
     data = _record_bytes({"found": now(), "why": why})

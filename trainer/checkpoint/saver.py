@@ -124,28 +124,21 @@ class Saver:
     def _delete_stale(self, state: State) -> None:
         newest = Commit(state.step, self._attempt.number, "")
         commits = lineage.commits(self._store)
-        steps = {commit.step: self._metric_of(commit, state) for commit in commits}
+        steps = {commit.step: self._metric_of(commit) for commit in commits}
         stale = set(policy.stale(steps, mode=self._mode, **self._keep))
         for commit in commits:
             if commit.step in stale:
                 lineage.delete(self._store, commit.folder)
         lineage.clean(self._store, self._attempt, newest)
 
-    def _metric_of(self, commit: Commit, state: State) -> float | None:
+    def _metric_of(self, commit: Commit) -> float | None:
         """Return the metric measured at a checkpoint's own step; each manifest is read once."""
         if self._metric is None:
             return None
         key = (commit.step, commit.attempt)
         if key not in self._measured:
-            stored = state.state_dict() if commit.step == state.step else self._stored(commit)
-            at_this_step = stored.get("last_eval_step") == commit.step
-            value = stored["metrics"].get(self._metric) if at_this_step else None
-            self._measured[key] = value
+            try:
+                self._measured[key] = lineage.measured(self._store, commit, self._metric)
+            except CheckpointError:  # it must not keep all others from going
+                self._measured[key] = None
         return self._measured[key]
-
-    def _stored(self, commit: Commit) -> Mapping[str, Any]:
-        try:
-            stored: Mapping[str, Any] = lineage.read_manifest(self._store, commit).objects["run"]
-        except CheckpointError:
-            return {}  # unreadable, so without a metric; it must not keep all others from going
-        return stored

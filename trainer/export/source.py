@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from trainer import policy
 from trainer.checkpoint import Reader, lineage
 from trainer.checkpoint.lineage import Commit
 from trainer.checkpoint.manifest import Manifest
@@ -72,16 +73,19 @@ def open_source(run_dir: str, step: str) -> Source:
 
 def _best(run_dir: str, commits: list[Commit]) -> Commit:
     store = open_store(run_dir)
-    best = lineage.read_manifest(store, commits[-1]).objects["run"]["best"]
-    if best is None:
+    config = lineage.read_manifest(store, commits[-1]).config.get("checkpoint", {})
+    metric = config.get("metric")
+    if metric is None:
         raise ConfigError(f"step=best: {run_dir} tracks no metric (checkpoint.metric is not set)")
-    chosen = [commit for commit in commits if commit.step == best["step"]]
-    if not chosen:
+    by_step = {commit.step: commit for commit in commits}
+    values = {step: lineage.measured(store, commit, metric) for step, commit in by_step.items()}
+    best = policy.best_first(values, config.get("mode", "max"))
+    if not best:
         raise CheckpointError(
-            f"step=best: the best step {best['step']:,} of {run_dir} was not saved; save as often "
+            f"step=best: no checkpoint of {run_dir} has {metric!r} of its own step; save as often "
             "as you evaluate (checkpoint.every_epochs, checkpoint.every_steps)"
         )
-    return chosen[-1]
+    return by_step[best[0]]
 
 
 def clean_names(names: Iterable[str]) -> dict[str, str]:

@@ -1,0 +1,36 @@
+"""Two live jobs on one run: the newest attempt owns it, the older one is told and stops with 76."""
+
+import json
+
+import pytest
+from commands import HARD
+
+from scripts.compare_runs import differences
+
+ARGUMENTS = [*HARD, "task._target_=mine.task.Fragile"]
+
+
+def steps_of(run):
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if line["split"] == "train"]
+
+
+@pytest.mark.slow
+def test_the_older_job_is_told_and_stops_and_the_result_is_the_undisturbed_runs(command, wait_for):
+    assert command(*ARGUMENTS, "name=a").returncode == 0
+    run = command.folder / "runs/b"
+    older = command.start(*ARGUMENTS, "name=b", PAUSE_AT="0:17")
+    paused = command.folder / "paused"
+    wait_for(paused.exists, older)
+    newer = command(*ARGUMENTS, "name=b")
+    assert newer.returncode == 0, newer.stderr
+    assert "resuming from step 15" in newer.stdout
+    paused.unlink()
+    out, err = older.communicate(timeout=120)
+    assert older.returncode == 76, (out, err)
+    assert "SupersededError" in err
+    assert "attempt 2 was started" in err
+    assert "Traceback" not in err
+    assert differences(str(command.folder / "runs/a"), str(run)) == []
+    assert steps_of(run) == list(range(1, 41))
+    assert command(*ARGUMENTS, "name=b").returncode == 0  # finished, and says so
