@@ -235,8 +235,8 @@ def _first_line(error: Exception) -> str:
 def check(run: Run) -> list[Problem]:
     """Return what is wrong with values that have the right type. Changes nothing."""
     problems = _check_ranges(run, "") + _check_numbers(run)
-    if not re.fullmatch(r"[\w.,=+@-]+", run.name):
-        text = f"{run.name!r} must be made of letters, digits and . , = + @ _ -"
+    if not re.fullmatch(r"(?!\.+$)[\w.,=+@-]+", run.name):
+        text = f"{run.name!r} must be made of letters, digits and . , = + @ _ -, not dots alone"
         problems.append(Problem("name", text))
     if "://" in run.run_dir and not run.run_dir.startswith("file://"):
         text = f"{run.run_dir!r}: only local paths can hold a run so far"
@@ -314,10 +314,15 @@ def _check_ranges(node: Any, prefix: str) -> list[Problem]:
 
 
 _SECRET = re.compile(
-    r"(?i)(^|_)(password|passwd|passphrase|secret|credentials?|api_?key"
+    r"(^|_)(password|passwd|pwd|passphrase|secrets?|credentials?|api_?key"
     r"|(access|secret|private)_?key"
     r"|(?<!pad_)(?<!bos_)(?<!eos_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)token)$"
 )
+
+
+def _is_secret(key: str) -> bool:
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)  # hfToken as hf_token
+    return _SECRET.search(snake.lower()) is not None
 
 
 def stored(composed: DictConfig) -> dict[str, Any]:
@@ -339,7 +344,7 @@ def _hide(node: Any, texts: dict[str, str]) -> None:
     raw: Any = OmegaConf.to_container(node, resolve=False)
     items: Any = raw.items() if isinstance(raw, dict) else enumerate(raw)
     for key, value in items:
-        if isinstance(key, str) and _SECRET.search(key) and value is not None:
+        if isinstance(key, str) and _is_secret(key) and value is not None:
             node[key] = "<redacted>"
         elif isinstance(value, str) and "oc.env" in value:
             name = f"PERDURE_TEXT_{len(texts)}_"

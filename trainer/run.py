@@ -78,7 +78,7 @@ def _command(arguments: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing and exiting with 1
     try:
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         if codes or not _is_compose_error(error):
             raise
         found = [*prepared.problems, Problem("command line", str(error).strip())]
@@ -93,7 +93,7 @@ def _is_compose_error(error: BaseException) -> bool:
     while traceback is not None:
         frames.append(traceback.tb_frame.f_code.co_name)
         traceback = traceback.tb_next
-    return "_one_run" not in frames
+    return "job" not in frames
 
 
 def _name_sweep_job(composed: DictConfig, swept: Sequence[str]) -> bool:

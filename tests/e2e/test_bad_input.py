@@ -48,6 +48,7 @@ CASES = [
     (["trainer.max_epochs=null"], ["the run would never end"]),
     (["+extra.thing=1"], ["extra", "no such key"]),
     (["a=[1"], ["cannot be read"]),
+    (["@x=1"], ["command line"]),
     (["resume=12"], ["resume=12", "no checkpoint of that step"]),
     (["resume=somewhere/else"], ["resume=somewhere/else", "no committed checkpoint"]),
 ]

@@ -162,7 +162,7 @@ def test_an_optional_group_may_be_null(group):
     ("sample__shape", [3, 0], "an axis below 1"),
     ("name", "a b", "must be made of letters"),
     ("name", "a/b", "must be made of letters"),
-    ("name", "", "must be made of letters"),
+    ("name", "", "must be made of letters"), ("name", "..", "not dots alone"),
     ("run_dir", "", "is empty"),
     ("run_dir", "s3://bucket/run", "only local paths"),
     ("resume", "", "is empty"),
@@ -295,7 +295,8 @@ def test_a_single_process_strategy_cannot_use_two_ranks():
 @pytest.mark.parametrize("key", [
     "password", "db_password", "passwd", "passphrase", "secret", "client_secret", "credentials",
     "api_key", "apiKey", "wandb_api_key", "access_key", "aws_secret_access_key", "secret_key",
-    "private_key", "token", "hf_token", "auth_token", "HF_TOKEN",
+    "private_key", "token", "hf_token", "auth_token", "HF_TOKEN", "hfToken",
+    "accessToken", "pwd", "secrets",
 ])  # fmt: skip
 @pytest.mark.parametrize("value", ["hunter2", 12345, ["hunter2"], {"a": "hunter2"}])
 def test_secrets_are_redacted_at_every_depth(key, value):
