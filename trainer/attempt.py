@@ -60,7 +60,6 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
         loop.warm_up(job)
         start, state = _load(run, stored, job, store, attempt)
         saver = _saver(run, stored, job, store, attempt, start)
-        stop.save_due = saver.due_by_clock
         world.from_rank0(lambda: _record_start(run, stored, job, store, attempt, start, state))
         began = time.monotonic()
         done = loop.train(job, state, saver, stop)
@@ -170,6 +169,8 @@ def _saver(
         every_s=wanted.every_s,
         keep_last=wanted.keep_last,
         keep_best=wanted.keep_best,
+        keep_every_steps=wanted.keep_every_steps,
+        timeout_s=wanted.timeout_s,
         metric=wanted.metric,
         mode=wanted.mode,
         stop_on_error=wanted.on_error == "stop",

@@ -98,6 +98,12 @@ class Checkpoint:
     every_epochs: int | None = setting(1, "Save after every N epochs.", at_least=1)
     keep_last: int = setting(2, "Newest checkpoints to keep.", at_least=1)
     keep_best: int = setting(1, "Best checkpoints to keep, where metric is set.", at_least=0)
+    keep_every_steps: int | None = setting(
+        None, "Keep checkpoints whose step is a multiple of this for good.", at_least=1
+    )
+    timeout_s: float = setting(
+        1800.0, "A save that has not ended after this long ends the attempt (75).", above=0
+    )
     metric: str | None = setting(None, "Metric of the evaluation that decides what is best.")
     mode: str = setting("max", "Whether a larger metric is better.", choices=("max", "min"))
     on_error: str = setting(

@@ -3,7 +3,7 @@
 import os
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,13 +17,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """Who we are among the ranks. `control` is a gloo group that training never uses."""
+    """Who we are among the ranks."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
     control: Any = None
+    """A gloo group for agreements of the main threads; training never uses it."""
+    background: Any = None
+    """A gloo group for agreements of threads that work beside them; nothing else uses it."""
 
     def from_rank0(self, ask: Callable[[], T]) -> T:
         """Call `ask` on rank 0; return its answer or raise its error on every rank. Collective."""
@@ -64,6 +67,18 @@ class World:
         """As `together`, but return every rank's answer, in rank order."""
         return self.gather(self.together(do))
 
+    def all(self, value: bool) -> bool:
+        """Return whether `value` is true on every rank. Collective."""
+        if self.size == 1:
+            return value
+        votes = torch.tensor(int(value))
+        dist.all_reduce(votes, dist.ReduceOp.MIN, group=self.control)
+        return bool(votes)
+
+    def aside(self) -> "World":
+        """Return the same ranks for a thread beside the main one: it agrees on `background`."""
+        return replace(self, control=self.background)
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Return the mean of `values` over all ranks, on the training group. Collective."""
         if self.size > 1:
@@ -89,7 +104,7 @@ def _attempt(do: Callable[[], Any]) -> tuple[Any, Exception | None]:
 
 def _agreed(error: Exception, prefix: str = "") -> Exception:
     """Return the error as every rank raises it; `agreed` tells that all of them do."""
-    raised = type(error)(f"{prefix}{error}")
+    raised = type(error)(f"{'' if hasattr(error, 'agreed') else prefix}{error}")
     raised.agreed = True  # type: ignore[attr-defined]
     return raised
 
@@ -109,5 +124,6 @@ def connect(device: torch.device, *, timeout_s: float) -> World:
         backend, timeout=timeout, device_id=device if device.type == "cuda" else None
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
+    background = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # saves may be slow
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return World(dist.get_rank(), size, local_rank, device, control)
+    return World(dist.get_rank(), size, local_rank, device, control, background)

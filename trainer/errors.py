@@ -38,6 +38,10 @@ class StoreError(PerdureError):
     exit_code = RUN_AGAIN
 
 
+class SaveHangsError(StoreError):
+    """A save does not end, so no other one can begin."""
+
+
 class CheckpointError(PerdureError):
     """This checkpoint cannot be written or read."""
 

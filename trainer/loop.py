@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
     Returns whether the run is finished. Either way the last step is committed on return, unless
     saves failed and `saver` goes on after failures.
     """
+    stop.save_due, stop.saves_ended = saver.due_by_clock, saver.ended
     job.wrapped.train()
     pace = _Pace(state)
     evaluated = state.last_eval_step
@@ -70,7 +72,7 @@ def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
     batches = job.data.batches(state.cursor)
     while state.step < job.max_steps and not interrupted:
         microbatches, cursor = next(batches)
-        save_due = stop.agree()
+        vote = stop.agree()
         if stop.signal:
             break
         log_due = (state.step + 1) % job.log_every_steps == 0 or state.step + 1 == job.max_steps
@@ -81,8 +83,10 @@ def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
         if log_due:
             _log(job, state, "train", {**_mean(job, figures), "lr": float(lr), **pace.lap(state)})
         interrupted = not _evaluate_if_due(job, state, stop)
-        if not interrupted and (save_due or _due(saver.every, state, job)):
-            saver.save(state, collect(job, state))
+        if not interrupted:
+            due = vote.save_due or _due(saver.every, state, job) is not None
+            content = partial(collect, job, state)
+            saver.at_boundary(state, content, due=due, ended=vote.saves_ended)
     stop.settle()
     finished = state.step >= job.max_steps and not interrupted
     if not saver.save(state, collect(job, state)) and finished:
@@ -242,13 +246,12 @@ def collect(job: Job, state: State) -> Content:
     content = Content()
     tree.add_model(content, job.model, with_buffers=job.world.rank == 0)
     tree.add_optimizer(content, job.model, job.optimizer)
+    rank0s = content.own if job.world.rank == 0 else {}
     for name, value in rng.capture().items():
-        content.tensors[f"rng.{job.world.rank}.{name}"] = value
+        content.own[f"rng.{job.world.rank}.{name}"] = value
     if job.scheduler is not None:
-        content.objects["scheduler"] = tree.split(
-            job.scheduler.state_dict(), "scheduler", content.tensors
-        )
-    content.objects["scaler"] = tree.split(job.scaler.state_dict(), "scaler", content.tensors)
+        content.objects["scheduler"] = tree.split(job.scheduler.state_dict(), "scheduler", rank0s)
+    content.objects["scaler"] = tree.split(job.scaler.state_dict(), "scaler", rank0s)
     content.objects["run"] = state.state_dict()
     return content
 

@@ -28,7 +28,12 @@ def due(every: Every, *, step: int, epoch: int, epoch_ended: bool, final: bool) 
 
 
 def stale(
-    steps: Mapping[int, float | None], *, keep_last: int, keep_best: int, mode: str
+    steps: Mapping[int, float | None],
+    *,
+    keep_last: int,
+    keep_best: int,
+    mode: str,
+    keep_every_steps: int | None = None,
 ) -> list[int]:
     """Return which steps to delete.
 
@@ -37,8 +42,11 @@ def stale(
         keep_last: newest steps to keep; the newest is always kept.
         keep_best: steps with the best metric to keep; of equal ones the earlier.
         mode: `max` or `min`, whether a larger metric is better.
+        keep_every_steps: multiples of this are kept for good; None: none.
     """
     kept = {*sorted(steps)[-max(keep_last, 1) :], *best_first(steps, mode)[:keep_best]}
+    if keep_every_steps:
+        kept |= {step for step in steps if step % keep_every_steps == 0}
     return sorted(set(steps) - kept)
 
 

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -10,11 +11,21 @@ import torch.distributed as dist
 
 from trainer.distributed import World
 
-_NO_VOTE = (0, 0)
+
+@dataclass(frozen=True)
+class Vote:
+    """What all ranks know of each other at a boundary."""
+
+    signal: int = 0
+    """Number of a signal that some rank received, or 0."""
+    save_due: bool = False
+    """Whether rank 0 says that it is time to save."""
+    saves_ended: int = 0
+    """How many saves have ended on every rank."""
 
 
 class Stop:
-    """Whether the ranks have agreed to stop, and whether a save is due by rank 0's clock.
+    """Whether the ranks have agreed to stop, and what else they agree on at every boundary.
 
     The vote is an asynchronous all-reduce on the control group that has a whole step to complete:
     what one rank saw before step k is known to all at the boundary after step k, at the same step
@@ -25,6 +36,8 @@ class Stop:
         self._world = world
         self.save_due: Callable[[], bool] = lambda: False
         """Asked on rank 0 at every boundary."""
+        self.saves_ended: Callable[[], int] = lambda: 0
+        """Asked on every rank at every boundary."""
         self._received = 0
         self._previous: dict[int, Any] = {}
         self._vote: tuple[Any, torch.Tensor] | None = None
@@ -46,26 +59,28 @@ class Stop:
             signal.signal(number, handler)
         self._previous.clear()
 
-    def agree(self) -> bool:
-        """Return whether a save is due by the clock; sets `signal`. Collective, once a boundary."""
+    def agree(self) -> Vote:
+        """Return what the ranks agree on; sets `signal`. Collective, once a boundary."""
+        is_first = self._world.rank == 0
+        mine = Vote(self._received, is_first and self.save_due(), self.saves_ended())
         if self._world.size == 1:
-            self.signal = self._received
-            return self.save_due()
-        signal_number, save_due = self._take()
-        self.signal = self.signal or signal_number
-        mine = torch.tensor([self._received, int(self._world.rank == 0 and self.save_due())])
-        work = dist.all_reduce(mine, dist.ReduceOp.MAX, group=self._world.control, async_op=True)
-        self._vote = (work, mine)
-        return bool(save_due)
+            self.signal = mine.signal
+            return mine
+        agreed = self._take()
+        self.signal = self.signal or agreed.signal
+        votes = torch.tensor([mine.signal, int(mine.save_due), -mine.saves_ended])
+        work = dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._world.control, async_op=True)
+        self._vote = (work, votes)
+        return agreed
 
-    def _take(self) -> tuple[int, int]:
+    def _take(self) -> Vote:
         if self._vote is None:
-            return _NO_VOTE
+            return Vote()
         work, votes = self._vote
         self._vote = None
         work.wait()
-        number, save_due = votes.tolist()
-        return number, save_due
+        number, save_due, saves_running = votes.tolist()
+        return Vote(number, bool(save_due), -saves_running)
 
     def settle(self) -> None:
         """Complete the vote in flight, so that the control group is free. Collective."""

@@ -70,7 +70,10 @@ class Tracker(Protocol):
         """Tell the person something that is not a figure."""
 
     def flush(self) -> None:
-        """Make every line taken so far durable. Called before each checkpoint is committed."""
+        """Make every line taken so far durable; called before each checkpoint is committed.
+
+        It comes from another thread than the rest, and may come while `log` is being called.
+        """
 
     def close(self) -> None:
         """End the attempt; called once, also after a failure."""

@@ -54,7 +54,7 @@ def stop_at(world: World, rank: int, boundary: int):
         if (world.rank, step) == (rank, boundary):
             os.kill(os.getpid(), signal.SIGUSR1)
             os.kill(os.getpid(), signal.SIGUSR1)
-        saves += stop.agree()
+        saves += stop.agree().save_due
         if stop.signal:
             break
     stop.settle()

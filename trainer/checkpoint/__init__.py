@@ -4,7 +4,7 @@ A checkpoint exists if and only if its manifest exists and agrees with the files
 is trusted: every byte that is loaded is checked, and no pickle is ever read.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -14,11 +14,11 @@ from trainer.checkpoint.lineage import Attempt, Commit
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import DamagedError, Reader
 from trainer.checkpoint.tree import Content
-from trainer.checkpoint.writer import Writer
+from trainer.checkpoint.writer import Save, Writer
 from trainer.storage import Store
 
 __all__ = [
-    "Attempt", "Commit", "Content", "DamagedError", "Manifest", "Reader", "Writer",
+    "Attempt", "Commit", "Content", "DamagedError", "Manifest", "Reader", "Save", "Writer",
     "delete", "latest", "load", "save", "steps", "verify",
 ]  # fmt: skip
 
@@ -31,22 +31,17 @@ def save(
     epoch: int = 0,
     samples: int = 0,
     config: Mapping[str, Any] | None = None,
-    before_commit: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """Write and commit a checkpoint of `step`. Collective; durable and visible on return.
+
+    `Writer.begin` does the same beside the training.
 
     Raises:
         CheckpointError, StoreError: on every rank; nothing was committed.
         SupersededError: a newer attempt owns the run.
     """
-    return writer.write(
-        content,
-        step=step,
-        epoch=epoch,
-        samples=samples,
-        config=config or {},
-        before_commit=before_commit,
-    )
+    begun = writer.begin(content, step=step, epoch=epoch, samples=samples, config=config)
+    return begun.result()
 
 
 def steps(store: Store) -> list[Commit]:

@@ -4,10 +4,11 @@ Pure: no I/O, no torch. Everything that is read is treated as hostile: a manifes
 all checks here or raises CheckpointError. The format is described in docs/checkpoint-format.md.
 """
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,34 +83,46 @@ class TensorEntry:
     columns: Mapping[str, list[Any]] | None = None
     alias: str | None = None
 
-    def parts(self, files: list[str]) -> Iterator[Part]:
-        """Yield the boxes that cover the tensor, each with the name of its file."""
+    def parts(
+        self, files: Sequence[str], offsets: Sequence[int], lengths: Sequence[int]
+    ) -> Iterator[Part]:
+        """Yield the parts that hold something of a box of the tensor, each with its file."""
+        box = tuple(zip(offsets, lengths, strict=True))
         if self.file is not None:
             yield Part(files[self.file], (0,) * len(self.shape), self.shape)
         elif self.grid is not None:
-            yield from self._grid_parts(files)
+            steps = self._cell_lengths()
+            ranges = [range(o // s, -(-(o + n) // s)) for (o, n), s in zip(box, steps, strict=True)]
+            for position in itertools.product(*ranges):
+                number = 0
+                for at, pieces in zip(position, self.grid, strict=True):
+                    number = number * pieces + at
+                yield Part(files[number], *self.cell(number))
         elif self.columns is not None:
             columns = self.columns
-            for index, offsets, lengths in zip(
+            for index, starts, counts in zip(
                 columns["file"], columns["offsets"], columns["lengths"], strict=True
             ):
-                yield Part(files[index], tuple(offsets), tuple(lengths))
+                if all(
+                    s < o + n and o < s + c
+                    for s, c, (o, n) in zip(starts, counts, box, strict=True)
+                ):
+                    yield Part(files[index], tuple(starts), tuple(counts))
 
-    def _grid_parts(self, files: list[str]) -> Iterator[Part]:
+    def cell(self, number: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return offsets and lengths of a cell of the grid, counted in C order."""
+        rest, position = number, list[int]()
+        for pieces in reversed(self.grid or ()):
+            position.insert(0, rest % pieces)
+            rest //= pieces
+        steps = self._cell_lengths()
+        offsets = tuple(min(p * s, n) for p, s, n in zip(position, steps, self.shape, strict=True))
+        lengths = tuple(min(s, n - o) for s, n, o in zip(steps, self.shape, offsets, strict=True))
+        return offsets, lengths
+
+    def _cell_lengths(self) -> list[int]:
         grid = self.grid or ()
-        steps = [-(-n // g) for n, g in zip(self.shape, grid, strict=True)]
-        for index in range(math.prod(grid)):
-            rest, position = index, list[int]()
-            for g in reversed(grid):
-                position.insert(0, rest % g)
-                rest //= g
-            offsets = tuple(
-                min(p * s, n) for p, s, n in zip(position, steps, self.shape, strict=True)
-            )
-            lengths = tuple(
-                min(s, n - o) for s, n, o in zip(steps, self.shape, offsets, strict=True)
-            )
-            yield Part(files[index], offsets, lengths)
+        return [max(-(-n // pieces), 1) for n, pieces in zip(self.shape, grid, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry as it stands in the manifest."""

@@ -1,8 +1,15 @@
-"""Which rank writes which tensors: torch's DCP planners deduplicate and balance, once a layout."""
+"""Who writes what: every rank's part of the state, decided once for a layout.
+
+torch's DCP planner says which box of which tensor a rank holds. Who writes a box that several
+ranks hold is then a rule that each rank works out alone, from what all of them know; so nothing
+that is sharded is ever gathered, and 512 ranks plan as fast as two.
+"""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
 from typing import Any
 
 import torch
@@ -10,7 +17,9 @@ from torch import Tensor
 
 from trainer.checkpoint import shard
 from trainer.checkpoint.manifest import TensorEntry
+from trainer.checkpoint.tree import Content
 from trainer.distributed import World
+from trainer.errors import CheckpointError
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -21,6 +30,39 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
 }  # fmt: skip
 TORCH_DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
+_SLACK = 1 / 128
+"""Share of a rank's bytes that it may have too much of, to spare a tensor a cut."""
+_SLACK_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of a tensor: where it begins along each axis, and how long it is there."""
+
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Number of elements in it."""
+        return prod(self.lengths)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tensor as one rank holds it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    """Of the whole tensor, over all ranks."""
+    box: Box
+    """What this rank holds of it."""
+    holders: tuple[int, ...]
+    """The ranks that hold this same box."""
+    grid: tuple[int, ...] | None = None
+    """Set where the tensor is cut evenly over all ranks, in the order of the ranks."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -29,49 +71,280 @@ class Plan:
     Holds names, never tensors: optimizers replace their state tensors.
     """
 
-    digest: str
-    """Of this rank's names, dtypes and shapes."""
-    mine: frozenset[str]
-    """Names that this rank writes."""
+    signature: list[Any]
+    """This rank's names, dtypes, shapes and shardings."""
     layout: shard.Layout
     """This rank's shard."""
+    sources: Mapping[str, tuple[str, Box]]
+    """Key in the shard: the tensor's name, and the box in this rank's local tensor."""
     entries: Mapping[str, TensorEntry]
-    """All tensors, by name; the file is the rank's number."""
+    """All tensors of the checkpoint, by name; a file's number is its rank. On rank 0 only."""
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return a hash of names, dtypes and shapes, in order."""
-    text = repr([(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()])
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+def make(content: Content, world: World, previous: Plan | None = None) -> Plan:
+    """Plan who writes what, or return `previous` if it still fits on every rank. Collective.
 
-
-def make(tensors: Mapping[str, Tensor], world: World, previous: Plan | None = None) -> Plan:
-    """Plan who writes what, or return `previous` if it still fits on every rank. Collective."""
-    current = digest(tensors)
-    if all(world.gather(previous is not None and previous.digest == current)) and previous:
+    Raises:
+        CheckpointError: on every rank: a tensor cannot be stored, or the ranks' `content.tensors`
+            are not the same tensors.
+    """
+    signature = _signature(content)
+    if world.all(previous is not None and previous.signature == signature) and previous:
         return previous
+    shared, own = world.together(
+        lambda: (describe(content.tensors, range(world.size)), describe(content.own, [world.rank]))
+    )
+    _refuse_differences(shared, world)
+    all_own = world.gather([(item.name, item.dtype, item.shape) for item in own])
+    own_bytes = [sum(_nbytes(dtype, shape) for _, dtype, shape in items) for items in all_own]
+    entries = {
+        name: TensorEntry(dtype=dtype, shape=shape, file=rank)
+        for rank, items in enumerate(all_own)
+        for name, dtype, shape in items
+    }
+    mine = [(item, item.box) for item in own]
+    loose: dict[str, list[Box]] = {}  # what rank 0 cannot know by itself
+    for holders, items in _by_holders(shared).items():
+        division = divide(items, [own_bytes[rank] for rank in holders])
+        everywhere = len(holders) == world.size
+        for item, parts in zip(items, division, strict=True):
+            here = [box for rank, box in parts if holders[rank] == world.rank]
+            mine += [(item, box) for box in here]
+            if everywhere:
+                entries[item.name] = _entry(item, parts)
+            elif item.grid is not None:
+                entries[item.name] = TensorEntry(item.dtype, item.shape, grid=item.grid)
+            else:
+                entries[item.name] = TensorEntry(item.dtype, item.shape)
+                loose[item.name] = here
+    if any(item.grid is None and len(item.holders) < world.size for item in shared):
+        gathered = world.gather(loose)
+        for name in loose:
+            parts = [(rank, box) for rank, boxes in enumerate(gathered) for box in boxes[name]]
+            entries[name] = _columns(entries[name], parts)
+    keys = {_key(item, box): (item, box) for item, box in mine}
+    return Plan(
+        signature,
+        shard.lay_out((key, item.dtype, box.lengths) for key, (item, box) in keys.items()),
+        {key: (item.name, _within(item.box, box)) for key, (item, box) in keys.items()},
+        entries if world.rank == 0 else {},
+    )
+
+
+def _signature(content: Content) -> list[Any]:
+    """Return what a plan depends on; cheap, as it is compared at every save."""
+    return [
+        (name, tensor.dtype, tensor.shape, getattr(tensor, "placements", None))
+        for tensors in (content.tensors, content.own)
+        for name, tensor in tensors.items()
+    ]
+
+
+# --- what a rank holds -------------------------------------------------------------------------
+
+
+def describe(tensors: Mapping[str, Tensor], ranks: Iterable[int]) -> list[Item]:
+    """Return what this rank holds of each tensor, as torch's DCP planner sees it.
+
+    Args:
+        tensors: plain tensors and DTensors by name.
+        ranks: the ranks that hold the same plain tensors.
+    """
     from torch.distributed.checkpoint.default_planner import (
         DefaultSavePlanner,
     )  # imported at the first save
 
+    for name, tensor in tensors.items():
+        _refuse_unknown(name, tensor)
     planner = DefaultSavePlanner(flatten_state_dict=False)
-    planner.set_up_planner(dict(tensors), None, world.rank == 0)
-    local = world.gather(planner.create_local_plan())
+    planner.set_up_planner(dict(tensors), None, is_coordinator=True)
+    everyone = tuple(ranks)
+    items = []
+    for found in planner.create_local_plan().items:
+        data = found.tensor_data
+        assert data is not None  # noqa: S101 (for the type checker)
+        name, tensor = found.index.fqn, tensors[found.index.fqn]
+        box = Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
+        dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(data.size)
+        holders, grid = everyone, None
+        if hasattr(tensor, "device_mesh"):
+            holders, grid = _spread(tensor, box, len(everyone))
+        items.append(Item(name, dtype, shape, box, holders, grid))
+    return items
 
-    def divide() -> list[list[tuple[str, str, tuple[int, ...]]]]:
-        plans, _ = planner.create_global_plan(local)
-        return [[_describe(item) for item in plan.items] for plan in plans]
 
-    divided = world.from_rank0(divide)
-    entries = {
-        name: TensorEntry(dtype=dtype, shape=shape, file=rank)
-        for rank, items in enumerate(divided)
-        for name, dtype, shape in items
+def _refuse_unknown(name: str, tensor: Tensor) -> None:
+    if name == shard.METADATA:
+        raise CheckpointError(f"a tensor cannot be called {name!r}; safetensors uses that name")
+    if tensor.dtype not in DTYPE_NAMES:
+        raise CheckpointError(f"tensor {name!r} has the dtype {tensor.dtype}, not storable")
+    if tensor.layout != torch.strided:
+        raise CheckpointError(
+            f"tensor {name!r} has the layout {tensor.layout}; only dense tensors are stored"
+        )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the memory that this rank holds of a tensor."""
+    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found
+
+
+def _spread(
+    tensor: Any, box: Box, world_size: int
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Return which ranks hold the same box of a DTensor, and its grid if it is cut evenly."""
+    from torch.distributed.tensor import Shard
+
+    mesh, coordinate = tensor.device_mesh.mesh, tensor.device_mesh.get_coordinate()
+    pairs = list(zip(tensor.placements, coordinate, strict=True))
+    if any(placement.is_partial() for placement, _ in pairs):
+        raise CheckpointError(
+            f"a tensor of shape {tuple(tensor.shape)} is a partial sum over ranks; reduce it first"
+        )
+    index = tuple(slice(None) if p.is_replicate() else at for p, at in pairs)
+    holders = tuple(sorted(mesh[index].flatten().tolist()))
+    dims = [placement.dim for placement, _ in pairs if type(placement) is Shard]
+    is_even = len(dims) == len(pairs) and dims == sorted(set(dims))
+    if not is_even or mesh.flatten().tolist() != list(range(world_size)):
+        return holders, None
+    pieces = dict(zip(dims, mesh.shape, strict=True))
+    grid = tuple(pieces.get(dim, 1) for dim in range(tensor.ndim))
+    cell = TensorEntry(shape=tuple(tensor.shape), grid=grid).cell(holders[0])
+    return holders, grid if cell == (box.offsets, box.lengths) else None
+
+
+def _refuse_differences(shared: Sequence[Item], world: World) -> None:
+    """Make sure that all ranks bring the same tensors; otherwise say which differ. Collective."""
+    mine = [(item.name, item.dtype, item.shape, item.grid) for item in shared]
+    digest = hashlib.blake2b(repr(mine).encode()).hexdigest()
+    if len(set(world.gather(digest))) == 1:
+        return
+    names = world.gather([repr(entry) for entry in mine])
+    for rank, theirs in enumerate(names):
+        difference = sorted(set(names[0]) ^ set(theirs))
+        if difference:
+            raise CheckpointError(
+                f"ranks 0 and {rank} bring different tensors to the checkpoint, such as "
+                f"{', '.join(difference[:3])}; what only some ranks have belongs into Content.own"
+            )
+    raise CheckpointError("the ranks bring their tensors to the checkpoint in different orders")
+
+
+# --- who writes it -----------------------------------------------------------------------------
+
+
+def _by_holders(items: Iterable[Item]) -> dict[tuple[int, ...], list[Item]]:
+    groups: dict[tuple[int, ...], list[Item]] = {}
+    for item in sorted(items, key=lambda item: (-shard.DTYPES[item.dtype], item.name)):
+        groups.setdefault(item.holders, []).append(item)
+    return groups
+
+
+def divide(items: Sequence[Item], already_bytes: Sequence[int]) -> list[list[tuple[int, Box]]]:
+    """Divide what all holders hold among them: each writes a run of about the same bytes.
+
+    Args:
+        items: in the order of the file.
+        already_bytes: what each holder writes besides.
+
+    Returns:
+        For every item its parts in order: the number of the holder, and the box.
+    """
+    total = sum(_nbytes(item.dtype, item.box.lengths) for item in items)
+    ends = list(accumulate(_quotas(total, already_bytes)))
+    slack = max(int(_SLACK * total / len(ends)), _SLACK_BYTES)
+    holder, done = 0, 0  # who is given bytes, and how many have been given
+    division = []
+    for item in items:
+        parts: list[tuple[int, Box]] = []
+        rest, item_bytes = [item.box], shard.DTYPES[item.dtype]
+        while rest:
+            is_last = holder == len(ends) - 1
+            wanted = total if is_last else ends[holder] - done
+            head, tail = _cut(rest[0], wanted, item_bytes, slack)
+            parts += [(holder, box) for box in head]
+            done += item_bytes * sum(box.elements for box in head)
+            rest = tail + rest[1:]
+            if tail:
+                holder += 1
+        division.append(parts)
+    return division
+
+
+def _quotas(total: int, already: Sequence[int]) -> list[int]:
+    """Return who gets how much of `total`, so that with what they have all are as equal as can be.
+
+    As water fills vessels of different heights.
+    """
+    heights = sorted(already)
+    level, below = 0.0, sum(heights)
+    for count in range(len(heights), 0, -1):
+        level = (total + below) / count
+        if level >= heights[count - 1]:
+            break
+        below -= heights[count - 1]
+    return [max(0, round(level - height)) for height in already]
+
+
+def _cut(box: Box, wanted: int, item_bytes: int, slack: int) -> tuple[list[Box], list[Box]]:
+    """Cut about `wanted` bytes off the front of a box, in the order of its memory."""
+    nbytes = box.elements * item_bytes
+    if nbytes <= wanted + slack:
+        return [box], []
+    if wanted <= slack:
+        return [], [box]
+    axis = next(axis for axis, length in enumerate(box.lengths) if length > 1)
+    row_bytes = nbytes // box.lengths[axis]
+    rows = wanted // row_bytes
+    head, rest = _split(box, axis, rows)
+    row, tail = _split(rest, axis, 1)
+    inner_head, inner_tail = _cut(row, wanted - rows * row_bytes, item_bytes, slack)
+    if not inner_head:  # the cut is between two rows
+        return [head] if rows else [], [rest]
+    return [*([head] if rows else []), *inner_head], [
+        *inner_tail,
+        *([tail] if tail.elements else []),
+    ]
+
+
+def _split(box: Box, axis: int, rows: int) -> tuple[Box, Box]:
+    def moved(offset: int, length: int) -> Box:
+        offsets, lengths = list(box.offsets), list(box.lengths)
+        offsets[axis] += offset
+        lengths[axis] = length
+        return Box(tuple(offsets), tuple(lengths))
+
+    return moved(0, rows), moved(rows, box.lengths[axis] - rows)
+
+
+# --- how the manifest says it ------------------------------------------------------------------
+
+
+def _entry(item: Item, parts: Sequence[tuple[int, Box]]) -> TensorEntry:
+    entry = TensorEntry(item.dtype, item.shape)
+    return _columns(entry, [(item.holders[holder], box) for holder, box in parts])
+
+
+def _columns(entry: TensorEntry, parts: Sequence[tuple[int, Box]]) -> TensorEntry:
+    if len(parts) == 1 and parts[0][1].lengths == entry.shape:
+        return TensorEntry(entry.dtype, entry.shape, file=parts[0][0])
+    columns: dict[str, list[Any]] = {
+        "file": [rank for rank, _ in parts],
+        "offsets": [list(box.offsets) for _, box in parts],
+        "lengths": [list(box.lengths) for _, box in parts],
     }
-    mine = divided[world.rank]
-    return Plan(current, frozenset(name for name, _, _ in mine), shard.lay_out(mine), entries)
+    return TensorEntry(entry.dtype, entry.shape, columns=columns)
 
 
-def _describe(item: Any) -> tuple[str, str, tuple[int, ...]]:
-    data = item.tensor_data
-    return item.index.fqn, DTYPE_NAMES[data.properties.dtype], tuple(data.size)
+def _key(item: Item, box: Box) -> str:
+    return shard.part_key(item.name, None if box.lengths == item.shape else box.offsets)
+
+
+def _within(outer: Box, inner: Box) -> Box:
+    offsets = tuple(i - o for i, o in zip(inner.offsets, outer.offsets, strict=True))
+    return Box(offsets, inner.lengths)
+
+
+def _nbytes(dtype: str, lengths: Iterable[int]) -> int:
+    return prod(lengths) * shard.DTYPES[dtype]

@@ -2,37 +2,54 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from trainer import policy
 from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import Attempt, Commit
+from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.tree import Content
-from trainer.checkpoint.writer import Writer
+from trainer.checkpoint.writer import Save, Writer
 from trainer.distributed import World
-from trainer.errors import CheckpointError, PerdureError, StoreError
+from trainer.errors import CheckpointError, PerdureError, SaveHangsError, StoreError
 from trainer.state import State
 from trainer.storage import Store
 
 _MAX_FAILURES_IN_A_ROW = 3
 
 
+@dataclass(frozen=True)
+class _Flight:
+    """The save that is being written."""
+
+    step: int
+    began_s: float
+    save: Save
+
+
 class Saver:
     """Saves the checkpoints of one attempt and deletes those that are no longer wanted.
 
+    One save is in flight at a time. It ends on a thread of its own; what came of it is known to
+    all ranks at the next boundary after it has ended on the last of them.
+
     Args:
         store: the run's store.
-        world: the ranks; every method but `due_by_clock` is collective.
+        world: the ranks; every method is collective, on the thread that trains.
         attempt: this attempt.
         config: the configuration as it is stored in every manifest.
         every: intervals in steps and epochs.
         every_s: seconds between saves by rank 0's clock, or None.
         keep_last: newest checkpoints to keep.
         keep_best: best checkpoints to keep, where `metric` is set.
+        keep_every_steps: checkpoints at multiples of this are kept for good, or None.
         metric: name of the evaluation's metric that decides, or None.
         mode: `max` or `min`.
         stop_on_error: raise when a save fails, instead of going on (three in a row always raise).
-        before_commit: called on rank 0 before each manifest is written.
+        timeout_s: seconds after which a save that has not ended ends the attempt.
+        before_commit: called on rank 0 before each manifest is written, on the save's thread.
         say: called on rank 0 with what a person should know.
         clock: seconds, monotonic.
     """
@@ -48,9 +65,11 @@ class Saver:
         every_s: float | None = None,
         keep_last: int = 2,
         keep_best: int = 1,
+        keep_every_steps: int | None = None,
         metric: str | None = None,
         mode: str = "max",
         stop_on_error: bool = False,
+        timeout_s: float = 1800.0,
         before_commit: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = print,
         clock: Callable[[], float] = time.monotonic,
@@ -62,46 +81,116 @@ class Saver:
         self._writer = Writer(store, world, attempt)
         self._config = config
         self._every_s = every_s
-        self._keep = {"keep_last": keep_last, "keep_best": keep_best if metric else 0}
-        self._metric, self._mode = metric, mode
+        self._stale = partial(
+            policy.stale,
+            keep_last=keep_last,
+            keep_best=keep_best if metric else 0,
+            mode=mode,
+            keep_every_steps=keep_every_steps,
+        )
+        self._metric = metric
         self._stop_on_error = stop_on_error
+        self._timeout_s = timeout_s
         self._before_commit, self._say, self._clock = before_commit, say, clock
         self._last_save_s = clock()
         self._failures = 0
+        self._flight: _Flight | None = None
+        self._begun = 0
+        self._is_due = False
         self._measured: dict[tuple[int, int], float | None] = {}
+        self._notes: list[str] = []  # from the save's thread, for a person
 
     def due_by_clock(self) -> bool:
         """Return whether `every_s` has passed since the last save. Rank 0's answer counts."""
         return self._every_s is not None and self._clock() - self._last_save_s >= self._every_s
 
-    def save(self, state: State, content: Content) -> bool:
-        """Save this step, unless it is committed already; return whether it is. Collective.
+    def ended(self) -> int:
+        """Return how many saves of this attempt have ended on this rank, or take too long."""
+        if self._flight is None:
+            return self._begun
+        late = self._clock() - self._flight.began_s > self._timeout_s
+        return self._begun if late or self._flight.save.ended else self._begun - 1
+
+    def at_boundary(
+        self, state: State, collect: Callable[[], Content], *, due: bool, ended: int
+    ) -> None:
+        """Take note of a save that has ended; begin the one that is due, or was meanwhile.
+
+        Args:
+            state: of this step.
+            collect: returns what this rank brings to a checkpoint of this step.
+            due: whether a save is due; the same on every rank.
+            ended: the least `ended()` of all ranks.
 
         Raises:
-            CheckpointError, StoreError: the save failed and `stop_on_error`, or it was the third
+            CheckpointError, StoreError: a save failed and `stop_on_error`, or it was the third
                 failure in a row. Earlier checkpoints stand.
+            SaveHangsError: a save took longer than `timeout_s`.
             SupersededError: a newer attempt owns the run.
         """
-        if self.committed_step == state.step:
-            return True
+        if self._flight is not None and ended == self._begun:
+            self._settle(self._flight)
+        self._is_due = self._is_due or due
+        if self._is_due and self._flight is None:
+            self._begin(state, collect())
+
+    def save(self, state: State, content: Content) -> bool:
+        """Save this step, unless it is committed; wait; return whether it is. Raises as above."""
+        if self._flight is not None:
+            self._settle(self._flight)
+        if self.committed_step != state.step:
+            self._begin(state, content)
+            if self._flight is not None:
+                self._settle(self._flight)
+        return self.committed_step == state.step
+
+    def _begin(self, state: State, content: Content) -> None:
+        self._is_due = False
         self._last_save_s = self._clock()
+        here = Commit(state.step, self._attempt.number, "")
+        measured_here = state.last_eval_step == state.step and self._metric is not None
+        metric = state.metrics.get(self._metric or "") if measured_here else None
         try:
-            self._writer.write(
+            save = self._writer.begin(
                 content,
                 step=state.step,
                 epoch=state.epoch,
                 samples=state.samples,
                 config=self._config,
                 before_commit=self._before_commit,
+                after_commit=lambda: self._prune(here, metric),
             )
         except (CheckpointError, StoreError) as error:
             self._failed(state.step, error)
-            return False
-        self.committed_step = state.step
-        self._failures = 0
-        if self._world.rank == 0:
-            self._prune(state)
-        return True
+            return
+        self._flight = _Flight(state.step, self._last_save_s, save)
+        self._begun += 1
+
+    def _settle(self, flight: _Flight) -> None:
+        """Wait for a save to end on every rank; take note of what came of it."""
+        self._flight = None
+        try:
+            self._world.together(lambda: self._result(flight))
+        except SaveHangsError:
+            raise
+        except (CheckpointError, StoreError) as error:
+            self._failed(flight.step, error)
+        else:
+            self.committed_step = flight.step
+            self._failures = 0
+        while self._notes:
+            self._say(self._notes.pop(0))
+
+    def _result(self, flight: _Flight) -> Manifest:
+        left_s = flight.began_s + self._timeout_s - self._clock()
+        try:
+            return flight.save.result(max(left_s, 0.0))
+        except TimeoutError:
+            raise SaveHangsError(
+                f"the save of step {flight.step:,} has not ended after {self._timeout_s:,.0f} s "
+                f"(checkpoint.timeout_s); {self._store.url} seems to hang. The newest checkpoint "
+                f"is of step {self.committed_step}"
+            ) from None
 
     def _failed(self, step: int, error: PerdureError) -> None:
         self._failures += 1
@@ -114,22 +203,20 @@ class Saver:
                 "checkpoints stand."
             )
 
-    def _prune(self, state: State) -> None:
-        """Delete what is no longer wanted; if that fails, the next save tries again."""
-        try:
-            self._delete_stale(state)
-        except (CheckpointError, StoreError) as error:
-            self._say(f"OLD CHECKPOINTS WERE NOT DELETED at step {state.step:,}: {error}")
+    # --- after the commit, on the save's thread of rank 0 ----------------------------------------
 
-    def _delete_stale(self, state: State) -> None:
-        newest = Commit(state.step, self._attempt.number, "")
-        commits = lineage.commits(self._store)
-        steps = {commit.step: self._metric_of(commit) for commit in commits}
-        stale = set(policy.stale(steps, mode=self._mode, **self._keep))
-        for commit in commits:
-            if commit.step in stale:
-                lineage.delete(self._store, commit.folder)
-        lineage.clean(self._store, self._attempt, newest)
+    def _prune(self, newest: Commit, metric: float | None) -> None:
+        """Delete what is no longer wanted; if that fails, the next save tries again."""
+        self._measured[newest.step, newest.attempt] = metric
+        try:
+            commits = lineage.commits(self._store)
+            stale = set(self._stale({commit.step: self._metric_of(commit) for commit in commits}))
+            for commit in commits:
+                if commit.step in stale:
+                    lineage.delete(self._store, commit.folder)
+            lineage.clean(self._store, self._attempt, newest)
+        except (CheckpointError, StoreError) as error:
+            self._notes.append(f"OLD CHECKPOINTS WERE NOT DELETED at step {newest.step:,}: {error}")
 
     def _metric_of(self, commit: Commit) -> float | None:
         """Return the metric measured at a checkpoint's own step; each manifest is read once."""

@@ -70,6 +70,14 @@ class Layout:
     header_bytes: int
     total_bytes: int
 
+    def blocks(self) -> list[tuple[int, int]]:
+        """Return the first and last byte of every block that has a checksum, in file order."""
+        return [
+            (start, min(start + BLOCK_BYTES, chunk.stop))
+            for chunk in self.chunks
+            for start in range(chunk.start, chunk.stop, BLOCK_BYTES)
+        ]
+
 
 def block_count(nbytes: int, block_bytes: int = BLOCK_BYTES) -> int:
     """Return the number of blocks of a chunk of this many bytes."""

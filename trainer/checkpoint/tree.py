@@ -19,13 +19,16 @@ from trainer.errors import CheckpointError
 
 @dataclass
 class Content:
-    """What one rank brings to a checkpoint.
-
-    A name that several ranks have must mean the same value on each (it is written once); what
-    differs between ranks has the rank in its name or is brought by one rank only.
-    """
+    """What one rank brings to a checkpoint."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    """What every rank brings, in the same order: plain tensors, equal on all ranks and written
+    once, or DTensors."""
+    own: dict[str, Tensor] = field(default_factory=dict)
+    """Plain tensors that no other rank brings under the same name."""
+    late: set[str] = field(default_factory=set)
+    """Names in `tensors` that nothing but an optimizer's step changes. They may be copied while
+    the next forward and backward run; all else is copied at once."""
     aliases: dict[str, str] = field(default_factory=dict)
     """Names that share the storage of another name."""
     objects: dict[str, Any] = field(default_factory=dict)
@@ -79,7 +82,12 @@ def refs(value: Any) -> list[str]:
 
 
 def add_model(content: Content, model: nn.Module, *, with_buffers: bool) -> None:
-    """Add the model's parameters, and its buffers where `with_buffers` (rank 0 only).
+    """Add the model's parameters, and its buffers and `_extra_state` where `with_buffers`.
+
+    Args:
+        content: to add to.
+        model: the plain module.
+        with_buffers: true on rank 0 only.
 
     After a step under DDP each rank has its own BatchNorm statistics, of which rank 0's are the
     ones that survive the next forward; so buffers are never deduplicated over ranks.
@@ -89,13 +97,17 @@ def add_model(content: Content, model: nn.Module, *, with_buffers: bool) -> None
     values: dict[str, Any] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
-            values[name] = split(value, f"model_extra.{name}", content.tensors)
+            values[name] = split(value, f"model_extra.{name}", content.own if with_buffers else {})
         elif name in parameters or with_buffers:
             owner = first_name.setdefault(id(value), name)
             if owner != name:
                 content.aliases[f"model.{name}"] = f"model.{owner}"
-            else:
+            elif name in parameters:
                 content.tensors[f"model.{name}"] = value.detach()
+                if value.requires_grad:
+                    content.late.add(f"model.{name}")
+            else:
+                content.own[f"model.{name}"] = value.detach()
     if values:
         content.objects["model_extra"] = values
 
@@ -113,7 +125,11 @@ def model_targets(model: nn.Module) -> dict[str, Tensor]:
     """Return the live tensors that a checkpoint is read into, by name, shared storage once."""
     content = Content()
     add_model(content, model, with_buffers=True)
-    return {name: value for name, value in content.tensors.items() if name.startswith("model.")}
+    return {
+        name: value
+        for name, value in {**content.tensors, **content.own}.items()
+        if name.startswith("model.")
+    }
 
 
 def parameter_names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
@@ -139,6 +155,7 @@ def add_optimizer(content: Content, model: nn.Module, optimizer: Optimizer) -> N
         for key, value in state.items():
             if isinstance(value, Tensor):
                 content.tensors[f"optimizer.{name}.{key}"] = value.detach()
+                content.late.add(f"optimizer.{name}.{key}")
             else:
                 prefix = f"optimizer_tree.{name}.{key}"
                 scalars.setdefault(name, {})[key] = split(value, prefix, content.tensors)
@@ -190,7 +207,11 @@ def optimizer_slots(
         parameter, on_device = owners[name]
         on_cpu = key == "step" and not on_device
         device = torch.device("cpu") if on_cpu else parameter.device
-        slots[full] = Slot(torch.empty(shape, dtype=dtype, device=device), parameter, key)
+        if hasattr(parameter, "device_mesh") and shape == tuple(parameter.shape):
+            made = torch.empty_like(parameter.detach(), dtype=dtype)  # sharded in the same way
+        else:
+            made = torch.empty(shape, dtype=dtype, device=device)
+        slots[full] = Slot(made, parameter, key)
     return slots
 
 

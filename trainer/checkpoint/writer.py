@@ -1,124 +1,225 @@
-"""One save: plan, snapshot, write, commit."""
+"""One save: plan, snapshot, write, commit. All but the first two happen beside the training."""
 
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from trainer.checkpoint import lineage, manifest, plan, shard, values
 from trainer.checkpoint.lineage import FOLDER, MANIFEST, Attempt
-from trainer.checkpoint.manifest import Manifest, TensorEntry
+from trainer.checkpoint.manifest import Manifest, ShardFile, TensorEntry
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.tree import Content
 from trainer.distributed import World
 from trainer.errors import CheckpointError, PerdureError, StoreError
-from trainer.storage import AlreadyExists, Store
+from trainer.storage import AlreadyExists, NewFile, Store
+from trainer.threads import in_parallel
+
+_WRITERS = 8
+"""Parts in flight: as deep a queue as disks want (and object stores take)."""
 
 
-class Writer:
-    """Writes the checkpoints of one attempt; keeps the plan and the buffer between saves."""
+class Save:
+    """A save that a thread of its own brings to its end."""
 
-    def __init__(self, store: Store, world: World, attempt: Attempt) -> None:
-        self._store = store
-        self._world = world
-        self._attempt = attempt
-        self._plan: plan.Plan | None = None
-        self._snapshot = Snapshot()
-        self._saves = 0
+    def __init__(self, run: Callable[[], Manifest], after_commit: Callable[[], None]) -> None:
+        self._outcome: Manifest | BaseException | None = None
+        self._run, self._after_commit = run, after_commit
+        self._thread = threading.Thread(target=self._body, name="checkpoint-save", daemon=True)
+        self._thread.start()
 
-    def write(
-        self,
-        content: Content,
-        *,
-        step: int,
-        epoch: int,
-        samples: int,
-        config: Mapping[str, Any],
-        before_commit: Callable[[], None],
-    ) -> Manifest:
-        """Write and commit a checkpoint; it is durable and visible on return. Collective.
+    def _body(self) -> None:
+        try:
+            outcome = self._run()
+            self._after_commit()
+            self._outcome = outcome
+        except BaseException as error:  # `result` raises it, on the thread that trains
+            self._outcome = error
 
-        `before_commit` is called on rank 0 when all shards are durable, before the manifest.
+    @property
+    def ended(self) -> bool:
+        """Whether `result` would return or raise at once."""
+        return not self._thread.is_alive()
+
+    def result(self, timeout_s: float | None = None) -> Manifest:
+        """Wait for the end; return the manifest of what was committed. Any rank.
 
         Raises:
             CheckpointError, StoreError: on every rank, naming the rank that failed and why;
                 nothing was committed and earlier checkpoints stand.
             SupersededError: a newer attempt owns the run.
+            TimeoutError: it has not ended yet.
         """
-        world = self._world
-        world.on_each(lambda: _refuse_unknown(content))
-        current = plan.make(content.tensors, world, self._plan)
-        self._plan = current
-        self._saves += 1
-        folder = f"{FOLDER}/{manifest.folder_name(step, self._attempt.number)}"
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise TimeoutError
+        if isinstance(self._outcome, Manifest):
+            return self._outcome
+        assert self._outcome is not None  # noqa: S101 (for the type checker)
+        raise self._outcome
 
-        name = manifest.shard_name(
-            rank=world.rank, world_size=world.size, token=self._attempt.token, save=self._saves
+
+class Writer:
+    """Writes the checkpoints of one attempt, one at a time; keeps the plan and the buffer."""
+
+    def __init__(self, store: Store, world: World, attempt: Attempt) -> None:
+        self._store = store
+        self._world = world
+        self._aside = world.aside()
+        self._attempt = attempt
+        self._plan: plan.Plan | None = None
+        self._snapshot = Snapshot()
+        self._saves = 0
+
+    def begin(
+        self,
+        content: Content,
+        *,
+        step: int,
+        epoch: int = 0,
+        samples: int = 0,
+        config: Mapping[str, Any] | None = None,
+        before_commit: Callable[[], None] = lambda: None,
+        after_commit: Callable[[], None] = lambda: None,
+    ) -> Save:
+        """Begin a save. Collective, on the thread that trains, when no other save is in flight.
+
+        On return everything is copied that may change before the next `Optimizer.step`, which
+        waits for the rest by itself. What fails later comes out of the save's `result`.
+
+        Args:
+            content: what this rank brings.
+            step: of the checkpoint.
+            epoch: complete passes over the data.
+            samples: consumed so far over all ranks.
+            config: stored as it is.
+            before_commit: called on rank 0, on the save's thread, when all shards are durable.
+            after_commit: called on rank 0, on the save's thread, after the commit.
+        """
+        self._saves += 1
+        current = self._plan = plan.make(content, self._world, self._plan)
+        problem: PerdureError | None = None
+        objects: Mapping[str, Any] = {}
+        try:
+            objects = values.decode(values.encode(content.objects, "objects"))  # a deep copy
+            self._snapshot.begin(current, {**content.tensors, **content.own}, content.late)
+        except PerdureError as error:
+            problem = error  # the other ranks hear of it from the save's thread
+        made = Manifest(
+            step=step,
+            epoch=epoch,
+            samples=samples,
+            attempt=self._attempt.number,
+            token=self._attempt.token,
+            save=self._saves,
+            world_size=self._world.size,
+            versions={"torch": torch.__version__},
+            tensors={
+                **current.entries,
+                **{name: TensorEntry(alias=owner) for name, owner in content.aliases.items()},
+            },
+            files={},
+            objects=objects,
+            config=config or {},
+        )
+        is_first = self._world.rank == 0
+        return Save(
+            lambda: self._finish(made, current.layout, problem, before_commit),
+            after_commit if is_first else lambda: None,
         )
 
+    def _finish(
+        self,
+        made: Manifest,
+        layout: shard.Layout,
+        problem: PerdureError | None,
+        before_commit: Callable[[], None],
+    ) -> Manifest:
+        """Write this rank's shard and commit. Collective among the ranks' save threads."""
+        folder = f"{FOLDER}/{made.folder}"
+        name = manifest.shard_name(
+            rank=self._world.rank,
+            world_size=self._world.size,
+            token=self._attempt.token,
+            save=made.save,
+        )
         litter = [f"{folder}/{name}"]  # what to delete if this save fails; space may be short
 
-        def write_shard() -> tuple[str, manifest.ShardFile]:
-            self._snapshot.fill(current.layout, content.tensors)
-            data, record = self._snapshot.seal(current.layout)
+        def write() -> tuple[str, ShardFile]:
+            if problem is not None:
+                raise problem
             try:
-                self._store.write(f"{folder}/{name}", [data])
+                file = self._store.open_new(f"{folder}/{name}", layout.total_bytes)
             except AlreadyExists:
                 litter.clear()  # it is somebody else's
                 raise
-            return name, record
+            return name, write_shard(file, self._snapshot, layout)
 
         def check() -> None:
             before_commit()
             lineage.refuse_if_superseded(self._store, self._attempt)
 
-        def commit() -> Manifest:
-            aliases = {name: TensorEntry(alias=owner) for name, owner in content.aliases.items()}
-            made = Manifest(
-                step=step,
-                epoch=epoch,
-                samples=samples,
-                attempt=self._attempt.number,
-                token=self._attempt.token,
-                save=self._saves,
-                world_size=world.size,
-                versions={"torch": torch.__version__},
-                tensors={**current.entries, **aliases},
-                files=files,
-                objects=content.objects,
-                config=config,
-            )
+        def commit() -> None:
+            data = manifest.to_bytes(complete)
             try:
-                self._store.create(f"{folder}/{MANIFEST}", manifest.to_bytes(made))
+                self._store.create(f"{folder}/{MANIFEST}", data)
             except AlreadyExists:
                 raise CheckpointError(
                     f"{self._store.url}/{folder} has a manifest already; it was given up or "
                     "committed by somebody else, and what was just written does not count"
                 ) from None
-            return made
 
         committing = False
         try:
-            files = dict(world.on_each(write_shard))
-            world.from_rank0(check)
+            complete = replace(made, files=dict(self._aside.on_each(write)))
+            self._aside.from_rank0(check)
             committing = True
-            return world.from_rank0(commit)
+            self._aside.from_rank0(commit)
         except PerdureError as error:
             if not (committing and isinstance(error, StoreError)):  # else it may be committed
                 with suppress(StoreError):
                     self._store.delete(litter)
             raise
+        return complete
 
 
-def _refuse_unknown(content: Content) -> None:
-    for name, tensor in content.tensors.items():
-        if name == shard.METADATA:
-            raise CheckpointError(f"a tensor cannot be called {name!r}; safetensors uses that name")
-        if tensor.dtype not in plan.DTYPE_NAMES:
-            raise CheckpointError(f"tensor {name!r} has the dtype {tensor.dtype}, not storable")
-        if tensor.layout != torch.strided:
-            raise CheckpointError(
-                f"tensor {name!r} has the layout {tensor.layout}; only dense tensors are stored"
-            )
-    values.encode(content.objects, "objects")
+def write_shard(file: NewFile, snapshot: Snapshot, layout: shard.Layout) -> ShardFile:
+    """Write a snapshot while it is being made; durable on return. The header goes last.
+
+    Several threads each take a part, wait until it is copied, compute the checksums of the blocks
+    that end in it, and write it.
+    """
+    data, blocks = snapshot.view, layout.blocks()
+    digests = [""] * len(blocks)
+    starts = range(0, layout.total_bytes, file.part_bytes)
+    by_part: dict[int, list[int]] = {start: [] for start in starts}
+    for index, (_, stop) in enumerate(blocks):
+        by_part[(stop - 1) // file.part_bytes * file.part_bytes].append(index)
+    record = ShardFile(0, 0, "")
+
+    def put(start: int) -> None:
+        nonlocal record
+        stop = min(start + file.part_bytes, layout.total_bytes)
+        snapshot.wait(stop)
+        for index in by_part[start]:
+            digests[index] = manifest.checksum(data[blocks[index][0] : blocks[index][1]])
+        if start < layout.header_bytes:  # these are the last parts
+            header = shard.header(layout, digests)
+            data[: layout.header_bytes] = header
+            record = ShardFile(layout.total_bytes, len(header), manifest.checksum(header))
+        file.put(start, data[start:stop])
+
+    try:
+        in_header = [start for start in starts if start < layout.header_bytes]
+        in_parallel(put, starts[len(in_header) :], _WRITERS)
+        for start in reversed(in_header):
+            put(start)
+        snapshot.wait(layout.total_bytes)
+        file.finish()
+    except BaseException:
+        file.abort()
+        raise
+    return record

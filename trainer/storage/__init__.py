@@ -1,9 +1,9 @@
 """Where the bytes of a run live: `open_store(url)` gives a Store."""
 
 from trainer.storage.local import LocalStore
-from trainer.storage.store import AlreadyExists, Store
+from trainer.storage.store import AlreadyExists, NewFile, Store
 
-__all__ = ["AlreadyExists", "LocalStore", "Store", "open_store"]
+__all__ = ["AlreadyExists", "LocalStore", "NewFile", "Store", "open_store"]
 
 
 def open_store(url: str) -> Store:

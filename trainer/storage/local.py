@@ -1,16 +1,28 @@
-"""A directory as a store: fsync of files and folders, publication by link and rename."""
+"""A directory as a store: direct I/O, fsync of files and folders, publication by link and rename.
 
+Large parts go past the page cache (open(2), O_DIRECT) where the file system has that: the cache
+would cost a copy, and push out what the training reads.
+"""
+
+import ctypes
 import errno
 import os
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import numpy as np
 
 from trainer.errors import StoreError
 from trainer.storage.store import AlreadyExists
 
 _TEMPORARY = ".tmp-"
+_PAGE_BYTES = 4096
+_PART_BYTES = 4 << 20
+_DIRECT_READ_BYTES = 1 << 16
+"""Smaller reads go through the page cache, whose read-ahead serves the next one."""
+_NO_DIRECT = (errno.EINVAL, errno.EFAULT, errno.EOPNOTSUPP)
 
 
 class LocalStore:
@@ -20,19 +32,22 @@ class LocalStore:
         self.url = str(root)
         self._root = Path(root)
 
-    def write(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
-        """Write a new file and fsync it and its folder."""
+    def open_new(self, key: str, total_bytes: int) -> "_NewFile":
+        """Create the file and allocate its blocks, so that a full disk shows at once."""
         path = self._path(key)
         with _store_errors("write", path):
             self._make_folder(path.parent)
+            free = os.statvfs(path.parent)
+            free_bytes = free.f_bavail * free.f_frsize
+            if free_bytes < total_bytes:
+                raise StoreError(
+                    f"cannot write {path}: it needs {total_bytes:,} bytes, {free_bytes:,} are "
+                    "free; free some space, or lower checkpoint.keep_last"
+                )
             try:
-                with open(path, "xb", buffering=0) as file:
-                    for chunk in chunks:
-                        _write_all(file.fileno(), chunk)
-                    os.fsync(file.fileno())
+                return _NewFile(path, total_bytes)
             except FileExistsError:
                 raise AlreadyExists(f"{path} exists already") from None
-            _sync_folder(path.parent)
 
     def create(self, key: str, data: bytes) -> None:
         """Publish by link(2), which never replaces; NFS may answer EEXIST after its own success."""
@@ -67,18 +82,21 @@ class LocalStore:
             return path.read_bytes()
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> int:
-        """Read one range; short only at the end of the file."""
+        """Read one range, directly where it lies on page boundaries; short only at the end."""
         path = self._path(key)
-        with (
-            _store_errors("read", path, may_be_missing=True),
-            open(path, "rb", buffering=0) as file,
-        ):
+        with _store_errors("read", path, may_be_missing=True):
             done = 0
-            while done < len(buffer):
-                count = os.preadv(file.fileno(), [buffer[done:]], start + done)
-                if count == 0:
-                    break
-                done += count
+            if len(buffer) >= _DIRECT_READ_BYTES and _on_pages(start, buffer):
+                done = _read_directly(path, start, buffer)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                while done < len(buffer):
+                    count = os.preadv(descriptor, [buffer[done:]], start + done)
+                    if count == 0:
+                        break
+                    done += count
+            finally:
+                os.close(descriptor)
             return done
 
     def size(self, key: str) -> int:
@@ -113,7 +131,7 @@ class LocalStore:
     def probe(self) -> None:
         """Create the directory, write a small file, delete it."""
         key = f"{_TEMPORARY}probe-{secrets.token_hex(4)}"
-        self.write(key, [b"probe"])
+        self.create(key, b"probe")
         self.delete([key])
 
     def _path(self, key: str) -> Path:
@@ -153,10 +171,115 @@ class LocalStore:
             _sync_folder(folder.parent)
 
 
-def _write_all(descriptor: int, data: bytes | memoryview) -> None:
+class _NewFile:
+    """A file with two descriptors: one for whole pages, past the cache, and one for the rest."""
+
+    part_bytes = _PART_BYTES
+
+    def __init__(self, path: Path, total_bytes: int) -> None:
+        self._path = path
+        self._direct: int | None = None
+        flags = os.O_WRONLY | os.O_CLOEXEC
+        self._plain = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            _allocate(self._plain, total_bytes)
+            with suppress(OSError):  # a file system without direct I/O says EINVAL
+                self._direct = os.open(path, flags | os.O_DIRECT)
+        except BaseException:
+            self.abort()
+            raise
+        self._use_direct = self._direct is not None
+
+    def put(self, start: int, data: memoryview) -> None:
+        with _store_errors("write", self._path):
+            view, end = data.cast("B"), start + len(data)
+            whole_bytes = len(view) // _PAGE_BYTES * _PAGE_BYTES
+            if self._use_direct and whole_bytes and _on_pages(start, view[:whole_bytes]):
+                start += self._put_directly(start, view[:whole_bytes])
+            _write_all(self._plain, view[len(view) - (end - start) :], start)
+
+    def _put_directly(self, start: int, view: memoryview) -> int:
+        """Write past the cache; return how many bytes. What is left belongs to `_plain`."""
+        assert self._direct is not None  # noqa: S101 (for the type checker)
+        done = 0
+        try:
+            while done < len(view) and done % _PAGE_BYTES == 0:
+                done += os.pwrite(self._direct, view[done:], start + done)
+        except OSError as error:
+            if error.errno not in _NO_DIRECT:
+                raise
+            self._use_direct = False  # it took the flag and refuses the write
+        return done
+
+    def finish(self) -> None:
+        with _store_errors("write", self._path):
+            os.fsync(self._plain)
+            self._close()
+            _sync_folder(self._path.parent)
+
+    def abort(self) -> None:
+        with suppress(OSError):
+            self._close()
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        plain, self._plain = self._plain, -1
+        direct, self._direct = self._direct, None
+        if direct is not None:
+            os.close(direct)
+        if plain >= 0:
+            os.close(plain)
+
+
+def _allocate(descriptor: int, total_bytes: int) -> None:
+    """Reserve the blocks of a file; where the file system cannot, only its size is set.
+
+    fallocate(2) itself: posix_fallocate(3) would write to every block where it is not supported.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    long_long = ctypes.c_longlong
+    if total_bytes and libc.fallocate(descriptor, 0, long_long(0), long_long(total_bytes)):
+        number = ctypes.get_errno()
+        if number not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise OSError(number, os.strerror(number))
+        os.ftruncate(descriptor, total_bytes)
+
+
+def _on_pages(start: int, view: memoryview) -> bool:
+    """Return whether a piece of a file and its memory both consist of whole pages."""
+    address = np.frombuffer(view, np.uint8).ctypes.data
+    return (start | address | len(view)) % _PAGE_BYTES == 0
+
+
+def _read_directly(path: Path, start: int, buffer: memoryview) -> int:
+    """Read past the cache; return how many bytes, fewer at the end or where that is refused."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError as error:
+        if error.errno not in _NO_DIRECT:
+            raise
+        return 0
+    done = 0
+    try:
+        while done < len(buffer) and done % _PAGE_BYTES == 0:
+            count = os.preadv(descriptor, [buffer[done:]], start + done)
+            if count == 0:
+                break
+            done += count
+    except OSError as error:
+        if error.errno not in _NO_DIRECT:
+            raise
+    finally:
+        os.close(descriptor)
+    return done
+
+
+def _write_all(descriptor: int, data: bytes | memoryview, start: int = 0) -> None:
     view = memoryview(data).cast("B")
     while view:
-        view = view[os.write(descriptor, view) :]
+        count = os.pwrite(descriptor, view, start)
+        view, start = view[count:], start + count
 
 
 def _sync_folder(folder: Path) -> None:

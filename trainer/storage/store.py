@@ -10,6 +10,26 @@ class AlreadyExists(StoreError):
     """`write` or `create` found the key taken; nothing was changed."""
 
 
+class NewFile(Protocol):
+    """A key that is being written, part by part. Either `finish` or `abort` has to follow."""
+
+    part_bytes: int
+    """Size of every part but the last."""
+
+    def put(self, start: int, data: memoryview) -> None:
+        """Write the part that begins at byte `start`, a multiple of `part_bytes`.
+
+        Parts may come in any order, each once, from any thread. Fastest where `data` lies on a
+        page boundary.
+        """
+
+    def finish(self) -> None:
+        """Make the key durable with everything that was put, its name included."""
+
+    def abort(self) -> None:
+        """Leave nothing behind. Never raises."""
+
+
 class Store(Protocol):
     """Where the keys of one run live.
 
@@ -19,11 +39,12 @@ class Store(Protocol):
 
     url: str
 
-    def write(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
-        """Write a new key from consecutive chunks; durable on return, not atomic.
+    def open_new(self, key: str, total_bytes: int) -> NewFile:
+        """Begin a new key of exactly `total_bytes`; nobody should read it before `finish`.
 
         Raises:
             AlreadyExists: the key is taken.
+            StoreError: there is not enough space for it, found before anything is written.
         """
 
     def create(self, key: str, data: bytes) -> None:
@@ -40,7 +61,11 @@ class Store(Protocol):
         """Return all bytes of `key`."""
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> int:
-        """Fill `buffer` from byte `start` of `key`; return how many bytes there were."""
+        """Fill `buffer` from byte `start` of `key`; return how many bytes there were.
+
+        Fastest in pieces of some MiB from several threads, with `start`, the buffer's address and
+        its length on page boundaries.
+        """
 
     def size(self, key: str) -> int:
         """Return the bytes of `key`."""

@@ -43,9 +43,8 @@ class Jsonl:
         """Ignored: only figures are kept."""
 
     def flush(self) -> None:
-        """Write out and fsync."""
+        """Fsync. Every line has left Python's buffer when `log` returned, so threads cannot mix."""
         if self._file is not None:
-            self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -36,9 +36,7 @@ def start(store: Store, step: int = 0) -> Attempt:
 
 def save(store: Store, attempt: Attempt, step: int) -> Commit:
     content = Content(tensors={"w": torch.full((50,), float(step))})
-    made = Writer(store, World(), attempt).write(
-        content, step=step, epoch=0, samples=0, config={}, before_commit=lambda: None
-    )
+    made = Writer(store, World(), attempt).begin(content, step=step).result()
     return Commit(step, attempt.number, f"checkpoints/{made.folder}")
 
 
@@ -173,11 +171,11 @@ def test_an_attempt_that_has_not_resumed_yet_orphans_nothing(store):
 
 def test_folders_without_a_manifest_and_strange_ones_do_not_count(store):
     start(store)
-    store.write(f"checkpoints/{folder_name(5, 1)}/r0.safetensors", [b"x"])
-    store.write("checkpoints/step-5.1/manifest.json", [b"x" * 100])
-    store.write("checkpoints/manifest.json", [b"x" * 100])
-    store.write(f"checkpoints/{folder_name(6, 1)}/sub/manifest.json", [b"x" * 100])
-    store.write(f"other/{folder_name(7, 1)}/manifest.json", [b"x" * 100])
+    store.create(f"checkpoints/{folder_name(5, 1)}/r0.safetensors", b"x")
+    store.create("checkpoints/step-5.1/manifest.json", b"x" * 100)
+    store.create("checkpoints/manifest.json", b"x" * 100)
+    store.create(f"checkpoints/{folder_name(6, 1)}/sub/manifest.json", b"x" * 100)
+    store.create(f"other/{folder_name(7, 1)}/manifest.json", b"x" * 100)
     assert surviving(store) == []
 
 
@@ -278,7 +276,7 @@ class Recording(LocalStore):
 
 def test_a_manifest_is_deleted_before_its_shards(tmp_path, store):
     commit = save(store, start(store), 10)
-    store.write(f"{commit.folder}/a-shard-that-sorts-first", [b"x"])
+    store.create(f"{commit.folder}/a-shard-that-sorts-first", b"x")
     lineage.mark_damaged(store, commit, "test")
     recording = Recording(tmp_path)
     checkpoint.delete(recording, commit)
@@ -344,10 +342,10 @@ def test_clean_deletes_what_no_attempt_will_ever_read_and_nothing_else(store):
     first = start(store)
     save(store, first, 10)
     save(store, first, 20)
-    store.write(f"checkpoints/{folder_name(30, 1)}/r0.safetensors", [b"unfinished"])
+    store.create(f"checkpoints/{folder_name(30, 1)}/r0.safetensors", b"unfinished")
     second = start(store, 10)
-    store.write(f"checkpoints/{folder_name(40, 2)}/r0.safetensors", [b"being written"])
-    store.write("checkpoints/notes/x", [b"somebody's"])
+    store.create(f"checkpoints/{folder_name(40, 2)}/r0.safetensors", b"being written")
+    store.create("checkpoints/notes/x", b"somebody's")
     newest = save(store, second, 25)
     kept = {
         f"checkpoints/{folder_name(40, 2)}/r0.safetensors",
@@ -413,7 +411,7 @@ def test_a_writer_that_commits_while_it_is_cleaned_away_keeps_its_shards(tmp_pat
     first = start(store)
     save(store, first, 10)
     unfinished = f"checkpoints/{folder_name(20, 1)}"
-    store.write(f"{unfinished}/r0.safetensors", [b"x"])
+    store.create(f"{unfinished}/r0.safetensors", b"x")
     second = start(store, 10)
     newest = save(store, second, 15)
     cleaning = AtCreation(

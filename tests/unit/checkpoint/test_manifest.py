@@ -408,7 +408,7 @@ def test_whatever_stands_at_any_place_it_is_refused_or_makes_sense(path, value):
     assert all(re.fullmatch(r"[0-9a-z.-]+\.safetensors", name) for name in files)
     for name in found.tensors:
         entry = found.resolve(name)
-        for part in entry.parts(files):
+        for part in all_parts(entry, files):
             ends = [o + n for o, n in zip(part.offsets, part.lengths, strict=True)]
             assert part.file in files
             assert all(0 <= end <= size for end, size in zip(ends, entry.shape, strict=True))
@@ -418,22 +418,36 @@ def test_whatever_stands_at_any_place_it_is_refused_or_makes_sense(path, value):
 
 # --- how tensors are cut -----------------------------------------------------------------------
 
+
+def all_parts(entry, files):
+    return list(entry.parts(files, (0,) * len(entry.shape), entry.shape))
+
+
 SHAPES_AND_GRIDS = st.lists(st.tuples(st.integers(0, 7), st.integers(1, 4)), max_size=4)
 
 
 @settings(max_examples=200, deadline=None)
-@given(SHAPES_AND_GRIDS)
-def test_a_grid_covers_every_element_exactly_once(pairs):
+@given(SHAPES_AND_GRIDS, st.data())
+def test_a_grid_covers_every_element_once_and_a_box_finds_the_cells_it_touches(pairs, data):
     shape, grid = tuple(n for n, _ in pairs), tuple(g for _, g in pairs)
-    files = [f"file{i}" for i in range(math.prod(grid))]
-    count = np.zeros(shape, dtype=int)
-    parts = list(TensorEntry(dtype="F32", shape=shape, grid=grid).parts(files))
+    entry = TensorEntry(dtype="F32", shape=shape, grid=grid)
+    owner = np.full(shape, -1)
+    for number in range(math.prod(grid)):
+        offsets, lengths = entry.cell(number)
+        box = tuple(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True))
+        assert owner[box].shape == lengths
+        assert (owner[box] == -1).all()
+        owner[box] = number
+    assert (owner >= 0).all()
+    begin = [data.draw(st.integers(0, n)) for n in shape]
+    end = [data.draw(st.integers(b, n)) for b, n in zip(begin, shape, strict=True)]
+    wanted = owner[tuple(slice(b, e) for b, e in zip(begin, end, strict=True))]
+    lengths = [e - b for b, e in zip(begin, end, strict=True)]
+    parts = list(entry.parts([str(i) for i in range(math.prod(grid))], begin, lengths))
+    if wanted.size:
+        assert [int(part.file) for part in parts] == sorted(set(wanted.flatten().tolist()))
     for part in parts:
-        box = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.lengths, strict=True))
-        assert count[box].shape == part.lengths
-        count[box] += 1
-    assert (count == 1).all()
-    assert [part.file for part in parts] == files
+        assert (part.offsets, part.lengths) == entry.cell(int(part.file))
 
 
 @settings(max_examples=100, deadline=None)
@@ -441,15 +455,14 @@ def test_a_grid_covers_every_element_exactly_once(pairs):
 def test_a_grid_cuts_as_torch_chunks_do(n, pieces):
     import torch
 
-    files = [f"file{i}" for i in range(pieces)]
-    parts = TensorEntry(dtype="F32", shape=(n,), grid=(pieces,)).parts(files)
-    lengths = [part.lengths[0] for part in parts]
+    entry = TensorEntry(dtype="F32", shape=(n,), grid=(pieces,))
+    lengths = [entry.cell(number)[1][0] for number in range(pieces)]
     chunks = [len(chunk) for chunk in torch.arange(n).chunk(pieces)] if n else []
     assert lengths == chunks + [0] * (pieces - len(chunks))
 
 
 def test_the_pieces_of_a_grid_lie_in_c_order():
-    parts = TensorEntry(dtype="F32", shape=(3, 4), grid=(2, 2)).parts(["a", "b", "c", "d"])
+    parts = all_parts(TensorEntry(dtype="F32", shape=(3, 4), grid=(2, 2)), ["a", "b", "c", "d"])
     assert [(p.file, p.offsets, p.lengths) for p in parts] == [
         ("a", (0, 0), (2, 2)),
         ("b", (0, 2), (2, 2)),
@@ -460,9 +473,9 @@ def test_the_pieces_of_a_grid_lie_in_c_order():
 
 def test_a_whole_tensor_and_columns_give_their_parts():
     files = list(sample().files)
-    whole = list(sample().tensors["model.weight"].parts(files))
+    whole = all_parts(sample().tensors["model.weight"], files)
     assert [(p.file, p.offsets, p.lengths) for p in whole] == [(files[2], (0, 0), (4, 3))]
-    cut = list(sample().resolve("model.cut").parts(files))
+    cut = all_parts(sample().resolve("model.cut"), files)
     assert [(p.file, p.offsets, p.lengths) for p in cut] == [
         (files[0], (0, 0), (2, 1)),
         (files[3], (0, 1), (2, 2)),

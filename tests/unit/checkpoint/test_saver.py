@@ -1,7 +1,6 @@
 """When a save happens, what follows it, and what a failed one means."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stores import FaultyStore
 
 from trainer import checkpoint, policy
 from trainer.checkpoint import lineage
@@ -30,22 +30,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now_s
-
-
-class BrokenStore(LocalStore):
-    """A real directory on which shards or deletions fail while `broken` names them."""
-
-    broken = ""
-
-    def write(self, key: str, chunks: Any) -> None:
-        if self.broken == "write":
-            raise StoreError("no space left")
-        super().write(key, chunks)
-
-    def delete(self, keys: Any) -> None:
-        if self.broken == "delete":
-            raise StoreError("no rights to delete")
-        super().delete(keys)
 
 
 def start(store: LocalStore, step: int = 0) -> Attempt:
@@ -75,8 +59,8 @@ def steps_on(store: LocalStore) -> list[int]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> BrokenStore:
-    return BrokenStore(tmp_path)
+def store(tmp_path: Path) -> FaultyStore:
+    return FaultyStore(tmp_path)
 
 
 # --- saving ------------------------------------------------------------------------------------
@@ -96,7 +80,7 @@ def test_a_step_that_is_committed_is_not_saved_again(store):
     saver = saver_on(store)
     save(saver, 6)
     before = {key: store.read(key) for key in store.list("")}
-    store.broken = "write"
+    store.broken = ("put",)
     assert save(saver, 6)
     assert {key: store.read(key) for key in store.list("")} == before
 
@@ -152,7 +136,7 @@ def test_a_failed_save_waits_for_the_next_interval(store):
     clock = Clock()
     saver = saver_on(store, every_s=60, clock=clock)
     clock.now_s += 60
-    store.broken = "write"
+    store.broken = ("put",)
     assert not save(saver, 1)
     assert not saver.due_by_clock()
 
@@ -282,7 +266,7 @@ def test_a_damaged_checkpoint_is_kept_and_counts_for_nothing(store):
 def test_a_save_cleans_what_earlier_attempts_left_unfinished(store):
     first = saver_on(store)
     save(first, 1)
-    store.write("checkpoints/step-00000002.0001/shard", [bytes(100)])
+    store.create("checkpoints/step-00000002.0001/shard", bytes(100))
     second = saver_on(store, start(store, 1))
     save(second, 2)
     assert "checkpoints/step-00000002.0001/shard" not in store.list("checkpoints")
@@ -296,13 +280,13 @@ def test_a_failed_save_is_told_and_training_goes_on(store):
     said: list[str] = []
     saver = saver_on(store, say=said.append)
     save(saver, 1)
-    store.broken = "write"
+    store.broken = ("put",)
     assert not save(saver, 2)
     assert saver.committed_step == 1
     (text,) = said
-    for part in ("SAVE FAILED", "step 2", "1 in a row", "no space left"):
+    for part in ("SAVE FAILED", "step 2", "1 in a row", "the disk failed in put"):
         assert part in text
-    store.broken = ""
+    store.broken = ()
     assert save(saver, 2)
     assert steps_on(store) == [1, 2]
 
@@ -310,9 +294,9 @@ def test_a_failed_save_is_told_and_training_goes_on(store):
 def test_the_third_failure_in_a_row_ends_the_run(store):
     saver = saver_on(store)
     save(saver, 1)
-    store.broken = "write"
+    store.broken = ("put",)
     assert [save(saver, 2), save(saver, 3)] == [False, False]
-    with pytest.raises(StoreError, match="no space left"):
+    with pytest.raises(StoreError, match="the disk failed"):
         save(saver, 4)
     assert steps_on(store) == [1]
 
@@ -320,17 +304,17 @@ def test_the_third_failure_in_a_row_ends_the_run(store):
 def test_a_success_between_them_begins_the_count_of_failures_anew(store):
     saver = saver_on(store)
     for step in range(0, 12, 3):
-        store.broken = "write"
+        store.broken = ("put",)
         assert not save(saver, step + 1)
         assert not save(saver, step + 2)
-        store.broken = ""
+        store.broken = ()
         assert save(saver, step + 3)
 
 
 def test_a_save_that_was_not_needed_is_no_success_between_failures(store):
     saver = saver_on(store)
     save(saver, 1)
-    store.broken = "write"
+    store.broken = ("put",)
     assert not save(saver, 2)
     assert not save(saver, 3)
     assert save(saver, 1)
@@ -340,8 +324,8 @@ def test_a_save_that_was_not_needed_is_no_success_between_failures(store):
 
 def test_the_first_failure_ends_the_run_where_that_is_wanted(store):
     saver = saver_on(store, stop_on_error=True)
-    store.broken = "write"
-    with pytest.raises(StoreError, match="no space left"):
+    store.broken = ("put",)
+    with pytest.raises(StoreError, match="the disk failed"):
         save(saver, 1)
 
 
@@ -371,71 +355,35 @@ def test_a_checkpoint_that_was_committed_counts_though_old_ones_could_not_be_del
     said: list[str] = []
     saver = saver_on(store, keep_last=1, stop_on_error=stop_on_error, say=said.append)
     save(saver, 1)
-    store.broken = "delete"
+    store.broken = ("delete",)
     for step in (2, 3, 4, 5):
         assert save(saver, step)
         assert saver.committed_step == step
     assert len(said) == 4
-    assert all("no rights to delete" in text for text in said)
-    store.broken = ""
+    assert all("the disk failed in delete" in text for text in said)
+    store.broken = ()
     assert save(saver, 6)
     assert steps_on(store) == [6]
-
-
-class FailingAt(LocalStore):
-    """A real directory that fails at the n-th call, before or after it did its work."""
-
-    def __init__(self, root: str, fail_at: int, *, after: bool) -> None:
-        super().__init__(root)
-        self.calls, self._fail_at, self._after = 0, fail_at, after
-
-    def _call(self, do: Callable[[], Any]) -> Any:
-        self.calls += 1
-        due = self.calls == self._fail_at
-        if due and not self._after:
-            raise StoreError("the disk failed")
-        result = do()
-        if due:
-            raise StoreError("the reply was lost")
-        return result
-
-    def write(self, key: str, chunks: Any) -> None:
-        self._call(lambda: LocalStore.write(self, key, chunks))
-
-    def create(self, key: str, data: bytes) -> None:
-        self._call(lambda: LocalStore.create(self, key, data))
-
-    def read(self, key: str) -> bytes:
-        return self._call(lambda: LocalStore.read(self, key))
-
-    def size(self, key: str) -> int:
-        return self._call(lambda: LocalStore.size(self, key))
-
-    def list(self, prefix: str) -> list[str]:
-        return self._call(lambda: LocalStore.list(self, prefix))
-
-    def delete(self, keys: Any) -> None:
-        self._call(lambda: LocalStore.delete(self, keys))
 
 
 @pytest.mark.parametrize("after", [False, True])
 def test_whichever_call_of_a_save_with_its_pruning_fails_every_checkpoint_that_counts_is_whole(
     tmp_path, after
 ):
-    def prepared(name: str, fail_at: int) -> tuple[LocalStore, FailingAt, Saver]:
+    def prepared(name: str, fail_at: int) -> tuple[LocalStore, FaultyStore, Saver]:
         store = LocalStore(tmp_path / name)
         first = saver_on(store, keep_last=3)
         for step in (1, 2, 3):
             save(first, step)
-        store.write("checkpoints/step-00000004.0001/shard", [bytes(100)])
+        store.create("checkpoints/step-00000004.0001/shard", bytes(100))
         attempt = start(store, 3)
-        failing = FailingAt(store.url, fail_at, after=after)
+        failing = FaultyStore(store.url, fail_at, "after" if after else "before")
         return store, failing, saver_on(failing, attempt, keep_last=1)
 
     _, counting, saver = prepared("counted", 0)
     assert save(saver, 4)
-    assert counting.calls >= 12
-    for n in range(1, counting.calls + 1):
+    assert len(counting.calls) >= 12
+    for n in range(1, len(counting.calls) + 1):
         store, _, saver = prepared(str(n), n)
         done = save(saver, 4)
         commits = lineage.commits(store)

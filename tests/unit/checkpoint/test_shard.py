@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,14 @@ import torch
 import xxhash
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from shards import write_tensors
 
 from trainer.checkpoint import shard
 from trainer.checkpoint.plan import DTYPE_NAMES, TORCH_DTYPES
 from trainer.checkpoint.shard import Layout
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.errors import CheckpointError
+from trainer.storage import LocalStore
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "shard.safetensors"
 MIB = 1 << 20
@@ -101,15 +104,14 @@ def test_a_part_is_keyed_by_its_offsets():
 # --- safetensors reads every file that we lay out ----------------------------------------------
 
 
-def written(tensors: dict[str, torch.Tensor]) -> tuple[Layout, bytes, Any]:
+def written(
+    tensors: dict[str, torch.Tensor], snapshot: Snapshot | None = None
+) -> tuple[Layout, bytes, Any]:
     """Return the layout, the bytes and the record of a shard of these tensors."""
-    snapshot = Snapshot()
-    layout = shard.lay_out(
-        (key, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()
-    )
-    snapshot.fill(layout, tensors)
-    data, record = snapshot.seal(layout)
-    return layout, bytes(data), record
+    with TemporaryDirectory() as folder:
+        store = LocalStore(folder)
+        layout, record = write_tensors(store, "shard", tensors, snapshot)
+        return layout, store.read("shard"), record
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
@@ -225,10 +227,7 @@ def test_a_buffer_that_is_used_again_leaves_nothing_of_the_save_before():
     snapshot = Snapshot()
     files = [{"a": torch.full((n,), float(n))} for n in (9000, 10, 5000)]
     for tensors in files:
-        layout = shard.lay_out([("a", "F32", tuple(tensors["a"].shape))])
-        snapshot.fill(layout, tensors)
-        data, record = snapshot.seal(layout)
-        assert (bytes(data), record) == written(tensors)[1:]
+        assert written(tensors, snapshot)[1:] == written(tensors)[1:]
 
 
 def test_every_dtype_has_one_name_and_the_item_size_of_torch():

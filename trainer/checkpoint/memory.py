@@ -1,0 +1,50 @@
+"""Host memory as direct I/O and GPUs want it, and tensors as bytes."""
+
+import mmap
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PAGE_BYTES = 4096
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class HostBuffer:
+    """Page-aligned memory, reused from save to save: first touch of fresh memory is slow.
+
+    Huge pages, because direct I/O from small ones takes one segment a page; not inherited by
+    forks, whose copy-on-write would break I/O in flight (open(2), NOTES on O_DIRECT).
+    """
+
+    def __init__(self, total_bytes: int, *, pinned: bool) -> None:
+        whole = -(-max(total_bytes, 1) // PAGE_BYTES) * PAGE_BYTES
+        self._memory = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            if hasattr(mmap, advice):
+                self._memory.madvise(getattr(mmap, advice))
+        self.array = np.frombuffer(self._memory, np.uint8)
+        self.view = memoryview(self._memory)
+        self.tensor = torch.from_numpy(self.array)
+        self._pinned = pinned and self._pin()
+
+    def _pin(self) -> bool:
+        """Lock the memory for the GPU's copy engine; without that copies are only slower."""
+        runtime: Any = torch.cuda.cudart()
+        return int(runtime.cudaHostRegister(self.array.ctypes.data, len(self.array), 0)) == 0
+
+    def __del__(self) -> None:
+        if getattr(self, "_pinned", False):
+            runtime: Any = torch.cuda.cudart()
+            runtime.cudaHostUnregister(self.array.ctypes.data)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+
+def bytes_of(tensor: Tensor) -> Bytes:
+    """Return the memory of a contiguous CPU tensor."""
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # an axis of one: any stride
+    found: Bytes = flat.view(torch.uint8).numpy()
+    return found
