@@ -32,7 +32,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_
 
 _SLACK = 1 / 128
 """Share of a rank's bytes that it may have too much of, to spare a tensor a cut."""
-_SLACK_BYTES = 1 << 16
+_SLACK_BYTES = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -296,16 +296,14 @@ def _cut(box: Box, wanted: int, item_bytes: int, slack: int) -> tuple[list[Box],
         return [], [box]
     axis = next(axis for axis, length in enumerate(box.lengths) if length > 1)
     row_bytes = nbytes // box.lengths[axis]
-    rows = wanted // row_bytes
-    head, rest = _split(box, axis, rows)
-    row, tail = _split(rest, axis, 1)
-    inner_head, inner_tail = _cut(row, wanted - rows * row_bytes, item_bytes, slack)
-    if not inner_head:  # the cut is between two rows
-        return [head] if rows else [], [rest]
-    return [*([head] if rows else []), *inner_head], [
-        *inner_tail,
-        *([tail] if tail.elements else []),
-    ]
+    rows = (wanted + slack) // row_bytes
+    head, tail = _split(box, axis, rows)
+    front = [head] if rows else []
+    if wanted - rows * row_bytes <= slack:
+        return front, [tail]
+    row, tail = _split(tail, axis, 1)
+    inner_front, inner_rest = _cut(row, wanted - rows * row_bytes, item_bytes, slack)
+    return front + inner_front, [*inner_rest, tail] if tail.elements else inner_rest
 
 
 def _split(box: Box, axis: int, rows: int) -> tuple[Box, Box]:
