@@ -78,7 +78,7 @@ class Plan:
     sources: Mapping[str, tuple[str, Box]]
     """Key in the shard: the tensor's name, and the box in this rank's local tensor."""
     entries: Mapping[str, TensorEntry]
-    """All tensors of the checkpoint, by name; a file's number is its rank. On rank 0 only."""
+    """All tensors of the checkpoint, by name; a file's number is its rank."""
 
 
 def make(content: Content, world: World, previous: Plan | None = None) -> Plan:
@@ -103,7 +103,7 @@ def make(content: Content, world: World, previous: Plan | None = None) -> Plan:
         for name, dtype, shape in items
     }
     mine = [(item, item.box) for item in own]
-    loose: dict[str, list[Box]] = {}  # what rank 0 cannot know by itself
+    loose: dict[str, list[Box]] = {}  # what the others cannot know by themselves
     for holders, items in _by_holders(shared).items():
         division = divide(items, [own_bytes[rank] for rank in holders])
         everywhere = len(holders) == world.size
@@ -127,7 +127,7 @@ def make(content: Content, world: World, previous: Plan | None = None) -> Plan:
         signature,
         shard.lay_out((key, item.dtype, box.lengths) for key, (item, box) in keys.items()),
         {key: (item.name, _within(item.box, box)) for key, (item, box) in keys.items()},
-        entries if world.rank == 0 else {},
+        entries,
     )
 
 
@@ -154,21 +154,27 @@ def describe(tensors: Mapping[str, Tensor], ranks: Iterable[int]) -> list[Item]:
         DefaultSavePlanner,
     )  # imported at the first save
 
-    for name, tensor in tensors.items():
-        _refuse_unknown(name, tensor)
+    for name in tensors:
+        _refuse_unknown(name, tensors[name])
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(dict(tensors), None, is_coordinator=True)
     everyone = tuple(ranks)
+    spreads: dict[Any, tuple[tuple[int, ...], dict[int, int] | None]] = {}
     items = []
     for found in planner.create_local_plan().items:
         data = found.tensor_data
         assert data is not None  # noqa: S101 (for the type checker)
-        name, tensor = found.index.fqn, tensors[found.index.fqn]
+        name = found.index.fqn
+        tensor: Any = tensors[name]
         box = Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
         dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(data.size)
         holders, grid = everyone, None
         if hasattr(tensor, "device_mesh"):
-            holders, grid = _spread(tensor, box, len(everyone))
+            key = (tensor.device_mesh, tensor.placements)
+            if key not in spreads:
+                spreads[key] = _spread(tensor, len(everyone))
+            holders, pieces = spreads[key]
+            grid = _grid(pieces, shape, box, holders[0])
         items.append(Item(name, dtype, shape, box, holders, grid))
     return items
 
@@ -190,10 +196,12 @@ def local(tensor: Tensor) -> Tensor:
     return found
 
 
-def _spread(
-    tensor: Any, box: Box, world_size: int
-) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Return which ranks hold the same box of a DTensor, and its grid if it is cut evenly."""
+def _spread(tensor: Any, world_size: int) -> tuple[tuple[int, ...], dict[int, int] | None]:
+    """Return which ranks hold the same box of a DTensor, and how it is cut over all ranks.
+
+    That is the number of pieces along each axis, or None where it is not cut evenly, piece k on
+    rank k.
+    """
     from torch.distributed.tensor import Shard
 
     mesh, coordinate = tensor.device_mesh.mesh, tensor.device_mesh.get_coordinate()
@@ -205,13 +213,21 @@ def _spread(
     index = tuple(slice(None) if p.is_replicate() else at for p, at in pairs)
     holders = tuple(sorted(mesh[index].flatten().tolist()))
     dims = [placement.dim for placement, _ in pairs if type(placement) is Shard]
-    is_even = len(dims) == len(pairs) and dims == sorted(set(dims))
-    if not is_even or mesh.flatten().tolist() != list(range(world_size)):
+    in_order = len(dims) == len(pairs) and dims == sorted(set(dims))
+    if not in_order or mesh.flatten().tolist() != list(range(world_size)):
         return holders, None
-    pieces = dict(zip(dims, mesh.shape, strict=True))
-    grid = tuple(pieces.get(dim, 1) for dim in range(tensor.ndim))
-    cell = TensorEntry(shape=tuple(tensor.shape), grid=grid).cell(holders[0])
-    return holders, grid if cell == (box.offsets, box.lengths) else None
+    return holders, dict(zip(dims, mesh.shape, strict=True))
+
+
+def _grid(
+    pieces: Mapping[int, int] | None, shape: tuple[int, ...], box: Box, rank: int
+) -> tuple[int, ...] | None:
+    """Return the grid in which `box` is the cell of `rank`, if there is one."""
+    if pieces is None:
+        return None
+    grid = tuple(pieces.get(axis, 1) for axis in range(len(shape)))
+    cell = TensorEntry(shape=shape, grid=grid).cell(rank)
+    return grid if cell == (box.offsets, box.lengths) else None
 
 
 def _refuse_differences(shared: Sequence[Item], world: World) -> None:

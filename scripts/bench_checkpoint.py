@@ -1,0 +1,525 @@
+"""Checkpoints against the disk and against their rivals: in turn, in one run, medians of ratios.
+
+python scripts/bench_checkpoint.py [--rounds 5] [--folder DIR] [--only save,load,stall,plan,scale]
+
+The state has the shapes of GPT-2 small with AdamW: 124 M parameters, fp32, 1.5 GB. World sizes 1
+and 2 (gloo), replicated as under DDP. The disk's own limit is measured by fio in the same rounds
+(Debian: fio), 4 MiB, queue depth 8, direct. Memory is touched before anything is timed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from trainer import checkpoint
+from trainer.checkpoint import lineage, plan, tree, values
+from trainer.checkpoint.memory import HostBuffer
+from trainer.distributed import World, connect
+from trainer.storage import LocalStore
+from trainer.threads import in_parallel
+
+STEP_S = 0.4
+STEPS = 8
+
+
+# --- the state -----------------------------------------------------------------------------------
+
+
+def gpt2_small_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the 148 parameters of GPT-2 small (Radford et al. 2019)."""
+    width = 768
+    yield from [("wte", (50257, width)), ("wpe", (1024, width))]
+    for layer in range(12):
+        for name, shape in {
+            "ln_1_weight": (width,), "ln_1_bias": (width,),
+            "attn_c_attn_weight": (width, 3 * width), "attn_c_attn_bias": (3 * width,),
+            "attn_c_proj_weight": (width, width), "attn_c_proj_bias": (width,),
+            "ln_2_weight": (width,), "ln_2_bias": (width,),
+            "mlp_c_fc_weight": (width, 4 * width), "mlp_c_fc_bias": (4 * width,),
+            "mlp_c_proj_weight": (4 * width, width), "mlp_c_proj_bias": (width,),
+        }.items():  # fmt: skip
+            yield f"h_{layer}_{name}", shape
+    yield from [("ln_f_weight", (width,)), ("ln_f_bias", (width,))]
+
+
+class Job:
+    """A model and its optimizer, with state, and what a step costs."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.ParameterDict(
+            {name: nn.Parameter(torch.randn(shape) * 0.02) for name, shape in gpt2_small_shapes()}
+        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, foreach=True)
+        for parameter in self.model.values():
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        self.optimizer.step()
+        self.square = torch.randn(700, 700)
+
+    def content(self) -> checkpoint.Content:
+        """What our own save is given: the walk over model and optimizer."""
+        content = checkpoint.Content(objects={"run": {"step": 1}})
+        tree.add_model(content, self.model, with_buffers=True)
+        tree.add_optimizer(content, self.model, self.optimizer)
+        return content
+
+    def state_dict(self) -> dict[str, Any]:
+        """What rivals are given: plain nested dicts of the same tensors."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, flat."""
+        return self.content().tensors
+
+    def nbytes(self) -> int:
+        """Bytes of the state."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def compute(self, seconds: float) -> None:
+        """Do a forward and backward's worth of arithmetic on one core."""
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            torch.mm(self.square, self.square)
+
+
+# --- the rivals ---
+
+
+def fsync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def drop_caches(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def fio(folder: Path, nbytes: int, direction: str, *, direct: bool) -> float:
+    """Return seconds that fio takes for `nbytes` at its fastest here."""
+    file = folder / "fio"
+    command = [
+        "fio", "--name=raw", f"--filename={file}", f"--size={nbytes // 4096 * 4096}",
+        f"--rw={direction}", "--bs=4m", "--iodepth=8", "--ioengine=libaio",
+        f"--direct={int(direct)}", "--end_fsync=1", "--output-format=json",
+    ]  # fmt: skip
+    if direction == "write":
+        file.unlink(missing_ok=True)
+    done = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return float(nbytes / done["jobs"][0][direction]["bw_bytes"])
+
+
+def store_alone(folder: Path, buffer: HostBuffer, direction: str) -> float:
+    """Return seconds of our store's own calls for the bytes of `buffer`: a harder limit than fio.
+
+    Huge pages, eight threads, nothing copied and nothing checked.
+    """
+    store, part_bytes = LocalStore(folder), 4 << 20
+    starts = range(0, len(buffer), part_bytes)
+    began = time.perf_counter()
+    if direction == "write":
+        (folder / "alone").unlink(missing_ok=True)
+        file = store.open_new("alone", len(buffer))
+        in_parallel(lambda at: file.put(at, buffer.view[at : at + part_bytes]), starts, 8)
+        file.finish()
+    else:
+        in_parallel(
+            lambda at: store.read_into("alone", at, buffer.view[at : at + part_bytes]), starts, 8
+        )
+    return time.perf_counter() - began
+
+
+def timed(do: Callable[[], object], world: World) -> float:
+    """Return the seconds until `do` has returned on every rank."""
+    barrier(world)
+    began = time.perf_counter()
+    do()
+    barrier(world)
+    return time.perf_counter() - began
+
+
+def barrier(world: World) -> None:
+    if world.size > 1:
+        dist.barrier(group=world.control)
+
+
+# --- what is measured ---
+
+
+def bench_save(  # noqa: C901 (one closure for each rival)
+    job: Job, world: World, folder: Path, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of durable saves, everybody in turn."""
+    run = folder / "ours"
+    store = LocalStore(run)
+    writer = checkpoint.Writer(store, world, world.from_rank0(lambda: lineage.begin(store, {})))
+    first = world.rank == 0
+    step = 0
+
+    def ours() -> None:
+        nonlocal step
+        step += 1
+        checkpoint.save(writer, job.content(), step=step)
+
+    def by_dcp() -> None:
+        dcp.save(job.state_dict(), checkpoint_id=folder / "dcp", no_dist=world.size == 1)
+
+    def by_torch() -> None:
+        if first:
+            (folder / "torch").mkdir(exist_ok=True)
+            torch.save(job.state_dict(), folder / "torch" / "state.pt")
+            fsync_tree(folder / "torch")
+
+    def by_safetensors() -> None:
+        from safetensors.torch import save_file
+
+        if first:
+            (folder / "safetensors").mkdir(exist_ok=True)
+            save_file(job.tensors(), folder / "safetensors" / "state.safetensors")
+            fsync_tree(folder / "safetensors")
+
+    ways: dict[str, Callable[[], None]] = {
+        "ours": ours, "dcp.save": by_dcp, "torch.save+fsync": by_torch,
+        "safetensors+fsync": by_safetensors,
+    }  # fmt: skip
+    places = {
+        "ours": run / "checkpoints", "dcp.save": folder / "dcp",
+        "torch.save+fsync": folder / "torch", "safetensors+fsync": folder / "safetensors",
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {
+        "raw": [], "store alone": [], **{name: [] for name in ways},
+    }  # fmt: skip
+    buffer = HostBuffer(job.nbytes() if first else 0, pinned=False)
+    buffer.array[:] = 1
+    for number in range(rounds + 1):
+        barrier(world)
+        if first:
+            raw = fio(folder, job.nbytes(), "write", direct=True)
+            (folder / "fio").unlink()
+            os.sync()
+            alone = store_alone(folder, buffer, "write")
+            (folder / "alone").unlink()
+            os.sync()
+        for name, way in ways.items():
+            took = timed(way, world)
+            if number:  # the first round warms up: buffers, plans, imports
+                seconds[name].append(took)
+            if first:
+                shutil.rmtree(places[name])
+                os.sync()
+            barrier(world)
+        if first and number:
+            seconds["raw"].append(raw)
+            seconds["store alone"].append(alone)
+    return seconds
+
+
+def bench_load(job: Job, world: World, folder: Path, rounds: int) -> dict[str, list[float]]:
+    """Seconds of loading into live tensors from a cold cache, everybody in turn."""
+    store = LocalStore(folder / "ours")
+    writer = checkpoint.Writer(store, world, world.from_rank0(lambda: lineage.begin(store, {})))
+    made = checkpoint.save(writer, job.content(), step=1)
+    dcp.save(job.state_dict(), checkpoint_id=folder / "dcp", no_dist=world.size == 1)
+    targets = job.tensors()
+    first = world.rank == 0
+    buffer = HostBuffer(job.nbytes() if first else 0, pinned=False)
+    if first:
+        fio(folder, job.nbytes(), "write", direct=True)
+        store_alone(folder, buffer, "write")
+
+    def ours() -> None:
+        checkpoint.load(store, made, targets)
+
+    def by_dcp() -> None:
+        dcp.load(job.state_dict(), checkpoint_id=folder / "dcp", no_dist=world.size == 1)
+
+    seconds: dict[str, list[float]] = {"raw": [], "store alone": [], "ours": [], "dcp.load": []}
+    for number in range(rounds + 1):
+        if first:
+            drop_caches(folder)
+            direct = fio(folder, job.nbytes(), "read", direct=True)
+            drop_caches(folder)
+            ahead = fio(folder, job.nbytes(), "read", direct=False)
+            alone = store_alone(folder, buffer, "read")
+            if number:
+                seconds["raw"].append(min(direct, ahead))
+                seconds["store alone"].append(alone)
+        for name, way in {"ours": ours, "dcp.load": by_dcp}.items():
+            if first:
+                drop_caches(folder)
+            took = timed(way, world)
+            if number:
+                seconds[name].append(took)
+    return seconds
+
+
+def bench_stall(job: Job, world: World, folder: Path, rounds: int) -> dict[str, list[float]]:
+    """Seconds that training loses to a save: what its thread waits, and what steps take longer."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    torch.set_num_threads(1)
+    store = LocalStore(folder / "ours")
+    marks: dict[str, float] = {}
+    register_optimizer_step_pre_hook(lambda *_: marks.update(before=time.perf_counter()))
+    writer = checkpoint.Writer(store, world, world.from_rank0(lambda: lineage.begin(store, {})))
+    checkpoint.save(writer, job.content(), step=1)  # installs its own hook between these two
+    register_optimizer_step_pre_hook(lambda *_: marks.update(after=time.perf_counter()))
+    flights: list[Any] = []
+    number = 1
+
+    def ours() -> None:
+        nonlocal number
+        number += 1
+        flights.append(writer.begin(job.content(), step=number))
+
+    def by_dcp() -> None:
+        flights.append(
+            dcp.async_save(job.state_dict(), checkpoint_id=folder / f"dcp-{number}",
+                           process_group=world.background)
+        )  # fmt: skip
+
+    def steps(save: Callable[[], None] | None) -> tuple[float, float]:
+        """Take steps, the save after the second; return all seconds, and those it blocked."""
+        barrier(world)
+        began, blocked = time.perf_counter(), 0.0
+        for at in range(STEPS):
+            job.compute(STEP_S)
+            job.optimizer.step()
+            if save is not None and at == 2:
+                saved = time.perf_counter()
+                save()
+                blocked = time.perf_counter() - saved
+            if save is not None and at == 3:
+                blocked += marks["after"] - marks["before"]
+        took = time.perf_counter() - began
+        for flight in flights:
+            flight.result()
+        flights.clear()
+        if world.rank == 0:
+            shutil.rmtree(folder / "ours" / "checkpoints", ignore_errors=True)
+            for old in folder.glob("dcp-*"):
+                shutil.rmtree(old)
+            os.sync()
+        barrier(world)
+        return took, blocked
+
+    seconds: dict[str, list[float]] = {
+        "plain": [], "ours": [], "dcp": [], "ours blocked": [], "dcp blocked": [],
+    }  # fmt: skip
+    for turn in range(rounds + 1):
+        plain, _ = steps(None)
+        with_ours, ours_blocked = steps(ours)
+        with_dcp, dcp_blocked = steps(by_dcp)
+        if turn:
+            seconds["plain"].append(plain)
+            seconds["ours"].append(with_ours - plain)
+            seconds["dcp"].append(with_dcp - plain)
+            seconds["ours blocked"].append(ours_blocked)
+            seconds["dcp blocked"].append(dcp_blocked)
+    return seconds
+
+
+def resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def bench_plan(job: Job, world: World, folder: Path, rounds: int) -> dict[str, list[float]]:
+    """Seconds of the pieces that come before the snapshot; bytes of memory that a save adds."""
+    store = LocalStore(folder / "ours")
+    writer = checkpoint.Writer(store, world, world.from_rank0(lambda: lineage.begin(store, {})))
+    content = job.content()
+    began = time.perf_counter()
+    first = plan.make(content, world)
+    seconds = {"first plan": [time.perf_counter() - began], "second plan": [], "state": []}
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_bytes("VmRSS")
+    checkpoint.save(writer, content, step=1)
+    extra = resident_bytes("VmHWM") - before
+    seconds["extra memory / (state / world size)"] = [extra / (job.nbytes() / world.size)]
+    for _ in range(10 * rounds):
+        began = time.perf_counter()
+        content = job.content()
+        values.decode(values.encode(content.objects, "objects"))
+        seconds["state"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        assert plan.make(content, world, first) is first
+        seconds["second plan"].append(time.perf_counter() - began)
+    return seconds
+
+
+def bench_scale(ranks: int, count: int) -> dict[str, float]:
+    """Plan and manifest of rank 0 of many ranks with sharded tensors; no other rank exists."""
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from trainer.checkpoint import manifest
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (ranks,))
+    content = checkpoint.Content()
+    rows = 4
+    for number in range(count):
+        for key in ("model.layer_{}.weight", "optimizer.layer_{}.weight.exp_avg",
+                    "optimizer.layer_{}.weight.exp_avg_sq"):  # fmt: skip
+            content.tensors[key.format(number)] = DTensor.from_local(
+                torch.zeros(rows, 8), mesh, [Shard(0)], run_check=False
+            )
+        content.tensors[f"optimizer.layer_{number}.weight.step"] = torch.zeros(())
+    world = _Alone(0, ranks)
+    before = resident_bytes("VmRSS")
+    began = time.perf_counter()
+    made = plan.make(content, world)
+    first_s = time.perf_counter() - began
+    began = time.perf_counter()
+    assert plan.make(content, world, made) is made
+    second_s = time.perf_counter() - began
+    files = {
+        manifest.shard_name(rank=rank, world_size=ranks, token="0" * 8, save=1): manifest.ShardFile(
+            made.layout.total_bytes, made.layout.header_bytes, "0" * 16
+        )
+        for rank in range(ranks)
+    }
+    whole = manifest.Manifest(
+        step=1, epoch=0, samples=0, attempt=1, token="0" * 8, save=1, world_size=ranks,
+        versions={}, tensors=made.entries, files=files, objects={},
+    )  # fmt: skip
+    began = time.perf_counter()
+    data = manifest.to_bytes(whole)
+    dump_s = time.perf_counter() - began
+    began = time.perf_counter()
+    assert manifest.from_bytes(data, "x") == whole
+    parse_s = time.perf_counter() - began
+    memory_bytes = resident_bytes("VmHWM") - before
+    dist.destroy_process_group()
+    return {
+        "first plan, s": first_s, "second plan, s": second_s, "manifest, MB": len(data) / 1e6,
+        "write manifest, s": dump_s, "parse manifest, s": parse_s,
+        "header of a shard, MB": made.layout.header_bytes / 1e6,
+        "memory, MB": memory_bytes / 1e6,
+    }  # fmt: skip
+
+
+class _Alone(World):
+    """Rank 0 of many, whose peers all say what it says."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value] * self.size
+
+    def all(self, value: bool) -> bool:
+        return value
+
+
+BENCHES = {"save": bench_save, "load": bench_load, "stall": bench_stall, "plan": bench_plan}
+
+
+# --- running and showing ---
+
+
+def run_ranks(name: str, ranks: int, arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Run a benchmark on processes of their own; return rank 0's figures."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench-") as folder:
+        command = [sys.executable, __file__, "--rank", name, "--folder", folder]
+        command += ["--rounds", str(arguments.rounds)]
+        processes = []
+        for rank in range(ranks):
+            env = {
+                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": str(max(os.cpu_count() or 1, ranks) // ranks),
+            }  # fmt: skip
+            processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
+        outputs = [process.communicate()[0] for process in processes]
+        if any(process.returncode for process in processes):
+            raise SystemExit(f"{name} on {ranks} ranks failed")
+        result: dict[str, list[float]] = json.loads(outputs[0].splitlines()[-1])
+        return result
+
+
+def ratio(one: list[float], other: list[float]) -> str:
+    """Return the median of pairs, and their range."""
+    pairs = [a / b for a, b in zip(one, other, strict=True)]
+    return f"{statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
+
+
+def show(name: str, ranks: int, found: dict[str, list[float]], nbytes: int) -> None:
+    """Print one benchmark's rows."""
+    middle = {key: statistics.median(each) for key, each in found.items()}
+    print(f"\n{name}, world size {ranks}")
+    if name in ("save", "load"):
+        for key, each in middle.items():
+            print(f"  {key:<22} {each:6.2f} s  {nbytes / each / 1e9:5.2f} GB/s")
+        print(f"  share of raw           {ratio(found['raw'], found['ours'])}   target 0.90")
+        print(f"  share of store alone   {ratio(found['store alone'], found['ours'])}")
+        for key in found:
+            if key not in ("raw", "store alone", "ours"):
+                print(f"  times faster than {key:<18} {ratio(found[key], found['ours'])}")
+    elif name == "stall":
+        for key, each in middle.items():
+            print(f"  {key:<22} {1e3 * each:8.1f} ms")
+        print(f"  blocked, of dcp's      {ratio(found['ours blocked'], found['dcp blocked'])}")
+        print(f"  stall, of dcp's        {middle['ours'] / middle['dcp']:.2f}   target 0.25")
+    else:
+        for key, each in middle.items():
+            unit = "" if "memory" in key else " s"
+            print(f"  {key:<40} {each:8.5f}{unit}")
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", default="/var/tmp", help="on the disk to be measured")
+    parser.add_argument("--only", default="save,load,stall,plan,scale")
+    parser.add_argument("--ranks", default="1,2")
+    parser.add_argument("--rank", choices=BENCHES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank:
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        world = connect(torch.device("cpu"), timeout_s=600)
+        found = BENCHES[arguments.rank](Job(), world, Path(arguments.folder), arguments.rounds)
+        if world.rank == 0:
+            print(json.dumps(found))
+        world.close()
+        return
+    if shutil.which("fio") is None:
+        raise SystemExit("the disk's own limit is measured by fio: apt install fio")
+    nbytes = sum(t * 3 for t in (prod(s) * 4 for _, s in gpt2_small_shapes()))
+    for name in arguments.only.split(","):
+        if name == "scale":
+            print("\nscale: 512 ranks x 10,000 sharded tensors with Adam, rank 0's part")
+            for key, figure in bench_scale(512, 10_000).items():
+                print(f"  {key:<40} {figure:8.2f}")
+            continue
+        for ranks in map(int, arguments.ranks.split(",")):
+            show(name, ranks, run_ranks(name, ranks, arguments), nbytes)
+
+
+if __name__ == "__main__":
+    main()
