@@ -251,7 +251,7 @@ def bench_load(job: Job, world: World, folder: Path, rounds: int) -> dict[str, l
         store_alone(folder, buffer, "write")
 
     def ours() -> None:
-        checkpoint.load(store, made, targets)
+        checkpoint.load(store, made, targets, peers=world.size, peer=world.rank)
 
     def by_dcp() -> None:
         dcp.load(job.state_dict(), checkpoint_id=folder / "dcp", no_dist=world.size == 1)
@@ -450,7 +450,7 @@ def run_ranks(name: str, ranks: int, arguments: argparse.Namespace) -> dict[str,
         processes = []
         for rank in range(ranks):
             env = {
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
+                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": str(max(os.cpu_count() or 1, ranks) // ranks),
             }  # fmt: skip

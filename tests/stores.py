@@ -78,8 +78,8 @@ class FaultyStore(LocalStore):
     def read(self, key: str) -> bytes:
         return self.call("read", lambda: LocalStore.read(self, key))
 
-    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
-        return self.call("read_into", lambda: LocalStore.read_into(self, key, start, buffer))
+    def read_into(self, key: str, start: int, buffer: memoryview, **how: Any) -> int:
+        return self.call("read_into", lambda: LocalStore.read_into(self, key, start, buffer, **how))
 
     def size(self, key: str) -> int:
         return self.call("size", lambda: LocalStore.size(self, key))

@@ -22,6 +22,8 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
+    """How many of the ranks are on this machine."""
     device: torch.device = torch.device("cpu")
     control: Any = None
     """A gloo group for agreements of the main threads; training never uses it."""
@@ -126,4 +128,5 @@ def connect(device: torch.device, *, timeout_s: float) -> World:
     control = dist.new_group(backend="gloo", timeout=timeout)
     background = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # saves may be slow
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return World(dist.get_rank(), size, local_rank, device, control, background)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return World(dist.get_rank(), size, local_rank, local_size, device, control, background)

@@ -271,7 +271,13 @@ def load(job: loop.Job, start: Start) -> State:
     manifest = start.manifest
     if manifest is None or start.commit is None:
         return State()
-    reader = checkpoint.Reader(open_store(start.store_url), start.commit.folder, manifest)
+    reader = checkpoint.Reader(
+        open_store(start.store_url),
+        start.commit.folder,
+        manifest,
+        peers=job.world.local_size,
+        peer=job.world.local_rank,
+    )
     changed = {d.key for d in start.differences}
     state = State()
     state.load_state_dict(dict(manifest.objects["run"]))

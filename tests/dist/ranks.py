@@ -12,6 +12,7 @@ import torch
 def _rank(function, arguments, rank, size, port, results):
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     from trainer.distributed import connect

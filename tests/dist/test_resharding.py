@@ -177,7 +177,7 @@ def sub_world(world: World, size: int) -> World | None:
     groups = [dist.new_group(list(range(size)), backend="gloo") for _ in range(2)]
     if world.rank >= size:
         return None
-    return World(world.rank, size, world.rank, world.device, *groups)
+    return World(world.rank, size, world.rank, size, world.device, *groups)
 
 
 def meshes_of(size: int) -> list[DeviceMesh]:
@@ -226,8 +226,7 @@ def round_trips(world: World, folder: str, seed: int, examples: int):
             checkpoint.load(store, manifest, targets)
             for name, target in targets.items():
                 found, wanted = (
-                    t.to_local() if isinstance(t, DTensor) else t
-                    for t in (target, expected[name])
+                    t.to_local() if isinstance(t, DTensor) else t for t in (target, expected[name])
                 )
                 assert raw(found) == raw(wanted), (example, name, shapes)
                 compared += 1

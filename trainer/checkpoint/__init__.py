@@ -59,14 +59,25 @@ def latest(store: Store) -> Manifest | None:
     return lineage.read_manifest(store, found[-1]) if found else None
 
 
-def load(store: Store, manifest_: Manifest, targets: Mapping[str, Tensor]) -> None:
+def load(
+    store: Store,
+    manifest_: Manifest,
+    targets: Mapping[str, Tensor],
+    *,
+    peers: int = 1,
+    peer: int = 0,
+) -> None:
     """Read stored tensors into the tensors of `targets`, in place, by name. No collectives.
+
+    Where several processes of a machine load the same checkpoint, `peers` says how many, and
+    `peer` which of them this is: what all need is then read from the disk once.
 
     Raises:
         CheckpointError: a name, shape or dtype does not fit.
         DamagedError: bytes are proven wrong; `targets` may be partly overwritten.
     """
-    Reader(store, f"{lineage.FOLDER}/{manifest_.folder}", manifest_).read(targets)
+    folder = f"{lineage.FOLDER}/{manifest_.folder}"
+    Reader(store, folder, manifest_, peers=peers, peer=peer).read(targets)
 
 
 def verify(store: Store, manifest_: Manifest) -> None:

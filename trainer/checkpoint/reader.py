@@ -65,9 +65,21 @@ class _Piece:
 
 
 class Reader:
-    """Reads tensors of one committed checkpoint; needs no process group."""
+    """Reads tensors of one committed checkpoint; needs no process group.
 
-    def __init__(self, store: Store, folder: str, manifest: Manifest) -> None:
+    Args:
+        store: the run's store.
+        folder: key of the checkpoint's folder.
+        manifest: of this checkpoint.
+        peers: how many processes of this machine read the same checkpoint at the same time.
+        peer: which of them this is. Each begins at another place, so that what several need is
+            read from the disk once.
+    """
+
+    def __init__(
+        self, store: Store, folder: str, manifest: Manifest, *, peers: int = 1, peer: int = 0
+    ) -> None:
+        self._peers, self._peer = peers, peer
         self._store = store
         self._folder = folder
         self._manifest = manifest
@@ -95,7 +107,9 @@ class Reader:
         for name, target in targets.items():
             if name in boxes:  # else its mesh is without this rank
                 self._want(name, plan.local(target.detach()), boxes[name], direct, pieces)
-        self._read(_joined(direct, self._manifest.block_bytes) + pieces)
+        pieces = _joined(direct, self._manifest.block_bytes) + pieces
+        first = len(pieces) * self._peer // self._peers
+        self._read(pieces[first:] + pieces[:first], is_shared=self._peers > 1 and not sharded)
 
     def fetch(self, name: str) -> Tensor:
         """Return a stored tensor as a new CPU tensor."""
@@ -176,7 +190,7 @@ class Reader:
 
     # --- reading and checking -------------------------------------------------------------------
 
-    def _read(self, pieces: Sequence[_Piece]) -> None:
+    def _read(self, pieces: Sequence[_Piece], *, is_shared: bool = False) -> None:
         """Read all pieces, several at a time."""
         slot_bytes = _READ_BYTES + self._manifest.block_bytes + 2 * PAGE_BYTES
         slot_bytes = -(-slot_bytes // PAGE_BYTES) * PAGE_BYTES
@@ -191,7 +205,7 @@ class Reader:
                 if piece.slab is not None:
                     wanted, copy = _landing(piece.slab)
                 for run in _runs(wanted, self._manifest.block_bytes):
-                    self._read_run(piece.file, run, ring.array[slot])
+                    self._read_run(piece.file, run, ring.array[slot], is_shared=is_shared)
                 if piece.slab is not None:
                     copy()
             finally:
@@ -199,14 +213,16 @@ class Reader:
 
         in_parallel(read, pieces, count)
 
-    def _read_run(self, file: str, run: "list[_Block]", slot: Bytes) -> None:
+    def _read_run(self, file: str, run: "list[_Block]", slot: Bytes, *, is_shared: bool) -> None:
         """Read consecutive blocks at once, check each, copy what is wanted of them."""
         begin = run[0].start // PAGE_BYTES * PAGE_BYTES
         end = run[-1].stop
         whole = -(-(end - begin) // PAGE_BYTES) * PAGE_BYTES
         _, digests = self._header(file)
         for last_try in (False, True):
-            self._read_range(file, begin, slot[:whole].data, needed=end - begin)
+            self._read_range(
+                file, begin, slot[:whole].data, needed=end - begin, is_shared=is_shared
+            )
             wrong = [
                 block
                 for block in run
@@ -266,9 +282,12 @@ class Reader:
         if record.header_bytes > min(record.bytes, shard.MAX_HEADER_BYTES):
             raise self._damaged(file, f"a header of {record.header_bytes:,} bytes cannot be")
 
-    def _read_range(self, file: str, start: int, buffer: memoryview, *, needed: int) -> None:
+    def _read_range(
+        self, file: str, start: int, buffer: memoryview, *, needed: int, is_shared: bool = False
+    ) -> None:
+        key = f"{self._folder}/{file}"
         try:
-            count = self._store.read_into(f"{self._folder}/{file}", start, buffer)
+            count = self._store.read_into(key, start, buffer, is_shared=is_shared)
         except FileNotFoundError:
             raise self._damaged(file, "the file is missing") from None
         if count < needed:

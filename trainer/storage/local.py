@@ -81,15 +81,20 @@ class LocalStore:
         with _store_errors("read", path, may_be_missing=True):
             return path.read_bytes()
 
-    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+    def read_into(
+        self, key: str, start: int, buffer: memoryview, *, is_shared: bool = False
+    ) -> int:
         """Read one range, directly where it lies on page boundaries; short only at the end."""
         path = self._path(key)
         with _store_errors("read", path, may_be_missing=True):
             done = 0
-            if len(buffer) >= _DIRECT_READ_BYTES and _on_pages(start, buffer):
+            is_large = len(buffer) >= _DIRECT_READ_BYTES
+            if is_large and not is_shared and _on_pages(start, buffer):
                 done = _read_directly(path, start, buffer)
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
+                if is_large and done == 0:  # ask for all of it at once, not window by window
+                    os.posix_fadvise(descriptor, start, len(buffer), os.POSIX_FADV_WILLNEED)
                 while done < len(buffer):
                     count = os.preadv(descriptor, [buffer[done:]], start + done)
                     if count == 0:

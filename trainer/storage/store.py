@@ -60,11 +60,14 @@ class Store(Protocol):
     def read(self, key: str) -> bytes:
         """Return all bytes of `key`."""
 
-    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+    def read_into(
+        self, key: str, start: int, buffer: memoryview, *, is_shared: bool = False
+    ) -> int:
         """Fill `buffer` from byte `start` of `key`; return how many bytes there were.
 
         Fastest in pieces of some MiB from several threads, with `start`, the buffer's address and
-        its length on page boundaries.
+        its length on page boundaries. `is_shared` says that other processes of this machine read
+        the same bytes at about this time, so that a cache between them pays.
         """
 
     def size(self, key: str) -> int:

@@ -587,8 +587,8 @@ class LyingOnce(LocalStore):
         super().__init__(root)
         self._seen: set[tuple[str, int]] = set()
 
-    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
-        count = super().read_into(key, start, buffer)
+    def read_into(self, key: str, start: int, buffer: memoryview, **how: Any) -> int:
+        count = super().read_into(key, start, buffer, **how)
         if (key, start) not in self._seen:
             self._seen.add((key, start))
             buffer[-1] ^= 1

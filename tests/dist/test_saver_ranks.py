@@ -1,0 +1,136 @@
+"""Saves beside the training on several ranks: what one rank meets, all know at the same step."""
+
+import threading
+from functools import partial
+
+import pytest
+import torch
+from stores import FaultyStore
+
+from trainer import checkpoint
+from trainer.checkpoint import lineage
+from trainer.checkpoint.saver import Saver
+from trainer.distributed import World
+from trainer.errors import SaveHangsError, StoreError
+from trainer.policy import Every
+from trainer.preemption import Stop
+from trainer.state import State
+from trainer.storage import LocalStore
+
+
+def begin(world: World, store: LocalStore, **settings) -> Saver:
+    attempt = world.from_rank0(lambda: lineage.begin(store, {}))
+    world.from_rank0(lambda: lineage.amend(store, attempt, {"resumed_from": {"step": 0}}))
+    said: list[str] = []
+    saver = Saver(
+        store, world, attempt, config={}, every=Every(), keep_last=100, say=said.append, **settings
+    )
+    saver.said = said
+    return saver
+
+
+def content_of(world: World, step: int) -> checkpoint.Content:
+    return checkpoint.Content(
+        {"w": torch.full((1000,), float(step))},
+        {f"own.{world.rank}": torch.tensor([step])},
+        objects={"run": State(step=step).state_dict()},
+    )
+
+
+def walk(world: World, saver: Saver, steps, *, due, until=lambda: False):
+    """Pass boundaries as the loop does; return the step at which an error surfaced, and it."""
+    stop = Stop(world)
+    stop.saves_ended = saver.ended
+    for step in steps:
+        vote = stop.agree()
+        content = partial(content_of, world, step)
+        try:
+            saver.at_boundary(State(step=step), content, due=due(step), ended=vote.saves_ended)
+        except (StoreError, SaveHangsError) as error:
+            stop.settle()
+            return step, type(error).__name__, str(error)
+        if until():  # the same on every rank
+            break
+    stop.settle()
+    return None
+
+
+def saves_that_overlap(world: World, folder: str):
+    store = FaultyStore(folder)
+    saver = begin(world, store)
+    if world.rank == 1:
+        store.hanging = ("finish",)  # this rank's disk takes its time
+    assert walk(world, saver, range(1, 50), due=lambda step: True) is None
+    ended = saver.ended()
+    store.hanging = ()
+    store.released.set()
+    many = range(50, 1_000_000)
+    walk(world, saver, many, due=lambda step: False, until=lambda: saver.committed_step == 1)
+    step = 1_000_001  # what was due meanwhile has begun by now
+    assert saver.save(State(step=step), content_of(world, step))
+    return ended, saver.committed_step
+
+
+def test_a_save_that_is_due_meanwhile_is_taken_when_the_first_is_done(on_ranks, tmp_path):
+    answers = on_ranks(2, saves_that_overlap, str(tmp_path))
+    assert answers == [(0, 1_000_001)] * 2
+    store = LocalStore(tmp_path)
+    found = [commit.step for commit in checkpoint.steps(store)]
+    assert len(found) == 3  # the first, the one that was due meanwhile, the last
+    assert (found[0], found[2]) == (1, 1_000_001)
+    for commit in checkpoint.steps(store):
+        checkpoint.verify(store, lineage.read_manifest(store, commit))
+
+
+def one_rank_fails(world: World, folder: str, stop_on_error: bool):
+    store = FaultyStore(folder)
+    saver = begin(world, store, stop_on_error=stop_on_error)
+    assert saver.save(State(step=1), content_of(world, 1))
+    if world.rank == 1:
+        store.broken = ("put",)
+    met = walk(world, saver, range(2, 10_000), due=lambda step: step == 2 or not stop_on_error)
+    return met, saver.committed_step, saver.said
+
+
+@pytest.mark.parametrize(("stop_on_error", "messages"), [(True, 0), (False, 2)])
+def test_one_ranks_failure_surfaces_at_the_same_step_on_all(
+    on_ranks, tmp_path, stop_on_error, messages
+):
+    answers = on_ranks(2, one_rank_fails, str(tmp_path), stop_on_error)
+    assert answers[0][:2] == answers[1][:2]
+    _, kind, text = answers[0][0]
+    assert kind == "StoreError"
+    assert text.startswith("rank 1: the disk failed in put")
+    assert text.count("rank 1") == 1
+    assert answers[0][1] == 1
+    assert len(answers[0][2]) == messages  # rank 0 says it once for each that it goes on after
+    assert answers[1][2] == []
+    store = LocalStore(tmp_path)
+    assert [commit.step for commit in checkpoint.steps(store)] == [1]
+    checkpoint.verify(store, checkpoint.latest(store))
+    assert not [
+        path for path in tmp_path.glob("checkpoints/*/*.safetensors") if "-1." not in path.name
+    ]
+
+
+def one_rank_hangs(world: World, folder: str):
+    store, now = FaultyStore(folder), [0.0]
+    saver = begin(world, store, timeout_s=60.0, clock=lambda: now[0])
+    assert saver.save(State(step=1), content_of(world, 1))
+    if world.rank == 1:
+        store.hanging = ("put",)
+    assert walk(world, saver, range(2, 40), due=lambda step: step == 2) is None
+    now[0] = 61.0
+    met = walk(world, saver, range(40, 50), due=lambda step: False)
+    store.released.set()
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint-save":
+            thread.join(60)
+    return met
+
+
+def test_a_save_that_hangs_on_one_rank_ends_the_attempt_on_all_at_the_same_step(on_ranks, tmp_path):
+    one, two = on_ranks(2, one_rank_hangs, str(tmp_path))
+    assert one == two
+    assert one[1] == "SaveHangsError"
+    assert "the save of step 2 has not ended after 60 s" in one[2]
