@@ -1,8 +1,10 @@
 """Everything that moves during training, besides the tensors of model and optimizer."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from trainer.errors import CheckpointError
 
 Cursor = dict[str, int]
 """Position in the data: `epoch`, and `batch`, the number of global batches consumed in it."""
@@ -55,6 +57,16 @@ class State:
         return asdict(self)
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Take over what `state_dict` returned.
+
+        Raises:
+            CheckpointError: it has fields that this program does not know.
+        """
+        unknown = sorted(set(values) - {field.name for field in fields(self)})
+        if unknown:
+            raise CheckpointError(
+                f"the checkpoint's state has the unknown fields {', '.join(unknown)}; it was "
+                "written by a newer version: resume with that one"
+            )
         for key, value in values.items():
             setattr(self, key, value)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from trainer.errors import CheckpointError
 from trainer.state import State
 
 
@@ -67,3 +68,8 @@ def test_state_dict_does_not_move_with_the_state():
     state.metrics["loss"] = 99.0
     state.advance({"epoch": 9, "batch": 9}, samples=1, applied=True)
     assert json.dumps(before) == text
+
+
+def test_a_field_of_a_newer_version_is_named():
+    with pytest.raises(CheckpointError, match="unknown fields mood"):
+        State().load_state_dict({**State(step=3).state_dict(), "mood": 1})

@@ -340,7 +340,7 @@ def _check_entry(
 
 def _check_columns(name: str, entry: TensorEntry, file_count: int) -> None:
     columns = entry.columns or {}
-    covered = 0
+    covered, boxes = 0, []
     for index, offsets, lengths in zip(
         columns["file"], columns["offsets"], columns["lengths"], strict=True
     ):
@@ -351,7 +351,24 @@ def _check_columns(name: str, entry: TensorEntry, file_count: int) -> None:
         if not inside or _natural(index) >= file_count:
             raise CheckpointError(f"tensor {name!r} has a part outside of it or of the files")
         covered += element_count(lengths)
+        if element_count(lengths):
+            boxes.append((tuple(offsets), tuple(lengths)))
+    if _overlap(boxes):
+        raise CheckpointError(f"tensor {name!r} has two parts for the same elements")
     if covered != element_count(entry.shape):
         raise CheckpointError(
             f"tensor {name!r} has {element_count(entry.shape):,} elements, its parts {covered:,}"
         )
+
+
+def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Return whether two boxes have an element in common; sweeps along the first axis."""
+    reaching: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    for offsets, lengths in sorted(boxes):
+        reaching = [(o, n) for o, n in reaching if not o or o[0] + n[0] > offsets[0]]
+        for others, counts in reaching:
+            ranges = zip(offsets, lengths, others, counts, strict=True)
+            if all(o < other + count and other < o + n for o, n, other, count in ranges):
+                return True
+        reaching.append((offsets, lengths))
+    return False

@@ -116,7 +116,11 @@ class Reader:
         if name not in self._manifest.tensors:
             raise CheckpointError(f"{self._where()} has no tensor {name!r}")
         entry = self._manifest.resolve(name)
-        target = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+        dtype = TORCH_DTYPES[entry.dtype]
+        owner = self._manifest.tensors[name].alias or name
+        for part in entry.parts(self._files, (0,) * len(entry.shape), entry.shape):
+            self._chunk(owner, part, dtype)  # it is there, before memory is asked for
+        target = torch.empty(entry.shape, dtype=dtype)
         self.read({name: target})
         return target
 
@@ -155,7 +159,7 @@ class Reader:
         if box.elements == 0:
             return
         for part in entry.parts(self._files, box.offsets, box.lengths):
-            chunk = self._chunk(owner, part, target)
+            chunk = self._chunk(owner, part, target.dtype)
             both = _overlap(Box(part.offsets, part.lengths), box)
             if both.elements == 0:
                 continue
@@ -174,12 +178,12 @@ class Reader:
                 slabs = _slabs(chunk, first, strides, place)
                 pieces += [_Piece(part.file, slab=slab) for slab in slabs]
 
-    def _chunk(self, name: str, part: Part, target: Tensor) -> shard.Chunk:
+    def _chunk(self, name: str, part: Part, dtype: torch.dtype) -> shard.Chunk:
         chunks, _ = self._header(part.file)
         whole = tuple(part.lengths) == tuple(self._manifest.tensors[name].shape)
         key = shard.part_key(name, None if whole else part.offsets)
-        stored = (DTYPE_NAMES[target.dtype], tuple(part.lengths))
-        if target.dtype == torch.complex128:
+        stored = (DTYPE_NAMES[dtype], tuple(part.lengths))
+        if dtype == torch.complex128:
             stored = ("F64", (*part.lengths, 2))
         if key not in chunks or (chunks[key].dtype, chunks[key].shape) != stored:
             raise CheckpointError(

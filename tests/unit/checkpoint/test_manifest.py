@@ -332,6 +332,7 @@ HOSTILE: dict[str, Edit] = {
     "columns a list": set_at("tensors", "model.cut", "columns", to=[1]),
     "columns empty": set_at("tensors", "model.cut", "columns", to={}),
     "columns uneven": set_at("tensors", "model.cut", "columns", "file", to=[0]),
+    "columns that overlap": set_at("tensors", "model.cut", "columns", "offsets", 1, to=[0, 0]),
     "column outside": set_at("tensors", "model.cut", "columns", "offsets", 1, to=[0, 2]),
     "column of other rank": set_at("tensors", "model.cut", "columns", "offsets", 1, to=[0]),
     "column of no file": set_at("tensors", "model.cut", "columns", "file", 1, to=4),
