@@ -41,7 +41,9 @@ def save(
         CheckpointError, StoreError: on every rank; nothing was committed.
         SupersededError: a newer attempt owns the run.
     """
-    begun = writer.begin(content, step=step, epoch=epoch, samples=samples, config=config)
+    begun = writer.begin(
+        content, step=step, epoch=epoch, samples=samples, config=config, is_awaited=True
+    )
     return begun.result()
 
 

@@ -139,12 +139,12 @@ class Saver:
         if self._flight is not None:
             self._settle(self._flight)
         if self.committed_step != state.step:
-            self._begin(state, content)
+            self._begin(state, content, is_awaited=True)
             if self._flight is not None:
                 self._settle(self._flight)
         return self.committed_step == state.step
 
-    def _begin(self, state: State, content: Content) -> None:
+    def _begin(self, state: State, content: Content, *, is_awaited: bool = False) -> None:
         self._is_due = False
         self._last_save_s = self._clock()
         here = Commit(state.step, self._attempt.number, "")
@@ -159,6 +159,7 @@ class Saver:
                 config=self._config,
                 before_commit=self._before_commit,
                 after_commit=lambda: self._prune(here, metric),
+                is_awaited=is_awaited,
             )
         except (CheckpointError, StoreError) as error:
             self._failed(state.step, error)

@@ -84,6 +84,7 @@ class Writer:
         config: Mapping[str, Any] | None = None,
         before_commit: Callable[[], None] = lambda: None,
         after_commit: Callable[[], None] = lambda: None,
+        is_awaited: bool = False,
     ) -> Save:
         """Begin a save. Collective, on the thread that trains, when no other save is in flight.
 
@@ -98,6 +99,8 @@ class Writer:
             config: stored as it is.
             before_commit: called on rank 0, on the save's thread, when all shards are durable.
             after_commit: called on rank 0, on the save's thread, after the commit.
+            is_awaited: the caller does nothing but wait: write while the copy is being made. Else
+                the copy has the processor for itself, so that the next update comes sooner.
         """
         self._saves += 1
         current = self._plan = plan.make(content, self._world, self._plan)
@@ -127,7 +130,7 @@ class Writer:
         )
         is_first = self._world.rank == 0
         return Save(
-            lambda: self._finish(made, current.layout, problem, before_commit),
+            lambda: self._finish(made, current.layout, problem, before_commit, is_awaited),
             after_commit if is_first else lambda: None,
         )
 
@@ -137,6 +140,7 @@ class Writer:
         layout: shard.Layout,
         problem: PerdureError | None,
         before_commit: Callable[[], None],
+        is_awaited: bool,
     ) -> Manifest:
         """Write this rank's shard and commit. Collective among the ranks' save threads."""
         folder = f"{FOLDER}/{made.folder}"
@@ -151,6 +155,8 @@ class Writer:
         def write() -> tuple[str, ShardFile]:
             if problem is not None:
                 raise problem
+            if not is_awaited:
+                self._snapshot.wait()
             try:
                 file = self._store.open_new(f"{folder}/{name}", layout.total_bytes)
             except AlreadyExists:
