@@ -1,13 +1,15 @@
 # make train     install, then train (ARGS="model=mlp trainer.max_epochs=3" passes overrides)
 # make test      install what the tests need, then run them
 # make check     formatting, lint, types, direction of imports
+# make chaos     kill a real training at KILLS random instants; nothing may be lost
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
+KILLS ?= 100
 
-.PHONY: train test test-cluster check format bench-loop clean
+.PHONY: train test test-cluster check format bench-loop chaos clean
 
 train: $(VENV)/.installed
 	@$(BIN)/python -m trainer.run $(ARGS)
@@ -30,6 +32,9 @@ format: $(VENV)/.installed-test
 
 bench-loop: $(VENV)/.installed
 	$(BIN)/python scripts/bench_loop.py $(ARGS)
+
+chaos: $(VENV)/.installed
+	$(BIN)/python scripts/chaos.py --kills $(KILLS) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,28 +2,28 @@
 
 python scripts/chaos.py [--kills 500] [--ranks 1,2] [--seed 0] [--folder DIR]
 
-A run is started, killed, judged and started again until the kills are used up; then it is left
-alone and has to end as a run that was never killed. What it proves, or exits with 1 at the first
-failure and leaves the folder:
+A run is started, killed, examined and started again until the kills are used up; then it is left
+alone. What must hold; at the first failure the exit code is 1 and the folder stays:
 
-- Whatever the instant, the newest checkpoint is there, every byte of it and of the older ones is
-  right, and none that was ever seen committed is lost. There is none only before the first commit.
-- The next attempt goes on from exactly that checkpoint.
+- Whatever the instant, every byte of every checkpoint is right, and none that was ever seen
+  committed is lost. There is no checkpoint only before the first commit.
+- The next attempt goes on from exactly the newest one.
 - A rank whose peer was killed reports no success.
-- The end is identical, bit for bit: weights, optimizer, scheduler, generators, metrics.jsonl.
+- The end is that of a run which was never killed, bit for bit: weights, optimizer, scheduler,
+  generators, metrics.jsonl.
 - A finished run keeps no shards but those of its checkpoints.
 
-Half of the kills of several ranks take one rank first, so that the others see it die. The instants
-are drawn from --seed; what a kill meets at its instant is up to the machine, and the tally says
-what it was.
+Of the kills of several ranks, half take one rank first, so that the others see it die. The aims
+are drawn from --seed; what a kill really meets is up to the machine, and the tally says what.
 
 One process imports everything once and forks the ranks of every attempt, so that they start in
-tenths of a second. It never computes and never has a second thread: what a fork copies of a pool
-of threads is a pool without them, and whoever waits for one waits forever.
+tenths of a second. It never computes and never has a second thread: a fork copies a pool of
+threads without its threads, and whoever waits for one of them waits forever.
 """
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import random
@@ -42,32 +42,33 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 
-EPOCHS, STEPS_PER_EPOCH = 12, 20
+EPOCHS, STEPS_PER_EPOCH, GLOBAL_BATCH_SIZE = 8, 20, 12
 LAST_STEP = EPOCHS * STEPS_PER_EPOCH
 KEEP_LAST = 2
 
-# Everything that makes resume hard, as in tests/e2e/commands.py, with a model wide enough that a
-# save of 5 MB is in flight most of the time.
+# All that makes resume hard, as in tests/e2e/commands.py, with a model so wide that a save writes
+# 5 MB and takes as long as some steps.
 SETTINGS = [
-    "data=synthetic", "sample.shape=[1,8,8]", "data.train_samples=240", "data.eval_samples=70",
+    "data=synthetic", "sample.shape=[1,8,8]", "data.eval_samples=70",
+    f"data.train_samples={STEPS_PER_EPOCH * GLOBAL_BATCH_SIZE}",
     "model.batch_norm=true", "model.channels=[4,8]", "model.hidden=10000", "scheduler=cosine",
-    f"trainer.max_epochs={EPOCHS}", "trainer.global_batch_size=12", "trainer.log_every_steps=1",
-    "trainer.clip_norm=1.0", "trainer.eval_every_steps=7", "checkpoint.every_steps=3",
-    f"checkpoint.keep_last={KEEP_LAST}", "launch.threads=1", "launch.device=cpu",
+    f"trainer.max_epochs={EPOCHS}", f"trainer.global_batch_size={GLOBAL_BATCH_SIZE}",
+    "trainer.log_every_steps=1", "trainer.clip_norm=1.0", "trainer.eval_every_steps=7",
+    "checkpoint.every_steps=3", f"checkpoint.keep_last={KEEP_LAST}",
+    "launch.threads=1", "launch.device=cpu",
 ]  # fmt: skip
 
 START_UP = "start-up"
-TRAINING = "training, nothing in flight"
+TRAINING = "training alone"
 WRITING = "a save: shards"
 PUBLISHING = "a save: manifest"
-PRUNING = "just after a commit: pruning"
-FOUND = (START_UP, TRAINING, WRITING, PUBLISHING, PRUNING)
-"""What a kill can leave behind, as its row in the tally is called."""
+PRUNING = "after a commit: pruning"
+STATES = (START_UP, TRAINING, WRITING, PUBLISHING, PRUNING)
+"""What a killed attempt can have been doing, as the tally calls it."""
 
 _POLL_S = 0.0005
 _PATIENCE_S = 180.0
-"""How long an attempt may take to show what is waited for, on a machine that has other work."""
-_TEMPORARY = ".tmp-"
+"""How long to wait for anything; the machine may have other work."""
 
 
 class Broken(Exception):
@@ -77,69 +78,69 @@ class Broken(Exception):
 # --- processes ---------------------------------------------------------------------------------
 
 _children: set[int] = set()
-"""Everything that is alive, so that nothing outlives this process."""
+"""Process ids of all that is alive, so that nothing outlives this process."""
+
+
+_IMPORTS = (
+    "torch.distributed.checkpoint.default_planner", "torch.distributed.tensor",
+    "torch._dynamo",  # every optimizer imports it
+    "torchmetrics", "hydra", "omegaconf", "trainer.run", "trainer.attempt", "trainer.schedule",
+    "trainer.task", "trainer.data.synthetic", "trainer.tracking.console", "models.cnn",
+    "scripts.compare_runs",
+)  # fmt: skip
 
 
 def preload() -> None:
-    """Import all that a rank will need, and make sure that no thread came with it."""
+    """Import all that a rank needs, from this checkout."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "PERDURE_OUTCOME"):
         os.environ.pop(name, None)
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    sys.path[0] = str(ROOT)  # this checkout, and not another one that may be installed
+    sys.path[0] = str(ROOT)
 
-    import torch._dynamo  # optimizers import it when they are made
-    import torch.distributed.checkpoint.default_planner
-    import torch.distributed.tensor
-    import torchmetrics
+    for name in _IMPORTS:
+        importlib.import_module(name)
     from hydra.core.plugins import Plugins
 
-    import models.cnn
-    import scripts.compare_runs
-    import trainer.data.synthetic
-    import trainer.run
-    import trainer.schedule
-    import trainer.tracking.console  # noqa: F401 (all of these are for the children)
-
-    Plugins.instance()  # scans packages, once
-    gc.freeze()  # a collection in a child would copy every page that it looks at
+    Plugins.instance()  # looks through packages, once
+    gc.freeze()  # or a child's collector would copy every page by looking at it
 
 
 def fork(body: Callable[[], int], log: Path) -> int:
     """Run `body` in a child that dies with this process; return its process id."""
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
-        raise RuntimeError(f"{threads} threads here: a fork of this process could hang")
+        raise RuntimeError(f"there are {threads} threads here; a fork could hang")
     sys.stdout.flush()
     pid = os.fork()
-    if pid:
-        _children.add(pid)
-        return pid
-    _be_child(body, log)
+    if pid == 0:
+        _be_child(body, log)
+    _children.add(pid)
+    return pid
 
 
 def _be_child(body: Callable[[], int], log: Path) -> NoReturn:
-    from trainer import launch
-
-    code = 1
+    code: Any = 1
     try:
+        from trainer import launch
+
         launch.die_with_launcher()
-        os.setsid()  # Ctrl-C is for the parent
+        os.setsid()  # a Ctrl-C is meant for the parent
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         code = body()
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
+        code = error.code
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(code if isinstance(code, int) else 1)
 
 
 def ask(question: Callable[[], Any], log: Path) -> Any:
-    """Return the answer of a child that may use threads and torch; it travels as JSON."""
+    """Return the answer of a child, which may compute; it travels as JSON."""
     reading, writing = os.pipe()
 
     def answer() -> int:
@@ -147,7 +148,7 @@ def ask(question: Callable[[], Any], log: Path) -> Any:
         try:
             found = {"answer": question()}
         except Exception as error:
-            found = {"error": "".join(traceback.format_exception(error))}
+            found = {"error": "".join(traceback.format_exception(error)).rstrip()}
         with open(writing, "w") as pipe:
             json.dump(found, pipe)
         return 0
@@ -158,7 +159,7 @@ def ask(question: Callable[[], Any], log: Path) -> Any:
         text = pipe.read()
     os.waitpid(pid, 0)
     _children.discard(pid)
-    found = json.loads(text or '{"error": "the child that looked at it died"}')
+    found = json.loads(text or '{"error": "the process that examined the run died"}')
     if "error" in found:
         raise Broken(found["error"])
     return found["answer"]
@@ -173,10 +174,11 @@ def kill_children() -> None:
 
 
 class Ranks:
-    """The processes of one attempt. `codes` has the exit codes of those that left by themselves."""
+    """The processes of one attempt."""
 
     def __init__(self, run_dir: Path, count: int, log: Path) -> None:
         self.codes: dict[int, int] = {}
+        """Exit codes of the ranks that left by themselves."""
         port = _free_port()
         self._pids = {
             rank: fork(lambda rank=rank: _train(run_dir, rank, count, port), log)
@@ -184,64 +186,64 @@ class Ranks:
         }
 
     def alive(self) -> list[int]:
-        """Return the ranks that have not left."""
+        """Return the ranks that are alive."""
         for rank, pid in tuple(self._pids.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
-                self._take(rank, status)
+                self._bury(rank, status)
         return list(self._pids)
 
     def kill(self, ranks: Sequence[int]) -> None:
-        """SIGKILL some of them at once, then wait until the kernel is done with them."""
+        """SIGKILL ranks at the same time, and wait until the kernel is done with them."""
         for rank in ranks:
             os.kill(self._pids[rank], signal.SIGKILL)
         for rank in ranks:
-            self._take(rank, os.waitpid(self._pids[rank], 0)[1])
+            self._bury(rank, os.waitpid(self._pids[rank], 0)[1])
 
-    def _take(self, rank: int, status: int) -> None:
+    def _bury(self, rank: int, status: int) -> None:
         _children.discard(self._pids.pop(rank))
         code = os.waitstatus_to_exitcode(status)
         if code != -signal.SIGKILL:
             self.codes[rank] = code
 
     def wait(self, condition: Callable[[], bool]) -> bool:
-        """Wait until something holds; return False if a rank left before it did."""
+        """Wait until a condition holds; return False if a rank left by itself before."""
         deadline_s = time.monotonic() + _PATIENCE_S
         while not condition():
             self.alive()
             if self.codes:
                 return False
             if time.monotonic() > deadline_s:
-                raise Broken(f"an attempt showed nothing new for {_PATIENCE_S:.0f} s")
+                raise Broken(f"an attempt did not get on for {_PATIENCE_S:.0f} s")
             time.sleep(_POLL_S)
         return True
 
     def let_end(self) -> None:
-        """Wait until all of them have left, each with success."""
+        """Wait until all ranks have left, and all with success."""
         deadline_s = time.monotonic() + _PATIENCE_S
-        while self.alive():
-            if any(self.codes.values()) or time.monotonic() > deadline_s:
-                break
+        while self.alive() and not any(self.codes.values()):
+            if time.monotonic() > deadline_s:
+                raise Broken(f"an attempt did not end within {_PATIENCE_S:.0f} s")
             time.sleep(0.01)
-        if self._pids or any(self.codes.values()):
-            raise Broken(f"nobody killed it, and its exit codes are {self.codes or 'none'}")
+        if any(self.codes.values()):
+            raise Broken(f"nobody was killed; the exit codes are {self.codes}")
 
 
 def _train(run_dir: Path, rank: int, count: int, port: int) -> int:
-    """Be a rank: the same command as a user's, its environment as torchrun sets it."""
+    """Be a rank: a user's command, with the environment that torchrun would give it."""
     from trainer import run
 
     if count > 1:
         os.environ |= {
-            "RANK": str(rank), "WORLD_SIZE": str(count),
-            "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count),
+            "RANK": str(rank), "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
     return run.main([*SETTINGS, f"name={run_dir.name}", f"run_dir={run_dir}"])
 
 
 def _free_port() -> int:
-    """Return a port that is free, from below those which the kernel gives to connections."""
+    """Return a free port below those that the kernel hands out by itself meanwhile."""
     while True:
         port = random.randrange(10_000, 32_000)
         with socket.socket() as probe:
@@ -252,46 +254,54 @@ def _free_port() -> int:
             return port
 
 
-# --- what can be seen from outside -------------------------------------------------------------
+# --- what can be seen of a run -----------------------------------------------------------------
 
 
 class Watch:
-    """What an attempt has done so far, from its files."""
+    """What an attempt has done so far, seen from outside."""
 
     def __init__(self, run_dir: Path) -> None:
         self._attempts, self._checkpoints = run_dir / "attempts", run_dir / "checkpoints"
-        self.earlier_attempts = len(self._records())
         self._earlier_folders = set(_names(self._checkpoints))
+        self.earlier_attempts = len(self._records())
 
     def _records(self) -> list[str]:
-        return [name for name in _names(self._attempts) if not name.startswith(_TEMPORARY)]
+        return [name for name in _names(self._attempts) if not _is_temporary(name)]
 
     def has_begun(self) -> bool:
-        """Return whether the attempt has a record: it owns the run, and starts to load."""
+        """Return whether the attempt has a record, and so owns the run."""
         return len(self._records()) > self.earlier_attempts
 
     def is_training(self) -> bool:
-        """Return whether it has said what it resumed from: it trains, or will in a moment."""
+        """Return whether it has recorded where it starts from; its first step comes next."""
         if not self.has_begun():
             return False
         record = json.loads((self._attempts / max(self._records())).read_text())
         return "resumed_from" in record
 
     def is_saving(self) -> bool:
-        """Return whether a checkpoint of this attempt is being written, or deleted."""
-        return any(not committed for _, committed in self._folders())
+        """Return whether a checkpoint of this attempt is being written (or deleted)."""
+        from trainer.checkpoint.lineage import MANIFEST
+
+        return any(MANIFEST not in files for _, files in self._folders())
+
+    def is_publishing(self) -> bool:
+        """Return whether a manifest is being published."""
+        return any(_is_temporary(name) for _, files in self._folders() for name in files)
 
     def committed_step(self) -> int:
         """Return the newest step that this attempt has committed, or 0."""
-        return max((step for step, committed in self._folders() if committed), default=0)
-
-    def _folders(self) -> list[tuple[int, bool]]:
         from trainer.checkpoint.lineage import MANIFEST
+
+        return max((step for step, files in self._folders() if MANIFEST in files), default=0)
+
+    def _folders(self) -> list[tuple[int, list[str]]]:
+        """Return the checkpoints of this attempt: each one's step and files."""
         from trainer.checkpoint.manifest import parse_folder
 
         own = set(_names(self._checkpoints)) - self._earlier_folders
-        parsed = [(parse_folder(name), self._checkpoints / name / MANIFEST) for name in own]
-        return [(found[0], manifest.exists()) for found, manifest in parsed if found]
+        parsed = [(parse_folder(name), _names(self._checkpoints / name)) for name in own]
+        return [(found[0], files) for found, files in parsed if found]
 
 
 def _names(folder: Path) -> list[str]:
@@ -301,22 +311,27 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
+def _is_temporary(name: str) -> bool:
+    """Return whether a file has not been given its name yet, as a LocalStore does it."""
+    return name.startswith(".tmp-")
+
+
 @dataclass(frozen=True)
-class Verdict:
-    """What was found after a kill, when everything in the run was checked."""
+class Finding:
+    """What a killed attempt has left, every byte of it examined."""
 
     newest_step: int
-    """Of the newest checkpoint; 0: there is none."""
+    """Of the newest checkpoint; 0 if there is none."""
     resumed_step: int | None
-    """Where the killed attempt said that it went on from, if it had come that far."""
-    found: str
-    """One of FOUND."""
+    """Where the attempt said that it started from, if it came that far."""
+    state: str
+    """What it was doing, one of STATES."""
     left_files: int
-    """Files that belong to no checkpoint, for the next attempt to clean up."""
+    """Files of no use, which a later attempt has to delete."""
 
 
-def judge(run_dir: Path, earlier_attempts: int) -> dict[str, Any]:
-    """Read every byte of every checkpoint; return a Verdict's fields. In a child, by `ask`."""
+def examine(run_dir: Path, earlier_attempts: int) -> dict[str, Any]:
+    """Return a Finding as a dict. It computes: call it in a child."""
     from trainer import checkpoint
     from trainer.checkpoint import lineage
     from trainer.storage import LocalStore
@@ -326,51 +341,59 @@ def judge(run_dir: Path, earlier_attempts: int) -> dict[str, Any]:
     for commit in commits:
         checkpoint.verify(store, lineage.read_manifest(store, commit))
     records = lineage.records(store)
-    own = records[-1] if len(records) > earlier_attempts else {}
-    start = own.get("resumed_from")
-    return {
-        "newest_step": newest.step if newest else 0,
-        "resumed_step": start["step"] if start else None,
-        "found": _state(run_dir, own["attempt"], commits) if start else START_UP,
-        "left_files": len(leftovers(run_dir)),
-    }
+    record = records[-1] if len(records) > earlier_attempts else {}
+    start = record.get("resumed_from")
+    return vars(
+        Finding(
+            newest_step=newest.step if newest else 0,
+            resumed_step=start["step"] if start else None,
+            state=_state(run_dir, record["attempt"], commits) if start else START_UP,
+            left_files=len(useless_files(run_dir)),
+        )
+    )
 
 
 def _state(run_dir: Path, attempt: int, commits: Sequence[Any]) -> str:
-    """Return what an attempt was doing that had begun to train."""
+    """Return what an attempt that had begun to train was doing. One save follows the other."""
     from trainer.checkpoint.lineage import MANIFEST
     from trainer.checkpoint.manifest import parse_folder
 
     newest_step = commits[-1].step if commits else 0
-    folders = _names(run_dir / "checkpoints")
-    pruning = False
-    for name in folders:
-        parsed, files = parse_folder(name), _names(run_dir / "checkpoints" / name)
-        if parsed is None or parsed[1] != attempt:
-            continue
-        has_temporary = any(file.startswith(_TEMPORARY) for file in files)
-        if MANIFEST not in files and parsed[0] > newest_step:
-            return PUBLISHING if has_temporary else WRITING
-        pruning = pruning or MANIFEST not in files or has_temporary
+    checkpoints = run_dir / "checkpoints"
+    folders = {name: _names(checkpoints / name) for name in _names(checkpoints)}
     has_committed = any(commit.attempt == attempt for commit in commits)
-    return PRUNING if pruning or (has_committed and len(folders) > KEEP_LAST) else TRAINING
+    used = [name for name, files in folders.items() if not all(map(_is_temporary, files))]
+    state = PRUNING if has_committed and len(used) > KEEP_LAST else TRAINING
+    for name, files in folders.items():
+        parsed = parse_folder(name)
+        if parsed is None or parsed[1] != attempt:
+            continue  # an earlier attempt left it
+        if MANIFEST not in files and parsed[0] > newest_step:
+            return PUBLISHING if any(map(_is_temporary, files)) else WRITING
+        if MANIFEST not in files or any(map(_is_temporary, files)):
+            state = PRUNING
+    return state
 
 
-def leftovers(run_dir: Path) -> list[str]:
-    """Return the files that belong neither to the run nor to one of its checkpoints."""
+def useless_files(run_dir: Path) -> list[str]:
+    """Return the files that belong neither to the run itself nor to a checkpoint that counts."""
     from trainer.checkpoint import lineage
     from trainer.storage import LocalStore
 
     store = LocalStore(run_dir)
-    known = {"config.yaml", "metrics.jsonl"}
+    useful = {"config.yaml", "metrics.jsonl", *store.list("attempts")}
     for commit in lineage.commits(store):
-        files = lineage.read_manifest(store, commit).files
-        known |= {commit.manifest_key, *(f"{commit.folder}/{file}" for file in files)}
-    found = (path for path in run_dir.rglob("*") if path.is_file())
-    keys = {path.relative_to(run_dir).as_posix() for path in found}
-    return sorted(
-        key for key in keys - known if not key.startswith("attempts/") or _TEMPORARY in key
-    )
+        shards = lineage.read_manifest(store, commit).files
+        useful |= {commit.manifest_key, *(f"{commit.folder}/{shard}" for shard in shards)}
+    files = (path for path in run_dir.rglob("*") if path.is_file())
+    return sorted({path.relative_to(run_dir).as_posix() for path in files} - useful)
+
+
+def compare(undisturbed: Path, run_dir: Path) -> tuple[list[str], list[str]]:
+    """Return how two finished runs differ, and the second's useless files. For a child."""
+    from scripts.compare_runs import differences
+
+    return differences(str(undisturbed), str(run_dir)), useless_files(run_dir)
 
 
 # --- kills -------------------------------------------------------------------------------------
@@ -378,161 +401,245 @@ def leftovers(run_dir: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Shot:
-    """When and how to kill an attempt."""
+    """When to kill an attempt, and whom first. Times are in steps of the undisturbed run."""
 
     aim: str
-    """START_UP, TRAINING or WRITING: what to wait for."""
-    lead_s: float
-    """How long to let it train before waiting for a save."""
-    delay_s: float
-    """How long to wait then."""
+    """What to wait for: START_UP, TRAINING, WRITING or PUBLISHING."""
+    lead: float
+    """How long to let it train before that, if the aim is a save."""
+    delay: float
+    """How long to wait after it."""
     first: int | None
-    """The rank that dies first; None: all at once."""
-    ahead_s: float
+    """The rank that dies first, or None: all at the same time."""
+    ahead: float
     """How long the others live on."""
 
 
+_AIMS = {START_UP: (1, 8.0), TRAINING: (3, 20.0), WRITING: (3, 2.0), PUBLISHING: (3, 0.2)}
+"""Weight of each aim, and its longest delay."""
+
+
 def draw(dice: random.Random, ranks: int) -> Shot:
-    """Draw a kill; most of them fall into training and saving."""
-    aim = dice.choices((START_UP, TRAINING, WRITING), weights=(10, 45, 45))[0]
-    longest_s = {START_UP: 0.15, TRAINING: 0.4, WRITING: 0.05}[aim]
+    """Draw a kill."""
+    (aim,) = dice.choices(list(_AIMS), [weight for weight, _ in _AIMS.values()])
     one_first = ranks > 1 and dice.random() < 0.5
     return Shot(
         aim,
-        lead_s=dice.uniform(0.0, 0.25),
-        delay_s=dice.uniform(0.0, longest_s),
+        lead=dice.uniform(0.0, 12.0),
+        delay=dice.uniform(0.0, _AIMS[aim][1]),
         first=dice.randrange(ranks) if one_first else None,
-        ahead_s=dice.uniform(0.0, 0.3),
+        ahead=dice.uniform(0.0, 20.0),
     )
 
 
 @dataclass
 class Tally:
-    """What the kills of one number of ranks met."""
+    """What the kills of so many ranks have met."""
 
     kills: int = 0
-    found: Counter[str] = field(default_factory=Counter)
+    states: Counter[str] = field(default_factory=Counter)
     one_first: int = 0
     left: int = 0
-    """Ranks that saw their peer die and left by themselves."""
+    """Ranks that left by themselves when they saw a peer die."""
     most_left_files: int = 0
     runs: int = 0
-    stray_files: int = 0
-    """Files without a use in the finished runs."""
+    end_files: int = 0
+    """Useless files of finished runs."""
 
 
-class Trial:
-    """One run, killed again and again, and what it has promised so far."""
+class Run:
+    """A run that is killed again and again, and what it has promised so far."""
 
-    def __init__(self, run_dir: Path, ranks: int, tally: Tally) -> None:
-        self.run_dir, self.ranks, self.tally = run_dir, ranks, tally
-        self.log = run_dir.with_suffix(".log")
+    def __init__(self, run_dir: Path, ranks: int, tally: Tally, step_s: float) -> None:
         self.newest_step = 0
-        """Of the newest checkpoint after the last kill."""
+        """Of the newest checkpoint after the last kill; 0 if there is none."""
         self._seen_step = 0
-        """The newest that was ever seen committed, also between kills."""
+        """The newest that was ever seen committed, also while an attempt was alive."""
+        self._run_dir, self._ranks, self._tally, self._step_s = run_dir, ranks, tally, step_s
+        self._log = log_of(run_dir)
 
     def strike(self, shot: Shot) -> bool:
         """Start an attempt and kill it; return False if the run came to its end before."""
-        watch = Watch(self.run_dir)
-        ranks = Ranks(self.run_dir, self.ranks, self.log)
-        if not self._aim(shot, watch, ranks):
+        watch = Watch(self._run_dir)
+        ranks = Ranks(self._run_dir, self._ranks, self._log)
+        if not self._take_aim(shot, watch, ranks) or not ranks.alive():
             ranks.let_end()
             return False
         if shot.first is not None and shot.first in ranks.alive():
             ranks.kill([shot.first])
-            self.tally.one_first += 1
-            until_s = time.monotonic() + shot.ahead_s
+            self._tally.one_first += 1
+            until_s = time.monotonic() + shot.ahead * self._step_s
             while time.monotonic() < until_s and ranks.alive():
-                self._seen_step = max(self._seen_step, watch.committed_step())
                 time.sleep(_POLL_S)
-        self._seen_step = max(self._seen_step, watch.committed_step())
+        self._see(watch)
         ranks.kill(ranks.alive())
-        found = ask(lambda: judge(self.run_dir, watch.earlier_attempts), self.log)
-        self._hear(Verdict(**found), ranks.codes)
+        found = ask(lambda: examine(self._run_dir, watch.earlier_attempts), self._log)
+        self._judge(Finding(**found), ranks.codes)
         return True
 
-    def _aim(self, shot: Shot, watch: Watch, ranks: Ranks) -> bool:
+    def _take_aim(self, shot: Shot, watch: Watch, ranks: Ranks) -> bool:
         """Wait for the instant; return False if a rank left by itself before."""
-        goal = watch.has_begun if shot.aim == START_UP else watch.is_training
-        if not ranks.wait(goal):
+        if shot.aim == START_UP:
+            return ranks.wait(watch.has_begun) and self._pause(shot.delay, watch, ranks)
+        if not ranks.wait(watch.is_training):
             return False
-        if shot.aim == WRITING:
-            self._let_train(shot.lead_s, watch, ranks)
-            if not ranks.wait(watch.is_saving):
+        if shot.aim in (WRITING, PUBLISHING):
+            goal = watch.is_saving if shot.aim == WRITING else watch.is_publishing
+            if not (self._pause(shot.lead, watch, ranks) and ranks.wait(goal)):
                 return False
-        self._let_train(shot.delay_s, watch, ranks)
-        return not ranks.codes
+        return self._pause(shot.delay, watch, ranks)
 
-    def _let_train(self, seconds: float, watch: Watch, ranks: Ranks) -> None:
-        until_s = time.monotonic() + seconds
-        ranks.wait(lambda: time.monotonic() >= until_s)
+    def _pause(self, steps: float, watch: Watch, ranks: Ranks) -> bool:
+        until_s = time.monotonic() + steps * self._step_s
+        went_on = ranks.wait(lambda: time.monotonic() >= until_s)
+        self._see(watch)
+        return went_on
+
+    def _see(self, watch: Watch) -> None:
         self._seen_step = max(self._seen_step, watch.committed_step())
 
-    def _hear(self, verdict: Verdict, codes: Mapping[int, int]) -> None:
+    def _judge(self, found: Finding, codes: Mapping[int, int]) -> None:
         """Hold what was found against what was promised, and count it."""
-        if verdict.resumed_step not in (None, self.newest_step):
+        if found.resumed_step not in (None, self.newest_step):
             raise Broken(
                 f"the newest checkpoint was of step {self.newest_step}, and the next attempt went "
-                f"on from step {verdict.resumed_step}"
+                f"on from step {found.resumed_step}"
             )
-        if verdict.newest_step < self._seen_step:
+        if found.newest_step < self._seen_step:
             raise Broken(
-                f"step {self._seen_step} was committed, and after a kill (during "
-                f"{verdict.found}) the newest checkpoint is of step {verdict.newest_step}"
+                f"step {self._seen_step} was committed; after a kill ({found.state}) the newest "
+                f"checkpoint is of step {found.newest_step}"
             )
         for rank, code in codes.items():
-            allowed = (0, 1) if verdict.newest_step == LAST_STEP else (1,)
-            if code not in allowed:
-                raise Broken(f"rank {rank} left with exit code {code} after its peer was killed")
-        self.newest_step = self._seen_step = verdict.newest_step
-        self.tally.kills += 1
-        self.tally.left += len(codes)
-        self.tally.found[verdict.found] += 1
-        self.tally.most_left_files = max(self.tally.most_left_files, verdict.left_files)
+            if code not in ((0, 1) if found.newest_step == LAST_STEP else (1,)):
+                raise Broken(
+                    f"rank {rank} left with {code} when its peer was killed; the newest checkpoint "
+                    f"is of step {found.newest_step} of {LAST_STEP}"
+                )
+        self.newest_step = self._seen_step = found.newest_step
+        self._tally.kills += 1
+        self._tally.states[found.state] += 1
+        self._tally.left += len(codes)
+        self._tally.most_left_files = max(self._tally.most_left_files, found.left_files)
 
     def end(self, undisturbed: Path) -> None:
         """Let the run end, and compare it with one that was never killed."""
-        Ranks(self.run_dir, self.ranks, self.log).let_end()
-        found, stray = ask(lambda: _compare(undisturbed, self.run_dir), self.log)
+        was_over = self.newest_step == LAST_STEP
+        Ranks(self._run_dir, self._ranks, self._log).let_end()
+        found, useless = ask(lambda: compare(undisturbed, self._run_dir), self._log)
         if found:
-            raise Broken("it ended differently from an undisturbed run:\n" + "\n".join(found[:20]))
-        self.tally.runs += 1
-        self.tally.stray_files += len(stray)
-        print(stray)
+            text = "\n".join(line[:300] for line in found[:20])
+            raise Broken(f"the end differs from that of an undisturbed run:\n{text}")
+        shards = [name for name in useless if name.endswith(".safetensors")]
+        if shards and not was_over:  # else no attempt has saved, and so cleaned up, since the kill
+            raise Broken("a finished run keeps shards of no checkpoint:\n" + "\n".join(shards))
+        self._tally.runs += 1
+        self._tally.end_files += len(useless)
 
 
-def _compare(undisturbed: Path, run_dir: Path) -> tuple[list[str], list[str]]:
-    from scripts.compare_runs import differences
-
-    found = differences(str(undisturbed), str(run_dir))
-    return [line[:500] for line in found], leftovers(run_dir)
+def log_of(run_dir: Path) -> Path:
+    """Return the file with all that the processes of a run have printed."""
+    return run_dir.with_name(run_dir.name + ".log")
 
 
-def torture(folder: Path, ranks: int, kills: int, dice: random.Random) -> Tally:
-    """Kill runs of so many ranks, one run after the other."""
-    tally = Tally()
-    undisturbed = folder / f"ranks-{ranks}-undisturbed"
-    Trial(undisturbed, ranks, tally)
-    Ranks(undisturbed, ranks, undisturbed.with_suffix(".log")).let_end()
-    number = 0
-    while tally.kills < kills:
-        number += 1
-        trial = Trial(folder / f"ranks-{ranks}-run-{number}", ranks, tally)
-        while tally.kills < kills and trial.strike(draw(dice, ranks)):
-            if tally.kills % 10 == 0:
-                print(tally.kills, trial.newest_step, tally.found, flush=True)
-        trial.end(undisturbed)
-    return tally
+class Campaign:
+    """All kills of one call of this script."""
+
+    def __init__(self, folder: Path, kills: int, dice: random.Random, *, keep: bool) -> None:
+        self.tallies: dict[int, Tally] = {}
+        self.began_s = time.monotonic()
+        self.run_dir = folder
+        """The run that is being killed."""
+        self._folder, self._kills, self._dice, self._keep = folder, kills, dice, keep
+
+    def torture(self, ranks: int, kills: int) -> None:
+        """Kill runs of so many ranks, one after the other, until the kills are used up."""
+        tally = self.tallies[ranks] = Tally()
+        undisturbed = self.run_dir = self._folder / f"ranks-{ranks}-undisturbed"
+        began_s = time.monotonic()
+        Ranks(undisturbed, ranks, log_of(undisturbed)).let_end()
+        step_s = (time.monotonic() - began_s) / LAST_STEP
+        number = 0
+        while tally.kills < kills:
+            number += 1
+            self.run_dir = self._folder / f"ranks-{ranks}-run-{number}"
+            run = Run(self.run_dir, ranks, tally, step_s)
+            while tally.kills < kills and run.strike(draw(self._dice, ranks)):
+                self._report(f"{self.run_dir.name} at step {run.newest_step}")
+            run.end(undisturbed)
+            if not self._keep:
+                shutil.rmtree(self.run_dir)
+
+    def _report(self, where: str) -> None:
+        kills = sum(tally.kills for tally in self.tallies.values())
+        if kills % 10 == 0:
+            seconds = time.monotonic() - self.began_s
+            print(f"{kills:6,} of {self._kills:,} kills  {seconds:6.0f} s  {where}", flush=True)
+
+    def table(self) -> str:
+        """Return the tally as a table with a column for each number of ranks, and their sum."""
+        tallies = list(self.tallies.values())
+        rows: list[tuple[str, list[int], Callable[[list[int]], int]]] = [
+            ("kills", [t.kills for t in tallies], sum),
+            *((f"  {state}", [t.states[state] for t in tallies], sum) for state in STATES),
+            ("one rank died first", [t.one_first for t in tallies], sum),
+            ("  others left by themselves", [t.left for t in tallies], sum),
+            ("useless files, most after a kill", [t.most_left_files for t in tallies], max),
+            ("useless files, in ended runs", [t.end_files for t in tallies], sum),
+            ("runs that ended bit-identical", [t.runs for t in tallies], sum),
+        ]
+        heads = [f"{ranks} rank{'s' * (ranks > 1)}" for ranks in self.tallies]
+        lines = [" " * 34 + "".join(f"{head:>9}" for head in [*heads, "all"])]
+        for name, numbers, total in rows:
+            cells = [*numbers, total(numbers)]
+            lines.append(f"{name:<34}" + "".join(f"{cell:9,}" for cell in cells))
+        return "\n".join(lines)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=500, help="in all (default: 500)")
+    parser.add_argument("--ranks", default="1,2", help="numbers of ranks (default: 1,2)")
+    parser.add_argument("--seed", type=int, default=0, help="of the aims (default: 0)")
+    parser.add_argument("--folder", type=Path, help="for the runs; stays (default: a temporary)")
+    arguments = parser.parse_args()
+    arguments.ranks = [int(text) for text in arguments.ranks.split(",")]
+    if any(count < 1 or GLOBAL_BATCH_SIZE % count for count in arguments.ranks):
+        parser.error(f"--ranks: each must divide the {GLOBAL_BATCH_SIZE} samples of a step")
+    if arguments.folder is not None and _names(arguments.folder):
+        parser.error(f"--folder: {arguments.folder} is not empty")
+    return arguments
+
+
+def main() -> int:
+    """Kill, and print the tally."""
+    arguments = _parse()
+    keep = arguments.folder is not None
+    folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="perdure-chaos-"))).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    preload()
+    campaign = Campaign(folder, arguments.kills, random.Random(arguments.seed), keep=keep)
+    code = 1
+    try:
+        for index, ranks in enumerate(arguments.ranks):
+            share, rest = divmod(arguments.kills, len(arguments.ranks))
+            campaign.torture(ranks, share + (index < rest))
+        code = 0
+    except Broken as error:
+        log = log_of(campaign.run_dir)
+        print(f"\nBROKEN: {error}\n\nThe run: {campaign.run_dir}\nThe end of {log}:")
+        print("\n".join(log.read_text(errors="replace").splitlines()[-30:]), end="\n\n")
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    finally:
+        kill_children()
+        if not keep and code != 1:
+            shutil.rmtree(folder, ignore_errors=True)
+    print(campaign.table())
+    said = {0: "Every promise held.", 1: f"A promise is broken; see {folder}."}
+    print(f"{time.monotonic() - campaign.began_s:.0f} s. {said.get(code, 'Interrupted.')}")
+    return code
 
 
 if __name__ == "__main__":
-    preload()
-    f = Path(tempfile.mkdtemp(prefix="perdure-chaos-"))
-    print(f)
-    for r in (1, 2):
-        t0 = time.time()
-        try:
-            print(torture(f, r, 40, random.Random(0)), time.time() - t0)
-        finally:
-            kill_children()
+    sys.exit(main())

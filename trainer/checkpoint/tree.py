@@ -27,8 +27,8 @@ class Content:
     own: dict[str, Tensor] = field(default_factory=dict)
     """Plain tensors that no other rank brings under the same name."""
     late: set[str] = field(default_factory=set)
-    """Names in `tensors` that nothing but an optimizer's step changes. They may be copied while
-    the next forward and backward run; all else is copied at once."""
+    """Names in `tensors` that nothing but an optimizer's step changes, or nothing at all. They may
+    be copied while the next forward and backward run; all else is copied at once."""
     aliases: dict[str, str] = field(default_factory=dict)
     """Names that share the storage of another name."""
     objects: dict[str, Any] = field(default_factory=dict)
@@ -104,8 +104,8 @@ def add_model(content: Content, model: nn.Module, *, with_buffers: bool) -> None
                 content.aliases[f"model.{name}"] = f"model.{owner}"
             elif name in parameters:
                 content.tensors[f"model.{name}"] = value.detach()
-                if value.requires_grad:
-                    content.late.add(f"model.{name}")
+                if not value.requires_grad:
+                    content.late.add(f"model.{name}")  # frozen; others if an optimizer has them
             else:
                 content.own[f"model.{name}"] = value.detach()
     if values:
@@ -161,6 +161,7 @@ def add_optimizer(content: Content, model: nn.Module, optimizer: Optimizer) -> N
                 scalars.setdefault(name, {})[key] = split(value, prefix, content.tensors)
     groups = []
     for index, group in enumerate(optimizer.param_groups):
+        content.late |= {f"model.{names[id(parameter)]}" for parameter in group["params"]}
         values = {
             key: split(value, f"optimizer_group.{index}.{key}", content.tensors)
             for key, value in group.items()

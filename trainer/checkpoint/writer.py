@@ -73,6 +73,7 @@ class Writer:
         self._plan: plan.Plan | None = None
         self._snapshot = Snapshot()
         self._saves = 0
+        self._save: Save | None = None
 
     def begin(
         self,
@@ -102,6 +103,8 @@ class Writer:
             is_awaited: the caller does nothing but wait: write while the copy is being made. Else
                 the copy has the processor for itself, so that the next update comes sooner.
         """
+        if self._save is not None and not self._save.ended:
+            raise RuntimeError("a save is in flight, and its buffer in use; wait for its result")
         self._saves += 1
         current = self._plan = plan.make(content, self._world, self._plan)
         problem: PerdureError | None = None
@@ -129,10 +132,11 @@ class Writer:
             config=config or {},
         )
         is_first = self._world.rank == 0
-        return Save(
+        self._save = Save(
             lambda: self._finish(made, current.layout, problem, before_commit, is_awaited),
             after_commit if is_first else lambda: None,
         )
+        return self._save
 
     def _finish(
         self,
@@ -189,6 +193,8 @@ class Writer:
                 with suppress(StoreError):
                     self._store.delete(litter)
             raise
+        finally:
+            self._snapshot.wait()  # also where the store failed before the copy was complete
         return complete
 
 
