@@ -1,6 +1,7 @@
 # make train     install, then train (ARGS="model=mlp trainer.max_epochs=3" passes overrides)
 # make test      install what the tests need, then run them
 # make check     formatting, lint, types, direction of imports
+# make bench-loop, make bench-checkpoint     figures against named rivals (docs/benchmarks.md)
 # make chaos     kill a real training at KILLS random instants; nothing may be lost
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 ARGS ?=
 KILLS ?= 100
 
-.PHONY: train test test-cluster check format bench-loop chaos clean
+.PHONY: train test test-cluster check format bench-loop bench-checkpoint chaos clean
 
 train: $(VENV)/.installed
 	@$(BIN)/python -m trainer.run $(ARGS)
@@ -32,6 +33,9 @@ format: $(VENV)/.installed-test
 
 bench-loop: $(VENV)/.installed
 	$(BIN)/python scripts/bench_loop.py $(ARGS)
+
+bench-checkpoint: $(VENV)/.installed-test
+	$(BIN)/python scripts/bench_checkpoint.py $(ARGS)
 
 chaos: $(VENV)/.installed
 	$(BIN)/python scripts/chaos.py --kills $(KILLS) $(ARGS)

@@ -450,7 +450,8 @@ def run_ranks(name: str, ranks: int, arguments: argparse.Namespace) -> dict[str,
         processes = []
         for rank in range(ranks):
             env = {
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
+                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": str(max(os.cpu_count() or 1, ranks) // ranks),
             }  # fmt: skip

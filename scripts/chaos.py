@@ -80,7 +80,6 @@ class Broken(Exception):
 _children: set[int] = set()
 """Process ids of all that is alive, so that nothing outlives this process."""
 
-
 _IMPORTS = (
     "torch.distributed.checkpoint.default_planner", "torch.distributed.tensor",
     "torch._dynamo",  # every optimizer imports it
@@ -96,7 +95,6 @@ def preload() -> None:
         os.environ.pop(name, None)
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     sys.path[0] = str(ROOT)
-
     for name in _IMPORTS:
         importlib.import_module(name)
     from hydra.core.plugins import Plugins
@@ -415,7 +413,7 @@ class Shot:
     """How long the others live on."""
 
 
-_AIMS = {START_UP: (1, 8.0), TRAINING: (3, 20.0), WRITING: (3, 2.0), PUBLISHING: (3, 0.2)}
+_AIMS = {START_UP: (1, 8.0), TRAINING: (3, 20.0), WRITING: (3, 0.5), PUBLISHING: (3, 0.2)}
 """Weight of each aim, and its longest delay."""
 
 

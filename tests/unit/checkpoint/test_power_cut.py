@@ -1,0 +1,335 @@
+"""The power fails at any moment: what the disk may then hold, and what is made of it.
+
+Every operation on the file system is recorded. For each moment, disks are made that POSIX allows
+after a power cut: data that was not fsynced is there, torn, zero or gone; names that were not
+fsynced with their folder are there or not, each for itself. On each such disk the newest
+checkpoint has to be whole, and no older than the newest save that returned.
+"""
+
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer import checkpoint
+from trainer.checkpoint import lineage
+from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.tree import Content
+from trainer.distributed import World
+from trainer.errors import PerdureError
+from trainer.policy import Every
+from trainer.state import State
+from trainer.storage import LocalStore, Store, local
+
+PART_BYTES = 8192  # so that a small shard has several parts
+WORDS = 4500
+
+
+# --- recording -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wrote:
+    """Bytes of a file; on the disk at its next `Synced`, or at any time before."""
+
+    file: int
+    start: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Synced:
+    """fsync of a file's data, or of a folder's names."""
+
+    of: int | str
+
+
+@dataclass(frozen=True)
+class Named:
+    """A change of a folder's names, as one: name to file, `FOLDER` or None."""
+
+    folder: str
+    names: dict[str, int | str | None]
+
+
+@dataclass(frozen=True)
+class Returned:
+    """A save of this step was reported as committed."""
+
+    step: int
+
+
+FOLDER = "folder"
+
+
+class Recorder:
+    """Does what the operating system is asked below `root`, one call at a time, and notes it."""
+
+    def __init__(self, root: Path) -> None:
+        self.log: list[Wrote | Synced | Named | Returned] = []
+        self._root = str(root)
+        self._files: dict[int, int] = {}  # inode to number; inodes are used again, numbers not
+        self._count = 0
+        self._lock = threading.RLock()
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("open", "pwrite", "fsync", "link", "rename", "unlink", "mkdir", "rmdir"):
+            monkeypatch.setattr(
+                os, name, self._noting(getattr(self, f"_{name}"), getattr(os, name))
+            )
+        monkeypatch.setattr(local, "open", self._open_file, raising=False)
+
+    def _noting(self, note: Callable[..., None], do: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            with self._lock:
+                result = do(*arguments, **more)
+                note(result, *arguments)
+                return result
+
+        return call
+
+    def _place(self, path: Any) -> tuple[str, str] | None:
+        folder, name = os.path.split(os.path.abspath(path))
+        below = folder == self._root or folder.startswith(self._root + "/")
+        return (os.path.relpath(folder, self._root), name) if below else None
+
+    def _new_file(self, path: Any) -> None:
+        if place := self._place(path):
+            self._count += 1
+            self._files[os.stat(path).st_ino] = self._count
+            self.log.append(Named(place[0], {place[1]: self._count}))
+
+    def _open_file(self, path: Any, mode: str = "r", **more: Any) -> Any:
+        with self._lock:
+            file = open(path, mode, **more)  # noqa: SIM115
+            if "x" in mode:
+                self._new_file(path)
+            return file
+
+    def _open(self, result: int, path: Any, flags: int, *mode: int) -> None:
+        if flags & os.O_CREAT:
+            self._new_file(path)
+
+    def _pwrite(self, result: int, descriptor: int, data: Any, start: int) -> None:
+        if file := self._files.get(os.fstat(descriptor).st_ino):
+            self.log.append(Wrote(file, start, bytes(data[:result])))
+
+    def _fsync(self, result: None, descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if path == self._root:
+            self.log.append(Synced("."))
+        elif place := self._place(path):
+            is_folder = os.path.isdir(path)
+            number = self._files.get(os.fstat(descriptor).st_ino, 0)
+            self.log.append(Synced(os.path.normpath("/".join(place)) if is_folder else number))
+
+    def _link(self, result: None, source: Any, target: Any) -> None:
+        self._name(target, self._files[os.stat(target).st_ino])
+
+    def _rename(self, result: None, source: Any, target: Any) -> None:
+        old, new = self._place(source), self._place(target)
+        assert old
+        assert new
+        assert old[0] == new[0]
+        number = self._files[os.stat(target).st_ino]
+        self.log.append(Named(new[0], {old[1]: None, new[1]: number}))
+
+    def _unlink(self, result: None, path: Any) -> None:
+        self._name(path, None)
+
+    def _mkdir(self, result: None, path: Any, mode: int = 0o777) -> None:
+        self._name(path, FOLDER)
+
+    def _rmdir(self, result: None, path: Any) -> None:
+        self._name(path, None)
+
+    def _name(self, path: Any, what: int | str | None) -> None:
+        if place := self._place(path):
+            self.log.append(Named(place[0], {place[1]: what}))
+
+
+# --- what may be left of it ----------------------------------------------------------------------
+
+
+@dataclass
+class Disk:
+    """What is durable, and what is on its way to the disk."""
+
+    data: dict[int, list[Wrote]] = field(default_factory=dict)
+    on_way: dict[int, list[Wrote]] = field(default_factory=dict)
+    names: dict[str, dict[str, int | str]] = field(default_factory=dict)
+    names_on_way: dict[str, list[Named]] = field(default_factory=dict)
+    returned: int | None = None
+
+    def apply(self, entry: Wrote | Synced | Named | Returned) -> None:
+        match entry:
+            case Wrote(file):
+                self.on_way.setdefault(file, []).append(entry)
+            case Named(folder):
+                self.names_on_way.setdefault(folder, []).append(entry)
+            case Synced(str(folder)):
+                for change in self.names_on_way.pop(folder, []):
+                    _rename_in(self.names.setdefault(folder, {}), change)
+            case Synced(int(file)):
+                self.data.setdefault(file, []).extend(self.on_way.pop(file, []))
+            case Returned(step):
+                self.returned = step
+
+    def after_a_cut(self, root: Path, data_survives: "Fate", name_survives: "Fate") -> None:
+        """Make the directory that is found when the power is back."""
+        self._make(root, ".", data_survives, name_survives)
+
+    def _make(self, path: Path, folder: str, data: "Fate", name: "Fate") -> None:
+        path.mkdir()
+        names = dict(self.names.get(folder, {}))
+        for change in self.names_on_way.get(folder, []):
+            if name():
+                _rename_in(names, change)
+        for entry, what in names.items():
+            if isinstance(what, str):
+                self._make(path / entry, os.path.normpath(f"{folder}/{entry}"), data, name)
+            else:
+                (path / entry).write_bytes(self._content(what, data))
+
+    def _content(self, file: int, survives: "Fate") -> bytes:
+        content = bytearray()
+        for durable, writes in ((True, self.data), (False, self.on_way)):
+            for write in writes.get(file, []):
+                share = 1.0 if durable else survives()
+                kept = write.data[: int(len(write.data) * share)]
+                stop = write.start + (len(write.data) if share else 0)  # the size comes first
+                content.extend(bytes(max(stop - len(content), 0)))
+                content[write.start : write.start + len(kept)] = kept
+        return bytes(content)
+
+
+Fate = Callable[[], float]
+"""Which share of something survives; names survive when it is not 0."""
+
+
+def _rename_in(names: dict[str, int | str], change: Named) -> None:
+    for name, what in change.names.items():
+        if what is None:
+            names.pop(name, None)
+        else:
+            names[name] = what
+
+
+def fates() -> Iterator[tuple[Fate, Fate]]:
+    """Yield how a disk may fare with data and with names: the extremes, then by lot."""
+    for data in (0.0, 1.0):
+        for name in (0.0, 1.0):
+            yield lambda data=data: data, lambda name=name: name
+    for seed in range(4):
+        lot = random.Random(seed)
+        yield lambda lot=lot: lot.choice([0.0, 0.4, 1.0]), lambda lot=lot: lot.choice([0.0, 1.0])
+
+
+# --- the story that is recorded ------------------------------------------------------------------
+
+
+def content_of(step: int) -> Content:
+    tensor = torch.arange(float(WORDS)) + step
+    return Content(tensors={"w": tensor}, objects={"run": State(step=step).state_dict()})
+
+
+def saves_with_pruning(root: Path, returned: Callable[[int], None]) -> None:
+    """An attempt saves and prunes; the next one finds its litter, resumes, saves, cleans."""
+    store = LocalStore(root)
+    first = lineage.begin(store, {"host": "a"})
+    lineage.amend(store, first, {"resumed_from": None})
+    saver = saver_on(store, first)
+    for step in (1, 2):
+        assert saver.save(State(step=step), content_of(step))
+        returned(step)
+    litter = store.open_new("checkpoints/step-00000003.0001/shard.safetensors", PART_BYTES)
+    litter.put(0, memoryview(bytes(PART_BYTES)))
+    second = lineage.begin(store, {"host": "b"})
+    lineage.amend(store, second, {"resumed_from": {"step": 2, "attempt": 1}})
+    saver = saver_on(store, second)
+    assert saver.save(State(step=3), content_of(3))
+    returned(3)
+    assert [commit.step for commit in checkpoint.steps(store)] == [3]
+
+
+def saver_on(store: LocalStore, attempt: lineage.Attempt) -> Saver:
+    return Saver(store, World(), attempt, config={}, every=Every(), keep_last=1, say=print)
+
+
+def problems(root: Path, disk: Disk) -> str | None:
+    """Return what is wrong with the checkpoints of a disk, if anything is."""
+    store, newest = LocalStore(root), None
+    try:
+        for commit in checkpoint.steps(store):
+            found = lineage.read_manifest(store, commit)
+            checkpoint.verify(store, found)
+            loaded = {"w": torch.zeros(WORDS)}
+            checkpoint.load(store, found, loaded)
+            if not torch.equal(loaded["w"], content_of(found.step).tensors["w"]):
+                return f"step {found.step} holds other values"
+            newest = found.step
+    except (PerdureError, FileNotFoundError) as error:
+        return f"{type(error).__name__}: {error}"
+    if disk.returned and (newest is None or newest < disk.returned):
+        return f"step {disk.returned} is lost; the newest is {newest}"
+    return None
+
+
+def all_problems(log: list[Any], folder: Path) -> list[str]:
+    """Return what goes wrong on any disk that a power cut at any moment may leave."""
+    met, disk, count = [], Disk(), 0
+    for moment in range(len(log) + 1):
+        for number, (data, name) in enumerate(fates()):
+            count += 1
+            root = folder / f"disk-{count}"
+            disk.after_a_cut(root, data, name)
+            if problem := problems(root, disk):
+                last = log[moment - 1] if moment else None
+                met.append(f"moment {moment} ({type(last).__name__}), fate {number}: {problem}")
+        if moment < len(log):
+            disk.apply(log[moment])
+    return met
+
+
+def recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    root = folder / "run"
+    root.mkdir()
+    recorder = Recorder(root)
+    with monkeypatch.context() as patched:
+        patched.setattr(local._NewFile, "part_bytes", PART_BYTES)
+        recorder.patch(patched)
+        saves_with_pruning(root, lambda step: recorder.log.append(Returned(step)))
+    return recorder.log
+
+
+def test_whenever_the_power_fails_the_newest_checkpoint_is_whole(tmp_path, monkeypatch):
+    log = recorded(tmp_path, monkeypatch)
+    assert sum(isinstance(entry, Wrote) for entry in log) > 20
+    assert sum(isinstance(entry, Returned) for entry in log) == 3
+    assert all_problems(log, tmp_path) == []
+
+
+# --- whether the model would notice --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [int, str])
+def test_the_model_notices_that_files_or_folders_are_not_synced(tmp_path, monkeypatch, kind):
+    log = recorded(tmp_path, monkeypatch)
+    broken = [e for e in log if not (isinstance(e, Synced) and isinstance(e.of, kind))]
+    assert len(broken) < len(log)
+    assert all_problems(broken, tmp_path)
+
+
+def test_the_model_notices_a_manifest_that_is_deleted_last(tmp_path, monkeypatch):
+    def delete(store: Store, folder: str) -> None:
+        keys = store.list(folder)
+        store.delete(sorted(keys, key=lambda key: key.endswith(lineage.MANIFEST)))
+
+    monkeypatch.setattr(lineage, "delete", delete)
+    assert all_problems(recorded(tmp_path, monkeypatch), tmp_path)
