@@ -45,8 +45,8 @@ class FaultyStore(LocalStore):
     ) -> None:
         super().__init__(root)
         self.calls: list[str] = []
-        self.released = threading.Event()
-        self._fail_at, self._how, self._forever, self._error = fail_at, how, forever, error
+        self.hangs, self.released = threading.Event(), threading.Event()
+        self.fail_at, self.how, self._forever, self._error = fail_at, how, forever, error
         self._lock = threading.Lock()
 
     def call(self, name: str, do: Callable[[], Any], torn: Callable[[], Any] | None = None) -> Any:
@@ -54,20 +54,27 @@ class FaultyStore(LocalStore):
             self.calls.append(name)
             number = len(self.calls)
         if name in self.hanging:
+            self.hangs.set()
             assert self.released.wait(120)
-        due = number == self._fail_at or (self._forever and number > self._fail_at > 0)
+        due = number == self.fail_at or (self._forever and number > self.fail_at > 0)
         due = due or name in self.broken
         error = self._error(f"the disk failed in {name}, call {number}")
-        if due and self._how == "before":
+        if due and self.how == "before":
             raise error
-        result = torn() if due and self._how == "torn" and torn else do()
+        result = torn() if due and self.how == "torn" and torn else do()
         if due:
             raise error
         return result
 
     def open_new(self, key: str, total_bytes: int) -> NewFile:
-        made = self.call("open_new", lambda: LocalStore.open_new(self, key, total_bytes))
-        return _FaultyFile(self, made)
+        made: list[NewFile] = []
+        try:
+            self.call("open_new", lambda: made.append(LocalStore.open_new(self, key, total_bytes)))
+        except BaseException:
+            for file in made:
+                file.abort()
+            raise
+        return _FaultyFile(self, made[0])
 
     def create(self, key: str, data: bytes) -> None:
         self.call("create", lambda: LocalStore.create(self, key, data))

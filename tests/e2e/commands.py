@@ -43,6 +43,8 @@ USER_PACKAGE = {
                     self.steps += 1
                     here = f"{os.environ.get('RANK', '0')}:{self.steps}"
                     if os.environ.get("DIE_AT") == here:
+                        while not list(Path().glob(os.environ.get("DIE_AFTER", "*"))):
+                            time.sleep(0.02)
                         os.kill(os.getpid(), signal.SIGKILL)
                     if os.environ.get("TERM_AT") == here:
                         os.kill(os.getpid(), signal.SIGTERM)

@@ -21,7 +21,8 @@ def test_two_ranks_killed_in_the_second_epoch_end_well_and_the_same(command):
     assert undisturbed.returncode == 0, undisturbed.stderr
     accuracy = float(re.search(r"Finished .* accuracy (\S+)", undisturbed.stdout)[1])
     assert accuracy >= 0.86
-    assert command(*arguments, "name=b", DIE_AT="1:700").returncode != 0
+    saved = "runs/b/checkpoints/step-00000600.*/manifest.json"
+    assert command(*arguments, "name=b", DIE_AT="1:700", DIE_AFTER=saved).returncode != 0
     went_on = command(*arguments, "name=b")
     assert went_on.returncode == 0, went_on.stderr
     assert "resuming from step 600; 804 steps left" in went_on.stdout

@@ -34,8 +34,7 @@ def save(
 ) -> Manifest:
     """Write and commit a checkpoint of `step`. Collective; durable and visible on return.
 
-    `Writer.begin` does the same beside the training. The manifest that is returned has rank 0's
-    objects on rank 0 only.
+    `Writer.begin` does the same beside the training. Every rank gets the same manifest.
 
     Raises:
         CheckpointError, StoreError: on every rank; nothing was committed.

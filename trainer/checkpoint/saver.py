@@ -189,8 +189,8 @@ class Saver:
         except TimeoutError:
             raise SaveHangsError(
                 f"the save of step {flight.step:,} has not ended after {self._timeout_s:,.0f} s "
-                f"(checkpoint.timeout_s); {self._store.url} seems to hang. The newest checkpoint "
-                f"is of step {self.committed_step}"
+                f"(checkpoint.timeout_s); {self._store.url} seems to hang. Checkpoints "
+                "that were committed before it stand"
             ) from None
 
     def _failed(self, step: int, error: PerdureError) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trainer.checkpoint import lineage, manifest, plan, shard, values
-from trainer.checkpoint.lineage import FOLDER, MANIFEST, Attempt
+from trainer.checkpoint.lineage import FOLDER, Attempt, Commit
 from trainer.checkpoint.manifest import Manifest, ShardFile, TensorEntry
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.tree import Content
@@ -27,14 +27,15 @@ class Save:
 
     def __init__(self, run: Callable[[], Manifest], after_commit: Callable[[], None]) -> None:
         self._outcome: Manifest | BaseException | None = None
-        self._run, self._after_commit = run, after_commit
-        self._thread = threading.Thread(target=self._body, name="checkpoint-save", daemon=True)
+        self._thread = threading.Thread(
+            target=self._body, args=(run, after_commit), name="checkpoint-save", daemon=True
+        )
         self._thread.start()
 
-    def _body(self) -> None:
+    def _body(self, run: Callable[[], Manifest], after_commit: Callable[[], None]) -> None:
         try:
-            outcome = self._run()
-            self._after_commit()
+            outcome = run()
+            after_commit()
             self._outcome = outcome
         except BaseException as error:  # `result` raises it, on the thread that trains
             self._outcome = error
@@ -74,6 +75,7 @@ class Writer:
         self._snapshot = Snapshot()
         self._saves = 0
         self._save: Save | None = None
+        self._unsure: Commit | None = None  # the last commit that was answered by an error
 
     def begin(
         self,
@@ -172,22 +174,15 @@ class Writer:
             before_commit()
             lineage.refuse_if_superseded(self._store, self._attempt)
 
-        def commit() -> None:
-            data = manifest.to_bytes(complete)
-            try:
-                self._store.create(f"{folder}/{MANIFEST}", data)
-            except AlreadyExists:
-                raise CheckpointError(
-                    f"{self._store.url}/{folder} has a manifest already; it was given up or "
-                    "committed by somebody else, and what was just written does not count"
-                ) from None
-
         committing = False
         try:
             complete = replace(made, files=dict(self._aside.on_each(write)))
             self._aside.from_rank0(check)
             committing = True
-            self._aside.from_rank0(commit)
+            committed = self._aside.from_rank0(lambda: self._commit(complete))
+            if committed.save != made.save:
+                with suppress(StoreError):
+                    self._store.delete(litter)
         except PerdureError as error:
             if not (committing and isinstance(error, StoreError)):  # else it may be committed
                 with suppress(StoreError):
@@ -195,6 +190,29 @@ class Writer:
             raise
         finally:
             self._snapshot.wait()  # also where the store failed before the copy was complete
+        return committed
+
+    def _commit(self, complete: Manifest) -> Manifest:
+        """Create the manifest. Return it, or the one of this step that turns out to be there.
+
+        That one is of an earlier save, which wrote the same and whose commit was answered by an
+        error though it had succeeded.
+        """
+        here = Commit(complete.step, complete.attempt, f"{FOLDER}/{complete.folder}")
+        try:
+            self._store.create(here.manifest_key, manifest.to_bytes(complete))
+        except AlreadyExists:
+            if self._unsure == here:
+                found = lineage.read_manifest(self._store, here)
+                if found.token == complete.token:
+                    return found
+            raise CheckpointError(
+                f"{self._store.url}/{here.folder} has a manifest already; it was given up or "
+                "committed by somebody else, and what was just written does not count"
+            ) from None
+        except StoreError:
+            self._unsure = here
+            raise
         return complete
 
 

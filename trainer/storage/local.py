@@ -121,7 +121,10 @@ class LocalStore:
         return sorted(found)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Unlink, fsync the folder after each run of keys in it, and remove it when empty."""
+        """Unlink, fsync the folder after each run of keys in it, and remove it when empty.
+
+        What a killed process had not yet published there counts as nothing, and goes too.
+        """
         folder: Path | None = None
         with _store_errors("delete in", self._root):
             for key in keys:
@@ -171,7 +174,10 @@ class LocalStore:
         if folder == self._root or not folder.is_dir():
             return
         _sync_folder(folder)
-        if not any(folder.iterdir()):
+        left = list(folder.iterdir())
+        if all(path.name.startswith(_TEMPORARY) for path in left):
+            for path in left:
+                path.unlink(missing_ok=True)
             folder.rmdir()
             _sync_folder(folder.parent)
 

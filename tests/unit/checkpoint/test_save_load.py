@@ -767,6 +767,23 @@ def test_whichever_reply_of_a_save_is_lost_the_latest_is_whole(tmp_path, error):
     assert steps == [1] * (count - 1) + [2]  # only the manifest's own creation commits
 
 
+def test_a_commit_whose_reply_was_lost_is_recognised_when_its_step_is_saved_again(tmp_path):
+    store, attempt = prepared(tmp_path)
+    faulty = FaultyStore(tmp_path)
+    writer = Writer(faulty, World(), attempt)
+    save(writer, newer(SMALL), 2)
+    count = len(faulty.calls)
+    faulty.fail_at, faulty.how = 2 * count, "after"
+    with pytest.raises(StoreError, match="failed in create"):
+        save(writer, newer(SMALL), 3)
+    before = keys_on(store)
+    save(writer, newer(SMALL), 3)
+    assert keys_on(store) == before
+    assert checkpoint.latest(store).step == 3
+    with pytest.raises(CheckpointError, match="has a manifest already"):
+        save(writer, SMALL, 2)  # of that one nothing was unclear
+
+
 def test_the_next_save_of_the_same_attempt_succeeds_after_each_failure(tmp_path):
     _, first = prepared(tmp_path / "counted")
     count = calls_of(

@@ -269,6 +269,17 @@ def test_an_emptied_folder_goes_and_the_root_stays(tmp_path):
     assert [path.name for path in (tmp_path / "run").rglob("*")] == ["checkpoints"]
 
 
+def test_a_folder_goes_with_what_a_killed_process_had_not_published(tmp_path):
+    store = LocalStore(tmp_path)
+    put(store, "step/a", b"x")
+    put(store, "step/b", b"x")
+    (tmp_path / "step" / ".tmp-0123").write_bytes(b"half")
+    store.delete(["step/a"])
+    assert sorted(path.name for path in (tmp_path / "step").iterdir()) == [".tmp-0123", "b"]
+    store.delete(["step/b"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def fails(store: Store, *, key: str = "folder/key") -> Iterator[StoreError]:
     """Yield the error of every method that changes the store."""
     for call in (

@@ -1,0 +1,294 @@
+"""Disks that are full, read-only, slow, dead or lying: the training goes on, nothing is lost."""
+
+import errno
+import gc
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import FaultyStore, put
+
+from trainer import checkpoint
+from trainer.checkpoint import lineage
+from trainer.checkpoint.memory import HostBuffer
+from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.tree import Content
+from trainer.distributed import World
+from trainer.errors import SaveHangsError, StoreError
+from trainer.policy import Every
+from trainer.state import State
+from trainer.storage import LocalStore, local
+
+WORDS = 40_000
+
+
+def content_of(step: int) -> Content:
+    tensors = {"w": torch.full((WORDS,), float(step))}
+    return Content(tensors=tensors, objects={"run": State(step=step).state_dict()})
+
+
+class Job:
+    """Passes step boundaries as the loop does, on one rank, and saves at each that it can."""
+
+    def __init__(self, store: LocalStore, **settings: Any) -> None:
+        attempt = lineage.begin(store, {})
+        lineage.amend(store, attempt, {"resumed_from": None})
+        self.said: list[str] = []
+        self.now_s = 0.0
+        self.saver = Saver(
+            store, World(), attempt, config={}, every=Every(), say=self.said.append,
+            clock=lambda: self.now_s, **{"keep_last": 2, **settings},
+        )  # fmt: skip
+
+    def boundary(self, step: int, *, due: bool = True) -> None:
+        self.saver.at_boundary(
+            State(step=step), partial(content_of, step), due=due, ended=self.saver.ended()
+        )
+
+    def save(self, step: int) -> bool:
+        return self.saver.save(State(step=step), content_of(step))
+
+
+def assert_whole(root: Path, *steps: int) -> None:
+    """Assert that these checkpoints count, and that every one of them has its own values."""
+    store = LocalStore(root)
+    assert [commit.step for commit in checkpoint.steps(store)] == list(steps)
+    for commit in checkpoint.steps(store):
+        made = lineage.read_manifest(store, commit)
+        checkpoint.verify(store, made)
+        loaded = {"w": torch.zeros(WORDS)}
+        checkpoint.load(store, made, loaded)
+        assert loaded["w"].unique().tolist() == [float(commit.step)]
+
+
+def ended() -> None:
+    """Wait for the threads of saves that were let go."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("checkpoint-"):
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+# --- a store that hangs --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["open_new", "put", "finish", "list", "create", "delete"])
+def test_a_store_that_hangs_never_stops_the_training_until_its_time_is_up(tmp_path, call):
+    store = FaultyStore(tmp_path)
+    job = Job(store, keep_last=1, timeout_s=100.0)
+    assert job.save(1)
+    store.hanging = (call,)
+    for step in range(2, 50):
+        job.boundary(step)  # were one to wait for the save, this would take minutes
+    assert store.hangs.wait(60)
+    committed = 2 if call == "delete" else 1  # hanging in the pruning, it is committed
+    assert checkpoint.latest(LocalStore(tmp_path)).step == committed
+    job.now_s += 100.0
+    job.boundary(50)
+    job.now_s += 0.1
+    with pytest.raises(SaveHangsError, match=r"step 2 has not ended after 100 s "):
+        job.boundary(51)
+    store.released.set()
+    ended()
+    assert_whole(tmp_path, 2)  # a hand from the grave commits a whole one, or none
+
+
+def test_a_slow_store_gets_the_save_that_became_due_meanwhile_and_no_others(tmp_path):
+    store = FaultyStore(tmp_path)
+    job = Job(store, keep_last=100)
+    store.hanging = ("put",)
+    for step in range(1, 30):
+        job.boundary(step)
+    store.released.set()
+    ended()
+    job.boundary(30, due=False)
+    ended()
+    job.boundary(31, due=False)
+    ended()
+    assert_whole(tmp_path, 1, 30)
+    assert job.said == []
+
+
+# --- a store that fails --------------------------------------------------------------------------
+
+
+def resources() -> tuple[int, int, int]:
+    gc.collect()
+    buffers = sum(type(found) is HostBuffer for found in gc.get_objects())
+    return threading.active_count(), len(os.listdir("/proc/self/fd")), buffers
+
+
+@pytest.mark.parametrize("how", ["before", "torn", "after"])
+def test_failures_leave_no_thread_descriptor_buffer_or_file_behind(tmp_path, how):
+    store = FaultyStore(tmp_path, how=how)
+    job = Job(store, keep_last=1)
+    assert job.save(1)
+    before, files = resources(), LocalStore(tmp_path).list("")
+    for step in range(2, 32):
+        store.broken = (("open_new", "put", "finish", "list")[step % 4],)
+        assert not job.save(step)
+        assert len(job.said) == step - 1  # once for each
+        job.saver._failures = 0  # three in a row would end it
+    assert resources() == before
+    assert LocalStore(tmp_path).list("") == files
+    store.broken = ()
+    assert job.save(32)
+    assert_whole(tmp_path, 32)
+
+
+def fails_once(do: Callable[..., Any], number: int) -> Callable[..., Any]:
+    calls: list[int] = []
+
+    def call(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError(number, os.strerror(number))
+        return do(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["pwrite", "fsync", "link", "open"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EDQUOT])
+def test_an_error_of_the_kernel_is_named_and_the_next_save_is_whole(
+    tmp_path, monkeypatch, name, number
+):
+    job = Job(LocalStore(tmp_path))
+    assert job.save(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, name, fails_once(getattr(os, name), number))
+        assert not job.save(2)
+    assert len(job.said) == 1
+    assert "SAVE FAILED at step 2" in job.said[0]
+    assert errno.errorcode[number] in job.said[0]
+    assert str(tmp_path) in job.said[0]
+    assert_whole(tmp_path, 1)
+    assert job.save(3)
+    assert_whole(tmp_path, 1, 3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_writes_and_reads_that_the_kernel_cuts_short_are_carried_on(tmp_path_factory, data):
+    root = tmp_path_factory.mktemp("cut")
+    most = st.sampled_from([1, 511, 4096, 8192, 5000, 1 << 20])
+    content = os.urandom(data.draw(st.integers(1, 40_000)))
+    pwrite, preadv, lock = os.pwrite, os.preadv, threading.Lock()
+
+    def limit() -> int:
+        with lock:
+            return data.draw(most)
+
+    def write_less(descriptor: int, view: Any, start: int) -> int:
+        return pwrite(descriptor, view[: limit()], start)
+
+    def read_less(descriptor: int, views: Any, start: int) -> int:
+        return preadv(descriptor, [view[: limit()] for view in views], start)
+
+    buffer = HostBuffer(len(content), pinned=False)
+    buffer.view[: len(content)] = content
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "pwrite", write_less)
+        patched.setattr(os, "preadv", read_less)
+        patched.setattr(local, "_DIRECT_READ_BYTES", 4096)
+        store = LocalStore(root)
+        file = store.open_new("shard", len(content))
+        file.put(0, buffer.view[: len(content)])
+        file.finish()
+        target = HostBuffer(len(content), pinned=False)
+        assert store.read_into("shard", 0, target.view[: len(content)]) == len(content)
+    assert (root / "shard").read_bytes() == content
+    assert bytes(target.view[: len(content)]) == content
+
+
+# --- file systems that are full or read-only -----------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Yield a mounted file system of one MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = os.geteuid() == 0 and not subprocess.call(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place]
+    )
+    if not mounted:
+        pytest.skip("only root can mount a small file system")
+    yield place
+    subprocess.check_call(["umount", place])
+
+
+def test_a_full_disk_is_found_before_anything_is_written_and_the_training_goes_on(small_disk):
+    job = Job(LocalStore(small_disk))
+    assert job.save(1)
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(800_000))
+    files = LocalStore(small_disk).list("")
+    assert not job.save(2)
+    assert len(job.said) == 1
+    assert "it needs 16" in job.said[0]
+    assert "bytes, 69,632 are free; free some space, or lower checkpoint.keep_last" in job.said[0]
+    assert LocalStore(small_disk).list("") == files
+    assert_whole(small_disk, 1)
+    ballast.unlink()
+    assert job.save(3)
+    assert_whole(small_disk, 1, 3)
+
+
+def test_a_disk_that_fills_up_after_it_was_asked_shows_at_the_allocation(small_disk, monkeypatch):
+    job = Job(LocalStore(small_disk))
+    assert job.save(1)
+    (small_disk / "ballast").write_bytes(bytes(800_000))
+    roomy = os.statvfs("/proc/self")
+    roomy = os.statvfs_result((4096, 4096, 9**9, 9**9, 9**9, *tuple(roomy)[5:]))
+    monkeypatch.setattr(os, "statvfs", lambda path: roomy)
+    monkeypatch.setattr(os, "pwrite", lambda *_: pytest.fail("something was written"))
+    assert not job.save(2)
+    assert "ENOSPC" in job.said[0]
+    assert_whole(small_disk, 1)
+
+
+def test_a_disk_that_becomes_read_only_is_named_and_loses_nothing(small_disk):
+    job = Job(LocalStore(small_disk))
+    assert job.save(1)
+    subprocess.check_call(["mount", "-o", "remount,ro", small_disk])
+    try:
+        assert not job.save(2)
+        assert_whole(small_disk, 1)
+    finally:
+        subprocess.check_call(["mount", "-o", "remount,rw", small_disk])
+    assert "EROFS" in job.said[0]
+    assert "choose a run_dir that is not mounted read-only" in job.said[0]
+    assert job.save(3)
+    assert_whole(small_disk, 1, 3)
+
+
+def test_without_direct_io_everything_is_as_with_it(small_disk, monkeypatch):
+    def refuse(path: Any, flags: int, *mode: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no direct I/O here")
+        return opened(path, flags, *mode)
+
+    opened = os.open
+    monkeypatch.setattr(os, "open", refuse)
+    assert Job(LocalStore(small_disk)).save(1)
+    assert_whole(small_disk, 1)
+
+
+def test_the_third_failure_in_a_row_ends_the_run_with_its_cause(small_disk):
+    job = Job(LocalStore(small_disk))
+    assert job.save(1)
+    put(LocalStore(small_disk), "ballast", bytes(800_000))
+    assert not job.save(2)
+    assert not job.save(3)
+    with pytest.raises(StoreError, match="are free"):
+        job.save(4)
+    assert_whole(small_disk, 1)
