@@ -251,7 +251,7 @@ def bench_load(job: Job, world: World, folder: Path, rounds: int) -> dict[str, l
         store_alone(folder, buffer, "write")
 
     def ours() -> None:
-        checkpoint.load(store, made, targets, peers=world.size, peer=world.rank)
+        checkpoint.load(store, made, targets, peers=world.size)
 
     def by_dcp() -> None:
         dcp.load(job.state_dict(), checkpoint_id=folder / "dcp", no_dist=world.size == 1)

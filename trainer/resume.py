@@ -276,7 +276,6 @@ def load(job: loop.Job, start: Start) -> State:
         start.commit.folder,
         manifest,
         peers=job.world.local_size,
-        peer=job.world.local_rank,
     )
     changed = {d.key for d in start.differences}
     state = State()

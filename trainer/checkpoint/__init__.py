@@ -61,24 +61,19 @@ def latest(store: Store) -> Manifest | None:
 
 
 def load(
-    store: Store,
-    manifest_: Manifest,
-    targets: Mapping[str, Tensor],
-    *,
-    peers: int = 1,
-    peer: int = 0,
+    store: Store, manifest_: Manifest, targets: Mapping[str, Tensor], *, peers: int = 1
 ) -> None:
     """Read stored tensors into the tensors of `targets`, in place, by name. No collectives.
 
-    Where several processes of a machine load the same checkpoint, `peers` says how many, and
-    `peer` which of them this is: what all need is then read from the disk once.
+    Where several processes of a machine load the same checkpoint at the same time, `peers` says
+    how many: what several need is then read from the disk once.
 
     Raises:
         CheckpointError: a name, shape or dtype does not fit.
         DamagedError: bytes are proven wrong; `targets` may be partly overwritten.
     """
     folder = f"{lineage.FOLDER}/{manifest_.folder}"
-    Reader(store, folder, manifest_, peers=peers, peer=peer).read(targets)
+    Reader(store, folder, manifest_, peers=peers).read(targets)
 
 
 def verify(store: Store, manifest_: Manifest) -> None:

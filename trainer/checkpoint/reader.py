@@ -71,15 +71,12 @@ class Reader:
         store: the run's store.
         folder: key of the checkpoint's folder.
         manifest: of this checkpoint.
-        peers: how many processes of this machine read the same checkpoint at the same time.
-        peer: which of them this is. Each begins at another place, so that what several need is
-            read from the disk once.
+        peers: how many processes of this machine read the same checkpoint at the same time; what
+            several need is read from the disk once.
     """
 
-    def __init__(
-        self, store: Store, folder: str, manifest: Manifest, *, peers: int = 1, peer: int = 0
-    ) -> None:
-        self._peers, self._peer = peers, peer
+    def __init__(self, store: Store, folder: str, manifest: Manifest, *, peers: int = 1) -> None:
+        self._peers = peers
         self._store = store
         self._folder = folder
         self._manifest = manifest
@@ -108,8 +105,7 @@ class Reader:
             if name in boxes:  # else its mesh is without this rank
                 self._want(name, plan.local(target.detach()), boxes[name], direct, pieces)
         pieces = _joined(direct, self._manifest.block_bytes) + pieces
-        first = len(pieces) * self._peer // self._peers
-        self._read(pieces[first:] + pieces[:first], is_shared=self._peers > 1 and not sharded)
+        self._read(pieces, is_shared=self._peers > 1 and not sharded)
 
     def fetch(self, name: str) -> Tensor:
         """Return a stored tensor as a new CPU tensor."""
@@ -219,9 +215,11 @@ class Reader:
 
     def _read_run(self, file: str, run: "list[_Block]", slot: Bytes, *, is_shared: bool) -> None:
         """Read consecutive blocks at once, check each, copy what is wanted of them."""
-        begin = run[0].start // PAGE_BYTES * PAGE_BYTES
-        end = run[-1].stop
+        begin, end = run[0].start // PAGE_BYTES * PAGE_BYTES, run[-1].stop
         whole = -(-(end - begin) // PAGE_BYTES) * PAGE_BYTES
+        in_place = _place_of(run) if is_shared else None  # the page cache needs no whole pages
+        if in_place is not None:
+            begin, whole, slot = run[0].start, len(in_place), in_place
         _, digests = self._header(file)
         for last_try in (False, True):
             self._read_range(
@@ -243,7 +241,7 @@ class Reader:
                     f"tensor {chunk.key!r}: bytes {first:,} to {last:,} do not match their "
                     "checksum",
                 )
-        for block in run:
+        for block in run if in_place is None else ():
             wanted = block.wanted
             start = max(block.start - wanted.chunk.start, wanted.start)
             stop = min(block.stop - wanted.chunk.start, wanted.stop)
@@ -353,6 +351,16 @@ def _runs(wanted: Sequence[_Wanted], block_bytes: int) -> Iterator[list[_Block]]
             run.append(_Block(part.chunk.block + index, start, stop, part))
     if run:
         yield run
+
+
+def _place_of(run: Sequence[_Block]) -> Bytes | None:
+    """Return where whole blocks go one after another, if all of them go to one place."""
+    wanted = run[0].wanted
+    start, stop = run[0].start - wanted.chunk.start, run[-1].stop - wanted.chunk.start
+    is_one = all(block.wanted is wanted for block in run) and len(wanted.place)
+    if not is_one or start < wanted.start or stop > wanted.stop:
+        return None
+    return wanted.place[start - wanted.start : stop - wanted.start]
 
 
 def _overlap(one: Box, other: Box) -> Box:

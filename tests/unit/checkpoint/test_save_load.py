@@ -47,11 +47,11 @@ def blank(tensor: Tensor) -> Tensor:
     return torch.ones(tensor.shape).to(tensor.dtype)
 
 
-def load_all(store: Store, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def load_all(store: Store, tensors: dict[str, Tensor], **how: Any) -> dict[str, Tensor]:
     found = checkpoint.latest(store)
     assert found is not None
     targets = {name: blank(tensor) for name, tensor in tensors.items()}
-    checkpoint.load(store, found, targets)
+    checkpoint.load(store, found, targets, **how)
     return targets
 
 
@@ -449,11 +449,16 @@ class Stored:
 
     def assert_whole(self) -> None:
         assert_equal(load_all(self.store, VALUES), VALUES)
+        assert_equal(load_all(self.store, VALUES, peers=2), VALUES)
         checkpoint.verify(self.store, self.made)
 
     def assert_found(self, *about: str) -> None:
         """Both `load` and `verify` name the file and say what is wrong."""
-        for find in (lambda: load_all(self.store, VALUES), self.verify):
+        for find in (
+            lambda: load_all(self.store, VALUES),
+            lambda: load_all(self.store, VALUES, peers=2),
+            self.verify,
+        ):
             with pytest.raises(DamagedError) as caught:
                 find()
             for text in (self.name, "step 2", *about):
