@@ -5,26 +5,34 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
-from trainer import build, launch, loop, resume
+from trainer import build, config, history, launch, loop, resume
+from trainer import watchdog as watchdog_
 from trainer.checkpoint import DamagedError, lineage
 from trainer.checkpoint.lineage import Attempt, Commit
 from trainer.checkpoint.saver import Saver
 from trainer.config import Run
 from trainer.distributed import World
-from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError
+from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError, StoreError
 from trainer.policy import Every
-from trainer.preemption import Stop
+from trainer.preemption import Stop, reason_text
 from trainer.resume import Start
 from trainer.state import State
 from trainer.storage import Store, open_store
+
+_STACKS_S = 10.0
+"""How long a store may take for the last words of a process that leaves."""
+_END_SPARE_S = 15.0
+"""What leaving takes besides two saves, before a scheduler ends the job."""
 
 
 def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
@@ -45,39 +53,161 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
         if world.rank == 0:
             print(finished_text(run, start.step))
         return DONE
-    threads = world.from_rank0(lambda: _stored_threads(store))
-    threads = launch.threads_per_rank(run.launch, threads)
+    earlier = world.from_rank0(lambda: _earlier(run, store))
+    threads = launch.threads_per_rank(run.launch, earlier[-1].get("threads") if earlier else None)
     torch.set_num_threads(threads)
+    began = time.monotonic()
     facts = {**_facts(world, threads), "resume": run.resume}
     attempt = world.from_rank0(lambda: lineage.begin(store, facts))
-    stop = Stop(world)
-    stop.listen(run.preemption.signals)
-    ending: dict[str, Any] = {"outcome": "error"}
+    stop = Stop(world, grace_s=launch.grace_s(run.preemption.grace_s))
+    stop.listen(run.preemption.signals, interrupts_end=not launch.is_rank())
+    watchdog = _watchdog(run, world, store, attempt, stop)
+    ending: dict[str, Any] = {"outcome": history.DIED}
     tracker = world.together(lambda: build.build_tracker(run, world))
-    try:
-        source = world.together(lambda: build.build_data(run))
-        job = build.build_job(run, world, source, tracker)
-        loop.warm_up(job)
-        start, state = _load(run, stored, job, store, attempt)
-        saver = _saver(run, stored, job, store, attempt, start)
-        world.from_rank0(lambda: _record_start(run, stored, job, store, attempt, start, state))
-        began = time.monotonic()
-        done = loop.train(job, state, saver, stop)
-        outcome = "done" if done else "preempted"
-        ending = {"outcome": outcome, "signal": stop.signal, "step": state.step}
-    except BaseException as error:
-        ending["error"] = f"{type(error).__name__}: {error}"[:2000]
-        raise
-    finally:
-        stop.restore_handlers()
-        tracker.close()
-        if world.rank == 0:
-            lineage.amend(store, attempt, {"ended": lineage.now(), **ending})
+    notes = _Notes(store, attempt) if world.rank == 0 else None
+    with ExitStack() as at_last:
+        try:
+            source = world.together(lambda: build.build_data(run))
+            job = build.build_job(run, world, source, tracker)
+            loop.warm_up(job)
+            start, state = _load(run, stored, job, store, attempt)
+            saver = _saver(run, stored, job, store, attempt, start)
+            saver.save_s = earlier[-1].get("save_s") if earlier else None
+            stop.deadline = _deadline(run, saver, began)
+            world.from_rank0(lambda: _record_start(run, stored, job, store, attempt, start, state))
+            if notes is not None:
+                notes.keep(state, saver, stop, began)
+            trained = time.monotonic()
+            done = loop.train(job, state, saver, stop)
+            ending = {"outcome": "done" if done else "preempted"}
+            if not done:
+                ending["reason"] = reason_text(stop.reason)
+        except BaseException as error:
+            peer = watchdog.explain(error)
+            why = f"{type(peer or error).__name__}: {peer or error}"[:2000]
+            ending["error"] = why
+            if peer is not None:
+                raise peer from None
+            if launch.is_rank() and not getattr(error, "agreed", False):
+                launch.report_crash(error)  # the launcher shows it, once
+                watchdog.failed(why)
+                at_last.callback(watchdog.gone)
+                raise SystemExit(FAILURE) from None
+            raise
+        finally:
+            stop.restore_handlers()
+            watchdog.stop()
+            tracker.close()
+            if notes is not None:
+                lineage.amend(store, attempt, {"ended": lineage.now(), **notes.end(), **ending})
     if world.rank == 0:
-        print(_end_text(run, state, saver, done, time.monotonic() - began), flush=True)
+        seconds = time.monotonic() - trained
+        print(_end_text(run, state, saver, stop, done, seconds), flush=True)
+        records = lineage.records(store)
+        if len(records) > 1:
+            print(history.goodput(records, state.step), flush=True)
     if not done:
         return RUN_AGAIN
     return DONE if saver.committed_step == state.step else FAILURE
+
+
+def _earlier(run: Run, store: Store) -> list[dict[str, Any]]:
+    """Return the records of earlier attempts, unless these died too often. Rank 0 only."""
+    records = lineage.records(store)
+    saved_by = {commit.attempt for commit in lineage.commits(store, damaged=True)}
+    most = run.launch.max_attempts_without_progress
+    history.refuse_crash_loop(records, saved_by, most, run.run_dir)
+    return records
+
+
+class _Notes:
+    """What rank 0 notes of its attempt: now and then, for if it dies, and at its end."""
+
+    every_s = 30.0
+
+    def __init__(self, store: Store, attempt: Attempt) -> None:
+        self._store, self._attempt = store, attempt
+        self._facts: Callable[[], dict[str, Any]] = dict
+        self._over = threading.Event()
+
+    def keep(self, state: State, saver: Saver, stop: Stop, began: float) -> None:
+        """Begin to note where the attempt is."""
+        first_step, first_s = state.step, 0.0
+
+        def facts() -> dict[str, Any]:
+            nonlocal first_s
+            now = time.monotonic()
+            if state.step == first_step and stop.boundaries <= 1:
+                first_s = now - began
+            return {
+                "last_step": state.step,
+                "save_s": saver.save_s,
+                "starting_s": round(first_s, 3),
+                "training_s": round(now - began - first_s, 3),
+            }
+
+        self._facts = facts
+        self._facts()
+        threading.Thread(target=self._note, name="attempt-notes", daemon=True).start()
+
+    def _note(self) -> None:
+        wait_s = 0.2
+        while not self._over.wait(wait_s):
+            facts = self._facts()
+            wait_s = min(2 * wait_s, self.every_s)
+            with suppress(StoreError):  # the saves will say so
+                lineage.tell(self._store, self._attempt, {"told": lineage.now(), **facts})
+
+    def end(self) -> dict[str, Any]:
+        """Stop; return what there is to say at the end."""
+        self._over.set()
+        return self._facts()
+
+
+def _watchdog(
+    run: Run, world: World, store: Store, attempt: Attempt, stop: Stop
+) -> watchdog_.Watchdog:
+    def leave_stacks(text: str) -> None:
+        key = f"stacks/attempt-{attempt.number:04d}-rank-{world.rank}.txt"
+        writing = threading.Thread(
+            target=store.replace, args=(key, text.encode()), name="stacks", daemon=True
+        )
+        writing.start()
+        writing.join(_STACKS_S)  # the file system may be what hangs
+
+    def leave(text: str) -> None:
+        if world.rank == 0:
+            ending = {"ended": lineage.now(), "outcome": history.DIED, "error": text}
+            writing = threading.Thread(
+                target=lineage.amend, args=(store, attempt, ending), daemon=True
+            )
+            writing.start()
+            writing.join(_STACKS_S)
+        launch.leave_at_once(RUN_AGAIN, f"LEFT: {text}. The same command goes on.")
+
+    return watchdog_.Watchdog(
+        world,
+        boundaries=lambda: stop.boundaries,
+        watchdog_s=run.launch.watchdog_s,
+        peer_timeout_s=run.launch.peer_timeout_s,
+        leave_stacks=leave_stacks,
+        leave=leave,
+        session=attempt.token,
+    )
+
+
+def _deadline(run: Run, saver: Saver, began: float) -> Callable[[], bool]:
+    """Return what tells whether it is time to leave: `max_time` is over, or the job's end near."""
+    limit_s = config.seconds(run.trainer.max_time or "")
+    end_s = launch.end_time_s()
+
+    def is_over() -> bool:
+        if limit_s is not None and time.monotonic() - began >= limit_s:
+            return True
+        spare_s = _END_SPARE_S + 2 * (saver.save_s or 0.0)
+        return end_s is not None and time.time() >= end_s - spare_s
+
+    return is_over
 
 
 def _refuse_different_configs(stored: Mapping[str, Any], world: World) -> None:
@@ -96,11 +226,6 @@ def _refuse_different_configs(stored: Mapping[str, Any], world: World) -> None:
     world.from_rank0(compare)
 
 
-def _stored_threads(store: Store) -> int | None:
-    records = lineage.records(store)
-    return records[-1].get("threads") if records else None
-
-
 def _facts(world: World, threads: int) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
@@ -108,6 +233,7 @@ def _facts(world: World, threads: int) -> dict[str, Any]:
         "world_size": world.size,
         "threads": threads,
         "device": world.device.type,
+        **launch.job_facts(),
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
     }
 
@@ -194,7 +320,7 @@ def _record_start(
     """Write where the attempt starts from, before it saves anything. Rank 0 only."""
     own = None if start.is_fork else start.commit
     origin = {"step": own.step if own else 0, "attempt": own.attempt if own else None}
-    lineage.amend(store, attempt, {"resumed_from": origin})
+    lineage.amend(store, attempt, {"resumed_from": origin, "first_step": state.step})
     store.replace("config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(stored))).encode())
     job.tracker.start(
         {
@@ -257,12 +383,12 @@ def _resume_lines(
     return lines
 
 
-def _end_text(run: Run, state: State, saver: Saver, done: bool, seconds: float) -> str:
+def _end_text(run: Run, state: State, saver: Saver, stop: Stop, done: bool, seconds: float) -> str:
     newest = "none" if saver.committed_step is None else f"step {saver.committed_step:,}"
     if not done:
         return (
-            f"Stopped on request at step {state.step:,}; newest checkpoint: {newest}. Run the "
-            f"same command again to go on (exit code {RUN_AGAIN})."
+            f"Stopped by {reason_text(stop.reason)} at step {state.step:,}; newest checkpoint: "
+            f"{newest}. Run the same command again to go on (exit code {RUN_AGAIN})."
         )
     figures = "  ".join(f"{name} {value:.4f}" for name, value in state.metrics.items())
     lines = [f"Finished at step {state.step:,} after {seconds:.1f} s.  {figures}"]

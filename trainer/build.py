@@ -320,6 +320,7 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
         seed=run.seed,
         global_batch_size=settings.global_batch_size,
         accumulate=settings.accumulate,
+        workers=settings.data_workers,
     )
     limits = [settings.max_steps, (settings.max_epochs or 0) * data.steps_per_epoch or None]
     max_steps = min(limit for limit in limits if limit is not None)
@@ -347,7 +348,8 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
     share = settings.global_batch_size // world.size // settings.accumulate
     evaluation = None
     if source.eval is not None:
-        evaluation = EvalStream(source.eval, world, settings.eval_batch_size or max(share, 1))
+        batch_size = settings.eval_batch_size or max(share, 1)
+        evaluation = EvalStream(source.eval, world, batch_size, settings.data_workers)
     rng.seed_all(rng.derive("rank", run.seed, 0, world.rank))
     return Job(
         world=world,

@@ -49,6 +49,9 @@ class Trainer:
 
     max_epochs: int | None = setting(15, "Stop after this many passes over the data.", at_least=1)
     max_steps: int | None = setting(None, "Stop after this many steps.", at_least=1)
+    max_time: str | None = setting(
+        None, "Save and leave with exit code 75 this long after the start: 90, 30:00, 1-12:00:00."
+    )
     global_batch_size: int = setting(64, "Samples per step over all ranks.", at_least=1)
     accumulate: int = setting(1, "Microbatches per step on each rank.", at_least=1)
     clip_norm: float | None = setting(None, "Clip the gradients to this 2-norm.", above=0)
@@ -59,6 +62,9 @@ class Trainer:
     eval_every_steps: int | None = setting(None, "Evaluate after every N steps.", at_least=1)
     eval_batch_size: int | None = setting(
         None, "Samples per rank and evaluation batch; default: a rank's share.", at_least=1
+    )
+    data_workers: int = setting(
+        0, "Processes per rank that fetch data ahead; 0: the rank itself.", at_least=0
     )
     log_every_steps: int = setting(10, "Log the training loss every N steps.", at_least=1)
     deterministic: bool = setting(True, "Choose deterministic kernels on GPUs.")
@@ -74,6 +80,16 @@ class Launch:
     )
     device: str = setting("auto", "Where to train.", choices=("auto", "cpu", "cuda"))
     max_restarts: int = setting(0, "Restarts of all ranks after one died.", at_least=0)
+    max_attempts_without_progress: int = setting(
+        3, "So many attempts in a row that died and saved nothing end the run; 0: never.",
+        at_least=0,
+    )  # fmt: skip
+    watchdog_s: float | None = setting(
+        1800.0, "No step for this long: leave stacks in the run, exit with 75.", above=0
+    )
+    peer_timeout_s: float = setting(
+        60.0, "A rank that is silent for this long is lost: the others exit with 75.", above=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +136,10 @@ class Preemption:
     signals: list[str] = setting(
         ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP"], "Names of the signals."
     )
-    grace_s: float = setting(30.0, "Seconds between the signal and SIGKILL.", above=0)
+    grace_s: float | None = setting(
+        None, "Seconds between the signal and SIGKILL; default: the batch script's, else 30.",
+        above=0,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +277,9 @@ def check(run: Run) -> list[Problem]:
     if run.trainer.max_epochs is None and run.trainer.max_steps is None:
         text = "both trainer.max_steps and trainer.max_epochs are null: the run would never end"
         problems.append(Problem("trainer.max_epochs", text))
+    if run.trainer.max_time is not None and seconds(run.trainer.max_time) is None:
+        text = f"{run.trainer.max_time!r} is not a time: seconds, MM:SS, HH:MM:SS or D-HH:MM:SS"
+        problems.append(Problem("trainer.max_time", text))
     for group in ("model", "data", "task", "optimizer"):
         if not getattr(run, group).get("_target_"):
             text = "has no _target_; choose one, for example with "
@@ -267,6 +289,15 @@ def check(run: Run) -> list[Problem]:
         text = f"{interval!r} is not step or epoch{closest(str(interval), ('step', 'epoch'))}"
         problems.append(Problem("scheduler.interval", text))
     return problems
+
+
+def seconds(text: str) -> float | None:
+    """Return the seconds of `[[[D-]HH:]MM:]SS`; None where it is no such time, or zero."""
+    matched = re.fullmatch(r"(?:(?:(?:(\d+)-)?(\d+):)?(\d+):)?(\d+(?:\.\d+)?)", text)
+    if matched is None:
+        return None
+    days, hours, minutes, rest = (float(part or 0) for part in matched.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest or None
 
 
 def check_world(run: Run, world_size: int) -> list[Problem]:
@@ -295,7 +326,7 @@ def _check_numbers(run: Run) -> list[Problem]:
         problems.append(Problem("sample.shape", f"{run.sample.shape} has an axis below 1"))
     if run.seed > _MAX_SEED:
         problems.append(Problem("seed", f"{run.seed} is too large (nearest: {_MAX_SEED})"))
-    if math.isinf(run.preemption.grace_s):
+    if run.preemption.grace_s is not None and math.isinf(run.preemption.grace_s):
         problems.append(Problem("preemption.grace_s", "inf is not a number of seconds"))
     return problems
 

@@ -46,6 +46,22 @@ class CheckpointError(PerdureError):
     """This checkpoint cannot be written or read."""
 
 
+class PeerLostError(PerdureError):
+    """Another rank is gone without a word."""
+
+    exit_code = RUN_AGAIN
+
+
+class PeerFailedError(PerdureError):
+    """Another rank failed, and has said why."""
+
+
+class CrashLoopError(PerdureError):
+    """Attempt after attempt died, and none of them saved anything."""
+
+    exit_code = NEVER_REQUEUE
+
+
 class SupersededError(PerdureError):
     """A newer attempt owns the run."""
 

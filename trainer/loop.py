@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,9 @@ from trainer.policy import Every
 from trainer.preemption import Stop
 from trainer.protocols import Batch, Task, Tracker
 from trainer.state import State
+
+_SPARE_S = 1.0
+"""What leaving takes after the last save, of the time between a signal and SIGKILL."""
 
 
 @dataclass(kw_only=True)
@@ -71,10 +74,10 @@ def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
         saver.committed_step = None  # the checkpoint of this step has not got its evaluation
     batches = job.data.batches(state.cursor)
     while state.step < job.max_steps and not interrupted:
-        microbatches, cursor = next(batches)
-        vote = stop.agree()
-        if stop.signal:
+        vote = stop.agree(batches.has)
+        if stop.reason:
             break
+        microbatches, cursor = next(batches)
         log_due = (state.step + 1) % job.log_every_steps == 0 or state.step + 1 == job.max_steps
         lr = job.optimizer.param_groups[0]["lr"]
         figures, applied = train_step(job, microbatches, want_figures=log_due)
@@ -89,9 +92,17 @@ def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
             saver.at_boundary(state, content, due=due, ended=vote.saves_ended)
     stop.settle()
     finished = state.step >= job.max_steps and not interrupted
-    if not saver.save(state, collect(job, state)) and finished:
-        saver.save(state, collect(job, state))  # the last one is worth another try
+    content = partial(collect, job, state)
+    within_s = None if finished else _least(job.world.gather(stop.left_s))
+    if not saver.save(state, content, within_s=within_s) and finished:
+        saver.save(state, content)  # the last one is worth another try
     return finished
+
+
+def _least(seconds: list[float | None]) -> float | None:
+    """Return the least of what ranks say that they have left, with some to spare, if any do."""
+    known = [each for each in seconds if each is not None]
+    return max(min(known) - _SPARE_S, 0.0) if known else None
 
 
 def train_step(
@@ -153,10 +164,12 @@ def evaluate(job: Job, state: State, stop: Stop) -> dict[str, float] | None:
     job.model.eval()
     try:
         with rng.forked(rng.derive("eval", job.seed, state.step, job.world.rank)), torch.no_grad():
-            for batch in job.evaluation.batches():
-                stop.agree()
-                if stop.signal:
+            batches = job.evaluation.batches()
+            for _ in range(len(job.evaluation)):
+                stop.agree(batches.has)
+                if stop.reason:
                     return None
+                batch = next(batches)
                 if batch is not None:
                     with parallel.autocast(job.precision, job.world.device):
                         loss, outputs = job.task.loss(job.model, batch)
@@ -260,7 +273,7 @@ def warm_up(job: Job) -> None:
     """Bring DDP to its final buckets; call it before state is loaded. Collective."""
 
     def passes() -> None:
-        microbatches, _ = next(job.data.batches(State().cursor))
+        microbatches, _ = next(replace(job.data, workers=0).batches(State().cursor))
         with parallel.autocast(job.precision, job.world.device):
             loss, _ = job.task.loss(job.wrapped, microbatches[0])
         loss.backward()

@@ -1,6 +1,10 @@
-"""Signals become a fact; the ranks agree on it. A handler stores a number and nothing else."""
+"""Signals and deadlines become a fact; the ranks agree on it. A handler stores a number only."""
 
+import os
 import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -10,18 +14,25 @@ import torch
 import torch.distributed as dist
 
 from trainer.distributed import World
+from trainer.errors import INTERRUPTED_TWICE
+
+DEADLINE = 1000
+"""The reason to stop that is no signal's number."""
+_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
 class Vote:
     """What all ranks know of each other at a boundary."""
 
-    signal: int = 0
-    """Number of a signal that some rank received, or 0."""
+    reason: int = 0
+    """Number of a signal that some rank received, or `DEADLINE`, or 0."""
     save_due: bool = False
     """Whether rank 0 says that it is time to save."""
     saves_ended: int = 0
     """How many saves have ended on every rank."""
+    ready: bool = True
+    """Whether every rank had the data of the step after this boundary."""
 
 
 class Stop:
@@ -29,23 +40,47 @@ class Stop:
 
     The vote is an asynchronous all-reduce on the control group that has a whole step to complete:
     what one rank saw before step k is known to all at the boundary after step k, at the same step
-    on every rank.
+    on every rank. Only the first vote, and those while some rank waits for data, are waited for.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, *, grace_s: float = 30.0) -> None:
         self._world = world
+        self.grace_s = grace_s
+        """Seconds between a signal and SIGKILL."""
         self.save_due: Callable[[], bool] = lambda: False
         """Asked on rank 0 at every boundary."""
         self.saves_ended: Callable[[], int] = lambda: 0
         """Asked on every rank at every boundary."""
+        self.deadline: Callable[[], bool] = lambda: False
+        """Asked on rank 0 at every boundary: whether it is time to leave."""
+        self.reason = 0
+        """Number of the signal that the ranks agreed on, `DEADLINE`, or 0."""
+        self.boundaries = 0
+        """How often the ranks have agreed: what moves as long as the training does."""
         self._received = 0
+        self._received_s: float | None = None
         self._previous: dict[int, Any] = {}
         self._vote: tuple[Any, torch.Tensor] | None = None
-        self.signal = 0
-        """Number of the signal that the ranks agreed on, or 0."""
+        self._asked: Callable[[int], bool] | None = None
+        self._stop_watching: Callable[[], None] = lambda: None
 
-    def listen(self, names: Sequence[str]) -> None:
-        """Install the handlers; main thread only."""
+    # --- what arrives ----------------------------------------------------------------------------
+
+    def listen(self, names: Sequence[str], *, interrupts_end: bool = False) -> None:
+        """Install the handlers; main thread only.
+
+        Args:
+            names: of the signals.
+            interrupts_end: whether a second Ctrl-C at a terminal ends the process at once. Not for
+                ranks: of their launcher's second one they die with it, and it passes on the first.
+        """
+        second = SecondInterrupt() if interrupts_end else lambda number: None
+
+        def arrived(number: int) -> None:
+            self._note_time(number)
+            second(number)
+
+        self._stop_watching = watch_arrivals(arrived)
         for name in names:
             number = getattr(signal, name)
             self._previous[number] = signal.signal(number, self._store)
@@ -53,38 +88,126 @@ class Stop:
     def _store(self, number: int, frame: FrameType | None) -> None:
         self._received = number
 
+    def _note_time(self, number: int) -> None:
+        """Take the time at once, on a thread; the handler waits for the main thread's next line."""
+        if self._received_s is None and number in self._previous:
+            self._received_s = time.monotonic()
+
     def restore_handlers(self) -> None:
         """Put the previous handlers back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+        self._stop_watching()
 
-    def agree(self) -> Vote:
-        """Return what the ranks agree on; sets `signal`. Collective, once a boundary."""
-        is_first = self._world.rank == 0
-        mine = Vote(self._received, is_first and self.save_due(), self.saves_ended())
+    @property
+    def left_s(self) -> float | None:
+        """Seconds of the grace time that are left on this rank; None: no signal came here."""
+        if self._received_s is None:
+            return None
+        return self.grace_s - (time.monotonic() - self._received_s)
+
+    # --- what is agreed --------------------------------------------------------------------------
+
+    def agree(self, has: Callable[[int], bool] = lambda count: True) -> Vote:
+        """Return what the ranks agree on; sets `reason`. Collective, once a boundary.
+
+        Args:
+            has: whether this rank has the data of so many steps. Until every rank has that of the
+                next one, or the ranks stop, the call does not return.
+        """
+        self.boundaries += 1
         if self._world.size == 1:
-            self.signal = mine.signal
-            return mine
+            while not (vote := self._mine(has(1))).ready and not vote.reason:
+                time.sleep(_POLL_S)
+            self.reason = vote.reason
+            return vote
         agreed = self._take()
-        self.signal = self.signal or agreed.signal
-        votes = torch.tensor([mine.signal, int(mine.save_due), -mine.saves_ended])
-        work = dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._world.control, async_op=True)
-        self._vote = (work, votes)
+        if agreed is None or has != self._asked:  # that vote was of other data, if of any
+            self._asked, agreed = has, self._now(has)
+        while not agreed.ready and not agreed.reason:
+            agreed = self._now(has)
+        self.reason = self.reason or agreed.reason
+        self._vote = self._send(self._mine(has(2)))
         return agreed
 
-    def _take(self) -> Vote:
+    def _now(self, has: Callable[[int], bool]) -> Vote:
+        if not (has_data := has(1)):
+            time.sleep(_POLL_S)
+            has_data = has(1)
+        self._vote = self._send(self._mine(has_data))
+        vote = self._take()
+        assert vote is not None  # noqa: S101 (for the type checker)
+        return vote
+
+    def _mine(self, has_data: bool) -> Vote:
+        is_first = self._world.rank == 0
+        reason = self._received or (DEADLINE if is_first and self.deadline() else 0)
+        return Vote(reason, is_first and self.save_due(), self.saves_ended(), has_data)
+
+    def _send(self, mine: Vote) -> tuple[Any, torch.Tensor]:
+        votes = torch.tensor(
+            [mine.reason, int(mine.save_due), -mine.saves_ended, int(not mine.ready)]
+        )
+        work = dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._world.control, async_op=True)
+        return work, votes
+
+    def _take(self) -> Vote | None:
         if self._vote is None:
-            return Vote()
+            return None
         work, votes = self._vote
         self._vote = None
         work.wait()
-        number, save_due, saves_running = votes.tolist()
-        return Vote(number, bool(save_due), -saves_running)
+        reason, save_due, saves_running, waiting = votes.tolist()
+        return Vote(reason, bool(save_due), -saves_running, not waiting)
 
     def settle(self) -> None:
         """Complete the vote in flight, so that the control group is free. Collective."""
         self._take()
+
+
+def reason_text(reason: int) -> str:
+    """Return how to call a reason to stop: the signal's name, or `deadline`."""
+    return "deadline" if reason == DEADLINE else signal.Signals(reason).name
+
+
+def watch_arrivals(arrived: Callable[[int], None]) -> Callable[[], None]:
+    """Call `arrived` with the number of each handled signal, at once, on a thread of its own.
+
+    Also when the main thread is inside a call that lets no Python handler run. Main thread only.
+    Returns what ends it.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    previous = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while numbers := os.read(reading, 64):
+            for number in numbers:
+                arrived(number)
+        os.close(reading)
+
+    def end() -> None:
+        signal.set_wakeup_fd(previous)
+        os.close(writing)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+    return end
+
+
+class SecondInterrupt:
+    """At a terminal, a second Ctrl-C ends the process at once, whatever it is doing."""
+
+    def __init__(self) -> None:
+        self._interrupts = 0
+
+    def __call__(self, number: int) -> None:
+        """Take note of a signal; on the second SIGINT, leave with 130."""
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts == 2 and sys.stdin is not None and sys.stdin.isatty():
+            sys.stderr.write("\nleft at the second Ctrl-C; committed checkpoints stand\n")
+            sys.stderr.flush()
+            os._exit(INTERRUPTED_TWICE)
 
 
 def signal_problems(names: Sequence[str]) -> list[str]:

@@ -5,17 +5,19 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
-from trainer import config, errors, launch
+from trainer import config, errors, launch, processes
 from trainer.config import Run
 from trainer.errors import (
     DONE,
     FAILURE,
     RUN_AGAIN,
     ConfigError,
+    PeerFailedError,
+    PeerLostError,
     PerdureError,
     Problem,
     StoreError,
@@ -35,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code (the table is in trainer.errors)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        launch.take_rank_from_slurm()
         if arguments[:1] == ["--worker"]:
             return _worker(Path(arguments[1]))
         return _command(arguments)
@@ -155,13 +158,13 @@ def _launch(run: Run, stored: Mapping[str, Any]) -> int:
         payload,
         run.launch,
         logs=Path(run.run_dir) / "logs",
-        grace_s=run.preemption.grace_s,
+        grace_s=launch.grace_s(run.preemption.grace_s),
     )
 
 
 def _worker(file: Path) -> int:
     """Be one of the ranks that `_launch` started."""
-    launch.die_with_launcher()
+    processes.die_with_parent()
     payload = json.loads(file.read_text())
     run, found = config.merge(OmegaConf.create(payload["run"]))
     if found:
@@ -182,13 +185,21 @@ def _rank(run: Run, stored: Mapping[str, Any]) -> int:
         torch.backends.cudnn.deterministic = run.trainer.deterministic
     try:
         world = distributed.connect(device, timeout_s=_GROUP_TIMEOUT_S)
+        if world.rank == 0:
+            launch.forget_outcome()
         try:
             code = attempt.run_attempt(run, stored, world)
+        except PeerFailedError as error:
+            launch.leave_at_once(error.exit_code)  # the other one tells
+        except PeerLostError as error:
+            launch.leave_at_once(error.exit_code, f"LEFT: {error}. The same command goes on.")
         except PerdureError as error:
             if world.size > 1 and not getattr(error, "agreed", False):
                 raise
             code = _say_error(error) if world.rank == 0 else error.exit_code
         world.close()
+    except SystemExit:
+        raise
     except BaseException as error:
         if not launch.is_rank():
             raise
@@ -199,5 +210,15 @@ def _rank(run: Run, stored: Mapping[str, Any]) -> int:
     return launch.rank_exit_code(code)
 
 
+def _end(code: int) -> NoReturn:
+    """End the process, whatever threads and libraries still do.
+
+    A rank in a dozen gloo jobs aborted in the libraries' own end, after all was said and done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main())

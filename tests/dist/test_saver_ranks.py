@@ -67,7 +67,7 @@ def saves_that_overlap(world: World, folder: str):
     many = range(50, 1_000_000)
     walk(world, saver, many, due=lambda step: False, until=lambda: saver.committed_step == 1)
     step = 1_000_001  # what was due meanwhile has begun by now
-    assert saver.save(State(step=step), content_of(world, step))
+    assert saver.save(State(step=step), partial(content_of, world, step))
     return ended, saver.committed_step
 
 
@@ -85,7 +85,7 @@ def test_a_save_that_is_due_meanwhile_is_taken_when_the_first_is_done(on_ranks, 
 def one_rank_fails(world: World, folder: str, stop_on_error: bool):
     store = FaultyStore(folder)
     saver = begin(world, store, stop_on_error=stop_on_error)
-    assert saver.save(State(step=1), content_of(world, 1))
+    assert saver.save(State(step=1), partial(content_of, world, 1))
     if world.rank == 1:
         store.broken = ("put",)
     met = walk(world, saver, range(2, 10_000), due=lambda step: step == 2 or not stop_on_error)
@@ -116,7 +116,7 @@ def test_one_ranks_failure_surfaces_at_the_same_step_on_all(
 def one_rank_hangs(world: World, folder: str):
     store, now = FaultyStore(folder), [0.0]
     saver = begin(world, store, timeout_s=60.0, clock=lambda: now[0])
-    assert saver.save(State(step=1), content_of(world, 1))
+    assert saver.save(State(step=1), partial(content_of, world, 1))
     if world.rank == 1:
         store.hanging = ("put",)
     assert walk(world, saver, range(2, 40), due=lambda step: step == 2) is None

@@ -29,13 +29,13 @@ def test_sigterm_to_the_command_saves_and_exits_75(command, wait_for, ranks):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 75, (out, err)
-    assert "Stopped on request at step" in out
+    assert "Stopped by SIGTERM at step" in out
     assert "Traceback" not in err
     ended = attempt(command.folder / "runs/b", 1)
     assert ended["outcome"] == "preempted"
-    assert ended["signal"] == signal.SIGTERM
+    assert ended["reason"] == "SIGTERM"
     kept = list((command.folder / "runs/b/checkpoints").iterdir())
-    assert [folder.name for folder in kept] == [f"step-{ended['step']:08d}.0001"]
+    assert [folder.name for folder in kept] == [f"step-{ended['last_step']:08d}.0001"]
 
 
 @pytest.mark.slow

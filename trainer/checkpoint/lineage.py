@@ -76,9 +76,26 @@ def amend(store: Store, attempt: Attempt, facts: Mapping[str, Any]) -> None:
     store.replace(_key(attempt.number), _record_bytes({**record, **facts}))
 
 
+def tell(store: Store, attempt: Attempt, facts: Mapping[str, Any]) -> None:
+    """Replace what the attempt says of itself now and then; counts if it dies without a word."""
+    store.replace(_last_words_key(attempt.number), _record_bytes(facts))
+
+
 def records(store: Store) -> list[dict[str, Any]]:
     """Return the records of all attempts, oldest first."""
-    return [_read(store, number) for number in _numbers(store)]
+    return [{**_last_words(store, number), **_read(store, number)} for number in _numbers(store)]
+
+
+def _last_words_key(number: int) -> str:
+    return f"attempts/{number:04d}.last.json"
+
+
+def _last_words(store: Store, number: int) -> dict[str, Any]:
+    try:
+        words: dict[str, Any] = json.loads(store.read(_last_words_key(number)))
+    except (FileNotFoundError, ValueError):  # nothing depends on it
+        return {}
+    return words
 
 
 def _record_bytes(record: Mapping[str, Any]) -> bytes:

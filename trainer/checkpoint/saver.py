@@ -20,6 +20,10 @@ from trainer.storage import Store
 _MAX_FAILURES_IN_A_ROW = 3
 
 
+class _OutOfTime(PerdureError):
+    """The grace time is over."""
+
+
 @dataclass(frozen=True)
 class _Flight:
     """The save that is being written."""
@@ -77,6 +81,8 @@ class Saver:
         self.every = every
         self.committed_step: int | None = None
         """The step of the newest checkpoint that this attempt committed or resumed from."""
+        self.save_s: float | None = None
+        """How long the last save took, or those of an earlier attempt; None: unknown."""
         self._store, self._world, self._attempt = store, world, attempt
         self._writer = Writer(store, world, attempt)
         self._config = config
@@ -134,15 +140,44 @@ class Saver:
         if self._is_due and self._flight is None:
             self._begin(state, collect())
 
-    def save(self, state: State, content: Content) -> bool:
-        """Save this step, unless it is committed; wait; return whether it is. Raises as above."""
-        if self._flight is not None:
-            self._settle(self._flight)
-        if self.committed_step != state.step:
-            self._begin(state, content, is_awaited=True)
+    def save(
+        self, state: State, collect: Callable[[], Content], *, within_s: float | None = None
+    ) -> bool:
+        """Save this step, unless it is committed; wait; return whether it is. Raises as above.
+
+        Args:
+            state: of this step.
+            collect: as for `at_boundary`.
+            within_s: seconds that there are for it; the same on every rank. What is known not to
+                be done in time is not begun. None: as long as it takes.
+        """
+        until_s = None if within_s is None else self._clock() + within_s
+        try:
             if self._flight is not None:
-                self._settle(self._flight)
+                self._settle(self._flight, until_s)
+            if self.committed_step != state.step and self._fits(until_s):
+                self._begin(state, collect(), is_awaited=True)
+                if self._flight is not None:
+                    self._settle(self._flight, until_s)
+        except _OutOfTime as error:
+            if self._world.rank == 0:
+                self._say(str(error))
         return self.committed_step == state.step
+
+    def _fits(self, until_s: float | None) -> bool:
+        """Return whether a save is likely to be done in time; rank 0 decides. Collective."""
+        if until_s is None:
+            return True
+
+        def judge() -> None:
+            left_s = until_s - self._clock()
+            if self.save_s is not None and self.save_s > left_s:
+                raise _OutOfTime(
+                    f"NOT SAVED: {left_s:.0f} s are left, and a save takes {self.save_s:.0f} s"
+                )
+
+        self._world.from_rank0(judge)
+        return True
 
     def _begin(self, state: State, content: Content, *, is_awaited: bool = False) -> None:
         self._is_due = False
@@ -167,26 +202,33 @@ class Saver:
         self._flight = _Flight(state.step, self._last_save_s, save)
         self._begun += 1
 
-    def _settle(self, flight: _Flight) -> None:
+    def _settle(self, flight: _Flight, until_s: float | None = None) -> None:
         """Wait for a save to end on every rank; take note of what came of it."""
         self._flight = None
         try:
-            self._world.together(lambda: self._result(flight))
-        except SaveHangsError:
+            self._world.together(lambda: self._result(flight, until_s))
+        except (SaveHangsError, _OutOfTime):
             raise
         except (CheckpointError, StoreError) as error:
             self._failed(flight.step, error)
         else:
             self.committed_step = flight.step
+            self.save_s = flight.save.took_s
             self._failures = 0
         while self._notes:
             self._say(self._notes.pop(0))
 
-    def _result(self, flight: _Flight) -> Manifest:
-        left_s = flight.began_s + self._timeout_s - self._clock()
+    def _result(self, flight: _Flight, until_s: float | None) -> Manifest:
+        hangs_s = flight.began_s + self._timeout_s
+        end_s = hangs_s if until_s is None else min(hangs_s, until_s)
         try:
-            return flight.save.result(max(left_s, 0.0))
+            return flight.save.result(max(end_s - self._clock(), 0.0))
         except TimeoutError:
+            if end_s != hangs_s:
+                raise _OutOfTime(
+                    f"NOT SAVED: the save of step {flight.step:,} has not ended in the time that "
+                    "was left"
+                ) from None
             raise SaveHangsError(
                 f"the save of step {flight.step:,} has not ended after {self._timeout_s:,.0f} s "
                 f"(checkpoint.timeout_s); {self._store.url} seems to hang. Checkpoints "

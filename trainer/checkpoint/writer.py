@@ -1,6 +1,7 @@
 """One save: plan, snapshot, write, commit. All but the first two happen beside the training."""
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -27,14 +28,18 @@ class Save:
 
     def __init__(self, run: Callable[[], Manifest], after_commit: Callable[[], None]) -> None:
         self._outcome: Manifest | BaseException | None = None
+        self.took_s = 0.0
+        """From the beginning to the commit, on this rank; 0 before."""
         self._thread = threading.Thread(
             target=self._body, args=(run, after_commit), name="checkpoint-save", daemon=True
         )
         self._thread.start()
 
     def _body(self, run: Callable[[], Manifest], after_commit: Callable[[], None]) -> None:
+        began = time.monotonic()
         try:
             outcome = run()
+            self.took_s = time.monotonic() - began
             after_commit()
             self._outcome = outcome
         except BaseException as error:  # `result` raises it, on the thread that trains

@@ -54,7 +54,7 @@ class Job:
         )
 
     def save(self, step: int) -> bool:
-        return self.saver.save(State(step=step), content_of(step))
+        return self.saver.save(State(step=step), partial(content_of, step))
 
 
 def assert_whole(root: Path, *steps: int) -> None:

@@ -11,6 +11,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -246,14 +247,14 @@ def saves_with_pruning(root: Path, returned: Callable[[int], None]) -> None:
     lineage.amend(store, first, {"resumed_from": None})
     saver = saver_on(store, first)
     for step in (1, 2):
-        assert saver.save(State(step=step), content_of(step))
+        assert saver.save(State(step=step), partial(content_of, step))
         returned(step)
     litter = store.open_new("checkpoints/step-00000003.0001/shard.safetensors", PART_BYTES)
     litter.put(0, memoryview(bytes(PART_BYTES)))
     second = lineage.begin(store, {"host": "b"})
     lineage.amend(store, second, {"resumed_from": {"step": 2, "attempt": 1}})
     saver = saver_on(store, second)
-    assert saver.save(State(step=3), content_of(3))
+    assert saver.save(State(step=3), partial(content_of, 3))
     returned(3)
     assert [commit.step for commit in checkpoint.steps(store)] == [3]
 

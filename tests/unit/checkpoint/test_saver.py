@@ -51,7 +51,7 @@ def save(saver: Saver, step: int, **metrics: float) -> bool:
     content = Content(
         tensors={"w": torch.full((9,), float(step))}, objects={"run": state.state_dict()}
     )
-    return saver.save(state, content)
+    return saver.save(state, lambda: content)
 
 
 def steps_on(store: LocalStore) -> list[int]:
@@ -184,7 +184,7 @@ def test_a_metric_counts_only_where_it_was_measured_at_that_step(store):
     saver = saver_on(store, keep_last=1, keep_best=1, metric="score")
     save(saver, 1, score=0.3)
     state = State(step=2, last_eval_step=1, metrics={"score": 0.9})  # an old figure
-    saver.save(state, Content(objects={"run": state.state_dict()}))
+    saver.save(state, lambda: Content(objects={"run": state.state_dict()}))
     save(saver, 3)
     assert steps_on(store) == [1, 3]
 
@@ -333,10 +333,10 @@ def test_a_value_that_cannot_be_stored_is_a_failed_save(store):
     said: list[str] = []
     saver = saver_on(store, say=said.append)
     state = State(step=1)
-    assert not saver.save(state, Content(objects={"run": {}, "odd": object()}))
+    assert not saver.save(state, lambda: Content(objects={"run": {}, "odd": object()}))
     assert "objects.odd is a builtins.object" in said[0]
     with pytest.raises(CheckpointError):
-        saver_on(store, stop_on_error=True).save(state, Content(objects={"odd": object()}))
+        saver_on(store, stop_on_error=True).save(state, lambda: Content(objects={"odd": object()}))
 
 
 def test_a_superseded_attempt_ends_at_once(store):
