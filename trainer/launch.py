@@ -62,7 +62,8 @@ def take_rank_from_slurm() -> None:
         LOCAL_RANK=environ["SLURM_LOCALID"],
         LOCAL_WORLD_SIZE=layout.partition("(")[0],
     )
-    environ.setdefault("MASTER_ADDR", _first_host(nodes))
+    if "MASTER_ADDR" not in environ:
+        environ["MASTER_ADDR"] = _first_host(nodes)
     environ.setdefault("MASTER_PORT", str(port))
 
 

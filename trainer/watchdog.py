@@ -66,9 +66,15 @@ class Watchdog:
         self._leave_stacks, self._leave = leave_stacks, leave
         self._main = threading.main_thread().ident
         self._over = threading.Event()
-        self._every_s = min(max(peer_timeout_s / 20, 0.1), _CULPRIT_S / 4)
+        self._every_s = min(max(peer_timeout_s / 20, 0.1), _CULPRIT_S / 5)
         if watchdog_s is not None:
             self._every_s = min(self._every_s, max(watchdog_s / 10, 0.1))
+        now = time.monotonic()
+        self._moved = (-1, now)
+        self._heard = dict.fromkeys(range(world.size), ("", now))  # and when it last changed
+        self._hears = list(self._heard) if world.rank == 0 else [0]
+        self._board = dict.fromkeys((_VERDICT, _FAILED, _GONE), "")
+        self._answered = now
         self._store: Any = None
         if world.size > 1:
             client = TCPStore(
@@ -76,11 +82,13 @@ class Watchdog:
                 int(os.environ["MASTER_PORT"]),
                 is_master=False,
                 wait_for_workers=False,
-                timeout=timedelta(seconds=peer_timeout_s / 2),
+                timeout=timedelta(seconds=peer_timeout_s),
             )
             self._store = PrefixStore(f"watchdog/{session}", client)
-        self._heard = {rank: ("", time.monotonic()) for rank in range(world.size)}
-        self._moved = (-1, time.monotonic())
+            for key in self._board if world.rank == 0 else ():
+                self._store.set(key, "")
+            self._tell()
+            threading.Thread(target=self._talk, name="watchdog-talk", daemon=True).start()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -95,7 +103,7 @@ class Watchdog:
 
     def gone(self) -> None:
         """Tell the other ranks that this one, which has failed, has closed everything."""
-        self._announce(_GONE, "")
+        self._announce(_GONE, "yes")
 
     def _announce(self, key: str, text: str) -> None:
         if self._store is not None:
@@ -109,98 +117,100 @@ class Watchdog:
         """
         if self._store is None or not _is_of_a_connection(error):
             return None
-        until = time.monotonic() + _CULPRIT_S
+        self._hears = list(self._heard)
+        began = time.monotonic()
+        while time.monotonic() < began + _CULPRIT_S and not self._board[_FAILED]:
+            time.sleep(0.05)
+        if self._board[_FAILED]:
+            until = time.monotonic() + _LAST_WORDS_S
+            while time.monotonic() < until and not self._board[_GONE]:
+                time.sleep(0.05)
+            return PeerFailedError(self._board[_FAILED])
         cause = str(error).strip().partition("\n")[0]
-        try:
-            while time.monotonic() < until:
-                if self._store.check([_FAILED]):
-                    return self._peer_failed()
-                time.sleep(0.1)
-            told = [json.loads(self._store.get(_TOLD.format(r))) for r in self._ranks()]
-        except RuntimeError:  # the store went with rank 0
-            return PeerLostError(f"rank 0 was lost: {cause}")
-        silent = [_name(t) for t in told if time.time() - t["time"] > _CULPRIT_S / 2]
+        if self._answered < began + _CULPRIT_S / 2:  # the store went with rank 0
+            return PeerLostError(f"{self._name(0)} was lost: {cause}")
+        silent = [self._name(r) for r in self._heard if self._heard[r][1] < began + _CULPRIT_S / 2]
         return PeerLostError(f"{'; '.join(silent) or 'a rank'} was lost: {cause}")
 
-    def _peer_failed(self) -> PeerFailedError:
-        text = self._store.get(_FAILED).decode()
-        until = time.monotonic() + _LAST_WORDS_S
-        with suppress(RuntimeError):
-            while time.monotonic() < until and not self._store.check([_GONE]):
-                time.sleep(0.1)
-        return PeerFailedError(text)
+    # --- one thread talks; whatever TCPStore promises, its calls may hang with the server ---------
 
-    # --- the thread ------------------------------------------------------------------------------
+    def _talk(self) -> None:
+        while not self._over.wait(self._every_s):
+            try:
+                self._tell()
+                for key in self._board:
+                    self._board[key] = self._read(key)
+                for rank in self._hears:
+                    text = self._read(_TOLD.format(rank))
+                    if text != self._heard[rank][0]:
+                        self._heard[rank] = (text, time.monotonic())
+            except RuntimeError:  # what TCPStore raises; the other thread judges the silence
+                continue
+            self._answered = time.monotonic()
 
-    def _ranks(self) -> range:
-        return range(self._world.size)
+    def _read(self, key: str) -> str:
+        text: str = self._store.get(key).decode()
+        return text
+
+    def _tell(self) -> None:
+        self._store.set(_TOLD.format(self._world.rank), json.dumps(self._telling()))
+
+    # --- and one judges --------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        failing_since: float | None = None
         while not self._over.wait(self._every_s):
-            now = time.monotonic()
-            count = self._boundaries()
+            now, count = time.monotonic(), self._boundaries()
             if count != self._moved[0]:
                 self._moved = (count, now)
-            stands = self._watchdog_s is not None and now - self._moved[1] > self._watchdog_s
             if self._store is None:
-                if stands:
+                if self._stands():
                     self._leave_stacks(python_stacks())
-                    self._leave(self._stands_text([self._telling(now)]))
-                continue
-            try:
-                self._talk(now, stands)
-                failing_since = None
-            except RuntimeError as error:  # what TCPStore raises, whatever happened
-                failing_since = failing_since or now
-                if now - failing_since > self._peer_timeout_s:
-                    self._leave(
-                        f"rank 0 was lost: its store has not answered for "
-                        f"{self._peer_timeout_s:.0f} s ({error})"
-                    )
+                    self._leave(self._stands_text([self._telling()]))
+            elif self._board[_VERDICT]:
+                verdict = json.loads(self._board[_VERDICT])
+                if verdict["stacks"]:
+                    self._leave_stacks(python_stacks())
+                self._leave(verdict["text"])
+            elif now - self._answered > self._peer_timeout_s:
+                self._leave(f"{self._name(0)} was lost: its store is silent")
+            else:
+                self._judge(now)
 
-    def _talk(self, now: float, stands: bool) -> None:
-        telling = {**self._telling(now), "stands": stands}
-        self._store.set(_TOLD.format(self._world.rank), json.dumps(telling))
-        if self._store.check([_VERDICT]):
-            verdict = json.loads(self._store.get(_VERDICT))
-            if verdict["stacks"]:
-                self._leave_stacks(python_stacks())
-            self._leave(verdict["text"])
-        judged = self._ranks() if self._world.rank == 0 else range(1)
-        for rank in judged:
-            key = _TOLD.format(rank)
-            text = self._store.get(key).decode() if self._store.check([key]) else ""
-            if text != self._heard[rank][0]:
-                self._heard[rank] = (text, now)
+    def _judge(self, now: float) -> None:
+        """On rank 0, judge all ranks, let all know and leave; on others, judge rank 0."""
+        judged = self._heard if self._world.rank == 0 else [0]
         silent = [r for r in judged if now - self._heard[r][1] > self._peer_timeout_s]
         told = [json.loads(text) for text, _ in self._heard.values() if text]
+        stand = self._world.rank == 0 and any(t["stands"] for t in told)
         if silent:
-            who = "; ".join(
-                next((_name(t) for t in told if t["rank"] == rank), f"rank {rank}")
-                for rank in silent
-            )
-            self._judge(f"{who} was lost: silent for {self._peer_timeout_s:.0f} s", stacks=False)
-        elif any(t["stands"] for t in told):
-            self._judge(self._stands_text(told), stacks=True)
-
-    def _judge(self, text: str, *, stacks: bool) -> None:
-        """On rank 0, let all know and leave; on others, leave rank 0 behind, or wait for it."""
+            who = "; ".join(map(self._name, silent))
+            text = f"{who} was lost: silent for {self._peer_timeout_s:.0f} s"
+        elif stand:
+            text = self._stands_text(told)
+        else:
+            return
         if self._world.rank == 0:
-            self._store.set(_VERDICT, json.dumps({"text": text, "stacks": stacks}))
-            if stacks:
+            verdict = {"text": text, "stacks": stand and not silent}
+            self._announce(_VERDICT, json.dumps(verdict))
+            if verdict["stacks"]:
                 self._leave_stacks(python_stacks())
-            time.sleep(3 * self._every_s)  # the store is in this process; let all read it
-            self._leave(text)
-        elif not stacks:
-            self._leave(text)
+            time.sleep(3 * self._every_s)  # the store may be in this process; let all read it
+        self._leave(text)
 
-    def _telling(self, now: float) -> dict[str, Any]:
+    def _stands(self) -> bool:
+        still_s = time.monotonic() - self._moved[1]
+        return self._watchdog_s is not None and still_s > self._watchdog_s
+
+    def _name(self, rank: int) -> str:
+        text = self._heard[rank][0]
+        return _name(json.loads(text)) if text else f"rank {rank}"
+
+    def _telling(self) -> dict[str, Any]:
         waits, where = _place(self._main)
         return {
             "rank": self._world.rank, "host": socket.gethostname(), "pid": os.getpid(),
-            "time": time.time(), "boundary": self._moved[0],
-            "still_s": round(now - self._moved[1], 1), "waits": waits, "where": where,
+            "time": time.time(), "boundary": self._moved[0], "stands": self._stands(),
+            "waits": waits, "where": where,
         }  # fmt: skip
 
     def _stands_text(self, told: list[dict[str, Any]]) -> str:

@@ -28,9 +28,12 @@ def _rank(function, arguments, rank, size, port, results):
 
 @pytest.fixture
 def on_ranks():
-    """Call `function(world, *arguments)` on each of `size` ranks; return the answers in order."""
+    """Call `function(world, *arguments)` on each of `size` ranks; return the answers in order.
 
-    def call(size, function, *arguments):
+    Ranks in `dying` give none.
+    """
+
+    def call(size, function, *arguments, dying=()):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -43,7 +46,7 @@ def on_ranks():
         for process in processes:
             process.start()
         answers = {}
-        for _ in range(size):
+        for _ in range(size - len(dying)):
             rank, answer, error = results.get(timeout=120)
             if error:
                 for process in processes:
@@ -52,6 +55,6 @@ def on_ranks():
             answers[rank] = answer
         for process in processes:
             process.join(timeout=60)
-        return [answers[rank] for rank in range(size)]
+        return [answers.get(rank) for rank in range(size)]
 
     return call

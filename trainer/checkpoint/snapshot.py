@@ -149,5 +149,6 @@ class Snapshot:
 
 def _part(tensor: Tensor, box: Box) -> Tensor:
     for axis, (offset, length) in enumerate(zip(box.offsets, box.lengths, strict=True)):
-        tensor = tensor.narrow(axis, offset, length)
+        if length != tensor.shape[axis]:
+            tensor = tensor.narrow(axis, offset, length)
     return tensor
