@@ -86,7 +86,7 @@ class Watchdog:
             )
             self._store = PrefixStore(f"watchdog/{session}", client)
             for key in self._board if world.rank == 0 else ():
-                self._store.set(key, "")
+                self._store.compare_set(key, "", "")  # unless somebody was faster
             self._tell()
             threading.Thread(target=self._talk, name="watchdog-talk", daemon=True).start()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
