@@ -3,6 +3,7 @@
 import os
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -89,8 +90,10 @@ class World:
         return values
 
     def close(self) -> None:
-        """Leave the process groups; the other ranks must do so too."""
+        """Leave the process groups when all other ranks do so too."""
         if self.size > 1:
+            with suppress(RuntimeError):  # who is gone already has all that it needs
+                dist.barrier(group=self.control)
             dist.destroy_process_group()
 
 

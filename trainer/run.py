@@ -197,6 +197,8 @@ def _rank(run: Run, stored: Mapping[str, Any]) -> int:
             if world.size > 1 and not getattr(error, "agreed", False):
                 raise
             code = _say_error(error) if world.rank == 0 else error.exit_code
+        if world.rank == 0:
+            launch.leave_outcome(code)  # before the first rank ends, and the others are killed
         world.close()
     except SystemExit:
         raise
@@ -205,8 +207,6 @@ def _rank(run: Run, stored: Mapping[str, Any]) -> int:
             raise
         launch.report_crash(error)  # the launcher shows it, once
         raise SystemExit(FAILURE) from None
-    if world.rank == 0:
-        launch.leave_outcome(code)
     return launch.rank_exit_code(code)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 # A small model with everything that makes resume hard: dropout, BatchNorm, shuffling, a schedule,
 # clipping, evaluations and saves at steps of their own.
@@ -41,6 +41,7 @@ USER_PACKAGE = {
             def loss(self, model, batch):
                 if model.training:
                     self.steps += 1
+                    time.sleep(float(os.environ.get("STEP_S", "0")))
                     here = f"{os.environ.get('RANK', '0')}:{self.steps}"
                     if os.environ.get("DIE_AT") == here:
                         while not list(Path().glob(os.environ.get("DIE_AFTER", "*"))):

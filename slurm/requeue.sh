@@ -1,0 +1,49 @@
+# What every batch script here does before and after its srun. Source it; it runs nothing by itself.
+#
+# The trainer leaves the outcome of a run in a file, because exit codes get lost on the way: torchrun
+# gives 1 for all of them, srun the highest of all tasks. 75 means: run the same command again.
+
+job=$SLURM_JOB_ID
+if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+  job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # of an array, requeue this task alone
+fi
+attempt=$job.${SLURM_RESTART_COUNT:-0}
+python=${PERDURE_PYTHON:-python}
+
+begin_attempt() {
+  local shown end partition grace wait
+  rm -f "$SLURM_SUBMIT_DIR/.outcome-$job".*
+  export PERDURE_OUTCOME=$SLURM_SUBMIT_DIR/.outcome-$attempt # a folder that all nodes see
+  shown=$(scontrol show --oneliner job "$SLURM_JOB_ID")
+  end=$(sed -n 's/.* EndTime=\([^ ]*\).*/\1/p' <<<"$shown")
+  if end=$(date -d "$end" +%s 2>/dev/null); then
+    export PERDURE_END_TIME=$end
+  fi
+  # Preempted, the tasks have the partition's grace time, and what comes between TERM and KILL.
+  partition=$(scontrol show --oneliner partition "$SLURM_JOB_PARTITION")
+  grace=$(sed -n 's/.* GraceTime=\([0-9]*\).*/\1/p' <<<"$partition")
+  wait=$(scontrol show config | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')
+  if [[ $partition != *PreemptMode=OFF* && -z ${PERDURE_GRACE_S:-} ]]; then
+    export PERDURE_GRACE_S=$((${grace:-0} + ${wait:-30}))
+  fi
+  echo "--- $attempt on $SLURM_JOB_NODELIST, $(date -Is)"
+}
+
+end_attempt() { # exit code of srun
+  local code=$1
+  if [[ -s $PERDURE_OUTCOME ]]; then
+    code=$(<"$PERDURE_OUTCOME")
+    rm -f "$PERDURE_OUTCOME"
+  fi
+  echo "--- $attempt ended with $code, $(date -Is)"
+  [[ $code == 75 ]] || exit "$code"
+  scontrol requeue "$job"
+  case $? in
+    1)
+      echo "The job cannot be requeued. Submit the same command again to go on, or several at once:"
+      echo "  slurm/chain.sh 5 <the arguments of sbatch>"
+      ;;
+    *) sleep 120 ;; # requeueing ends this shell; leaving before would end the job
+  esac
+  exit 75
+}

@@ -1,0 +1,166 @@
+"""Jobs of a real SLURM: preempted, at their limit, on dead nodes, cancelled, failed, swept."""
+
+import json
+import re
+
+import pytest
+from commands import HARD, ROOT
+
+from scripts.compare_runs import differences
+
+FRAGILE = [*HARD, "task._target_=mine.task.Fragile"]
+TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--exclusive")
+SLURM = ROOT / "slurm"
+ENDLESS = "trainer.max_epochs=4000"
+
+
+@pytest.fixture
+def submit(cluster, command):
+    """Submit a batch script of the project with overrides, in the command's folder."""
+
+    def call(*arguments, script="train.sbatch", options=TWO_BY_TWO, **env):
+        # a sandbox without the user's environment would not find his package
+        env = {"PYTHONPATH": command.env["PYTHONPATH"], "OMP_NUM_THREADS": "1", **env}
+        return cluster.sbatch(command.folder, *options, str(SLURM / script), *arguments, **env)
+
+    return call
+
+
+def record(command, name, number):
+    return json.loads((command.folder / f"runs/{name}/attempts/{number:04d}.json").read_text())
+
+
+def steps(command, name):
+    path = command.folder / f"runs/{name}/metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def same(command, one, other):
+    runs = command.folder / "runs"
+    return differences(str(runs / one), str(runs / other)) == []
+
+
+def undisturbed(command, *arguments):
+    done = command(*arguments, "name=whole", "launch.nproc=4")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_preempted_job_is_requeued_and_ends_with_the_same_bits(cluster, command, submit):
+    undisturbed(command, *FRAGILE)
+    job = submit(*FRAGILE, "name=a", STEP_S="0.2")
+    cluster.wait(job, lambda: steps(command, "a") >= 3)
+    cluster.preempt()
+    assert cluster.ended(job) == "COMPLETED"
+    assert cluster.job(job)["Restarts"] == "1"
+    first, second = record(command, "a", 1), record(command, "a", 2)
+    assert (first["outcome"], second["outcome"]) == ("preempted", "done")
+    assert first["reason"] in ("SIGUSR2", "SIGTERM")
+    assert (first["job"], second["job"], second["restart"]) == (job, job, "1")
+    assert second["first_step"] == first["last_step"]
+    log = cluster.log(job)
+    assert f"Stopped by {first['reason']} at step {first['last_step']}" in log
+    assert f"resuming from step {first['last_step']}" in log
+    assert "2 attempts (1 preempted): 100.0 % of 40 steps counted" in log
+    assert same(command, "whole", "a")
+
+
+def test_at_the_time_limit_a_job_leaves_in_time_and_is_requeued(cluster, command, submit):
+    options = (*TWO_BY_TWO, "--time=1", "--signal=USR2@1")
+    job = submit(*FRAGILE, "name=a", options=options, STEP_S="2.0")
+    cluster.wait(job, lambda: cluster.job(job)["Restarts"] == "1")
+    assert record(command, "a", 1)["outcome"] == "preempted"
+    assert record(command, "a", 1)["reason"] == "deadline"
+    cluster.wait(job, lambda: (command.folder / "runs/a/attempts/0002.json").exists())
+    cluster.run("scancel", job)
+
+
+def test_when_a_node_dies_the_job_goes_on_with_the_same_bits(cluster, command, submit):
+    undisturbed(command, *FRAGILE)
+    job = submit(*FRAGILE, "name=a", "launch.peer_timeout_s=5", STEP_S="0.3")
+    cluster.wait(job, lambda: steps(command, "a") >= 7)
+    cluster.fail("n2")
+    cluster.wait(job, lambda: cluster.job(job)["JobState"] != "RUNNING")
+    cluster.boot("n2")
+    assert cluster.ended(job, 240) == "COMPLETED"
+    assert int(cluster.job(job)["Restarts"]) >= 1
+    assert same(command, "whole", "a")
+
+
+@pytest.mark.parametrize(("how", "state"), [((), "CANCELLED"), (("--signal=TERM",), "COMPLETED")])
+def test_a_cancelled_job_does_not_come_back_and_a_signalled_one_does(
+    cluster, command, submit, how, state
+):
+    options = ("--nodes=1", "--ntasks-per-node=2")
+    job = submit(*FRAGILE, "name=a", options=options, STEP_S="0.2")
+    cluster.wait(job, lambda: steps(command, "a") >= 3)
+    cluster.run("scancel", *how, job)
+    assert cluster.ended(job) == state
+    if how:
+        assert cluster.job(job)["Restarts"] == "1"
+        assert record(command, "a", 1)["outcome"] == "preempted"
+        assert steps(command, "a") == 40
+
+
+@pytest.mark.parametrize(("arguments", "env", "code", "says"), [
+    (["trainer.max_epoch=3"], {}, "2:0", "did you mean 'max_epochs'"),
+    ([], {"FAIL_AT": "1:3"}, "1:0", "ZeroDivisionError: a bug in the user's own code"),
+])  # fmt: skip
+def test_a_job_that_fails_for_good_is_not_requeued(
+    cluster, command, submit, arguments, env, code, says
+):
+    options = ("--nodes=1", "--ntasks-per-node=2")
+    job = submit(*FRAGILE, "name=a", *arguments, options=options, **env)
+    assert cluster.ended(job) == "FAILED"
+    found = cluster.job(job)
+    assert (found["Restarts"], found["ExitCode"]) == ("0", code)
+    assert says in cluster.log(job)
+
+
+def test_under_torchrun_on_each_node_the_outcome_still_requeues_the_job(cluster, command, submit):
+    undisturbed(command, *FRAGILE)
+    options = ("--nodes=2", "--exclusive")
+    job = submit(
+        *FRAGILE, "name=a", script="torchrun.sbatch", options=options,
+        PERDURE_NPROC="2", STEP_S="0.2",
+    )  # fmt: skip
+    cluster.wait(job, lambda: steps(command, "a") >= 3)
+    cluster.run("scancel", "--signal=USR2", job)
+    assert cluster.ended(job) == "COMPLETED"
+    assert cluster.job(job)["Restarts"] == "1"
+    assert record(command, "a", 1)["outcome"] == "preempted"
+    assert same(command, "whole", "a")
+
+
+def test_of_a_sweep_only_the_task_that_was_stopped_is_requeued(cluster, command, submit):
+    (command.folder / "rates.txt").write_text("optimizer.lr=0.1\noptimizer.lr=0.2\n")
+    options = ("--array=0-1", "--nodes=1", "--ntasks=1")
+    job = submit(
+        "rates.txt", *FRAGILE, script="sweep.sbatch", options=options, STEP_S="0.2"
+    )  # fmt: skip
+    cluster.wait(f"{job}_1", lambda: steps(command, "rates-1") >= 3)
+    cluster.run("scancel", "--signal=USR2", f"{job}_1")
+    assert cluster.ended(f"{job}_0") == "COMPLETED"
+    assert cluster.ended(f"{job}_1") == "COMPLETED"
+    assert cluster.job(f"{job}_0")["Restarts"] == "0"
+    assert cluster.job(f"{job}_1")["Restarts"] == "1"
+    assert steps(command, "rates-0") == steps(command, "rates-1") == 40
+    assert record(command, "rates-1", 1)["array_task"] == "1"
+
+
+def test_where_requeueing_is_forbidden_the_log_says_how_to_go_on(cluster, command, submit):
+    options = ("--nodes=1", "--ntasks=1", "--no-requeue")
+    job = submit(*FRAGILE, "name=a", options=options, STEP_S="0.2")
+    cluster.wait(job, lambda: steps(command, "a") >= 3)
+    cluster.run("scancel", "--signal=USR2", job)
+    assert cluster.ended(job) == "FAILED"
+    assert cluster.job(job)["ExitCode"] == "75:0"
+    assert "Submit the same command again" in cluster.log(job)
+    assert "slurm/chain.sh" in cluster.log(job)
+
+
+def test_unequal_tasks_are_refused_with_the_reason(cluster, command, submit):
+    job = submit(*FRAGILE, "name=a", options=("--nodes=2", "--ntasks=3", "--exclusive"))
+    assert cluster.ended(job) == "FAILED"
+    assert cluster.job(job)["ExitCode"] == "2:0"
+    assert re.search(r"started (2,1|1,2) tasks .*--ntasks-per-node", cluster.log(job))
