@@ -3,6 +3,7 @@
 # make check     formatting, lint, types, direction of imports
 # make bench-loop, make bench-checkpoint     figures against named rivals (docs/benchmarks.md)
 # make chaos     kill a real training at KILLS random instants; nothing may be lost
+# make slurm, make slurm-down    a real SLURM of two nodes on this machine, to try things (as root)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 ARGS ?=
 KILLS ?= 100
 
-.PHONY: train test test-cluster check format bench-loop bench-checkpoint chaos clean
+.PHONY: train test test-cluster check format bench-loop bench-checkpoint chaos slurm slurm-down clean
 
 train: $(VENV)/.installed
 	@$(BIN)/python -m trainer.run $(ARGS)
@@ -39,6 +40,12 @@ bench-checkpoint: $(VENV)/.installed-test
 
 chaos: $(VENV)/.installed
 	$(BIN)/python scripts/chaos.py --kills $(KILLS) $(ARGS)
+
+slurm:
+	@scripts/slurm_cluster up -N 2
+
+slurm-down:
+	@scripts/slurm_cluster down
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -35,15 +35,32 @@ USER_PACKAGE = {
         from trainer.task import Classification
 
 
+        def signal_self(name):
+            """Send this rank the signal that a test wants at this place."""
+            os.kill(os.getpid(), getattr(signal, os.environ[name]))
+
+
         class Fragile(Classification):
-            steps = 0
+            steps = batches = 0
+
+            def __init__(self, *arguments, **more):
+                super().__init__(*arguments, **more)
+                if "SIGNAL_IN_BUILD" in os.environ:
+                    signal_self("SIGNAL_IN_BUILD")
 
             def loss(self, model, batch):
+                if not model.training:
+                    self.batches += 1
+                    if "SIGNAL_IN_EVALUATION" in os.environ and self.batches == 4:
+                        signal_self("SIGNAL_IN_EVALUATION")
                 if model.training:
                     self.steps += 1
                     time.sleep(float(os.environ.get("STEP_S", "0")))
                     here = f"{os.environ.get('RANK', '0')}:{self.steps}"
-                    if os.environ.get("DIE_AT") == here:
+                    is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+                    if "SIGNAL_IN_STEP" in os.environ and self.steps == 9:
+                        signal_self("SIGNAL_IN_STEP")
+                    if os.environ.get("DIE_AT") == here and is_first:
                         while not list(Path().glob(os.environ.get("DIE_AFTER", "*"))):
                             time.sleep(0.02)
                         os.kill(os.getpid(), signal.SIGKILL)
@@ -57,6 +74,22 @@ USER_PACKAGE = {
                         raise ZeroDivisionError("a bug in the user's own code")
                 return super().loss(model, batch)
     ''',
+    "tracker.py": """
+        import os
+
+        from trainer.tracking.several import Silent
+
+        from mine.task import signal_self
+
+
+        class Signals(Silent):
+            flushes = 0
+
+            def flush(self):  # in the middle of a save
+                self.flushes += 1
+                if self.flushes == 2 and "SIGNAL_IN_SAVE" in os.environ:
+                    signal_self("SIGNAL_IN_SAVE")
+    """,
     "nets.py": """
         from torch import nn
 
@@ -70,6 +103,10 @@ USER_PACKAGE = {
                 return self.body(x)
     """,
     "data.py": '''
+        import os
+        import time
+        from pathlib import Path
+
         import torch
         from torch.utils.data import Dataset
 
@@ -86,6 +123,21 @@ USER_PACKAGE = {
             def __getitem__(self, index):
                 generator = torch.Generator().manual_seed(index)
                 return torch.randn(4, 4, generator=generator) + index % 3, index % 3
+
+
+        class Stuck(Points):
+            """Waits for a file after so many samples; its samples are partly random."""
+
+            fetched = 0
+
+            def __getitem__(self, index):
+                self.fetched += 1
+                if self.fetched == int(os.environ.get("STUCK_AFTER", "-1")):
+                    Path("stuck").touch()
+                    while Path("stuck").exists():
+                        time.sleep(0.02)
+                x, y = super().__getitem__(index)
+                return x + 0.1 * torch.randn(4, 4), y
     ''',
 }
 

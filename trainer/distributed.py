@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 from trainer.errors import PerdureError
 
@@ -125,8 +126,16 @@ def connect(device: torch.device, *, timeout_s: float) -> World:
         return World(device=device)
     timeout = timedelta(seconds=timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    # An elastic agent may keep its store over restarts, with the addresses of those who are dead.
+    store, rank, _ = next(iter(rendezvous("env://", timeout=timeout)))
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
-        backend, timeout=timeout, device_id=device if device.type == "cuda" else None
+        backend,
+        store=PrefixStore(f"perdure/{restart}/{size}", store),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
     background = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # saves may be slow

@@ -214,6 +214,7 @@ def run_ranks(payload: Mapping[str, Any], launch: Launch, *, logs: Path, grace_s
         worker_file.write_text(json.dumps(payload))
         asked_outcome = os.environ.get(_OUTCOME)
         os.environ[_OUTCOME] = str(outcome)
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a new store for each restart
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # each rank sets its own number later
         logs.mkdir(parents=True, exist_ok=True)
         config = LaunchConfig(
@@ -252,7 +253,6 @@ def run_ranks(payload: Mapping[str, Any], launch: Launch, *, logs: Path, grace_s
             del os.environ[_OUTCOME]
             if asked_outcome is not None:
                 os.environ[_OUTCOME] = asked_outcome
-    leave_outcome(code)
     return code
 
 

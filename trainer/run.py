@@ -40,13 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         launch.take_rank_from_slurm()
         if arguments[:1] == ["--worker"]:
             return _worker(Path(arguments[1]))
-        return _command(arguments)
+        code = _command(arguments)
     except PerdureError as error:
         return _say_error(error)
+    if not launch.is_rank():
+        launch.leave_outcome(code)
+    return code
 
 
 def _say_error(error: PerdureError) -> int:
     print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    launch.leave_outcome(error.exit_code)
     return error.exit_code
 
 

@@ -28,7 +28,10 @@ from trainer.errors import PeerFailedError, PeerLostError, PerdureError
 _TOLD = "told/{}"
 _FAILED, _GONE = "failed", "gone"
 _VERDICT = "verdict"
-_WAITING = ("torch/distributed/", "torch/autograd/", "trainer/preemption.py", "trainer/distributed")
+_WAITING = (
+    "torch/distributed/", "torch/nn/parallel/", "torch/autograd/", "trainer/preemption.py",
+    "trainer/distributed",
+)  # fmt: skip
 """Files in which a rank waits for others (the backward pass reduces gradients)."""
 _CULPRIT_S = 5.0
 """How long after a broken connection a rank may take to say that it has failed itself."""

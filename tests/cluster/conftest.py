@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -26,19 +28,42 @@ def pytest_collection_modifyitems(items):
 class Cluster:
     """Nodes n1 and n2, partitions `preemptible` and `urgent`, which preempts it."""
 
-    def __init__(self, state: Path, **settings: str) -> None:
+    def __init__(self, state: Path, nodes: int = 2, cpus: int = 8, **settings: str) -> None:
+        self.state = state
+        self._size = ("-N", str(nodes), "-c", str(cpus))
+        self._nodes = nodes
         self._env = {
             **os.environ,
             "PERDURE_CLUSTER_STATE": str(state),
             **{f"PERDURE_CLUSTER_{key}": value for key, value in settings.items()},
         }
         self._env["PATH"] = f"{state}/bin:{os.environ['PATH']}"
-        self._off: set[str] = set()
 
-    def manage(self, *verb: str) -> None:
-        """Call the cluster's own script."""
-        done = subprocess.run([SCRIPT, *verb], env=self._env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    def __enter__(self) -> "Cluster":
+        """Start it, and what stops it however this process ends: a pipe's end closes with us."""
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", 'cat; PERDURE_CLUSTER_STATE=$1 exec "$0" down', SCRIPT, self.state],
+            start_new_session=True, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            self.manage("up", *self._size)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop it."""
+        said = self._guard.communicate(timeout=120)[1]
+        assert self._guard.returncode == 0, said
+
+    def manage(self, *verb: str, code: int = 0) -> None:
+        """Call the cluster's own script, which must end with this exit code."""
+        done = subprocess.run(
+            [SCRIPT, *verb], env=self._env, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == code, done.stdout + done.stderr
 
     def run(self, *command: str, **more: object) -> str:
         """Run a SLURM command; return what it printed."""
@@ -93,38 +118,33 @@ class Cluster:
 
     def fail(self, node: str) -> None:
         """Cut a node's power."""
-        self._off.add(node)
         self.manage("fail", node)
 
     def boot(self, node: str) -> None:
         """Switch it on again."""
         self.manage("boot", node)
-        self._off.discard(node)
 
     def clear(self) -> None:
-        """Cancel all jobs, switch all nodes on, wait until they are idle."""
-        for node in sorted(self._off):
-            self.boot(node)
-        self.run("scancel", "--user=root")
-        until = time.monotonic() + 90
-        states = ("sinfo", "-h", "-N", "-p", "preemptible", "-o", "%T")
-        while self.run("squeue", "--noheader") or self.run(*states).split() != ["idle"] * 2:
-            assert time.monotonic() < until, self.run("squeue") + self.run("sinfo", "-N")
-            time.sleep(0.2)
+        """Make it idle: a new one, where a job or a dead node is left. That takes half a second.
+
+        To cancel a job that handles SIGTERM takes five, and what SLURM remembers of a dead node
+        lasts longer.
+        """
+        states = self.run("sinfo", "-h", "-N", "-p", "preemptible", "-o", "%T").split()
+        if self.run("squeue", "--noheader") or states != ["idle"] * self._nodes:
+            self.manage("down")
+            self.manage("up", *self._size)
 
 
 @pytest.fixture(scope="session")
 def whole_cluster() -> Iterator[Cluster]:
     """A cluster of its own for each process of tests."""
-    if os.geteuid() != 0 or shutil.which("slurmctld") is None:
+    path = os.environ["PATH"] + ":/usr/sbin"
+    if os.geteuid() != 0 or shutil.which("slurmctld", path=path) is None:
         pytest.skip("needs root, and: apt install slurmctld slurmd slurm-client munge iproute2")
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-    made = Cluster(Path(f"/run/perdure-{worker}-{os.getpid()}"), GRACE="20")
-    made.manage("up", "-N", "2", "-c", "8")
-    try:
+    with Cluster(Path(f"/run/perdure-{worker}-{os.getpid()}"), GRACE="20") as made:
         yield made
-    finally:
-        made.manage("down")
 
 
 @pytest.fixture
@@ -133,3 +153,16 @@ def cluster(whole_cluster: Cluster) -> Iterator[Cluster]:
     whole_cluster.clear()
     yield whole_cluster
     whole_cluster.clear()
+
+
+@pytest.fixture
+def another_cluster(whole_cluster: Cluster) -> Iterator[Callable[..., Cluster]]:
+    """Start one beside it, of another size or with other settings, for one test."""
+    with ExitStack() as all_of_them:
+        numbers = count(1)
+
+        def call(nodes: int = 2, cpus: int = 8, **settings: str) -> Cluster:
+            state = Path(f"{whole_cluster.state}-{next(numbers)}")
+            return all_of_them.enter_context(Cluster(state, nodes, cpus, **settings))
+
+        yield call

@@ -1,0 +1,148 @@
+"""The cluster of these tests: it works, leaves nothing behind, and lives beside another."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import ROOT
+
+
+def processes_of(state):
+    """Return the commands of all processes that were ever told of a cluster's folder."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"={state}\0".encode() in (folder / "environ").read_bytes() + b"\0":
+                found.append((folder / "cmdline").read_bytes())
+        except OSError:  # it has ended
+            continue
+    return [command for command in found if command]  # a zombie has none
+
+
+def of_the_machine():
+    links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True)
+    names = [line.split(":")[1] for line in links.stdout.splitlines()]
+    return names, Path("/proc/self/mountinfo").read_text(), Path("/etc/hosts").read_text()
+
+
+def wait(condition, within_s=30.0):
+    until = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_job_runs_on_two_nodes_and_down_leaves_nothing_behind(another_cluster, tmp_path):
+    before = of_the_machine()
+    cluster = another_cluster(GPUS="2")
+    job = cluster.sbatch(
+        tmp_path, "--nodes=2", "--gpus-per-node=2",
+        "--wrap=srun sh -c 'echo $(hostname) $CUDA_VISIBLE_DEVICES'",
+    )  # fmt: skip
+    assert cluster.ended(job) == "COMPLETED"
+    assert sorted(cluster.log(job).split("\n")) == ["", "n1 0,1", "n2 0,1"]
+
+    stubborn = "trap '' TERM; setsid sleep 1000 & touch up; wait"
+    job = cluster.sbatch(tmp_path, f"--wrap={stubborn}")
+    cluster.wait(job, (tmp_path / "up").exists)
+    assert len(processes_of(cluster.state)) > 5
+    cluster.manage("down")
+    assert processes_of(cluster.state) == []
+    assert not cluster.state.exists()
+    assert of_the_machine() == before
+    cluster.manage("status", code=3)
+    cluster.manage("down")
+
+
+def test_a_preempted_job_is_requeued_under_its_id(another_cluster, tmp_path):
+    cluster = another_cluster(GRACE="0", KILLWAIT="1")
+    job = cluster.sbatch(
+        tmp_path, "--nodes=2", "--open-mode=append",
+        "--wrap=echo attempt $SLURM_RESTART_COUNT; [ -n \"$SLURM_RESTART_COUNT\" ] || sleep 1000",
+    )  # fmt: skip
+    cluster.wait(job, lambda: "attempt" in cluster.log(job))
+    cluster.preempt()
+    assert cluster.ended(job) == "COMPLETED"
+    assert cluster.job(job)["Restarts"] == "1"
+    assert [line for line in cluster.log(job).split("\n") if "attempt" in line] == [
+        "attempt", "attempt 1"
+    ]  # fmt: skip
+    assert "DUE TO PREEMPTION" in cluster.log(job)
+
+
+def test_a_second_cluster_lives_beside_it(cluster, another_cluster, tmp_path):
+    other = another_cluster(nodes=1, cpus=3)
+    jobs = [one.sbatch(tmp_path, "--output=/dev/null", "--wrap=sleep 1000")
+            for one in (cluster, other)]  # fmt: skip
+    for one, job in zip((cluster, other), jobs, strict=True):
+        one.wait(job, lambda one=one, job=job: one.job(job)["JobState"] == "RUNNING")
+        assert one.job(job)["BatchHost"] == "n1"
+    assert other.run("sinfo", "-h", "-p", "urgent", "-o", "%D %c") == "1 3"
+    other.manage("down")
+    cluster.manage("status")
+    assert cluster.job(jobs[0])["JobState"] == "RUNNING"
+
+
+def test_nodes_fail_and_come_back(cluster):
+    def reaches(node):
+        probe = "exec 2>/dev/null; timeout 1 bash -c '>/dev/tcp/n2/6818'"
+        cluster.manage("exec", "-n", "n1", "bash", "-c", probe, code=0 if node else 124)
+
+    reaches(True)
+    cluster.manage("unplug", "n2")
+    reaches(False)
+    cluster.manage("plug", "n2")
+    reaches(True)
+    cluster.manage("slurmd-kill", "n2")
+    cluster.manage("status", code=1)
+    cluster.manage("slurmd-start", "n2")
+    cluster.fail("n1")
+    cluster.manage("status", code=1)
+    cluster.boot("n1")
+    cluster.manage("fail", "n3", code=1)
+    cluster.clear()
+    assert cluster.run("srun", "--nodes=2", "hostname").split() in (["n1", "n2"], ["n2", "n1"])
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
+def test_it_ends_with_the_process_that_started_it(whole_cluster, how):
+    state = Path(f"{whole_cluster.state}-{how}")
+    program = (
+        f"import os, signal, sys; sys.path[:0] = {sys.path!r}\n"
+        f"from pathlib import Path\nfrom conftest import Cluster\n"
+        f"with Cluster(Path({str(state)!r}), nodes=1) as cluster:\n"
+        f"    print(cluster.state.exists(), flush=True)\n"
+        f"    os.kill(os.getpid(), signal.{how})\n"
+    )
+    folder = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout == "True\n", done.stderr
+    wait(lambda: not state.exists())
+    wait(lambda: processes_of(state) == [])
+
+
+def test_one_that_does_not_come_up_says_why_and_leaves_nothing(whole_cluster, another_cluster):
+    with pytest.raises(AssertionError, match="unrecognized key: Nonsense"):
+        another_cluster(EXTRA="Nonsense=1")
+    state = Path(f"{whole_cluster.state}-1")
+    assert not state.exists()
+    wait(lambda: processes_of(state) == [])
+
+
+def test_one_that_is_interrupted_while_it_comes_up_leaves_nothing(whole_cluster):
+    state = Path(f"{whole_cluster.state}-interrupted")
+    starting = subprocess.Popen(
+        [ROOT / "scripts/slurm_cluster", "up"],
+        env={**os.environ, "PERDURE_CLUSTER_STATE": str(state)}, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait((state / "pid" / "munged").exists)
+    starting.terminate()
+    assert starting.wait(60) != 0
+    assert not state.exists()
+    wait(lambda: processes_of(state) == [])

@@ -1,0 +1,207 @@
+"""Signals at every moment, in every launch form: exit code 75, and no trace in the result."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+from commands import HARD
+
+from scripts.compare_runs import differences
+
+FRAGILE = [
+    *HARD, "task._target_=mine.task.Fragile", "+tracker.signals._target_=mine.tracker.Signals",
+]  # fmt: skip
+STUCK = [
+    "data={_target_: mine.data.Stuck}", "sample.shape=[4,4]", "sample.classes=3",
+    "model={_target_: mine.nets.Net, width: 8}", "trainer.max_epochs=3",
+    "trainer.global_batch_size=12", "launch.threads=1", "trainer.data_workers=1",
+    "checkpoint.every_steps=2",
+]  # fmt: skip
+FORMS = {"single": 1, "ours": 2, "torchrun": 2}
+MOMENTS = ("SIGNAL_IN_BUILD", "SIGNAL_IN_STEP", "SIGNAL_IN_EVALUATION", "SIGNAL_IN_SAVE")
+
+
+def launched(form: str, *arguments: str) -> tuple[str, list[str]]:
+    """Return module and arguments of a launch form."""
+    if form != "torchrun":
+        return "trainer.run", [*arguments, f"launch.nproc={FORMS[form]}"]
+    agent = ["--standalone", "--nproc-per-node=2", "--max-restarts=2",
+             "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"]  # fmt: skip
+    return "torch.distributed.run", [*agent, "-m", "trainer.run", *arguments]
+
+
+def code_of(command, done) -> int:
+    """Return the outcome: what was left for a batch script, which has to agree."""
+    left = int((command.folder / "outcome").read_text())
+    assert done.returncode in (left, 0)  # torchrun has its own codes
+    return left
+
+
+def run(command, form, *arguments, **env):
+    module, started = launched(form, *arguments)
+    outcome = str(command.folder / "outcome")
+    done = command(*started, module=module, PERDURE_OUTCOME=outcome, **env)
+    assert "Traceback" not in done.stderr, done.stderr
+    return code_of(command, done), done
+
+
+def record(command, name, number):
+    return json.loads((command.folder / f"runs/{name}/attempts/{number:04d}.json").read_text())
+
+
+def same(command, one, other):
+    runs = command.folder / "runs"
+    return differences(str(runs / one), str(runs / other)) == []
+
+
+@pytest.mark.parametrize("name", [
+    "SIGTERM", *(pytest.param(other, marks=pytest.mark.slow)
+                 for other in ("SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP")),
+])  # fmt: skip
+def test_each_signal_saves_and_leaves_with_75(command, name):
+    code, done = run(command, "single", *FRAGILE, "name=a", SIGNAL_IN_STEP=name)
+    assert code == done.returncode == 75
+    assert f"Stopped by {name} at step 9; newest checkpoint: step 9." in done.stdout
+    assert record(command, "a", 1)["reason"] == name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_at_any_moment_a_signal_stops_the_run_and_leaves_no_trace_in_the_result(command, form):
+    assert run(command, form, *FRAGILE, "name=whole")[0] == 0
+    for number, moment in enumerate(MOMENTS):
+        name = ("SIGTERM", "SIGUSR2")[number % 2]
+        code, done = run(command, form, *FRAGILE, f"name={moment}", **{moment: name})
+        assert code == 75, (moment, done.stdout, done.stderr)
+        stopped = record(command, moment, 1)
+        assert (stopped["outcome"], stopped["reason"]) == ("preempted", name), moment
+        if moment == "SIGNAL_IN_BUILD":
+            assert stopped["last_step"] == 0
+        assert run(command, form, *FRAGILE, f"name={moment}")[0] == 0
+        assert same(command, "whole", moment), moment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_a_signal_while_the_data_does_not_come_stops_the_run(command, wait_for, form):
+    assert run(command, form, *STUCK, "name=whole")[0] == 0
+    module, started = launched(form, *STUCK, "name=a")
+    outcome = str(command.folder / "outcome")
+    process = command.start(*started, module=module, STUCK_AFTER="40", PERDURE_OUTCOME=outcome)
+    wait_for((command.folder / "stuck").exists, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)  # nobody removes the file
+    assert (command.folder / "outcome").read_text() == "75", (out, err)
+    assert "Traceback" not in err
+    assert (command.folder / "stuck").exists()
+    assert record(command, "a", 1)["outcome"] == "preempted"
+    (command.folder / "stuck").unlink()
+    assert run(command, form, *STUCK, "name=a")[0] == 0
+    assert same(command, "whole", "a")
+
+
+@pytest.mark.slow
+def test_random_samples_are_the_same_with_any_number_of_workers(command):
+    for workers in (0, 1, 2):
+        code, _ = run(command, "single", *STUCK, f"trainer.data_workers={workers}",
+                      f"name=w{workers}")  # fmt: skip
+        assert code == 0
+    assert same(command, "w0", "w1")
+    assert same(command, "w0", "w2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["ours", "torchrun"])
+def test_a_killed_rank_brings_a_restart_with_the_same_bits(command, form):
+    assert run(command, form, *FRAGILE, "name=whole")[0] == 0
+    module, started = launched(form, *FRAGILE, "name=a")
+    if form == "ours":
+        started.append("launch.max_restarts=1")
+    done = command(*started, module=module, DIE_AT="1:13")
+    assert done.returncode == 0, done.stderr
+    assert record(command, "a", 2)["elastic_restart"] == "1"
+    assert record(command, "a", 2)["outcome"] == "done"
+    assert same(command, "whole", "a")
+
+
+def test_a_killed_rank_without_restarts_ends_with_75(command):
+    done = command(*FRAGILE, "name=a", "launch.nproc=2", DIE_AT="1:3")
+    assert done.returncode == 75
+    assert "rank 1 (process" in done.stderr
+    assert "was killed by SIGKILL" in done.stderr
+
+
+def test_a_run_that_dies_again_and_again_is_not_started_any_more(command):
+    arguments = [*FRAGILE, "name=a", "checkpoint.every_steps=null"]
+    for _ in range(3):
+        assert command(*arguments, FAIL_AT="0:2").returncode == 1
+    refused = command(*arguments)
+    assert refused.returncode == 76
+    assert "the last 3 attempts of runs/a died, and none of them saved anything" in refused.stderr
+    assert refused.stderr.count("ZeroDivisionError: a bug in the user's own code") == 3
+    assert "Traceback" not in refused.stderr
+    assert not (command.folder / "runs/a/attempts/0004.json").exists()
+    assert command(*arguments, "launch.max_attempts_without_progress=0").returncode == 0
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_is_named_and_the_job_leaves_with_75(command):
+    done = command(*FRAGILE, "name=a", "launch.nproc=2", "launch.watchdog_s=15", PAUSE_AT="1:13")
+    assert done.returncode == 75, done.stderr
+    assert "no step for 15 s (launch.watchdog_s). Behind: rank 1 (process" in done.stderr
+    assert "task.py" in done.stderr
+    stacks = sorted((command.folder / "runs/a/stacks").iterdir())
+    assert [path.name for path in stacks] == [f"attempt-0001-rank-{rank}.txt" for rank in (0, 1)]
+    assert "task.py" in stacks[1].read_text()
+    (command.folder / "paused").unlink()
+    assert command(*FRAGILE, "name=a", "launch.nproc=2").returncode == 0
+
+
+def test_after_its_time_a_run_leaves_with_75(command):
+    stopped = command(*FRAGILE, "name=a", "trainer.max_epochs=4000", "trainer.max_time=6")
+    assert stopped.returncode == 75
+    assert "Stopped by deadline at step" in stopped.stdout
+
+
+@pytest.mark.slow
+def test_a_save_that_cannot_be_done_in_the_grace_time_is_not_begun(command):
+    arguments = [*FRAGILE, "name=a", "preemption.grace_s=1.0"]
+    code, done = run(command, "single", *arguments, SIGNAL_IN_STEP="SIGTERM", STEP_S="0.1")
+    assert code == 75
+    assert "NOT SAVED" in done.stdout
+    assert "newest checkpoint: step 5" in done.stdout
+
+
+def losses(command, name):
+    lines = (command.folder / f"runs/{name}/metrics.jsonl").read_text().splitlines()
+    parsed = [json.loads(line) for line in lines]
+    return [(line["step"], line["loss"]) for line in parsed if line["split"] == "train"]
+
+
+@pytest.mark.slow
+def test_other_numbers_of_ranks_take_the_same_samples_and_learn_the_same(command):
+    plain = [
+        "data=synthetic", "sample.shape=[1,8,8]", "data.train_samples=240", "model=mlp",
+        "trainer.global_batch_size=12", "trainer.log_every_steps=1", "launch.threads=1",
+        "trainer.max_epochs=2", "optimizer=sgd",
+    ]  # fmt: skip
+    assert command(*plain, "name=one").returncode == 0
+    for ranks, upto in ((4, 13), (2, 26), (3, 40)):
+        last = command(*plain, "name=many", f"launch.nproc={ranks}", f"trainer.max_steps={upto}")
+        assert last.returncode == 0, last.stderr
+    one, many = (losses(command, name) for name in ("one", "many"))
+    assert [step for step, _ in one] == [step for step, _ in many] == list(range(1, 41))
+    for (_, expected), (_, found) in zip(one, many, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_sizes_that_do_not_fit_are_refused_with_those_that_do(command):
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.run", *HARD, "name=a", "launch.nproc=5", "--check"],
+        cwd=command.folder, env=command.env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "12 samples cannot be divided over 5 ranks" in done.stderr
+    assert "nearest" in done.stderr
