@@ -14,10 +14,10 @@ FRAGILE = [
     *HARD, "task._target_=mine.task.Fragile", "+tracker.signals._target_=mine.tracker.Signals",
 ]  # fmt: skip
 STUCK = [
-    "data={_target_: mine.data.Stuck}", "sample.shape=[4,4]", "sample.classes=3",
-    "model={_target_: mine.nets.Net, width: 8}", "trainer.max_epochs=3",
-    "trainer.global_batch_size=12", "launch.threads=1", "trainer.data_workers=1",
-    "checkpoint.every_steps=2",
+    "data._target_=mine.data.Stuck", "sample.shape=[4,4]", "sample.classes=3",
+    "model._target_=mine.nets.Net", "~model.classes", "~model.input_shape", "++model.width=4",
+    "trainer.max_epochs=3", "trainer.global_batch_size=12", "launch.threads=1",
+    "trainer.data_workers=1", "checkpoint.every_steps=2",
 ]  # fmt: skip
 FORMS = {"single": 1, "ours": 2, "torchrun": 2}
 MOMENTS = ("SIGNAL_IN_BUILD", "SIGNAL_IN_STEP", "SIGNAL_IN_EVALUATION", "SIGNAL_IN_SAVE")
@@ -94,7 +94,7 @@ def test_a_signal_while_the_data_does_not_come_stops_the_run(command, wait_for, 
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)  # nobody removes the file
     assert (command.folder / "outcome").read_text() == "75", (out, err)
-    assert "Traceback" not in err
+    assert form == "torchrun" or "Traceback" not in err  # torchrun shows its own
     assert (command.folder / "stuck").exists()
     assert record(command, "a", 1)["outcome"] == "preempted"
     (command.folder / "stuck").unlink()

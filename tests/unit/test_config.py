@@ -390,3 +390,12 @@ def test_closest_names_a_near_one_or_lists_what_is_valid():
     assert closest("xyz", ["adam", "sgd"]) == " (valid: adam, sgd)"
     assert closest("xyz", []) == ""
     assert closest("x", map(str, range(100, 113))).endswith("111, …)")
+
+
+@pytest.mark.parametrize(("text", "seconds"), [
+    ("90", 90.0), ("1.5", 1.5), ("30:00", 1800.0), ("2:00:30", 7230.0), ("1-12:00:00", 129600.0),
+    ("", None), ("0", None), ("0:00", None), ("2h", None), ("1-2:3", None), ("-5", None),
+    ("1:2:3:4", None),
+])  # fmt: skip
+def test_times_are_written_as_slurm_writes_them(text, seconds):
+    assert config.seconds(text) == seconds

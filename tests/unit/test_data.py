@@ -1,7 +1,10 @@
 """The shipped data against its sources, damaged files, and how batches are fetched."""
 
 import gzip
+import random
 import struct
+import time
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -10,8 +13,9 @@ from torch.utils.data import TensorDataset, default_collate
 
 from trainer.data.digits import Digits
 from trainer.data.mnist import Mnist, read_idx
-from trainer.data.source import fetch, to_device
+from trainer.data.source import EvalStream, TrainStream, fetch, to_device
 from trainer.data.synthetic import Synthetic
+from trainer.distributed import World
 from trainer.errors import DataError
 
 # --- digits ------------------------------------------------------------------------------------
@@ -329,3 +333,85 @@ def test_moving_a_batch_keeps_its_form():
 def test_the_default_collation_is_torchs_own():
     samples = [Plain()[index] for index in INDICES.tolist()]
     assert all(map(torch.equal, fetch(Plain(), INDICES), default_collate(samples)))
+
+
+# --- workers -----------------------------------------------------------------------------------
+
+
+class Noisy:
+    """A dataset whose samples are partly random, from all three generators."""
+
+    def __init__(self, size=23, fails_at=None):
+        self.size, self.fails_at = size, fails_at
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        if index == self.fails_at:
+            raise OSError("the file system is gone")
+        noise = random.random() + np.random.rand() + torch.rand(3)
+        return noise + index, index
+
+
+def stream(workers, *, size=1, rank=0, dataset=None):
+    world = World(rank=rank, size=size)
+    return TrainStream(dataset or Noisy(), world, seed=3, global_batch_size=6, workers=workers)
+
+
+def first(batches, count):
+    return [(batch[0].tolist(), batch[1].tolist(), cursor) for (batch,), cursor in
+            islice(batches, count)]  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_are_the_same_with_workers_and_without(workers):
+    beginning = {"epoch": 0, "batch": 0}
+    torch.manual_seed(0)
+    expected = first(stream(0).batches(beginning), 7)
+    before = torch.get_rng_state()
+    assert first(stream(workers).batches(beginning), 7) == expected
+    assert torch.equal(torch.get_rng_state(), before)  # the training's generator is untouched
+    middle = expected[2][2]
+    assert first(stream(workers).batches(middle), 4) == expected[3:]
+    samples = EvalStream(Noisy(), World(), 5)
+    ahead = EvalStream(Noisy(), World(), 5, workers)
+    for (x, _), (other, _) in zip(samples.batches(), ahead.batches(), strict=True):
+        assert torch.equal(x, other)
+
+
+def test_random_samples_are_the_same_on_any_number_of_ranks():
+    beginning = {"epoch": 0, "batch": 0}
+    alone = first(stream(0).batches(beginning), 4)
+    ranks = [first(stream(0, size=3, rank=rank).batches(beginning), 4) for rank in range(3)]
+    for step, (x, y, _) in enumerate(alone):
+        assert [row for rank in ranks for row in rank[step][0]] == x
+        assert [row for rank in ranks for row in rank[step][1]] == y
+
+
+def test_an_error_in_a_worker_is_raised_where_the_batch_is_asked_for():
+    batches = stream(1, dataset=Noisy(fails_at=4)).batches({"epoch": 0, "batch": 0})
+    with pytest.raises(OSError, match="the file system is gone"):
+        list(islice(batches, 4))
+
+
+def test_it_is_known_whether_batches_are_there(tmp_path):
+    gate = tmp_path / "gate"
+
+    class Waiting(Noisy):
+        def __getitem__(self, index):
+            while not gate.exists():
+                time.sleep(0.01)
+            return super().__getitem__(index)
+
+    batches = stream(1, dataset=Waiting()).batches({"epoch": 0, "batch": 0})
+    assert not batches.has(1)
+    gate.touch()
+    until = time.monotonic() + 60
+    while not batches.has(2):
+        assert time.monotonic() < until
+    next(batches)
+    assert stream(0).batches({"epoch": 0, "batch": 0}).has(2)
+    over = EvalStream(Noisy(size=5), World(), 5, 1).batches()
+    list(over)
+    assert over.has(1)  # the end

@@ -117,6 +117,30 @@ def test_a_slow_store_gets_the_save_that_became_due_meanwhile_and_no_others(tmp_
     assert job.said == []
 
 
+def test_a_save_that_cannot_end_in_time_is_left_and_one_that_will_not_is_not_begun(tmp_path):
+    store = FaultyStore(tmp_path)
+    job = Job(store)
+    assert job.save(1)
+    job.saver.save_s = 5.0
+    step_2 = partial(content_of, 2)
+    assert not job.saver.save(State(step=2), step_2, within_s=4.9)
+    assert job.said.pop() == "NOT SAVED: 5 s are left, and a save takes 5 s"
+    assert "put" not in store.calls[store.calls.index("finish") + 1 :]
+    store.hanging = ("put",)
+    assert not job.saver.save(State(step=2), step_2, within_s=5.1)  # by a clock that stands still
+    assert "NOT SAVED: the save of step 2 has not ended" in job.said.pop()
+    store.released.set()
+    ended()
+    assert_whole(tmp_path, 1, 2)  # it came to its end all the same
+
+
+def test_with_enough_time_a_save_is_done(tmp_path):
+    job = Job(LocalStore(tmp_path))
+    assert job.saver.save(State(step=1), partial(content_of, 1), within_s=60.0)
+    assert 0 < job.saver.save_s < 60
+    assert job.said == []
+
+
 # --- a store that fails --------------------------------------------------------------------------
 
 
