@@ -1,6 +1,7 @@
 """Jobs of a real SLURM: preempted, at their limit, on dead nodes, cancelled, failed, swept."""
 
 import json
+import random
 import re
 
 import pytest
@@ -62,6 +63,27 @@ def test_a_preempted_job_is_requeued_and_ends_with_the_same_bits(cluster, comman
     assert f"Stopped by {first['reason']} at step {first['last_step']}" in log
     assert f"resuming from step {first['last_step']}" in log
     assert "2 attempts (1 preempted): 100.0 % of 40 steps counted" in log
+    assert same(command, "whole", "a")
+
+
+def test_a_storm_of_preemptions_ends_with_the_same_bits(cluster, command, submit):
+    assert command(*FRAGILE, "name=whole", "launch.nproc=2").returncode == 0
+    job = submit(
+        *FRAGILE, "name=a", options=("--nodes=1", "--ntasks-per-node=2"), STEP_S="0.2"
+    )  # fmt: skip
+    lot, before = random.Random(7), 0
+    for number in range(1, 11):
+        goal = before + lot.randint(1, 3)
+        cluster.wait(job, lambda goal=goal: steps(command, "a") >= goal)
+        if number % 3 == 0:
+            cluster.preempt()  # the real thing takes longer
+        else:
+            cluster.run("scancel", f"--signal={lot.choice(['USR2', 'TERM', 'USR1'])}", job)
+        restarts = str(number)
+        cluster.wait(job, lambda restarts=restarts: cluster.job(job)["Restarts"] == restarts)
+        before = record(command, "a", number)["last_step"]
+    assert cluster.ended(job) == "COMPLETED"
+    assert "11 attempts (10 preempted): 100.0 % of 40 steps counted" in cluster.log(job)
     assert same(command, "whole", "a")
 
 

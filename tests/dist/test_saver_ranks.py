@@ -113,6 +113,41 @@ def test_one_ranks_failure_surfaces_at_the_same_step_on_all(
     ]
 
 
+def every_call_fails(world: World, folder: str):
+    """Let each call of each rank fail in turn; return what the newest checkpoint was each time."""
+    found = []
+    for who in range(world.size):
+        for how in ("before", "torn", "after"):
+            for number in range(1, 100):
+                store = FaultyStore(f"{folder}/{who}-{how}-{number}", how=how)
+                saver = begin(world, store)
+                assert saver.save(State(step=1), partial(content_of, world, 1))
+                if world.rank == who:
+                    store.fail_at = len(store.calls) + number
+                done = saver.save(State(step=2), partial(content_of, world, 2))
+                latest = checkpoint.latest(LocalStore(store.url))
+                checkpoint.verify(LocalStore(store.url), latest)
+                loaded = {"w": torch.zeros(1000), f"own.{world.rank}": torch.tensor([0])}
+                checkpoint.load(LocalStore(store.url), latest, loaded)
+                assert loaded["w"].unique().tolist() == [float(latest.step)]
+                assert latest.step == 2 or not done
+                found.append((who, how, latest.step, done))
+                if not any(world.gather(len(store.calls) >= store.fail_at > 0)):
+                    break  # there is no such call any more
+    return found
+
+
+def test_whichever_call_of_whichever_rank_fails_the_newest_checkpoint_is_whole(on_ranks, tmp_path):
+    one, two = on_ranks(2, every_call_fails, str(tmp_path))
+    assert one == two
+    for who in (0, 1):
+        for how in ("before", "torn", "after"):
+            met = [(step, done) for rank, kind, step, done in one if (rank, kind) == (who, how)]
+            assert met[-1] == (2, True)  # without a fault
+            assert sum(not done for _, done in met) >= 3  # open, put, finish
+            assert {step for step, done in met if not done} <= {1, 2}
+
+
 def one_rank_hangs(world: World, folder: str):
     store, now = FaultyStore(folder), [0.0]
     saver = begin(world, store, timeout_s=60.0, clock=lambda: now[0])
