@@ -71,10 +71,12 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
             job = build.build_job(run, world, source, tracker)
             loop.warm_up(job)
             start, state = _load(run, stored, job, store, attempt)
-            saver = _saver(run, stored, job, store, attempt, start)
-            saver.save_s = earlier[-1].get("save_s") if earlier else None
+            saver = _saver(run, stored, job, store, attempt, start, stop.grace_s)
+            known = [record["save_s"] for record in earlier if record.get("save_s")]
+            saver.save_s = known[-1] if known else None
             stop.deadline = _deadline(run, saver, began)
             world.from_rank0(lambda: _record_start(run, stored, job, store, attempt, start, state))
+            saver.compare_with_grace()
             if notes is not None:
                 notes.keep(state, saver, stop, began)
             trained = time.monotonic()
@@ -284,6 +286,7 @@ def _saver(
     store: Store,
     attempt: Attempt,
     start: Start,
+    grace_s: float,
 ) -> Saver:
     wanted = run.checkpoint
     saver = Saver(
@@ -297,6 +300,7 @@ def _saver(
         keep_best=wanted.keep_best,
         keep_every_steps=wanted.keep_every_steps,
         timeout_s=wanted.timeout_s,
+        grace_s=grace_s,
         metric=wanted.metric,
         mode=wanted.mode,
         stop_on_error=wanted.on_error == "stop",

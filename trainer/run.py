@@ -225,4 +225,7 @@ def _end(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _end(main())
+    try:
+        _end(main())
+    except SystemExit as error:
+        _end(error.code if isinstance(error.code, int) else FAILURE if error.code else DONE)

@@ -1,5 +1,6 @@
 """When a save happens, what follows it, and what a failed one means."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class Saver:
         mode: `max` or `min`.
         stop_on_error: raise when a save fails, instead of going on (three in a row always raise).
         timeout_s: seconds after which a save that has not ended ends the attempt.
+        grace_s: seconds between a signal and SIGKILL, with which saves are compared.
         before_commit: called on rank 0 before each manifest is written, on the save's thread.
         say: called on rank 0 with what a person should know.
         clock: seconds, monotonic.
@@ -74,6 +76,7 @@ class Saver:
         mode: str = "max",
         stop_on_error: bool = False,
         timeout_s: float = 1800.0,
+        grace_s: float = math.inf,
         before_commit: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = print,
         clock: Callable[[], float] = time.monotonic,
@@ -96,7 +99,8 @@ class Saver:
         )
         self._metric = metric
         self._stop_on_error = stop_on_error
-        self._timeout_s = timeout_s
+        self._timeout_s, self._grace_s = timeout_s, grace_s
+        self._fitted_grace = True
         self._before_commit, self._say, self._clock = before_commit, say, clock
         self._last_save_s = clock()
         self._failures = 0
@@ -215,8 +219,20 @@ class Saver:
             self.committed_step = flight.step
             self.save_s = flight.save.took_s
             self._failures = 0
+            self.compare_with_grace()
         while self._notes:
             self._say(self._notes.pop(0))
+
+    def compare_with_grace(self) -> None:
+        """Say so, when a save no longer fits into the grace time. Any rank; rank 0 speaks."""
+        fits = self.save_s is None or self.save_s <= self._grace_s
+        if not fits and self._fitted_grace and self._world.rank == 0:
+            self._say(
+                f"A SAVE TAKES {self.save_s:.0f} s, and preemption.grace_s is {self._grace_s:.0f}: "
+                "a stop may come without one. What counts then is the newest checkpoint of the "
+                "interval; raise the scheduler's lead time, or lower checkpoint.every_s"
+            )
+        self._fitted_grace = fits
 
     def _result(self, flight: _Flight, until_s: float | None) -> Manifest:
         hangs_s = flight.began_s + self._timeout_s

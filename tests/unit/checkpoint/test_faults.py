@@ -141,6 +141,14 @@ def test_with_enough_time_a_save_is_done(tmp_path):
     assert job.said == []
 
 
+def test_it_is_said_once_when_a_save_no_longer_fits_into_the_grace_time(tmp_path):
+    job = Job(LocalStore(tmp_path), grace_s=20.0)
+    for save_s in (None, 19.0, 21.0, 25.0, 3.0, 22.0):
+        job.saver.save_s = save_s
+        job.saver.compare_with_grace()
+    assert [text[:22] for text in job.said] == ["A SAVE TAKES 21 s, and", "A SAVE TAKES 22 s, and"]
+
+
 # --- a store that fails --------------------------------------------------------------------------
 
 
