@@ -137,6 +137,7 @@ def every_call_fails(world: World, folder: str):
     return found
 
 
+@pytest.mark.slow
 def test_whichever_call_of_whichever_rank_fails_the_newest_checkpoint_is_whole(on_ranks, tmp_path):
     one, two = on_ranks(2, every_call_fails, str(tmp_path))
     assert one == two

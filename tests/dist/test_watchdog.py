@@ -88,6 +88,7 @@ def vanishes(world: World, who: int, folder: str):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize("who", [0, 1])
 def test_a_rank_that_vanishes_is_left_behind(on_ranks, tmp_path, who):
     answers = on_ranks(3, vanishes, who, str(tmp_path))

@@ -133,6 +133,7 @@ def test_a_killed_rank_without_restarts_ends_with_75(command):
     assert "was killed by SIGKILL" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_again_and_again_is_not_started_any_more(command):
     arguments = [*FRAGILE, "name=a", "checkpoint.every_steps=null"]
     for _ in range(3):
