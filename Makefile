@@ -11,7 +11,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 ARGS ?=
 KILLS ?= 100
 
-.PHONY: train test test-cluster check format bench-loop bench-checkpoint chaos slurm slurm-down clean
+.PHONY: train test test-cluster check format bench-loop bench-checkpoint chaos clean
+.PHONY: slurm slurm-down
 
 train: $(VENV)/.installed
 	@$(BIN)/python -m trainer.run $(ARGS)
