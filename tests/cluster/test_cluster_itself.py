@@ -109,19 +109,17 @@ def test_nodes_fail_and_come_back(cluster):
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
 def test_it_ends_with_the_process_that_started_it(whole_cluster, how):
-    state = Path(f"{whole_cluster.state}-{how}")
-    program = (
-        f"import os, signal, sys; sys.path[:0] = {sys.path!r}\n"
+    state, folder = Path(f"{whole_cluster.state}-{how}"), Path(__file__).parent
+    program = (  # of several files of that name, this folder's comes first
+        f"import os, signal, sys; sys.path[:0] = {[str(folder), *sys.path]!r}\n"
         f"from pathlib import Path\nfrom conftest import Cluster\n"
         f"with Cluster(Path({str(state)!r}), nodes=1) as cluster:\n"
         f"    print(cluster.state.exists(), flush=True)\n"
         f"    os.kill(os.getpid(), signal.{how})\n"
     )
-    folder = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=120
+    )
     assert done.stdout == "True\n", done.stderr
     wait(lambda: not state.exists())
     wait(lambda: processes_of(state) == [])
