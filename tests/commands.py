@@ -142,6 +142,11 @@ USER_PACKAGE = {
 }
 
 
+def committed(run: Path) -> list[int]:
+    """The steps that have a manifest, oldest first."""
+    return sorted(int(path.parent.name[5:13]) for path in run.glob("checkpoints/*/manifest.json"))
+
+
 class Command:
     """Starts `python -m trainer.…` in its own process, as a user does."""
 

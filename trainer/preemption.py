@@ -6,41 +6,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
+from trainer import votes
 from trainer.distributed import World
 from trainer.errors import INTERRUPTED_TWICE
+from trainer.votes import Vote
 
 DEADLINE = 1000
 """The reason to stop that is no signal's number."""
 _POLL_S = 0.02
 
 
-@dataclass(frozen=True)
-class Vote:
-    """What all ranks know of each other at a boundary."""
-
-    reason: int = 0
-    """Number of a signal that some rank received, or `DEADLINE`, or 0."""
-    save_due: bool = False
-    """Whether rank 0 says that it is time to save."""
-    saves_ended: int = 0
-    """How many saves have ended on every rank."""
-    ready: bool = True
-    """Whether every rank had the data of the step after this boundary."""
-
-
 class Stop:
     """Whether the ranks have agreed to stop, and what else they agree on at every boundary.
 
-    The vote is an asynchronous all-reduce on the control group that has a whole step to complete:
-    what one rank saw before step k is known to all at the boundary after step k, at the same step
-    on every rank. Only the first vote, and those while some rank waits for data, are waited for.
+    A vote has a whole step to travel: what one rank saw before step k is known to all at the
+    boundary after step k, at the same step on every rank. Only the first vote, and those while some
+    rank waits for data, are waited for. Making one is collective.
     """
 
     def __init__(self, world: World, *, grace_s: float = 30.0) -> None:
@@ -60,7 +44,8 @@ class Stop:
         self._received = 0
         self._received_s: float | None = None
         self._previous: dict[int, Any] = {}
-        self._vote: tuple[Any, torch.Tensor] | None = None
+        self._votes = votes.between(world)
+        self._in_flight = False
         self._asked: Callable[[int], bool] | None = None
         self._stop_watching: Callable[[], None] = lambda: None
 
@@ -117,49 +102,37 @@ class Stop:
                 next one, or the ranks stop, the call does not return.
         """
         self.boundaries += 1
-        if self._world.size == 1:
-            while not (vote := self._mine(has(1))).ready and not vote.reason:
-                time.sleep(_POLL_S)
-            self.reason = vote.reason
-            return vote
-        agreed = self._take()
+        alone = self._world.size == 1  # and told at once
+        agreed = None if alone else self._take()
         if agreed is None or has != self._asked:  # that vote was of other data, if of any
             self._asked, agreed = has, self._now(has)
         while not agreed.ready and not agreed.reason:
             agreed = self._now(has)
         self.reason = self.reason or agreed.reason
-        self._vote = self._send(self._mine(has(2)))
+        if not alone:
+            self._send(has(2))
         return agreed
 
     def _now(self, has: Callable[[int], bool]) -> Vote:
         if not (has_data := has(1)):
             time.sleep(_POLL_S)
             has_data = has(1)
-        self._vote = self._send(self._mine(has_data))
+        self._send(has_data)
         vote = self._take()
         assert vote is not None  # noqa: S101 (for the type checker)
         return vote
 
-    def _mine(self, has_data: bool) -> Vote:
+    def _send(self, has_data: bool) -> None:
         is_first = self._world.rank == 0
         reason = self._received or (DEADLINE if is_first and self.deadline() else 0)
-        return Vote(reason, is_first and self.save_due(), self.saves_ended(), has_data)
-
-    def _send(self, mine: Vote) -> tuple[Any, torch.Tensor]:
-        votes = torch.tensor(
-            [mine.reason, int(mine.save_due), -mine.saves_ended, int(not mine.ready)]
-        )
-        work = dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._world.control, async_op=True)
-        return work, votes
+        self._votes.send(Vote(reason, is_first and self.save_due(), self.saves_ended(), has_data))
+        self._in_flight = True
 
     def _take(self) -> Vote | None:
-        if self._vote is None:
+        if not self._in_flight:
             return None
-        work, votes = self._vote
-        self._vote = None
-        work.wait()
-        reason, save_due, saves_running, waiting = votes.tolist()
-        return Vote(reason, bool(save_due), -saves_running, not waiting)
+        self._in_flight = False
+        return self._votes.take()
 
     def settle(self) -> None:
         """Complete the vote in flight, so that the control group is free. Collective."""

@@ -24,6 +24,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from trainer.distributed import World
 from trainer.errors import PeerFailedError, PeerLostError, PerdureError
+from trainer.votes import RankEndedError
 
 _TOLD = "told/{}"
 _FAILED, _GONE = "failed", "gone"
@@ -259,8 +260,9 @@ def _place(thread: int | None) -> tuple[bool, str]:
 
 def _is_of_a_connection(error: BaseException) -> bool:
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        word in text for word in ("gloo", "nccl", "connection closed by peer", "connection reset")
+    return isinstance(error, RankEndedError) or (
+        isinstance(error, RuntimeError)
+        and any(word in text for word in ("gloo", "nccl", "closed by peer", "connection reset"))
     )
 
 
