@@ -182,11 +182,16 @@ class Command:
 @pytest.fixture
 def command(tmp_path: Path) -> Command:
     """The command, started in an empty folder, with the user's package `mine` on its path."""
-    package = tmp_path / "packages" / "mine"
+    return in_folder(tmp_path)
+
+
+def in_folder(parent: Path) -> Command:
+    """Return the command in an empty folder under `parent`, with the package `mine`."""
+    package = parent / "packages" / "mine"
     package.mkdir(parents=True)
     for name, text in USER_PACKAGE.items():
         (package / name).write_text(textwrap.dedent(text))
-    folder = tmp_path / "work"
+    folder = parent / "work"
     folder.mkdir()
     made = Command(folder)
     made.env["PYTHONPATH"] = str(package.parent)

@@ -3,7 +3,9 @@
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,7 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code (the table is in trainer.errors)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        launch.take_rank_from_slurm()
         if arguments[:1] == ["--worker"]:
             return _worker(Path(arguments[1]))
         code = _command(arguments)
@@ -74,10 +75,8 @@ def _command(arguments: list[str]) -> int:
 
     def job(composed: DictConfig) -> None:
         is_sweep = _name_sweep_job(composed, prepared.swept)
-        try:
-            codes.append(_one_run(composed, prepared.problems, check_only))
-        except PerdureError as error:
-            codes.append(_say_error(error))
+        one_run = partial(_one_run, composed, prepared.problems, check_only)
+        codes.append(_submitted(one_run) if "SUBMITIT_EXECUTOR" in os.environ else one_run())
         if is_sweep and codes[-1] == RUN_AGAIN:
             raise SystemExit(RUN_AGAIN)
 
@@ -90,8 +89,26 @@ def _command(arguments: list[str]) -> int:
             raise
         found = [*prepared.problems, Problem("command line", str(error).strip())]
         raise ConfigError(errors.problems_text(found)) from None
+    except Exception as error:
+        if not type(error).__module__.startswith("submitit."):
+            raise
+        raise PerdureError(f"a job of the sweep has failed: {error}") from None
     failed = [code for code in codes if code != DONE]
     return FAILURE if FAILURE in failed else (failed or [DONE])[0]
+
+
+def _submitted(one_run: Callable[[], int]) -> int:
+    """Run in a job that Hydra has submitted: it keeps errors, and ends as if all were well."""
+    try:
+        code = one_run()
+    except Exception:
+        traceback.print_exc()
+        launch.leave_outcome(FAILURE)
+        raise
+    launch.leave_outcome(code)
+    if code not in (DONE, RUN_AGAIN):
+        raise PerdureError(f"a job of the sweep ended with {code}; its log says why")
+    return code
 
 
 def _is_compose_error(error: BaseException) -> bool:
@@ -121,6 +138,14 @@ def _name_sweep_job(composed: DictConfig, swept: Sequence[str]) -> bool:
 
 
 def _one_run(composed: DictConfig, problems: Sequence[Problem], check_only: bool) -> int:
+    try:
+        launch.take_rank_from_slurm()
+        return _check_and_start(composed, problems, check_only)
+    except PerdureError as error:
+        return _say_error(error)
+
+
+def _check_and_start(composed: DictConfig, problems: Sequence[Problem], check_only: bool) -> int:
     from trainer import build
 
     run, found = config.merge(composed)

@@ -1,54 +1,17 @@
 """Jobs of a real SLURM: preempted, at their limit, on dead nodes, cancelled, failed, swept."""
 
-import json
 import random
 import re
 
 import pytest
-from commands import HARD, ROOT
+from jobs import FRAGILE, TWO_BY_TWO, record, same, steps, submit, undisturbed
 
-from scripts.compare_runs import differences
-
-FRAGILE = [*HARD, "task._target_=mine.task.Fragile"]
-TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--exclusive")
-SLURM = ROOT / "slurm"
-ENDLESS = "trainer.max_epochs=4000"
+__all__ = ["submit", "undisturbed"]
 
 
-@pytest.fixture
-def submit(cluster, command):
-    """Submit a batch script of the project with overrides, in the command's folder."""
-
-    def call(*arguments, script="train.sbatch", options=TWO_BY_TWO, **env):
-        # a sandbox without the user's environment would not find his package
-        env = {"PYTHONPATH": command.env["PYTHONPATH"], "OMP_NUM_THREADS": "1", **env}
-        return cluster.sbatch(command.folder, *options, str(SLURM / script), *arguments, **env)
-
-    return call
-
-
-def record(command, name, number):
-    return json.loads((command.folder / f"runs/{name}/attempts/{number:04d}.json").read_text())
-
-
-def steps(command, name):
-    path = command.folder / f"runs/{name}/metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
-
-
-def same(command, one, other):
-    runs = command.folder / "runs"
-    return differences(str(runs / one), str(runs / other)) == []
-
-
-def undisturbed(command, *arguments):
-    done = command(*arguments, "name=whole", "launch.nproc=4")
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_preempted_job_is_requeued_and_ends_with_the_same_bits(cluster, command, submit):
-    undisturbed(command, *FRAGILE)
+def test_a_preempted_job_is_requeued_and_ends_with_the_same_bits(
+    cluster, command, submit, undisturbed
+):
     job = submit(*FRAGILE, "name=a", STEP_S="0.2")
     cluster.wait(job, lambda: steps(command, "a") >= 3)
     cluster.preempt()
@@ -63,7 +26,7 @@ def test_a_preempted_job_is_requeued_and_ends_with_the_same_bits(cluster, comman
     assert f"Stopped by {first['reason']} at step {first['last_step']}" in log
     assert f"resuming from step {first['last_step']}" in log
     assert "2 attempts (1 preempted): 100.0 % of 40 steps counted" in log
-    assert same(command, "whole", "a")
+    assert same(undisturbed, command, "a")
 
 
 def test_a_storm_of_preemptions_ends_with_the_same_bits(cluster, command, submit):
@@ -84,7 +47,7 @@ def test_a_storm_of_preemptions_ends_with_the_same_bits(cluster, command, submit
         before = record(command, "a", number)["last_step"]
     assert cluster.ended(job) == "COMPLETED"
     assert "11 attempts (10 preempted): 100.0 % of 40 steps counted" in cluster.log(job)
-    assert same(command, "whole", "a")
+    assert same(command.folder / "runs/whole", command, "a")
 
 
 def test_at_the_time_limit_a_job_leaves_in_time_and_is_requeued(cluster, command, submit):
@@ -98,8 +61,7 @@ def test_at_the_time_limit_a_job_leaves_in_time_and_is_requeued(cluster, command
     cluster.run("scancel", job)
 
 
-def test_when_a_node_dies_the_job_goes_on_with_the_same_bits(cluster, command, submit):
-    undisturbed(command, *FRAGILE)
+def test_when_a_node_dies_the_job_goes_on_with_the_same_bits(cluster, command, submit, undisturbed):
     job = submit(*FRAGILE, "name=a", "launch.peer_timeout_s=5", STEP_S="0.3")
     cluster.wait(job, lambda: steps(command, "a") >= 7)
     cluster.fail("n2")
@@ -107,7 +69,7 @@ def test_when_a_node_dies_the_job_goes_on_with_the_same_bits(cluster, command, s
     cluster.boot("n2")
     assert cluster.ended(job, 240) == "COMPLETED"
     assert int(cluster.job(job)["Restarts"]) >= 1
-    assert same(command, "whole", "a")
+    assert same(undisturbed, command, "a")
 
 
 @pytest.mark.parametrize(("how", "state"), [((), "CANCELLED"), (("--signal=TERM",), "COMPLETED")])
@@ -140,8 +102,9 @@ def test_a_job_that_fails_for_good_is_not_requeued(
     assert says in cluster.log(job)
 
 
-def test_under_torchrun_on_each_node_the_outcome_still_requeues_the_job(cluster, command, submit):
-    undisturbed(command, *FRAGILE)
+def test_under_torchrun_on_each_node_the_outcome_still_requeues_the_job(
+    cluster, command, submit, undisturbed
+):
     options = ("--nodes=2", "--exclusive")
     job = submit(
         *FRAGILE, "name=a", script="torchrun.sbatch", options=options,
@@ -152,7 +115,7 @@ def test_under_torchrun_on_each_node_the_outcome_still_requeues_the_job(cluster,
     assert cluster.ended(job) == "COMPLETED"
     assert cluster.job(job)["Restarts"] == "1"
     assert record(command, "a", 1)["outcome"] == "preempted"
-    assert same(command, "whole", "a")
+    assert same(undisturbed, command, "a")
 
 
 def test_of_a_sweep_only_the_task_that_was_stopped_is_requeued(cluster, command, submit):
