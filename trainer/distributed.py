@@ -126,12 +126,14 @@ def connect(device: torch.device, *, timeout_s: float) -> World:
         return World(device=device)
     timeout = timedelta(seconds=timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    # An elastic agent may keep its store over restarts, with the addresses of those who are dead.
     store, rank, _ = next(iter(rendezvous("env://", timeout=timeout)))
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # It outlives its ranks, with the addresses of those who are dead; a new one is nobody's.
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"perdure/{restart}/{size}", store)
     dist.init_process_group(
         backend,
-        store=PrefixStore(f"perdure/{restart}/{size}", store),
+        store=store,
         rank=rank,
         world_size=size,
         timeout=timeout,

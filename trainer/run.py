@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code (the table is in trainer.errors)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            processes.die_with_parent()  # an agent that is killed leaves its ranks behind
         if arguments[:1] == ["--worker"]:
             return _worker(Path(arguments[1]))
         code = _command(arguments)
@@ -193,7 +195,6 @@ def _launch(run: Run, stored: Mapping[str, Any]) -> int:
 
 def _worker(file: Path) -> int:
     """Be one of the ranks that `_launch` started."""
-    processes.die_with_parent()
     payload = json.loads(file.read_text())
     run, found = config.merge(OmegaConf.create(payload["run"]))
     if found:
