@@ -3,6 +3,7 @@
 # make check     formatting, lint, types, direction of imports
 # make bench-loop, make bench-checkpoint     figures against named rivals (docs/benchmarks.md)
 # make chaos     kill a real training at KILLS random instants; nothing may be lost
+# make s3       a real S3 server on this machine, to try things
 # make slurm, make slurm-down    a real SLURM of two nodes on this machine, to try things (as root)
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ ARGS ?=
 KILLS ?= 100
 
 .PHONY: train test test-cluster check format bench-loop bench-checkpoint chaos clean
-.PHONY: slurm slurm-down
+.PHONY: s3 slurm slurm-down
 
 train: $(VENV)/.installed
 	@$(BIN)/python -m trainer.run $(ARGS)
@@ -41,6 +42,9 @@ bench-checkpoint: $(VENV)/.installed-test
 
 chaos: $(VENV)/.installed
 	$(BIN)/python scripts/chaos.py --kills $(KILLS) $(ARGS)
+
+s3: $(VENV)/.installed-test
+	@$(BIN)/python scripts/s3_server.py $(ARGS)
 
 slurm:
 	@scripts/slurm_cluster up -N 2

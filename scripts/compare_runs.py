@@ -4,15 +4,14 @@ python scripts/compare_runs.py RUN_A RUN_B; exit code 0 if they are identical, 1
 Only `time`, `*_s` and `*_per_s` of metrics.jsonl may differ.
 """
 
-import json
 import sys
-from pathlib import Path
 
 import torch
 
 from trainer import checkpoint
 from trainer.checkpoint import lineage
 from trainer.storage import open_store
+from trainer.tracking import jsonl
 
 
 def differences(run_a: str, run_b: str) -> list[str]:
@@ -51,10 +50,9 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _metrics(run: str) -> list[dict[str, object]]:
-    lines = map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines())
     return [
         {k: v for k, v in line.items() if k != "time" and not k.endswith(("_s", "_per_s"))}
-        for line in lines
+        for line in jsonl.read(open_store(run))
     ]
 
 

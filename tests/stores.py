@@ -91,7 +91,7 @@ class FaultyStore(LocalStore):
     def size(self, key: str) -> int:
         return self.call("size", lambda: LocalStore.size(self, key))
 
-    def list(self, prefix: str) -> list[str]:
+    def list(self, prefix: str, *, unfinished: bool = False) -> list[str]:
         return self.call("list", lambda: LocalStore.list(self, prefix))
 
     def delete(self, keys: Any) -> None:

@@ -47,7 +47,7 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
         The exit code of an outcome that all ranks agree on: done, or run again.
     """
     _refuse_different_configs(stored, world)
-    store = open_store(run.run_dir)
+    store = open_store(run.run_dir, run.store)
     start = world.from_rank0(lambda: resume.choose(store, run, stored))
     if resume.finished(run, start):
         if world.rank == 0:
@@ -254,10 +254,10 @@ def _load(
             lambda: resume.choose(store, run, stored, attempt=attempt.number, damaged=damaged)
         )
         try:
-            state = world.together(partial(resume.load, job, start))
+            state = world.together(partial(resume.load, job, start, run.store))
         except DamagedError as error:
             if start.is_fork or start.commit is None or start.is_named:
-                world.from_rank0(partial(_refuse_damaged, start, error))
+                world.from_rank0(partial(_refuse_damaged, run, start, error))
             else:
                 damaged.append(start.commit)
                 world.from_rank0(partial(_set_aside, store, start.commit, error))
@@ -272,8 +272,8 @@ def _set_aside(store: Store, commit: Commit, error: DamagedError) -> None:
     print(f"DAMAGED: {error}. Trying the newest older one.", flush=True)
 
 
-def _refuse_damaged(start: Start, error: DamagedError) -> None:
-    commits = lineage.commits(open_store(start.store_url))
+def _refuse_damaged(run: Run, start: Start, error: DamagedError) -> None:
+    commits = lineage.commits(open_store(start.store_url, run.store))
     older = [f"{commit.step:,}" for commit in reversed(commits) if commit.step < start.step]
     advice = f"resume from one of them with resume={older[0]}" if older else "there is no older one"
     raise DamagedError(f"{error}. Older whole steps: {', '.join(older) or 'none'}; {advice}")
@@ -329,6 +329,8 @@ def _record_start(
     job.tracker.start(
         {
             "run_dir": run.run_dir,
+            "store": store,
+            "attempt": attempt.number,
             "step": state.step,
             "last_eval_step": state.last_eval_step,
             "max_steps": job.max_steps,
@@ -338,7 +340,7 @@ def _record_start(
         }
     )
     record = lineage.records(store)[-1]
-    for line in [*_banner(run, job, record), *_resume_lines(job, store, start, state, record)]:
+    for line in [*_banner(run, job, record), *_resume_lines(run, job, store, start, state, record)]:
         job.tracker.say(line)
 
 
@@ -364,7 +366,12 @@ def _banner(run: Run, job: loop.Job, record: Mapping[str, Any]) -> list[str]:
 
 
 def _resume_lines(
-    job: loop.Job, store: Store, start: Start, state: State, record: Mapping[str, Any]
+    run: Run,
+    job: loop.Job,
+    store: Store,
+    start: Start,
+    state: State,
+    record: Mapping[str, Any],
 ) -> list[str]:
     lines = [f"PASSED OVER: {text}" for text in start.skipped]
     if start.manifest is None or start.commit is None:
@@ -375,7 +382,7 @@ def _resume_lines(
     if start.differences:
         lines.append("settings that changed since then:")
         lines += [f"  {difference}" for difference in start.differences]
-    saved_in = open_store(start.store_url) if start.is_fork else store
+    saved_in = open_store(start.store_url, run.store) if start.is_fork else store
     number = start.manifest.attempt
     then = next((r for r in lineage.records(saved_in) if r["attempt"] == number), record)
     facts = ("world_size", "threads", "device", "versions")

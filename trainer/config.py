@@ -130,6 +130,26 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObjectStore:
+    """How a run_dir on S3 or another object store is reached. Credentials: see docs/storage.md."""
+
+    endpoint_url: str | None = setting(
+        None, "Address of an S3 server; default: AWS_ENDPOINT_URL, else Amazon's."
+    )
+    region: str | None = setting(None, "Region of the bucket; default: the environment's.")
+    path_style: bool = setting(
+        False, "Ask for server/bucket/key instead of bucket.server/key, which older servers need."
+    )
+    timeout_s: float = setting(
+        60.0, "A request without an answer for this long is repeated.", above=0
+    )
+    retries: int = setting(
+        8, "How often a request is repeated that may succeed later: for a minute.", at_least=0
+    )
+    options: dict[str, Any] = setting({}, "More options of the fsspec file system.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preemption:
     """Which signals mean: save and leave with exit code 75."""
 
@@ -166,6 +186,7 @@ class Run:
     parallel: Parallel = setting(Parallel, "How the model is spread over ranks.")
     trainer: Trainer = setting(Trainer, "How long, how much at a time, when to look.")
     launch: Launch = setting(Launch, "How ranks come to be.")
+    store: ObjectStore = setting(ObjectStore, "How an object store is reached.")
     checkpoint: Checkpoint = setting(Checkpoint, "When to save and what to keep.")
     preemption: Preemption = setting(Preemption, "Signals that mean save and leave.")
     tracker: dict[str, Any] = setting({}, "Trackers by name, each by _target_.")
@@ -263,11 +284,7 @@ def check(run: Run) -> list[Problem]:
     if not re.fullmatch(r"(?!\.+$)[\w.,=+@-]+", run.name):
         text = f"{run.name!r} must be made of letters, digits and . , = + @ _ -, not dots alone"
         problems.append(Problem("name", text))
-    if "://" in run.run_dir and not run.run_dir.startswith("file://"):
-        text = f"{run.run_dir!r}: only local paths can hold a run so far"
-        problems.append(Problem("run_dir", text))
-    if not run.run_dir:
-        problems.append(Problem("run_dir", "is empty; give the directory of the run"))
+    problems += _check_place(run.run_dir)
     if not run.resume:
         problems.append(Problem("resume", "is empty; use auto, never, best, a step or a path"))
     for key in ("nproc", "threads"):
@@ -289,6 +306,18 @@ def check(run: Run) -> list[Problem]:
         text = f"{interval!r} is not step or epoch{closest(str(interval), ('step', 'epoch'))}"
         problems.append(Problem("scheduler.interval", text))
     return problems
+
+
+def _check_place(run_dir: str) -> list[Problem]:
+    host = run_dir.partition("://")[2].partition("/")[0]
+    text = ""
+    if not run_dir:
+        text = "is empty; give the directory of the run"
+    elif "@" in host:
+        text = "has credentials in it, which would be written down; see docs/storage.md"
+    elif re.fullmatch(r"[\w+.-]+://[^/]*/*", run_dir):
+        text = f"{run_dir!r} is a whole bucket; give the run a name in it"
+    return [Problem("run_dir", text)] if text else []
 
 
 def seconds(text: str) -> float | None:
@@ -371,6 +400,9 @@ def stored(composed: DictConfig) -> dict[str, Any]:
     """
     safe = copy.deepcopy(composed)
     texts: dict[str, str] = {}
+    options = OmegaConf.select(safe, "store.options")
+    for key in options or ():
+        options[key] = "<redacted>"  # any of them may be a key to the store
     _hide(safe, texts)
     found: dict[str, Any] = _plain(safe, texts)
     return found

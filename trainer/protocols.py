@@ -58,9 +58,10 @@ class Tracker(Protocol):
     def start(self, facts: Mapping[str, Any]) -> None:
         """Begin an attempt.
 
-        `facts` has `run_dir`, `step` (where it starts from), `last_eval_step`, `max_steps`,
-        `steps_per_epoch`, `world_size`, `config`. Training figures of later steps than `step` and
-        evaluations of later steps than `last_eval_step` are void: they will come again.
+        `facts` has `run_dir`, `store` (the run's), `attempt` (its number), `step` (where it starts
+        from), `last_eval_step`, `max_steps`, `steps_per_epoch`, `world_size`, `config`. Training
+        figures of later steps than `step` and evaluations of later steps than `last_eval_step` are
+        void: they will come again.
         """
 
     def log(self, line: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from trainer.checkpoint import lineage, tree
 from trainer.checkpoint.lineage import FOLDER, MANIFEST, Commit
 from trainer.checkpoint.manifest import Manifest, parse_folder
 from trainer.checkpoint.plan import TORCH_DTYPES
-from trainer.config import Run
+from trainer.config import ObjectStore, Run
 from trainer.errors import CheckpointError, ConfigError
 from trainer.state import State
 from trainer.storage import Store, open_store
@@ -85,7 +84,9 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
     """Return the settings that differ, sorted by key; where a run lies is not one of them."""
     before, after = flatten(old), flatten(new)
-    keys = sorted(key for key in {*before, *after} if key not in _PLACE_KEYS)
+    keys = sorted(
+        key for key in {*before, *after} if key not in _PLACE_KEYS and not key.startswith("store.")
+    )
     return [
         Difference(key, before.get(key, _ABSENT), after.get(key, _ABSENT))
         for key in keys
@@ -144,7 +145,7 @@ def choose(
     elif request == "auto":
         return Start()
     else:
-        start = _fork(request)
+        start = _fork(request, run.store)
     assert start.manifest is not None  # noqa: S101 (for the type checker)
     differences = tuple(compare(start.manifest.config, config))
     if not start.is_fork and any(difference.refuses for difference in differences):
@@ -210,19 +211,18 @@ def _best(store: Store, commits: list[Commit], run: Run) -> Commit | None:
     return by_step[best[0]] if best else None
 
 
-def _fork(request: str) -> Start:
+def _fork(request: str, settings: ObjectStore) -> Start:
     """Open a checkpoint of another run: its directory, one of its folders, or a manifest."""
-    path = Path(request.removeprefix("file://"))
-    if path.name == MANIFEST:
-        path = path.parent
-    parsed = parse_folder(path.name)
-    if parsed is not None and path.parent.name == FOLDER:
-        store = open_store(str(path.parent.parent))
-        commit = Commit(*parsed, f"{FOLDER}/{path.name}")
-        if (path / MANIFEST).is_file():
+    url = request.removeprefix("file://").rstrip("/").removesuffix(f"/{MANIFEST}")
+    parent, _, name = url.rpartition("/")
+    parsed = parse_folder(name)
+    if parsed is not None and (parent == FOLDER or parent.endswith(f"/{FOLDER}")):
+        store = open_store(parent[: -len(FOLDER) - 1] or ".", settings)
+        commit = Commit(*parsed, f"{FOLDER}/{name}")
+        if commit.manifest_key in store.list(commit.folder):
             return replace(_open(store, commit), is_fork=True)
     else:
-        store = open_store(str(path))
+        store = open_store(url, settings)
         commits = lineage.commits(store)
         if commits:
             return replace(_newest_whole(store, commits, ()), is_fork=True)
@@ -259,7 +259,11 @@ def finished(run: Run, start: Start) -> bool:
     return (by_steps or by_epochs) and evaluated
 
 
-def load(job: loop.Job, start: Start) -> State:
+def load(
+    job: loop.Job,
+    start: Start,
+    settings: ObjectStore = ObjectStore(),  # noqa: B008 (frozen)
+) -> State:
     """Bring model, optimizer, scheduler, scaler and generators to `start`; return the state.
 
     No collectives: call it on every rank, then let the ranks vote.
@@ -272,7 +276,7 @@ def load(job: loop.Job, start: Start) -> State:
     if manifest is None or start.commit is None:
         return State()
     reader = checkpoint.Reader(
-        open_store(start.store_url),
+        open_store(start.store_url, settings),
         start.commit.folder,
         manifest,
         peers=job.world.local_size,

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -173,7 +174,7 @@ def _launch(run: Run, stored: Mapping[str, Any]) -> int:
     from trainer import attempt, resume
     from trainer.storage import open_store
 
-    store = open_store(run.run_dir)
+    store = open_store(run.run_dir, run.store)
     try:
         store.probe()
     except StoreError as error:
@@ -188,9 +189,18 @@ def _launch(run: Run, stored: Mapping[str, Any]) -> int:
     return launch.run_ranks(
         payload,
         run.launch,
-        logs=Path(run.run_dir) / "logs",
+        logs=_logs_folder(run),
         grace_s=launch.grace_s(run.preemption.grace_s),
     )
+
+
+def _logs_folder(run: Run) -> Path:
+    """Return where the output of ranks other than 0 goes: into the run, if it is a directory."""
+    from trainer.storage import is_local
+
+    if is_local(run.run_dir):
+        return Path(run.run_dir.removeprefix("file://")) / "logs"
+    return Path(tempfile.gettempdir(), "perdure-logs", run.name)
 
 
 def _worker(file: Path) -> int:

@@ -164,7 +164,9 @@ def test_an_optional_group_may_be_null(group):
     ("name", "a/b", "must be made of letters"),
     ("name", "", "must be made of letters"), ("name", "..", "not dots alone"),
     ("run_dir", "", "is empty"),
-    ("run_dir", "s3://bucket/run", "only local paths"),
+    ("run_dir", "s3://bucket", "a whole bucket"),
+    ("run_dir", "s3://bucket/", "a whole bucket"),
+    ("run_dir", "s3://key:secret@bucket/run", "has credentials in it"),
     ("resume", "", "is empty"),
     ("scheduler", {"interval": "epok"}, "did you mean 'epoch'?"),
 ])  # fmt: skip

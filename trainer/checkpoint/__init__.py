@@ -15,7 +15,7 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import DamagedError, Reader
 from trainer.checkpoint.tree import Content
 from trainer.checkpoint.writer import Save, Writer
-from trainer.storage import Store
+from trainer.storage.store import Store
 
 __all__ = [
     "Attempt", "Commit", "Content", "DamagedError", "Manifest", "Reader", "Save", "Writer",

@@ -15,7 +15,7 @@ from typing import Any
 
 from trainer.checkpoint.manifest import Manifest, from_bytes, is_void, parse_folder, void_bytes
 from trainer.errors import CheckpointError, StoreError, SupersededError
-from trainer.storage import AlreadyExists, Store
+from trainer.storage.store import AlreadyExists, Store
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -59,14 +59,14 @@ def _key(number: int) -> str:
 
 def begin(store: Store, facts: Mapping[str, Any]) -> Attempt:
     """Create the next attempt's record, before anything else is written. Rank 0 only."""
-    token = secrets.token_hex(4)
+    token, number = secrets.token_hex(4), 0
     while True:
-        number = max(_numbers(store), default=0) + 1
+        number = max(max(_numbers(store), default=0), number) + 1
         record = {"attempt": number, "token": token, "started": now(), **facts}
         try:
             store.create(_key(number), _record_bytes(record))
         except AlreadyExists:
-            continue  # another start took the number at the same moment
+            continue  # another start took the number at the same moment; a list may lag
         return Attempt(number, token)
 
 
@@ -223,7 +223,7 @@ def clean(store: Store, attempt: Attempt, newest: Commit) -> None:
     """
     alive = {commit.folder for commit in commits(store, damaged=True)}
     folders: dict[str, list[str]] = {}
-    for key in store.list(FOLDER):
+    for key in store.list(FOLDER, unfinished=True):
         folder, _, name = key.rpartition("/")
         folders.setdefault(folder, []).append(name)
     for folder, names in folders.items():

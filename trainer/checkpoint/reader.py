@@ -18,11 +18,10 @@ from trainer.checkpoint.manifest import Manifest, Part, ShardFile, checksum
 from trainer.checkpoint.memory import PAGE_BYTES, Bytes, HostBuffer, bytes_of
 from trainer.checkpoint.plan import DTYPE_NAMES, TORCH_DTYPES, Box
 from trainer.errors import CheckpointError
-from trainer.storage import Store
+from trainer.storage.store import Store
 from trainer.threads import in_parallel
 
 _READERS = 8
-_READ_BYTES = 4 << 20
 _SLAB_BYTES = 16 << 20
 """What does not lie in memory as it lies in the file passes through a copy of this size."""
 
@@ -78,6 +77,7 @@ class Reader:
     def __init__(self, store: Store, folder: str, manifest: Manifest, *, peers: int = 1) -> None:
         self._peers = peers
         self._store = store
+        self._read_bytes = store.read_bytes
         self._folder = folder
         self._manifest = manifest
         self._files = list(manifest.files)
@@ -104,7 +104,7 @@ class Reader:
         for name, target in targets.items():
             if name in boxes:  # else its mesh is without this rank
                 self._want(name, plan.local(target.detach()), boxes[name], direct, pieces)
-        pieces = _joined(direct, self._manifest.block_bytes) + pieces
+        pieces = _joined(direct, self._manifest.block_bytes, self._read_bytes) + pieces
         self._read(pieces, is_shared=self._peers > 1 and not sharded)
 
     def fetch(self, name: str) -> Tensor:
@@ -126,7 +126,7 @@ class Reader:
             chunks, _ = self._header(file)
             nowhere = np.empty(0, np.uint8)
             wanted = [(file, _Wanted(c, 0, c.nbytes, nowhere)) for c in chunks.values()]
-            self._read(_joined(wanted, self._manifest.block_bytes))
+            self._read(_joined(wanted, self._manifest.block_bytes, self._read_bytes))
 
     # --- what is wanted, and where it lies ------------------------------------------------------
 
@@ -192,7 +192,7 @@ class Reader:
 
     def _read(self, pieces: Sequence[_Piece], *, is_shared: bool = False) -> None:
         """Read all pieces, several at a time."""
-        slot_bytes = _READ_BYTES + self._manifest.block_bytes + 2 * PAGE_BYTES
+        slot_bytes = self._read_bytes + self._manifest.block_bytes + 2 * PAGE_BYTES
         slot_bytes = -(-slot_bytes // PAGE_BYTES) * PAGE_BYTES
         count = min(_READERS, len(pieces))
         ring = HostBuffer(count * slot_bytes, pinned=False)
@@ -204,7 +204,7 @@ class Reader:
                 wanted = piece.wanted
                 if piece.slab is not None:
                     wanted, copy = _landing(piece.slab)
-                for run in _runs(wanted, self._manifest.block_bytes):
+                for run in _runs(wanted, self._manifest.block_bytes, self._read_bytes):
                     self._read_run(piece.file, run, ring.array[slot], is_shared=is_shared)
                 if piece.slab is not None:
                     copy()
@@ -318,12 +318,14 @@ class _Block:
     wanted: _Wanted
 
 
-def _joined(wanted: Iterable[tuple[str, _Wanted]], block_bytes: int) -> list[_Piece]:
+def _joined(
+    wanted: Iterable[tuple[str, _Wanted]], block_bytes: int, read_bytes: int
+) -> list[_Piece]:
     """Return pieces for what goes straight to its place; neighbours in a file are read at once."""
     pieces: list[_Piece] = []
     end = -1
     for file, part in sorted(wanted, key=lambda w: (w[0], w[1].chunk.start + w[1].start)):
-        step = max(_READ_BYTES // block_bytes, 1) * block_bytes
+        step = max(read_bytes // block_bytes, 1) * block_bytes
         for start in range(part.start // block_bytes * block_bytes, part.stop, step):
             begin, stop = max(start, part.start), min(start + step, part.stop)
             place = part.place[begin - part.start : stop - part.start]
@@ -337,7 +339,7 @@ def _joined(wanted: Iterable[tuple[str, _Wanted]], block_bytes: int) -> list[_Pi
     return pieces
 
 
-def _runs(wanted: Sequence[_Wanted], block_bytes: int) -> Iterator[list[_Block]]:
+def _runs(wanted: Sequence[_Wanted], block_bytes: int, read_bytes: int) -> Iterator[list[_Block]]:
     """Yield runs of consecutive blocks that together fit into a slot."""
     run: list[_Block] = []
     for part in wanted:
@@ -345,7 +347,7 @@ def _runs(wanted: Sequence[_Wanted], block_bytes: int) -> Iterator[list[_Block]]
         for index in range(first, -(-part.stop // block_bytes)):
             start = part.chunk.start + index * block_bytes
             stop = min(start + block_bytes, part.chunk.stop)
-            if run and (start != run[-1].stop or stop - run[0].start > _READ_BYTES + block_bytes):
+            if run and (start != run[-1].stop or stop - run[0].start > read_bytes + block_bytes):
                 yield run
                 run = []
             run.append(_Block(part.chunk.block + index, start, stop, part))

@@ -16,7 +16,7 @@ from trainer.checkpoint.writer import Save, Writer
 from trainer.distributed import World
 from trainer.errors import CheckpointError, PerdureError, SaveHangsError, StoreError
 from trainer.state import State
-from trainer.storage import Store
+from trainer.storage.store import Store
 
 _MAX_FAILURES_IN_A_ROW = 3
 

@@ -16,7 +16,7 @@ from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.tree import Content
 from trainer.distributed import World
 from trainer.errors import CheckpointError, PerdureError, StoreError
-from trainer.storage import AlreadyExists, NewFile, Store
+from trainer.storage.store import AlreadyExists, NewFile, Store
 from trainer.threads import in_parallel
 
 _WRITERS = 8

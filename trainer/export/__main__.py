@@ -2,12 +2,14 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.errors import DONE, ConfigError, PerdureError, closest
 from trainer.export import safetensors, state_dict
 from trainer.export.source import open_source
+from trainer.storage import is_local, open_store
 
 _FORMATS = {"safetensors": safetensors, "state_dict": state_dict}
 _OPTIONS = {"format": "safetensors", "step": "latest", "out": ""}
@@ -30,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PerdureError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{path}: {count:,} tensors, {path.stat().st_size:,} bytes")
+    size = f", {path.stat().st_size:,} bytes" if isinstance(path, Path) else ""
+    print(f"{path}: {count:,} tensors{size}")
     return DONE
 
 
@@ -53,15 +56,19 @@ def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
     return runs[0], options
 
 
-def export(run_dir: str, format: str, step: str, out: str) -> tuple[Path, int]:
-    """Write the weights of a checkpoint; return the file's path and the number of tensors.
+def export(run_dir: str, format: str, step: str, out: str) -> tuple[Path | str, int]:
+    """Write the weights of a checkpoint; return the file's place and the number of tensors.
 
     Needs one CPU process and no process group. The file appears whole and durable, or not at all.
     """
     source = open_source(run_dir, step)
     module = _FORMATS[format]
     name = f"step-{source.commit.step:08d}{module.SUFFIX}"
-    path = Path(out) if out else Path(run_dir) / "exports" / name
+    if not out and not is_local(run_dir):
+        with tempfile.TemporaryDirectory(prefix="perdure-") as folder:
+            path, count = export(run_dir, format, step, str(Path(folder, name)))
+            return _into_store(path, run_dir, f"exports/{name}"), count
+    path = Path(out) if out else Path(run_dir.removeprefix("file://")) / "exports" / name
     weights = source.weights()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +83,23 @@ def export(run_dir: str, format: str, step: str, out: str) -> tuple[Path, int]:
     except OSError as error:
         raise ConfigError(f"out={path} cannot be written: {error.strerror}") from None
     return path, len(weights)
+
+
+def _into_store(path: Path | str, run_dir: str, key: str) -> str:
+    """Move a file into the run, part by part; what an earlier export left there goes."""
+    store = open_store(run_dir)
+    store.delete([key])
+    with open(path, "rb") as file:
+        total_bytes = os.fstat(file.fileno()).st_size
+        new = store.open_new(key, total_bytes)
+        try:
+            for start in range(0, total_bytes, new.part_bytes):
+                new.put(start, memoryview(file.read(new.part_bytes)))
+            new.finish()
+        except BaseException:
+            new.abort()
+            raise
+    return f"{store.url}/{key}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,28 @@
 """Where the bytes of a run live: `open_store(url)` gives a Store."""
 
+from trainer.config import ObjectStore
 from trainer.storage.local import LocalStore
 from trainer.storage.store import AlreadyExists, NewFile, Store
 
-__all__ = ["AlreadyExists", "LocalStore", "NewFile", "Store", "open_store"]
+__all__ = ["AlreadyExists", "LocalStore", "NewFile", "Store", "is_local", "open_store"]
 
 
-def open_store(url: str) -> Store:
-    """Open the store of a directory. Creates nothing; a missing directory is an empty store."""
-    return LocalStore(url.removeprefix("file://"))
+def is_local(url: str) -> bool:
+    """Return whether a run's place is a directory of this machine's file systems."""
+    return "://" not in url or url.startswith("file://")
+
+
+def open_store(url: str, settings: ObjectStore = ObjectStore()) -> Store:  # noqa: B008 (frozen)
+    """Open the store of a directory, or of `s3://bucket/prefix` and other URLs of fsspec.
+
+    Creates nothing; what is missing is an empty store.
+
+    Raises:
+        ConfigError: no such kind of store is known or installed.
+    """
+    if is_local(url):
+        return LocalStore(url.removeprefix("file://"))
+    from trainer.storage.remote import FsspecStore, S3Store  # with fsspec, where it is needed
+
+    kind = S3Store if url.startswith(("s3://", "s3a://")) else FsspecStore
+    return kind(url, settings)

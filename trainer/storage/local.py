@@ -28,6 +28,8 @@ _NO_DIRECT = (errno.EINVAL, errno.EFAULT, errno.EOPNOTSUPP)
 class LocalStore:
     """Keys as files below a directory of a local or shared POSIX file system."""
 
+    read_bytes = 4 << 20
+
     def __init__(self, root: str | Path) -> None:
         self.url = str(root)
         self._root = Path(root)
@@ -110,8 +112,11 @@ class LocalStore:
         with _store_errors("look at", path, may_be_missing=True):
             return path.stat().st_size
 
-    def list(self, prefix: str) -> list[str]:
-        """Walk the folder; files that `create` and `replace` have not published are left out."""
+    def list(self, prefix: str, *, unfinished: bool = False) -> list[str]:
+        """Walk the folder; files that `create` and `replace` have not published are left out.
+
+        Shards that are being written have their names from the beginning.
+        """
         found = []
         top = self._path(prefix)
         with _store_errors("list", top):

@@ -38,6 +38,8 @@ class Store(Protocol):
     """
 
     url: str
+    read_bytes: int
+    """Size of a piece that is read well at a time."""
 
     def open_new(self, key: str, total_bytes: int) -> NewFile:
         """Begin a new key of exactly `total_bytes`; nobody should read it before `finish`.
@@ -73,8 +75,12 @@ class Store(Protocol):
     def size(self, key: str) -> int:
         """Return the bytes of `key`."""
 
-    def list(self, prefix: str) -> list[str]:
-        """Return the sorted keys below the folder `prefix`; empty where there is none."""
+    def list(self, prefix: str, *, unfinished: bool = False) -> list[str]:
+        """Return the sorted keys below the folder `prefix`; empty where there is none.
+
+        `unfinished` asks for those too that are being written, or were given up, where a store
+        would not show them by itself.
+        """
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete keys, durably, in this order; a missing one is not an error."""

@@ -1,58 +1,143 @@
-"""`metrics.jsonl`: one JSON object a line, no step twice and none missing, whatever died."""
+"""`metrics.jsonl`: one JSON object a line, no step twice and none missing, whatever died.
+
+On an object store, where nothing can be appended, an attempt leaves its lines in parts; they are
+joined when the next attempt starts, at the end, and by whoever reads.
+"""
 
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from trainer.storage import Store, is_local
+
 FILE_NAME = "metrics.jsonl"
+_PART = re.compile(r"metrics/([0-9]{4,})-[0-9]{6}\.jsonl")
 
 
 class Jsonl:
-    """Appends lines to `<run_dir>/metrics.jsonl`."""
+    """Keeps the lines in `<run_dir>/metrics.jsonl`."""
 
     def __init__(self) -> None:
-        self._file: TextIO | None = None
+        self._file: _File | _Parts | None = None
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        """Cut the file back to the step that the attempt starts from, then open it to append.
-
-        The shorter file is a new one, renamed over the old: a process that should be dead but is
-        not goes on writing into a file that no longer has a name.
-        """
-        path = Path(facts["run_dir"]) / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Drop the lines of later steps than the attempt starts from; begin to add."""
         newest = {"train": facts["step"], "eval": facts["last_eval_step"]}
-        kept = [line for line in _lines(path) if line["step"] <= newest[line["split"]]]
-        temporary = path.with_name(f".tmp-{FILE_NAME}")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(_format(line) for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
-        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (close)
+        if is_local(facts["run_dir"]):
+            self._file = _File(Path(facts["run_dir"].removeprefix("file://")) / FILE_NAME, newest)
+        else:
+            self._file = _Parts(facts["store"], facts["attempt"], newest)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line."""
         if self._file is not None:
-            self._file.write(_format(line))
+            self._file.append(_format(line))
 
     def say(self, text: str) -> None:
         """Ignored: only figures are kept."""
 
     def flush(self) -> None:
-        """Fsync. Every line has left Python's buffer when `log` returned, so threads cannot mix."""
+        """Make every line durable; lines are whole when `log` returns, so threads cannot mix."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            self._file.sync()
 
     def close(self) -> None:
         """Flush and close."""
         if self._file is not None:
-            self.flush()
             self._file.close()
             self._file = None
+
+
+class _File:
+    """A file that is appended to.
+
+    It begins as a new one with the lines that count, renamed over the old: a process that should be
+    dead but is not goes on writing into a file that no longer has a name.
+    """
+
+    def __init__(self, path: Path, newest: Mapping[str, int]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = path.read_bytes() if path.exists() else b""
+        temporary = path.with_name(f".tmp-{FILE_NAME}")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(_kept(_lines(data), newest))
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+        self._file: TextIO = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (close)
+
+    def append(self, text: str) -> None:
+        self._file.write(text)
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+
+class _Parts:
+    """Objects `metrics/<attempt>-<number>.jsonl`, each of the lines since the one before."""
+
+    def __init__(self, store: Store, attempt: int, newest: Mapping[str, int]) -> None:
+        self._store, self._attempt = store, attempt
+        self._number = 0
+        self._held: list[str] = []
+        kept = "".join(_kept(read(store), newest))
+        store.replace(FILE_NAME, kept.encode())
+        store.delete([key for number, key in _parts(store) if number < attempt])
+
+    def append(self, text: str) -> None:
+        self._held.append(text)
+
+    def sync(self) -> None:
+        taken = len(self._held)
+        if taken:
+            self._number += 1
+            key = f"metrics/{self._attempt:04d}-{self._number:06d}.jsonl"
+            self._store.replace(key, "".join(self._held[:taken]).encode())
+            del self._held[:taken]
+
+    def close(self) -> None:
+        self.sync()
+        whole = "".join(_format(line) for line in read(self._store))
+        self._store.replace(FILE_NAME, whole.encode())
+        self._store.delete([key for number, key in _parts(self._store) if number <= self._attempt])
+
+
+def read(store: Store) -> list[dict[str, Any]]:
+    """Return the lines of a run, joined: of parts, the newest attempt's that left any.
+
+    Those of attempts before it were joined when it started.
+    """
+    try:
+        lines = _lines(store.read(FILE_NAME))
+    except FileNotFoundError:
+        lines = []
+    parts = _parts(store)
+    newest = max((number for number, _ in parts), default=0)
+    last = {"train": -1, "eval": -1}
+    for line in lines:
+        last[line["split"]] = line["step"]
+    for number, key in parts:
+        if number == newest:
+            found = _lines(store.read(key))
+            lines += [line for line in found if line["step"] > last[line["split"]]]
+    return lines
+
+
+def _parts(store: Store) -> list[tuple[int, str]]:
+    keys = store.list("metrics")
+    return [(int(match[1]), key) for key in keys if (match := _PART.fullmatch(key))]
+
+
+def _kept(lines: Iterable[Mapping[str, Any]], newest: Mapping[str, int]) -> list[str]:
+    return [_format(line) for line in lines if line["step"] <= newest[line["split"]]]
 
 
 def _format(line: Mapping[str, Any]) -> str:
@@ -63,12 +148,10 @@ def _format(line: Mapping[str, Any]) -> str:
     return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of the file; a last line that was cut short by a kill is dropped."""
-    if not path.exists():
-        return []
+def _lines(data: bytes) -> list[dict[str, Any]]:
+    """Return the whole lines; a last line that was cut short by a kill is dropped."""
     lines = []
-    for text in path.read_bytes().split(b"\n"):
+    for text in data.split(b"\n"):
         try:
             lines.append(json.loads(text))
         except ValueError:  # not JSON, or cut inside a character

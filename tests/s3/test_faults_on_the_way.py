@@ -1,0 +1,144 @@
+"""What goes wrong between us and a real S3 server: repeated where that helps, else said."""
+
+import os
+import uuid
+
+import pytest
+import torch
+from proxy import Fault, Proxy
+from stores import put
+
+from scripts.s3_server import BUCKET
+from trainer import checkpoint
+from trainer.checkpoint import Content, lineage
+from trainer.config import ObjectStore
+from trainer.distributed import World
+from trainer.errors import StoreError
+from trainer.storage import AlreadyExists, open_store
+
+BIG = os.urandom(1 << 20) * 20 + b"end"
+
+
+@pytest.fixture
+def proxy(s3):
+    made = Proxy(s3.endpoint)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def store(proxy):
+    settings = ObjectStore(endpoint_url=proxy.endpoint, timeout_s=2.0, retries=4)
+    return open_store(f"s3://{BUCKET}/{uuid.uuid4().hex}/x", settings)
+
+
+EACH = {
+    "slow down": Fault("answer", 2),
+    "internal error": Fault("answer", 2, status=500, code="InternalError"),
+    "reset": Fault("reset"),
+    "no answer in time": Fault("delay"),
+    "token expired, and there is a new one": Fault("answer", status=400, code="ExpiredToken"),
+}
+
+
+@pytest.mark.parametrize("fault", EACH.values(), ids=EACH)
+@pytest.mark.parametrize("method", ["PUT", "GET", "HEAD", "DELETE", "POST"])
+def test_what_passes_is_met_with_patience(store, proxy, fault, method):
+    proxy.faults = [Fault(fault.how, fault.times, method, "", fault.status, fault.code)]
+    put(store, "big", BIG)
+    store.create("made", b"mine")
+    store.replace("made", b"mine too")
+    assert store.read("made") == b"mine too"
+    assert store.list("") == ["big", "made"]
+    assert store.size("big") == len(BIG)
+    assert store.read("big") == BIG
+    store.delete(["made"])
+    assert store.list("", unfinished=True) == ["big"]
+    assert proxy.faults[0].met > 0
+
+
+def test_an_answer_that_is_cut_short_is_asked_for_again(store, proxy):
+    put(store, "big", BIG)
+    proxy.faults = [Fault("cut", 2, "GET", "big")]
+    buffer = bytearray(len(BIG))
+    assert store.read_into("big", 0, memoryview(buffer)) == len(BIG)
+    assert buffer == BIG
+    assert proxy.faults[0].met == 2
+
+
+def test_bytes_that_change_on_the_way_there_are_sent_again(store, proxy):
+    proxy.faults = [Fault("spoil", 2, "PUT", "partNumber"), Fault("spoil", 1, "PUT", "small")]
+    put(store, "big", BIG)
+    put(store, "small", b"some bytes")
+    assert store.read("big") == BIG
+    assert store.read("small") == b"some bytes"
+    assert [fault.met for fault in proxy.faults] == [2, 1]
+
+
+def test_a_creation_whose_answer_was_lost_is_ones_own(store, proxy):
+    proxy.faults = [Fault("reset", 1, "PUT")]
+    store.create("made", b"mine")
+    with pytest.raises(AlreadyExists):
+        store.create("made", b"theirs")
+    assert store.read("made") == b"mine"
+
+
+FINAL = {
+    ("AccessDenied", 403): "check the rights",
+    ("RequestTimeTooSkewed", 403): "set the clock",
+    ("SignatureDoesNotMatch", 403): "check the credentials",
+    ("NoSuchBucket", 404): "create the bucket",
+}
+
+
+@pytest.mark.parametrize(("what", "advice"), FINAL.items(), ids=lambda value: str(value))
+def test_what_stays_wrong_is_said_at_once(store, proxy, what, advice):
+    put(store, "a", b"x")
+    proxy.faults = [Fault("answer", -1, "", "", what[1], what[0])]
+    for call in (
+        lambda: store.read("a"),
+        lambda: store.replace("a", b"y"),
+        lambda: store.create("b", b"y"),
+        lambda: store.list(""),
+        lambda: store.delete(["a"]),
+    ):
+        with pytest.raises(StoreError, match=advice):
+            call()
+    proxy.faults = []
+    assert store.read("a") == b"x"
+
+
+def test_patience_ends_and_leaves_no_part_behind(store, proxy):
+    proxy.faults = [Fault("answer", -1, "PUT", "partNumber=2")]
+    file = store.open_new("big", len(BIG))
+    file.put(0, memoryview(BIG)[: file.part_bytes])
+    with pytest.raises(StoreError, match=r"cannot write .*5 tries"):
+        file.put(file.part_bytes, memoryview(BIG)[file.part_bytes : 2 * file.part_bytes])
+    assert store.list("", unfinished=True) == ["big"]
+    file.abort()
+    assert store.list("", unfinished=True) == []
+
+
+def test_a_flipped_bit_is_read_again_and_one_that_stays_is_damage(store, proxy):
+    attempt = lineage.begin(store, {})
+    state = {"model.w": torch.arange(3_000_000, dtype=torch.float32)}
+    writer = checkpoint.Writer(store, World(), attempt)
+    manifest = checkpoint.save(writer, Content(tensors=state), step=1)
+    target = torch.zeros(3_000_000)
+    proxy.faults = [Fault("alter", 1, "GET", "safetensors")]
+    checkpoint.load(store, manifest, {"model.w": target})
+    assert torch.equal(target, state["model.w"])
+    assert proxy.faults[0].met == 1
+    proxy.faults = [Fault("alter", -1, "GET", "safetensors")]
+    with pytest.raises(checkpoint.DamagedError):
+        checkpoint.load(store, manifest, {"model.w": target})
+
+
+def test_a_bucket_that_vanished_is_no_damage(store, proxy):
+    attempt = lineage.begin(store, {})
+    state = {"model.w": torch.arange(10, dtype=torch.float32)}
+    writer = checkpoint.Writer(store, World(), attempt)
+    manifest = checkpoint.save(writer, Content(tensors=state), step=1)
+    proxy.faults = [Fault("answer", -1, "", "", 404, "NoSuchBucket")]
+    with pytest.raises(StoreError, match="create the bucket"):
+        checkpoint.load(store, manifest, {"model.w": torch.zeros(10)})

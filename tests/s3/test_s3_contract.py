@@ -1,0 +1,15 @@
+"""The contract of a store, kept by a real S3 server."""
+
+import uuid
+
+import pytest
+from contract import *
+
+from scripts.s3_server import BUCKET
+from trainer.storage import Store, open_store
+
+
+@pytest.fixture
+def store(s3) -> Store:
+    """Return an empty store."""
+    return open_store(f"s3://{BUCKET}/{uuid.uuid4().hex}/x")
