@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -31,6 +32,8 @@ from trainer.storage import Store, open_store
 
 _STACKS_S = 10.0
 """How long a store may take for the last words of a process that leaves."""
+_SHARED_S = 5.0
+"""Network file systems remember for a while that something was not there."""
 _END_SPARE_S = 15.0
 """What leaving takes besides two saves, before a scheduler ends the job."""
 
@@ -48,6 +51,7 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
     """
     _refuse_different_configs(stored, world)
     store = open_store(run.run_dir, run.store)
+    _refuse_unshared(store, world)
     start = world.from_rank0(lambda: resume.choose(store, run, stored))
     if resume.finished(run, start):
         if world.rank == 0:
@@ -226,6 +230,38 @@ def _refuse_different_configs(stored: Mapping[str, Any], world: World) -> None:
             )
 
     world.from_rank0(compare)
+
+
+def _refuse_unshared(store: Store, world: World) -> None:
+    """Find out at once where nodes do not see each other's files. Collective."""
+    if world.size == world.local_size:
+        return
+    key, host = world.from_rank0(lambda: _leave_key(store))
+
+    def look() -> None:
+        until = time.monotonic() + _SHARED_S
+        while True:
+            with suppress(FileNotFoundError):
+                store.read(key)
+                return
+            if time.monotonic() > until:
+                raise ConfigError(
+                    f"run_dir={store.url} on {socket.gethostname()} is not the place that "
+                    f"rank 0 on {host} writes to: nodes need one place for a run. Give a path "
+                    "on a file system that all nodes share, or an object store (run_dir=s3://bucket/name)"
+                )
+            time.sleep(0.1)
+
+    try:
+        world.together(look)
+    finally:  # an error of `together` is every rank's
+        world.from_rank0(lambda: store.delete([key]))
+
+
+def _leave_key(store: Store) -> tuple[str, str]:
+    key = f".tmp-seen-{secrets.token_hex(4)}"
+    store.create(key, b"")
+    return key, socket.gethostname()
 
 
 def _facts(world: World, threads: int) -> dict[str, Any]:

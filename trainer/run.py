@@ -176,7 +176,8 @@ def _launch(run: Run, stored: Mapping[str, Any]) -> int:
 
     store = open_store(run.run_dir, run.store)
     try:
-        store.probe()
+        if warning := store.probe():
+            print(f"WARNING: {warning}", file=sys.stderr, flush=True)
     except StoreError as error:
         raise ConfigError(f"run_dir={run.run_dir} cannot be written: {error}") from None
     start = resume.choose(store, run, stored)

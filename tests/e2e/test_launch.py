@@ -48,6 +48,28 @@ def test_two_ranks_are_the_same_bits_however_they_were_started(command):
     assert differences(str(runs / "ours"), str(runs / "two")) == []
 
 
+def test_nodes_that_do_not_share_the_run_directory_are_told_so(command, tmp_path):
+    port = free_port()
+    folders = [tmp_path / "node-0", tmp_path / "node-1"]
+    nodes = []
+    for rank, folder in enumerate(folders):
+        folder.mkdir()
+        facts = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        nodes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "trainer.run", *SHORT, "name=a"],
+                cwd=folder,
+                env={**command.env, **facts, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    errors = [node.communicate(timeout=240)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [2, 2], errors
+    assert "nodes need one place for a run" in errors[0]
+    assert "Traceback" not in errors[0] + errors[1]
+    assert [list(folder.rglob("*.json")) for folder in folders] == [[], []]
+
+
 def test_a_failing_rank_is_shown_once_with_its_traceback_and_takes_the_others_down(command):
     failed = command(*SHORT, "name=a", "launch.nproc=3", FAIL_AT="1:5")
     assert failed.returncode == 1

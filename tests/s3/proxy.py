@@ -3,6 +3,7 @@
 import http.client
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -23,12 +24,14 @@ class Fault:
         times: to how many requests; -1: all.
         method: of HTTP, or any.
         path: a part of the path and query, or any.
+        header: one that the request has, or any.
     """
 
     how: str
     times: int = 1
     method: str = ""
     path: str = ""
+    header: str = ""
     status: int = 503
     code: str = "SlowDown"
     delay_s: float = 3.0
@@ -51,11 +54,12 @@ class Proxy:
         self._server.shutdown()
         self._server.server_close()
 
-    def fault_of(self, method: str, path: str) -> Fault | None:
+    def fault_of(self, method: str, path: str, headers: Mapping[str, str]) -> Fault | None:
         with self._lock:
             self.requests.append(f"{method} {path}")
             for fault in self.faults:
-                if fault.times and fault.method in ("", method) and fault.path in path:
+                meant = fault.method in ("", method) and fault.path in path
+                if fault.times and meant and (not fault.header or fault.header in headers):
                     fault.times -= 1
                     fault.met += 1
                     return fault
@@ -68,7 +72,7 @@ def _handler(proxy: Proxy, to) -> type[BaseHTTPRequestHandler]:  # noqa: C901 (a
 
         def handle_any(self) -> None:
             body = bytearray(self.rfile.read(int(self.headers.get("Content-Length", 0))))
-            fault = proxy.fault_of(self.command, self.path) or Fault("")
+            fault = proxy.fault_of(self.command, self.path, self.headers) or Fault("")
             if fault.how == "answer":
                 self._send(fault.status, {}, _ERROR.format(code=fault.code).encode())
                 return

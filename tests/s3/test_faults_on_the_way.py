@@ -44,7 +44,7 @@ EACH = {
 @pytest.mark.parametrize("fault", EACH.values(), ids=EACH)
 @pytest.mark.parametrize("method", ["PUT", "GET", "HEAD", "DELETE", "POST"])
 def test_what_passes_is_met_with_patience(store, proxy, fault, method):
-    proxy.faults = [Fault(fault.how, fault.times, method, "", fault.status, fault.code)]
+    proxy.faults = [Fault(fault.how, fault.times, method, status=fault.status, code=fault.code)]
     put(store, "big", BIG)
     store.create("made", b"mine")
     store.replace("made", b"mine too")
@@ -94,7 +94,7 @@ FINAL = {
 @pytest.mark.parametrize(("what", "advice"), FINAL.items(), ids=lambda value: str(value))
 def test_what_stays_wrong_is_said_at_once(store, proxy, what, advice):
     put(store, "a", b"x")
-    proxy.faults = [Fault("answer", -1, "", "", what[1], what[0])]
+    proxy.faults = [Fault("answer", -1, status=what[1], code=what[0])]
     for call in (
         lambda: store.read("a"),
         lambda: store.replace("a", b"y"),
@@ -139,6 +139,26 @@ def test_a_bucket_that_vanished_is_no_damage(store, proxy):
     state = {"model.w": torch.arange(10, dtype=torch.float32)}
     writer = checkpoint.Writer(store, World(), attempt)
     manifest = checkpoint.save(writer, Content(tensors=state), step=1)
-    proxy.faults = [Fault("answer", -1, "", "", 404, "NoSuchBucket")]
+    proxy.faults = [Fault("answer", -1, status=404, code="NoSuchBucket")]
     with pytest.raises(StoreError, match="create the bucket"):
         checkpoint.load(store, manifest, {"model.w": torch.zeros(10)})
+
+
+def test_a_server_without_conditions_is_warned_of_and_used_with_care(store, proxy):
+    assert store.probe() == ""
+    proxy.faults = [Fault("answer", -1, header="If-None-Match", status=501, code="NotImplemented")]
+    assert "lets a key be created that is there already" in store.probe()
+    store.create("made", b"mine")
+    store.create("made", b"mine")
+    with pytest.raises(AlreadyExists):
+        store.create("made", b"theirs")
+    assert store.read("made") == b"mine"
+    assert store.list("") == ["made"]
+
+
+def test_without_the_right_to_see_uploads_keys_are_deleted_all_the_same(store, proxy):
+    store.create("a", b"x")
+    proxy.faults = [Fault("answer", -1, path="uploads", status=403, code="AccessDenied")]
+    store.delete(["a"])
+    assert store.list("", unfinished=True) == []
+    assert proxy.faults[0].met > 0

@@ -141,11 +141,12 @@ class LocalStore:
             if folder is not None:
                 self._leave(folder)
 
-    def probe(self) -> None:
+    def probe(self) -> str:
         """Create the directory, write a small file, delete it."""
         key = f"{_TEMPORARY}probe-{secrets.token_hex(4)}"
         self.create(key, b"probe")
         self.delete([key])
+        return ""
 
     def _path(self, key: str) -> Path:
         if key.startswith("/") or ".." in key.split("/"):

@@ -136,21 +136,24 @@ class FsspecStore:
             with suppress(FileNotFoundError):
                 self._try("delete", key, remove, may_be_missing=True)
 
-    def probe(self) -> None:
-        """Create a small object, and find out whether a second creation is refused."""
+    def probe(self) -> str:
+        """Create a small object and delete it; find out whether a second creation is refused."""
         key = f".tmp-probe-{secrets.token_hex(4)}"
         self.create(key, b"probe")
         try:
-            self.create(key, b"another")
-        except AlreadyExists:
-            return
-        else:
-            raise StoreError(
-                f"{self.url} does not keep what is there from being created anew; two jobs could "
-                "commit over each other"
-            )
+            is_safe = self._keeps_conditions(key)
         finally:
             self.delete([key])
+        if is_safe:
+            return ""
+        return (
+            f"{self.url} lets a key be created that is there already. Two jobs that start on one "
+            "run at the same moment could commit over each other; take care that only one does"
+        )
+
+    def _keeps_conditions(self, key: str) -> bool:
+        """Return whether creating this key, which exists, is refused by the store itself."""
+        return False
 
     # --- beneath it ------------------------------------------------------------------------------
 
@@ -263,11 +266,16 @@ class S3Store(FsspecStore):
         return _Upload(self, key, total_bytes)
 
     def create(self, key: str, data: bytes) -> None:
-        """Put it with `If-None-Match: *`, in one request whatever its size."""
+        """Put it with `If-None-Match: *`, in one request whatever its size.
+
+        For servers that do not know the condition, it is looked for first. Between the look and
+        the creation another one may come, on such a server.
+        """
         self._path(key)
         try:
+            self._refuse_taken(key)
             self._try("create", key, lambda: self._create(key, data))
-        except FileExistsError:
+        except (AlreadyExists, FileExistsError):
             self._accept_own(key, data)
 
     def _create(self, key: str, data: bytes) -> None:
@@ -276,7 +284,16 @@ class S3Store(FsspecStore):
         except Exception as error:
             if _code(error) == "PreconditionFailed":
                 raise FileExistsError(key) from None
-            raise
+            if _code(error) != "NotImplemented":
+                raise
+            self.call("put_object", key, Body=data)
+
+    def _keeps_conditions(self, key: str) -> bool:
+        try:
+            self._try("create", key, lambda: self._create(key, b"another"))
+        except FileExistsError:
+            return True
+        return False
 
     def replace(self, key: str, data: bytes) -> None:
         """Put it, whatever is there, in one request."""
@@ -345,9 +362,14 @@ class S3Store(FsspecStore):
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def _uploads(self, prefix: str) -> Sequence[tuple[str, str]]:
-        page = self._try(
-            "list the uploads of", "", lambda: self.call("list_multipart_uploads", Prefix=prefix)
-        )
+        def ask() -> Mapping[str, Any]:
+            try:
+                page: Mapping[str, Any] = self.call("list_multipart_uploads", Prefix=prefix)
+            except (PermissionError, NotImplementedError):  # then they stay, and nothing else
+                return {}
+            return page
+
+        page = self._try("list the uploads below", prefix, ask)
         return [(upload["Key"], upload["UploadId"]) for upload in page.get("Uploads", ())]
 
     def delete(self, keys: Iterable[str]) -> None:

@@ -85,5 +85,8 @@ class Store(Protocol):
     def delete(self, keys: Iterable[str]) -> None:
         """Delete keys, durably, in this order; a missing one is not an error."""
 
-    def probe(self) -> None:
-        """Write and delete a small key, so that a store which refuses writing is found early."""
+    def probe(self) -> str:
+        """Write and delete a small key, so that a store which refuses writing is found early.
+
+        Returns what a person should know of this store's promises, or nothing.
+        """
