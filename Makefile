@@ -1,7 +1,7 @@
 # make train     install, then train (ARGS="model=mlp trainer.max_epochs=3" passes overrides)
 # make test      install what the tests need, then run them
 # make check     formatting, lint, types, direction of imports
-# make bench-loop, make bench-checkpoint     figures against named rivals (docs/benchmarks.md)
+# make bench-loop, bench-checkpoint, bench-s3   figures against named rivals (docs/benchmarks.md)
 # make chaos     kill a real training at KILLS random instants; nothing may be lost
 # make s3       a real S3 server on this machine, to try things
 # make slurm, make slurm-down    a real SLURM of two nodes on this machine, to try things (as root)
@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 ARGS ?=
 KILLS ?= 100
 
-.PHONY: train test test-cluster check format bench-loop bench-checkpoint chaos clean
+.PHONY: train test test-cluster check format bench-loop bench-checkpoint bench-s3 chaos clean
 .PHONY: s3 slurm slurm-down
 
 train: $(VENV)/.installed
@@ -39,6 +39,10 @@ bench-loop: $(VENV)/.installed
 
 bench-checkpoint: $(VENV)/.installed-test
 	$(BIN)/python scripts/bench_checkpoint.py $(ARGS)
+
+bench-s3: $(VENV)/.installed-test
+	@$(PIP) obstore
+	$(BIN)/python scripts/bench_s3.py $(ARGS)
 
 chaos: $(VENV)/.installed
 	$(BIN)/python scripts/chaos.py --kills $(KILLS) $(ARGS)

@@ -1,0 +1,174 @@
+"""Checkpoints in a bucket against what moves the same bytes: in turn, medians of ratios.
+
+python scripts/bench_s3.py [--rounds 5] [--megabytes 300]
+
+The server is SeaweedFS on this machine, started for the run. The floor is obstore (Rust), with
+parts of 8 MiB and ranges of 16 MiB, eight at a time; the rival torch's own FsspecWriter and
+FsspecReader over s3fs. CPU seconds are this process's, so the server's are not in them.
+"""
+
+import argparse
+import gc
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from s3_server import BUCKET, KEY, SECRET, S3Server
+from torch import Tensor
+
+from trainer import checkpoint
+from trainer.checkpoint import Content, lineage
+from trainer.distributed import World
+from trainer.storage import open_store
+
+_RANGE_BYTES = 16 << 20
+_MANY = 8
+
+
+def timed(do: Callable[[], object]) -> tuple[float, float]:
+    """Return seconds, and CPU seconds of this process."""
+    gc.collect()
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    began = time.perf_counter()
+    do()
+    seconds = time.perf_counter() - began
+    now = resource.getrusage(resource.RUSAGE_SELF)
+    cpu_s = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    return seconds, cpu_s
+
+
+class Floor:
+    """obstore, with nothing but the bytes."""
+
+    def __init__(self, endpoint: str, nbytes: int) -> None:
+        from obstore.store import S3Store
+
+        self._store = S3Store(
+            BUCKET, endpoint=endpoint, access_key_id=KEY, secret_access_key=SECRET,
+            region="us-east-1", client_options={"allow_http": True},
+            virtual_hosted_style_request=False,
+        )  # fmt: skip
+        self._data = os.urandom(nbytes)
+
+    def save(self) -> None:
+        """Put them in parts."""
+        import obstore
+
+        obstore.put(
+            self._store, "floor", self._data,
+            use_multipart=True, chunk_size=8 << 20, max_concurrency=_MANY,
+        )  # fmt: skip
+
+    def load(self) -> None:
+        """Get them in ranges."""
+        import obstore
+
+        buffer = bytearray(len(self._data))
+
+        def get(start: int) -> None:
+            stop = min(start + _RANGE_BYTES, len(buffer))
+            buffer[start:stop] = obstore.get_range(self._store, "floor", start=start, end=stop)
+
+        with ThreadPoolExecutor(_MANY) as pool:
+            list(pool.map(get, range(0, len(buffer), _RANGE_BYTES)))
+
+
+class Ours:
+    """A committed checkpoint, written anew each round; read back verified."""
+
+    def __init__(self, url: str, state: dict[str, Tensor]) -> None:
+        self._store, self._state = open_store(url), state
+        self._writer = checkpoint.Writer(self._store, World(), lineage.begin(self._store, {}))
+        self._targets = {name: torch.empty_like(tensor) for name, tensor in state.items()}
+        self._step = 0
+
+    def save(self) -> None:
+        """Save and commit."""
+        self._step += 1
+        content = Content(tensors=self._state)
+        self._manifest = checkpoint.save(self._writer, content, step=self._step)
+
+    def load(self) -> None:
+        """Load and verify."""
+        checkpoint.load(self._store, self._manifest, self._targets)
+
+    def clear(self) -> None:
+        """Delete all but the newest."""
+        for commit in lineage.commits(self._store)[:-1]:
+            checkpoint.delete(self._store, commit)
+
+
+class Dcp:
+    """torch.distributed.checkpoint over s3fs."""
+
+    def __init__(self, url: str, state: dict[str, Tensor], endpoint: str) -> None:
+        self._url, self._state = url, state
+        self._more = {"key": KEY, "secret": SECRET, "endpoint_url": endpoint}
+        self._targets = {name: torch.empty_like(tensor) for name, tensor in state.items()}
+
+    def save(self) -> None:
+        """Save."""
+        from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+
+        writer = FsspecWriter(self._url, **self._more)
+        dcp.save(self._state, storage_writer=writer, no_dist=True)
+
+    def load(self) -> None:
+        """Load."""
+        from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+
+        reader = FsspecReader(self._url, **self._more)
+        dcp.load(self._targets, storage_reader=reader, no_dist=True)
+
+
+def main() -> int:
+    """Run all rounds; print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--megabytes", type=int, default=300)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    count = 30
+    size = arguments.megabytes * 1_000_000 // count // 4
+    state = {f"model.{i}": torch.randn(size) for i in range(count)}
+    nbytes = 4 * size * count
+    with tempfile.TemporaryDirectory(prefix="perdure-s3-") as folder:
+        server = S3Server(Path(folder))
+        server.start()
+        os.environ |= server.environment
+        floor = Floor(server.endpoint, nbytes)
+        ours = Ours(f"s3://{BUCKET}/ours", state)
+        rival = Dcp(f"s3://{BUCKET}/dcp", state, server.endpoint)
+        times: dict[str, list[tuple[float, float]]] = {}
+        for _ in range(arguments.rounds):
+            for verb in ("save", "load"):
+                for name, one in {"floor": floor, "ours": ours, "dcp": rival}.items():
+                    times.setdefault(f"{name} {verb}", []).append(timed(getattr(one, verb)))
+            ours.clear()
+        server.kill()
+    print(f"{nbytes / 1e9:.2f} GB, {arguments.rounds} rounds, medians (range)")
+    for verb in ("save", "load"):
+        for name in ("floor", "ours", "dcp"):
+            each = times[f"{name} {verb}"]
+            rate = statistics.median(nbytes / 1e9 / seconds for seconds, _ in each)
+            cpu = statistics.median(cpu_s / (nbytes / 1e9) for _, cpu_s in each)
+            ratios = [a / b for (a, _), (b, _) in zip(each, times[f"ours {verb}"], strict=True)]
+            against = "" if name == "ours" else (
+                f"   ours is {statistics.median(ratios):.2f} times as fast "
+                f"({min(ratios):.2f} to {max(ratios):.2f})"
+            )  # fmt: skip
+            print(f"{verb}  {name:<6} {rate:6.3f} GB/s  {cpu:5.2f} CPU s/GB{against}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
