@@ -172,7 +172,9 @@ def leave_at_once(code: int, text: str = "") -> NoReturn:
     """Say why, leave the outcome, and end the process though other threads may hang. Any rank."""
     if text:
         print(text, file=sys.stderr, flush=True)
-    leave_outcome(code)
+    said = Path(os.environ.get(_OUTCOME, ""))
+    if code != RUN_AGAIN or not said.is_file():  # another rank may know better why all of them go
+        leave_outcome(code)
     sys.stdout.flush()
     os._exit(code)
 

@@ -103,7 +103,8 @@ class Watchdog:
 
     def failed(self, why: str) -> None:
         """Tell the other ranks that it is this one that failed."""
-        self._announce(_FAILED, f"rank {self._world.rank} failed: {why}")
+        rank = self._world.rank
+        self._announce(_FAILED, json.dumps({"rank": rank, "text": f"rank {rank} failed: {why}"}))
 
     def gone(self) -> None:
         """Tell the other ranks that this one, which has failed, has closed everything."""
@@ -129,12 +130,25 @@ class Watchdog:
             until = time.monotonic() + _LAST_WORDS_S
             while time.monotonic() < until and not self._board[_GONE]:
                 time.sleep(0.05)
-            return PeerFailedError(self._board[_FAILED])
+            failed = json.loads(self._board[_FAILED])
+            if self._world.rank == 0:
+                self._wait_until_known(failed["rank"])
+            return PeerFailedError(failed["text"])
         cause = str(error).strip().partition("\n")[0]
         if self._answered < began + _CULPRIT_S / 2:  # the store went with rank 0
             return PeerLostError(f"{self._name(0)} was lost: {cause}")
         silent = [self._name(r) for r in self._heard if self._heard[r][1] < began + _CULPRIT_S / 2]
         return PeerLostError(f"{'; '.join(silent) or 'a rank'} was lost: {cause}")
+
+    def _wait_until_known(self, failed: int) -> None:
+        """Let the others hear who failed, before the store goes with this process."""
+        until = time.monotonic() + _CULPRIT_S
+        others = [rank for rank in self._heard if rank not in (0, failed)]
+        while time.monotonic() < until:
+            told = [json.loads(self._heard[rank][0] or "{}") for rank in others]
+            if all(each.get("knows_failure") for each in told):
+                return
+            time.sleep(0.05)
 
     # --- one thread talks; whatever TCPStore promises, its calls may hang with the server ---------
 
@@ -214,7 +228,7 @@ class Watchdog:
         return {
             "rank": self._world.rank, "host": socket.gethostname(), "pid": os.getpid(),
             "time": time.time(), "boundary": self._moved[0], "stands": self._stands(),
-            "waits": waits, "where": where,
+            "waits": waits, "where": where, "knows_failure": bool(self._board[_FAILED]),
         }  # fmt: skip
 
     def _stands_text(self, told: list[dict[str, Any]]) -> str:

@@ -1,5 +1,9 @@
 """How ranks are found in the environment, and how an outcome is left."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from trainer import launch
@@ -99,3 +103,14 @@ def test_the_end_of_the_job_is_known_where_the_batch_script_knows_it(environ):
     assert launch.end_time_s() is None
     environ["PERDURE_END_TIME"] = "1790000000"
     assert launch.end_time_s() == 1.79e9
+
+
+@pytest.mark.parametrize(("first", "second", "stays"), [(1, 75, "1"), (75, 1, "1"), (75, 75, "75")])
+def test_that_a_rank_was_lost_does_not_overrule_why_it_went(tmp_path, first, second, stays):
+    for code in (first, second):
+        left = subprocess.run(
+            [sys.executable, "-c", f"from trainer.launch import leave_at_once as l; l({code})"],
+            env={**os.environ, "PERDURE_OUTCOME": str(tmp_path / "outcome")},
+        )
+        assert left.returncode == code
+    assert (tmp_path / "outcome").read_text() == stays
