@@ -5,7 +5,11 @@ import json
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from trainer.storage import open_store
+from trainer.tracking import jsonl
 from trainer.tracking.console import Console
 from trainer.tracking.jsonl import FILE_NAME, Jsonl
 from trainer.tracking.several import Several, Silent
@@ -261,3 +265,47 @@ def test_silent_is_silent(tmp_path, capsys):
     silent.close()
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+# --- on an object store --------------------------------------------------------------------------
+
+attempts = st.lists(
+    st.tuples(st.integers(0, 4), st.integers(0, 3), st.booleans(), st.booleans()), max_size=6
+)
+
+
+def a_line(split, step, attempt):
+    return {"split": split, "step": step, "attempt": attempt, "loss": step / 7}
+
+
+@given(attempts=attempts)
+@settings(max_examples=60, deadline=None)
+def test_parts_of_attempts_are_joined_to_what_a_file_would_hold(tmp_path_factory, attempts):
+    """Of each attempt: steps committed, steps lost, whether it closed, whether it evaluated."""
+    folder = tmp_path_factory.mktemp("run")
+    store = open_store(f"memory:/{folder}")
+    committed = evaluated = 0
+    for number, (kept, lost, closes, evaluates) in enumerate([*attempts, (2, 0, True, True)], 1):
+        facts = {"step": committed, "last_eval_step": evaluated, "attempt": number, "store": store}
+        trackers = [Jsonl(), Jsonl()]
+        for tracker, place in zip(trackers, (str(folder), store.url), strict=True):
+            tracker.start({**facts, "run_dir": place})
+        for step in range(committed + 1, committed + kept + 1):
+            for tracker in trackers:
+                tracker.log(a_line("train", step, number))
+                if evaluates:
+                    tracker.log(a_line("eval", step, number))
+                tracker.flush()
+        evaluated = committed + kept if evaluates else evaluated
+        committed += kept
+        for step in range(committed + 1, committed + lost + 1):
+            for tracker in trackers:
+                tracker.log(a_line("train", step, number))
+        if closes:
+            for tracker in trackers:
+                tracker.close()
+        else:  # killed; only what the interpreter would complain of
+            trackers[0]._file._file.close()
+    as_file = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert jsonl.read(store) == as_file
+    assert store.list("") == ["metrics.jsonl"]
