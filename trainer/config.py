@@ -143,9 +143,7 @@ class ObjectStore:
     timeout_s: float = setting(
         60.0, "A request without an answer for this long is repeated.", above=0
     )
-    retries: int = setting(
-        8, "How often a request is repeated that may succeed later: for a minute.", at_least=0
-    )
+    retries: int = setting(8, "How often a request is repeated that may succeed later.", at_least=0)
     options: dict[str, Any] = setting({}, "More options of the fsspec file system.")
 
 

@@ -179,7 +179,7 @@ class FsspecStore:
         raise AlreadyExists(f"{self.url}/{key} exists already")
 
     def _try(self, verb: str, key: str, do: Callable[[], T], *, may_be_missing: bool = False) -> T:
-        """Call `do`, again and again while it may succeed; full jitter between (Brooker 2015)."""
+        """Call `do`, again and again while it may succeed; equal jitter between (Brooker 2015)."""
         began, tries = time.monotonic(), self._settings.retries + 1
         for number in range(tries):
             try:
@@ -201,7 +201,7 @@ class FsspecStore:
                     with self._connecting:
                         self._connect()  # the environment or a profile may have new credentials
             longest_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**number)
-            time.sleep(_JITTER.uniform(0.0, longest_s))
+            time.sleep(_JITTER.uniform(longest_s / 2, longest_s))
         raise AssertionError
 
     def _give_up(
