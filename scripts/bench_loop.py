@@ -66,8 +66,7 @@ def bare(arguments: argparse.Namespace) -> None:
             if step == arguments.max_steps:
                 break
     ended = time.time()
-    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters()))
-    result = {"first": first, "weights": digest.hexdigest()}
+    result = {"first": first, "weights": _digest(model.state_dict())}
     if step > WARM_UP_STEPS:
         result["steps_per_s"] = (step - WARM_UP_STEPS) / (ended - begun)
     print(json.dumps(result))
@@ -114,8 +113,12 @@ def run_ours(arguments: argparse.Namespace, max_steps: int, folder: str) -> dict
 def _our_weights(run_dir: Path) -> str:
     from trainer.export.source import open_source
 
-    weights = open_source(str(run_dir), "latest").weights()
-    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in weights.values())).hexdigest()
+    return _digest(open_source(str(run_dir), "latest").weights())
+
+
+def _digest(weights: dict) -> str:
+    tensors = [weights[name].numpy().tobytes() for name in sorted(weights)]
+    return hashlib.sha256(b"".join(tensors)).hexdigest()
 
 
 def main() -> int:

@@ -37,6 +37,8 @@ def global_batches(
 
 def share(indices: Tensor, *, rank: int, world_size: int, accumulate: int) -> list[Tensor]:
     """Return this rank's microbatches of a global batch: equal, consecutive pieces."""
-    per_rank = len(indices) // world_size
-    mine = indices[rank * per_rank : (rank + 1) * per_rank]
-    return list(mine.split(per_rank // accumulate))
+    size = len(indices) // (world_size * accumulate)
+    if size == len(indices):
+        return [indices]
+    first = rank * accumulate
+    return [indices[n * size : (n + 1) * size] for n in range(first, first + accumulate)]
