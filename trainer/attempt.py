@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
@@ -20,7 +20,11 @@ from trainer import build, config, history, launch, loop, resume
 from trainer import watchdog as watchdog_
 from trainer.checkpoint import DamagedError, lineage
 from trainer.checkpoint.lineage import Attempt, Commit
+from trainer.checkpoint.mirror import Mirror
+from trainer.checkpoint.reader import MissingError
+from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.tiers import Tiers
 from trainer.config import Run
 from trainer.distributed import World
 from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError, StoreError
@@ -29,6 +33,7 @@ from trainer.preemption import Stop, reason_text
 from trainer.resume import Start
 from trainer.state import State
 from trainer.storage import Store, open_store
+from trainer.tracking import jsonl
 
 _STACKS_S = 10.0
 """How long a store may take for the last words of a process that leaves."""
@@ -50,36 +55,38 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
         The exit code of an outcome that all ranks agree on: done, or run again.
     """
     _refuse_different_configs(stored, world)
-    store = open_store(run.run_dir, run.store)
-    _refuse_unshared(store, world)
-    start = world.from_rank0(lambda: resume.choose(store, run, stored))
+    tiers = resume.open_tiers(run)
+    store = tiers.run
+    is_shared = _find_shared(tiers, world)
+    start = world.from_rank0(lambda: resume.choose(tiers, run, stored))
     if resume.finished(run, start):
         if world.rank == 0:
             print(finished_text(run, start.step))
         return DONE
-    earlier = world.from_rank0(lambda: _earlier(run, store))
+    earlier = world.from_rank0(lambda: _earlier(run, tiers))
     threads = launch.threads_per_rank(run.launch, earlier[-1].get("threads") if earlier else None)
     torch.set_num_threads(threads)
     began = time.monotonic()
     facts = {**_facts(world, threads), "resume": run.resume}
-    attempt = world.from_rank0(lambda: lineage.begin(store, facts))
+    attempt = world.from_rank0(lambda: tiers.begin(facts))
     stop = Stop(world, grace_s=launch.grace_s(run.preemption.grace_s))
     stop.listen(run.preemption.signals, interrupts_end=not launch.is_rank())
-    watchdog = _watchdog(run, world, store, attempt, stop)
+    watchdog = _watchdog(run, world, tiers, attempt, stop)
     ending: dict[str, Any] = {"outcome": history.DIED}
     tracker = world.together(lambda: build.build_tracker(run, world))
-    notes = _Notes(store, attempt) if world.rank == 0 else None
+    notes = _Notes(tiers, attempt) if world.rank == 0 else None
     with ExitStack() as at_last:
         try:
             source = world.together(lambda: build.build_data(run))
             job = build.build_job(run, world, source, tracker)
             loop.warm_up(job)
-            start, state = _load(run, stored, job, store, attempt)
-            saver = _saver(run, stored, job, store, attempt, start, stop.grace_s)
+            start, state = _load(run, stored, job, tiers, attempt)
+            mirror = _mirror(run, job, tiers, attempt, start)
+            saver = _saver(run, stored, job, store, attempt, start, stop.grace_s, mirror, is_shared)
             known = [record["save_s"] for record in earlier if record.get("save_s")]
             saver.save_s = known[-1] if known else None
-            stop.deadline = _deadline(run, saver, began)
-            world.from_rank0(lambda: _record_start(run, stored, job, store, attempt, start, state))
+            stop.deadline = _deadline(run, saver, mirror, began)
+            world.from_rank0(lambda: _record_start(run, stored, job, tiers, attempt, start, state))
             saver.compare_with_grace()
             if notes is not None:
                 notes.keep(state, saver, stop, began)
@@ -105,7 +112,7 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
             watchdog.stop()
             tracker.close()
             if notes is not None:
-                lineage.amend(store, attempt, {"ended": lineage.now(), **notes.end(), **ending})
+                _record_end(tiers, attempt, {"ended": lineage.now(), **notes.end(), **ending})
     if world.rank == 0:
         seconds = time.monotonic() - trained
         print(_end_text(run, state, saver, stop, done, seconds), flush=True)
@@ -117,10 +124,19 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
     return DONE if saver.committed_step == state.step else FAILURE
 
 
-def _earlier(run: Run, store: Store) -> list[dict[str, Any]]:
+def _record_end(tiers: Tiers, attempt: Attempt, facts: Mapping[str, Any]) -> None:
+    lineage.amend(tiers.run, attempt, facts)
+    if tiers.mirror is not None:
+        try:
+            lineage.amend(tiers.mirror, attempt, facts)
+        except StoreError as error:  # the next attempt tells it
+            print(f"THE MIRROR does not know how this attempt ended: {error}", flush=True)
+
+
+def _earlier(run: Run, tiers: Tiers) -> list[dict[str, Any]]:
     """Return the records of earlier attempts, unless these died too often. Rank 0 only."""
-    records = lineage.records(store)
-    saved_by = {commit.attempt for commit in lineage.commits(store, damaged=True)}
+    survey = tiers.survey()
+    records, saved_by = survey.records, {commit.attempt for commit in survey.with_damaged}
     most = run.launch.max_attempts_without_progress
     history.refuse_crash_loop(records, saved_by, most, run.run_dir)
     return records
@@ -131,8 +147,8 @@ class _Notes:
 
     every_s = 30.0
 
-    def __init__(self, store: Store, attempt: Attempt) -> None:
-        self._store, self._attempt = store, attempt
+    def __init__(self, tiers: Tiers, attempt: Attempt) -> None:
+        self._tiers, self._attempt = tiers, attempt
         self._facts: Callable[[], dict[str, Any]] = dict
         self._over = threading.Event()
 
@@ -162,7 +178,7 @@ class _Notes:
             facts = self._facts()
             wait_s = min(2 * wait_s, self.every_s)
             with suppress(StoreError):  # the saves will say so
-                lineage.tell(self._store, self._attempt, {"told": lineage.now(), **facts})
+                self._tiers.tell(self._attempt, {"told": lineage.now(), **facts})
 
     def end(self) -> dict[str, Any]:
         """Stop; return what there is to say at the end."""
@@ -171,12 +187,12 @@ class _Notes:
 
 
 def _watchdog(
-    run: Run, world: World, store: Store, attempt: Attempt, stop: Stop
+    run: Run, world: World, tiers: Tiers, attempt: Attempt, stop: Stop
 ) -> watchdog_.Watchdog:
     def leave_stacks(text: str) -> None:
         key = f"stacks/attempt-{attempt.number:04d}-rank-{world.rank}.txt"
         writing = threading.Thread(
-            target=store.replace, args=(key, text.encode()), name="stacks", daemon=True
+            target=tiers.run.replace, args=(key, text.encode()), name="stacks", daemon=True
         )
         writing.start()
         writing.join(_STACKS_S)  # the file system may be what hangs
@@ -184,9 +200,7 @@ def _watchdog(
     def leave(text: str) -> None:
         if world.rank == 0:
             ending = {"ended": lineage.now(), "outcome": history.DIED, "error": text}
-            writing = threading.Thread(
-                target=lineage.amend, args=(store, attempt, ending), daemon=True
-            )
+            writing = threading.Thread(target=tiers.amend, args=(attempt, ending), daemon=True)
             writing.start()
             writing.join(_STACKS_S)
         launch.leave_at_once(RUN_AGAIN, f"LEFT: {text}. The same command goes on.")
@@ -202,7 +216,7 @@ def _watchdog(
     )
 
 
-def _deadline(run: Run, saver: Saver, began: float) -> Callable[[], bool]:
+def _deadline(run: Run, saver: Saver, mirror: Mirror | None, began: float) -> Callable[[], bool]:
     """Return what tells whether it is time to leave: `max_time` is over, or the job's end near."""
     limit_s = config.seconds(run.trainer.max_time or "")
     end_s = launch.end_time_s()
@@ -211,6 +225,7 @@ def _deadline(run: Run, saver: Saver, began: float) -> Callable[[], bool]:
         if limit_s is not None and time.monotonic() - began >= limit_s:
             return True
         spare_s = _END_SPARE_S + 2 * (saver.save_s or 0.0)
+        spare_s += 2 * mirror.copy_s if mirror is not None else 0.0
         return end_s is not None and time.time() >= end_s - spare_s
 
     return is_over
@@ -232,35 +247,55 @@ def _refuse_different_configs(stored: Mapping[str, Any], world: World) -> None:
     world.from_rank0(compare)
 
 
-def _refuse_unshared(store: Store, world: World) -> None:
-    """Find out at once where nodes do not see each other's files. Collective."""
+def _find_shared(tiers: Tiers, world: World) -> bool:
+    """Return whether nodes have one run_dir; refuse what they must have in common. Collective.
+
+    With a mirror each node may have a run_dir of its own.
+    """
     if world.size == world.local_size:
-        return
-    key, host = world.from_rank0(lambda: _leave_key(store))
-
-    def look() -> None:
-        until = time.monotonic() + _SHARED_S
-        while True:
-            with suppress(FileNotFoundError):
-                store.read(key)
-                return
-            if time.monotonic() > until:
-                raise ConfigError(
-                    f"run_dir={store.url} on {socket.gethostname()} is not the place that "
-                    f"rank 0 on {host} writes to: nodes need one place for a run. Give a path "
-                    "on a file system that all nodes share, or an object store (run_dir=s3://bucket/name)"
-                )
-            time.sleep(0.1)
-
+        return True
+    key, host = world.from_rank0(lambda: _leave_keys(tiers.stores))
     try:
-        world.together(look)
-    finally:  # an error of `together` is every rank's
-        world.from_rank0(lambda: store.delete([key]))
+        sees = world.on_each(lambda: [_sees(store, key) for store in tiers.stores])
+    finally:  # an error of `on_each` is every rank's
+        world.from_rank0(lambda: _take_keys(tiers.stores, key))
+    blind = [rank for rank, seen in enumerate(sees) if not seen[-1]]
+    if blind:
+        where = "run_dir" if tiers.mirror is None else "checkpoint.mirror"
+        ways = (
+            ""
+            if tiers.mirror
+            else ", or keep a run_dir of its own on each with a mirror "
+            "(checkpoint.mirror=s3://bucket/name)"
+        )
+        raise ConfigError(
+            f"{where}={tiers.stores[-1].url} of rank {blind[0]} is not the place that rank 0 on "
+            f"{host} writes to: nodes need one place for a run. Give a path on a file system that "
+            f"all nodes share, or an object store ({where}=s3://bucket/name){ways}"
+        )
+    return all(seen[0] for seen in sees)
 
 
-def _leave_key(store: Store) -> tuple[str, str]:
+def _sees(store: Store, key: str) -> bool:
+    until = time.monotonic() + _SHARED_S
+    while True:
+        with suppress(FileNotFoundError):
+            store.read(key)
+            return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+
+
+def _take_keys(stores: Sequence[Store], key: str) -> None:
+    for store in stores:
+        store.delete([key])
+
+
+def _leave_keys(stores: Sequence[Store]) -> tuple[str, str]:
     key = f".tmp-seen-{secrets.token_hex(4)}"
-    store.create(key, b"")
+    for store in stores:
+        store.create(key, b"")
     return key, socket.gethostname()
 
 
@@ -277,42 +312,92 @@ def _facts(world: World, threads: int) -> dict[str, Any]:
 
 
 def _load(
-    run: Run, stored: Mapping[str, Any], job: loop.Job, store: Store, attempt: Attempt
+    run: Run, stored: Mapping[str, Any], job: loop.Job, tiers: Tiers, attempt: Attempt
 ) -> tuple[Start, State]:
     """Load the newest checkpoint that every rank finds whole; set damaged ones aside.
 
     Collective.
     """
     world = job.world
-    damaged: list[Commit] = []
+    damaged: list[tuple[Commit, tuple[str, ...]]] = []
     while True:
         start = world.from_rank0(
-            lambda: resume.choose(store, run, stored, attempt=attempt.number, damaged=damaged)
+            lambda: resume.choose(tiers, run, stored, attempt=attempt.number, damaged=damaged)
         )
         try:
             state = world.together(partial(resume.load, job, start, run.store))
         except DamagedError as error:
-            if start.is_fork or start.commit is None or start.is_named:
+            is_last = len(start.urls) == 1
+            if start.is_fork or start.commit is None or (start.is_named and is_last):
                 world.from_rank0(partial(_refuse_damaged, run, start, error))
             else:
-                damaged.append(start.commit)
-                world.from_rank0(partial(_set_aside, store, start.commit, error))
+                damaged.append((start.commit, start.urls))
+                world.from_rank0(partial(_set_aside, tiers, start, error))
             continue
         if start.manifest is None and run.init.weights:
             world.together(partial(resume.load_weights, job.model, run.init.weights))
         return start, state
 
 
-def _set_aside(store: Store, commit: Commit, error: DamagedError) -> None:
-    lineage.mark_damaged(store, commit, str(error))
-    print(f"DAMAGED: {error}. Trying the newest older one.", flush=True)
+def _set_aside(tiers: Tiers, start: Start, error: DamagedError) -> None:
+    """Mark what was proven wrong where it was; what other nodes may have is not."""
+    store = next(store for store in tiers.stores if store.url == start.urls[0])
+    is_elsewhere = isinstance(error, MissingError) and tiers.mirror is not None
+    assert start.commit is not None  # noqa: S101 (for the type checker)
+    if not is_elsewhere and start.commit.manifest_key in store.list(start.commit.folder):
+        lineage.mark_damaged(store, start.commit, str(error))
+    others = "its copy, or " if len(start.urls) > 1 else ""
+    what = "NOT HERE" if is_elsewhere else "DAMAGED"
+    print(f"{what}: {error}. Trying {others}the newest older one.", flush=True)
 
 
 def _refuse_damaged(run: Run, start: Start, error: DamagedError) -> None:
-    commits = lineage.commits(open_store(start.store_url, run.store))
+    commits = lineage.commits(open_store(start.urls[0], run.store))
     older = [f"{commit.step:,}" for commit in reversed(commits) if commit.step < start.step]
     advice = f"resume from one of them with resume={older[0]}" if older else "there is no older one"
     raise DamagedError(f"{error}. Older whole steps: {', '.join(older) or 'none'}; {advice}")
+
+
+def _mirror(run: Run, job: loop.Job, tiers: Tiers, attempt: Attempt, start: Start) -> Mirror | None:
+    """Begin to copy; first what the mirror lacks of the checkpoint we start from. Collective."""
+    if tiers.mirror is None:
+        return None
+    wanted = run.checkpoint
+    retention = Retention(
+        tiers.mirror,
+        attempt,
+        keep_last=wanted.mirror_keep_last,
+        keep_best=wanted.mirror_keep_best,
+        keep_every_steps=wanted.mirror_keep_every_steps,
+        metric=wanted.metric,
+        mode=wanted.mode,
+    )
+    mirror = Mirror(
+        tiers.run,
+        tiers.mirror,
+        job.world,
+        attempt,
+        retention=retention,
+        also=lambda: _history(tiers.run),
+    )
+    if start.manifest is not None and job.world.from_rank0(lambda: _is_own(tiers, start)):
+        mirror.take(start.manifest)
+    return mirror
+
+
+def _is_own(tiers: Tiers, start: Start) -> bool:
+    """Return whether the run's own store has the checkpoint that the attempt starts from."""
+    if start.is_fork or start.commit is None or start.urls[0] != tiers.run.url:
+        return False
+    return start.commit.manifest_key in tiers.run.list(start.commit.folder)
+
+
+def _history(store: Store) -> dict[str, bytes]:
+    """Return what a run has besides checkpoints that must not be lost with its store."""
+    found = {jsonl.FILE_NAME: jsonl.read_text(store)}
+    with suppress(FileNotFoundError):
+        found["config.yaml"] = store.read("config.yaml")
+    return found
 
 
 def _saver(
@@ -323,8 +408,19 @@ def _saver(
     attempt: Attempt,
     start: Start,
     grace_s: float,
+    mirror: Mirror | None,
+    is_shared: bool,
 ) -> Saver:
     wanted = run.checkpoint
+    retention = Retention(
+        store,
+        attempt,
+        keep_last=wanted.keep_last,
+        keep_best=wanted.keep_best,
+        keep_every_steps=wanted.keep_every_steps,
+        metric=wanted.metric,
+        mode=wanted.mode,
+    )
     saver = Saver(
         store,
         job.world,
@@ -332,13 +428,11 @@ def _saver(
         config=stored,
         every=Every(steps=wanted.every_steps, epochs=wanted.every_epochs),
         every_s=wanted.every_s,
-        keep_last=wanted.keep_last,
-        keep_best=wanted.keep_best,
-        keep_every_steps=wanted.keep_every_steps,
+        retention=retention,
+        mirror=mirror,
+        is_shared=is_shared,
         timeout_s=wanted.timeout_s,
         grace_s=grace_s,
-        metric=wanted.metric,
-        mode=wanted.mode,
         stop_on_error=wanted.on_error == "stop",
         before_commit=job.tracker.flush,
         say=job.tracker.say,
@@ -352,15 +446,19 @@ def _record_start(
     run: Run,
     stored: Mapping[str, Any],
     job: loop.Job,
-    store: Store,
+    tiers: Tiers,
     attempt: Attempt,
     start: Start,
     state: State,
 ) -> None:
     """Write where the attempt starts from, before it saves anything. Rank 0 only."""
+    store = tiers.run
+    if tiers.mirror is not None and start.manifest is not None and not _is_own(tiers, start):
+        with suppress(FileNotFoundError):  # the figures of the timeline that goes on
+            store.replace(jsonl.FILE_NAME, tiers.mirror.read(jsonl.FILE_NAME))
     own = None if start.is_fork else start.commit
     origin = {"step": own.step if own else 0, "attempt": own.attempt if own else None}
-    lineage.amend(store, attempt, {"resumed_from": origin, "first_step": state.step})
+    tiers.amend(attempt, {"resumed_from": origin, "first_step": state.step})
     store.replace("config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(stored))).encode())
     job.tracker.start(
         {
@@ -376,7 +474,7 @@ def _record_start(
         }
     )
     record = lineage.records(store)[-1]
-    for line in [*_banner(run, job, record), *_resume_lines(run, job, store, start, state, record)]:
+    for line in [*_banner(run, job, record), *_resume_lines(run, job, tiers, start, state, record)]:
         job.tracker.say(line)
 
 
@@ -404,7 +502,7 @@ def _banner(run: Run, job: loop.Job, record: Mapping[str, Any]) -> list[str]:
 def _resume_lines(
     run: Run,
     job: loop.Job,
-    store: Store,
+    tiers: Tiers,
     start: Start,
     state: State,
     record: Mapping[str, Any],
@@ -413,12 +511,13 @@ def _resume_lines(
     if start.manifest is None or start.commit is None:
         return lines
     left = _count(job.max_steps - state.step, "step")
-    how = f"forking {start.store_url}/{start.commit.folder}" if start.is_fork else "resuming"
-    lines.append(f"{how} from step {state.step:,}; {left} left")
+    how = f"forking {start.urls[0]}/{start.commit.folder}" if start.is_fork else "resuming"
+    copy = "" if start.is_fork or _is_own(tiers, start) else f" of {run.checkpoint.mirror}"
+    lines.append(f"{how} from step {state.step:,}{copy}; {left} left")
     if start.differences:
         lines.append("settings that changed since then:")
         lines += [f"  {difference}" for difference in start.differences]
-    saved_in = open_store(start.store_url, run.store) if start.is_fork else store
+    saved_in = open_store(start.urls[0], run.store) if start.is_fork else tiers.run
     number = start.manifest.attempt
     then = next((r for r in lineage.records(saved_in) if r["attempt"] == number), record)
     facts = ("world_size", "threads", "device", "versions")
@@ -462,6 +561,7 @@ def _next_steps(run: Run, step: int) -> list[str]:
     return [
         f"  the run   {run.run_dir}",
         f"  go on     the same command with {further}",
+        *([f"  mirror    {run.checkpoint.mirror}"] if run.checkpoint.mirror else []),
         f"  look      {run.run_dir}/metrics.jsonl",
         f"  export    python -m trainer.export {run.run_dir} format=safetensors",
     ]

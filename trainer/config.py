@@ -122,6 +122,16 @@ class Checkpoint:
     )
     metric: str | None = setting(None, "Metric of the evaluation that decides what is best.")
     mode: str = setting("max", "Whether a larger metric is better.", choices=("max", "min"))
+    mirror: str | None = setting(
+        None, "Second place for checkpoints, s3://… or a directory: copied beside the training."
+    )
+    mirror_keep_last: int = setting(2, "Newest checkpoints to keep in the mirror.", at_least=1)
+    mirror_keep_best: int = setting(
+        1, "Best checkpoints to keep in the mirror, where metric is set.", at_least=0
+    )
+    mirror_keep_every_steps: int | None = setting(
+        None, "Keep checkpoints of such steps in the mirror for good.", at_least=1
+    )
     on_error: str = setting(
         "continue",
         "A save failed: stop, or go on and try at the next interval (three in a row stop).",
@@ -131,7 +141,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectStore:
-    """How a run_dir on S3 or another object store is reached. Credentials: see docs/storage.md."""
+    """How places on S3 or another object store is reached. Credentials: see docs/storage.md."""
 
     endpoint_url: str | None = setting(
         None, "Address of an S3 server; default: AWS_ENDPOINT_URL, else Amazon's."
@@ -282,7 +292,9 @@ def check(run: Run) -> list[Problem]:
     if not re.fullmatch(r"(?!\.+$)[\w.,=+@-]+", run.name):
         text = f"{run.name!r} must be made of letters, digits and . , = + @ _ -, not dots alone"
         problems.append(Problem("name", text))
-    problems += _check_place(run.run_dir)
+    problems += _check_place("run_dir", run.run_dir)
+    if run.checkpoint.mirror is not None:
+        problems += _check_mirror(run)
     if not run.resume:
         problems.append(Problem("resume", "is empty; use auto, never, best, a step or a path"))
     for key in ("nproc", "threads"):
@@ -306,16 +318,26 @@ def check(run: Run) -> list[Problem]:
     return problems
 
 
-def _check_place(run_dir: str) -> list[Problem]:
-    host = run_dir.partition("://")[2].partition("/")[0]
+def _check_mirror(run: Run) -> list[Problem]:
+    mirror = run.checkpoint.mirror or ""
+    problems = _check_place("checkpoint.mirror", mirror)
+    here, there = (f"{place.rstrip('/')}/" for place in (run.run_dir, mirror))
+    if not problems and (here.startswith(there) or there.startswith(here)):
+        text = f"{mirror!r} and run_dir={run.run_dir} lie in each other; give two places"
+        problems.append(Problem("checkpoint.mirror", text))
+    return problems
+
+
+def _check_place(key: str, place: str) -> list[Problem]:
+    host = place.partition("://")[2].partition("/")[0]
     text = ""
-    if not run_dir:
+    if not place:
         text = "is empty; give the directory of the run"
     elif "@" in host:
         text = "has credentials in it, which would be written down; see docs/storage.md"
-    elif re.fullmatch(r"[\w+.-]+://[^/]*/*", run_dir):
-        text = f"{run_dir!r} is a whole bucket; give the run a name in it"
-    return [Problem("run_dir", text)] if text else []
+    elif re.fullmatch(r"[\w+.-]+://[^/]*/*", place):
+        text = f"{place!r} is a whole bucket; give the run a name in it"
+    return [Problem(key, text)] if text else []
 
 
 def seconds(text: str) -> float | None:

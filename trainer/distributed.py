@@ -17,6 +17,10 @@ from trainer.errors import PerdureError
 T = TypeVar("T")
 
 
+_PATIENCE = timedelta(days=1)
+"""Of groups that threads use which write checkpoints: these may take long."""
+
+
 @dataclass(frozen=True)
 class World:
     """Who we are among the ranks."""
@@ -83,6 +87,15 @@ class World:
         """Return the same ranks for a thread beside the main one: it agrees on `background`."""
         return replace(self, control=self.background)
 
+    def apart(self) -> "World":
+        """Return the same ranks for one more thread, with a group of its own.
+
+        Collective, on the main thread.
+        """
+        if self.size == 1:
+            return self
+        return replace(self, control=dist.new_group(backend="gloo", timeout=_PATIENCE))
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Return the mean of `values` over all ranks, on the training group. Collective."""
         if self.size > 1:
@@ -140,7 +153,7 @@ def connect(device: torch.device, *, timeout_s: float) -> World:
         device_id=device if device.type == "cuda" else None,
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
-    background = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # saves may be slow
+    background = dist.new_group(backend="gloo", timeout=_PATIENCE)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return World(dist.get_rank(), size, local_rank, local_size, device, control, background)

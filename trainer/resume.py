@@ -1,6 +1,6 @@
 """Where a run goes on from, and whether this configuration may go on from there. Reads only."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +11,12 @@ from trainer.checkpoint import lineage, tree
 from trainer.checkpoint.lineage import FOLDER, MANIFEST, Commit
 from trainer.checkpoint.manifest import Manifest, parse_folder
 from trainer.checkpoint.plan import TORCH_DTYPES
+from trainer.checkpoint.tiers import Survey, Tiers
 from trainer.config import ObjectStore, Run
 from trainer.errors import CheckpointError, ConfigError
 from trainer.state import State
-from trainer.storage import Store, open_store
+from trainer.storage import open_store
+from trainer.storage.store import Fallback
 
 _STATE_KEYS = ("model", "data", "task", "optimizer", "scheduler", "seed")
 _STATE_SETTINGS = ("trainer.global_batch_size",)
@@ -52,7 +54,8 @@ class Difference:
 class Start:
     """Where an attempt starts from."""
 
-    store_url: str = ""
+    urls: tuple[str, ...] = ()
+    """Where its bytes are looked for, in this order."""
     commit: Commit | None = None
     manifest: Manifest | None = None
     """None: from scratch."""
@@ -101,22 +104,30 @@ def _shown(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
+def open_tiers(run: Run) -> Tiers:
+    """Open the run's store, and its mirror, if it has one."""
+    mirror = run.checkpoint.mirror
+    return Tiers(
+        open_store(run.run_dir, run.store), open_store(mirror, run.store) if mirror else None
+    )
+
+
 def choose(
-    store: Store,
+    tiers: Tiers,
     run: Run,
     config: Mapping[str, Any],
     *,
     attempt: int | None = None,
-    damaged: Collection[Commit] = (),
+    damaged: Collection[tuple[Commit, tuple[str, ...]]] = (),
 ) -> Start:
     """Decide where to start. Rank 0 only.
 
     Args:
-        store: the run's own store.
+        tiers: the run's own stores.
         run: the configuration; `run.resume` says what is wanted.
         config: the configuration as it would be stored.
         attempt: the number of the attempt that asks, where it has one already.
-        damaged: checkpoints that were found damaged while loading.
+        damaged: checkpoints that were found damaged while loading, and where they were read from.
 
     A step, `best` or `never` is honoured once: when the same command runs again, as it does after
     a preemption, the run goes on from its newest checkpoint.
@@ -125,9 +136,10 @@ def choose(
         ConfigError: this configuration cannot go on with this run, or `resume` names nothing.
         CheckpointError: checkpoints exist and none of them is whole.
     """
-    commits = lineage.commits(store)
+    survey = tiers.survey()
+    commits = survey.commits
     request = run.resume
-    earlier = [r for r in lineage.records(store) if attempt is None or r["attempt"] < attempt]
+    earlier = [r for r in survey.records if attempt is None or r["attempt"] < attempt]
     honoured = any(r.get("resume") == request and r.get("resumed_from") for r in earlier[-1:])
     if request == "never":
         if commits and not honoured:
@@ -138,10 +150,10 @@ def choose(
         request = "auto"
     wants_step = request.isdecimal() or request == "best"
     if wants_step and not (honoured and commits):
-        commit = _named(store, commits, request, run)
-        start = replace(_open(store, commit), is_named=True)
-    elif commits or lineage.commits(store, damaged=True):
-        start = _newest_whole(store, commits, damaged)
+        commit = _named(survey, request, run)
+        start = replace(_newest_whole(survey, [commit], damaged, run.run_dir), is_named=True)
+    elif survey.with_damaged:
+        start = _newest_whole(survey, commits, damaged, run.run_dir)
     elif request == "auto":
         return Start()
     else:
@@ -160,53 +172,60 @@ def choose(
     return replace(start, differences=differences)
 
 
-def _open(store: Store, commit: Commit) -> Start:
-    return Start(store.url, commit, lineage.read_manifest(store, commit))
-
-
-def _newest_whole(store: Store, commits: list[Commit], damaged: Collection[Commit]) -> Start:
+def _newest_whole(
+    survey: Survey,
+    commits: Sequence[Commit],
+    damaged: Collection[tuple[Commit, tuple[str, ...]]],
+    where: str,
+) -> Start:
     skipped = []
     for commit in reversed(commits):
-        if commit in damaged:
-            continue
-        try:
-            start = _open(store, commit)
-        except CheckpointError as error:
-            skipped.append(str(error))
-            continue
-        return replace(start, skipped=tuple(skipped))
+        for stores in survey.views(commit):
+            urls = tuple(store.url for store in stores)
+            if (commit, urls) in damaged:
+                continue
+            try:
+                manifest = lineage.read_manifest(Fallback(stores), commit)
+            except CheckpointError as error:
+                skipped.append(str(error))
+                continue
+            return Start(urls, commit, manifest, skipped=tuple(skipped))
     raise CheckpointError(
-        f"{store.url} has checkpoints and none of them is whole; the run is not begun anew, so "
+        f"{where} has checkpoints and none of them is whole; the run is not begun anew, so "
         "that nothing is overwritten. "
         + " ".join(skipped)
         + " Restore one of them, or start elsewhere with name=…"
     )
 
 
-def _named(store: Store, commits: list[Commit], request: str, run: Run) -> Commit:
+def _named(survey: Survey, request: str, run: Run) -> Commit:
     if request == "best":
-        best = _best(store, commits, run)
+        best = _best(survey, run)
         if best is None:
             raise ConfigError(
-                f"resume=best, but no checkpoint in {store.url} has a measured metric; set "
+                f"resume=best, but no checkpoint in {run.run_dir} has a measured metric; set "
                 "checkpoint.metric, or use resume=auto"
             )
         return best
-    chosen = [commit for commit in commits if commit.step == int(request)]
+    chosen = [commit for commit in survey.commits if commit.step == int(request)]
     if not chosen:
-        steps = ", ".join(f"{commit.step:,}" for commit in commits) or "none"
+        steps = ", ".join(f"{commit.step:,}" for commit in survey.commits) or "none"
         raise ConfigError(
-            f"resume={request}: {store.url} has no checkpoint of that step; steps there: {steps}"
+            f"resume={request}: {run.run_dir} has no checkpoint of that step; steps there: {steps}"
         )
     return chosen[-1]
 
 
-def _best(store: Store, commits: list[Commit], run: Run) -> Commit | None:
+def _best(survey: Survey, run: Run) -> Commit | None:
     metric = run.checkpoint.metric
     if metric is None:
         return None
-    by_step = {commit.step: commit for commit in commits}
-    values = {step: lineage.measured(store, commit, metric) for step, commit in by_step.items()}
+    by_step = {commit.step: commit for commit in survey.commits}
+    manifests = {
+        step: lineage.read_manifest(Fallback(survey.views(commit)[0]), commit)
+        for step, commit in by_step.items()
+    }
+    values = {step: lineage.measured(made, metric) for step, made in manifests.items()}
     best = policy.best_first(values, run.checkpoint.mode)
     return by_step[best[0]] if best else None
 
@@ -220,12 +239,12 @@ def _fork(request: str, settings: ObjectStore) -> Start:
         store = open_store(parent[: -len(FOLDER) - 1] or ".", settings)
         commit = Commit(*parsed, f"{FOLDER}/{name}")
         if commit.manifest_key in store.list(commit.folder):
-            return replace(_open(store, commit), is_fork=True)
+            manifest = lineage.read_manifest(store, commit)
+            return Start((store.url,), commit, manifest, is_fork=True)
     else:
-        store = open_store(url, settings)
-        commits = lineage.commits(store)
-        if commits:
-            return replace(_newest_whole(store, commits, ()), is_fork=True)
+        survey = Tiers(open_store(url, settings)).survey()
+        if survey.commits:
+            return replace(_newest_whole(survey, survey.commits, (), url), is_fork=True)
     raise ConfigError(
         f"resume={request}: there is no committed checkpoint; give auto, never, best, a step, a "
         f"run's directory, or one of the folders in its {FOLDER}/"
@@ -276,7 +295,7 @@ def load(
     if manifest is None or start.commit is None:
         return State()
     reader = checkpoint.Reader(
-        open_store(start.store_url, settings),
+        Fallback([open_store(url, settings) for url in start.urls]),
         start.commit.folder,
         manifest,
         peers=job.world.local_size,

@@ -172,15 +172,21 @@ def _check_and_start(composed: DictConfig, problems: Sequence[Problem], check_on
 def _launch(run: Run, stored: Mapping[str, Any]) -> int:
     """Refuse early what cannot go on, then become the only rank, or start all ranks."""
     from trainer import attempt, resume
-    from trainer.storage import open_store
 
-    store = open_store(run.run_dir, run.store)
-    try:
-        if warning := store.probe():
-            print(f"WARNING: {warning}", file=sys.stderr, flush=True)
-    except StoreError as error:
-        raise ConfigError(f"run_dir={run.run_dir} cannot be written: {error}") from None
-    start = resume.choose(store, run, stored)
+    tiers = resume.open_tiers(run)
+    for key, store in zip(("run_dir", "checkpoint.mirror"), tiers.stores, strict=False):
+        try:
+            if warning := store.probe():
+                print(f"WARNING: {warning}", file=sys.stderr, flush=True)
+        except StoreError as error:
+            advice = (
+                ". With checkpoint.mirror=null the run goes on without it, if it has all here"
+                if store is tiers.mirror
+                else ""
+            )
+            text = f"{key}={store.url} cannot be written: {error}{advice}"
+            raise ConfigError(text) from None
+    start = resume.choose(tiers, run, stored)
     if resume.finished(run, start):
         print(attempt.finished_text(run, start.step))
         return DONE

@@ -9,6 +9,7 @@ from stores import FaultyStore
 
 from trainer import checkpoint
 from trainer.checkpoint import lineage
+from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
 from trainer.distributed import World
 from trainer.errors import SaveHangsError, StoreError
@@ -23,7 +24,8 @@ def begin(world: World, store: LocalStore, **settings) -> Saver:
     world.from_rank0(lambda: lineage.amend(store, attempt, {"resumed_from": {"step": 0}}))
     said: list[str] = []
     saver = Saver(
-        store, world, attempt, config={}, every=Every(), keep_last=100, say=said.append, **settings
+        store, world, attempt, config={}, every=Every(), retention=Retention(store, attempt, keep_last=100),
+        say=said.append, **settings
     )
     saver.said = said
     return saver

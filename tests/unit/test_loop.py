@@ -13,7 +13,9 @@ from torch.utils.data import TensorDataset
 
 from trainer import loop, resume, rng
 from trainer.checkpoint import lineage
+from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.tiers import Tiers
 from trainer.config import Run, Trainer
 from trainer.data.source import EvalStream, TrainStream
 from trainer.data.synthetic import Synthetic
@@ -154,7 +156,8 @@ def a_saver(folder, start=None, *, every=None, store=None, **settings):
     attempt = lineage.begin(store, {"resume": "auto"})
     origin = {"step": start.step if start else 0, "attempt": None}
     lineage.amend(store, attempt, {"resumed_from": origin})
-    settings = {"keep_last": 100, "config": {}, "every": every or Every(), **settings}
+    retention = Retention(store, attempt, keep_last=100)
+    settings = {"retention": retention, "config": {}, "every": every or Every(), **settings}
     saver = Prompt(store, World(), attempt, **settings)
     if start is not None and start.manifest is not None:
         saver.committed_step = start.step
@@ -164,7 +167,7 @@ def a_saver(folder, start=None, *, every=None, store=None, **settings):
 def go_on(folder, job, **settings):
     """Load the newest checkpoint and train on from it; return (state, whether it is finished)."""
     run = Run(name="a", run_dir=str(folder))
-    start = resume.choose(open_store(str(folder)), run, {})
+    start = resume.choose(Tiers(open_store(str(folder))), run, {})
     saver = a_saver(folder, start, **settings)
     if start.manifest is not None:
         rng.seed_all(999)  # the checkpoint alone decides
@@ -551,14 +554,14 @@ def test_an_evaluation_that_a_signal_cut_short_is_done_by_the_next_start(tmp_pat
         stop.restore_handlers()
     run = Run(name="a", run_dir=str(tmp_path / "b"), trainer=Trainer(max_steps=12))
     store = open_store(run.run_dir)
-    assert not resume.finished(run, resume.choose(store, run, {}))
+    assert not resume.finished(run, resume.choose(Tiers(store), run, {}))
     again = a_job(**settings)
     its_state, finished = go_on(tmp_path / "b", again)
     assert finished
     lines = stopped.tracker.lines + again.tracker.lines
     assert without_times(lines) == without_times(whole.tracker.lines)
     assert its_state == state
-    newest = resume.choose(store, run, {})
+    newest = resume.choose(Tiers(store), run, {})
     assert newest.manifest.objects["run"] == state.state_dict()
     assert resume.finished(run, newest)
 
@@ -568,7 +571,7 @@ def test_a_run_without_evaluation_data_finishes_and_stays_finished(tmp_path):
     assert loop.train(job, state := State(), a_saver(tmp_path), Stop(World()))
     assert (state.metrics, state.best) == ({}, None)
     run = Run(name="a", run_dir=str(tmp_path), trainer=Trainer(max_steps=12))
-    assert resume.finished(run, resume.choose(open_store(str(tmp_path)), run, {}))
+    assert resume.finished(run, resume.choose(Tiers(open_store(str(tmp_path))), run, {}))
 
 
 def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path):
@@ -611,7 +614,7 @@ def forked(folder, new, job):
     origin = a_job(max_steps=7, **schedule)
     loop.train(origin, state := State(), a_saver(folder / "a", config=OLD), Stop(World()))
     run = Run(name="b", run_dir=str(folder / "b"), resume=str(folder / "a"))
-    return origin, state, resume.load(job, resume.choose(open_store(run.run_dir), run, new))
+    return origin, state, resume.load(job, resume.choose(Tiers(open_store(run.run_dir)), run, new))
 
 
 def test_a_fork_takes_over_the_full_state(tmp_path):
@@ -651,7 +654,9 @@ def test_on_another_number_of_ranks_generators_are_derived_from_seed_step_and_ra
     loop.train(a_job(max_steps=7), State(), a_saver(tmp_path), Stop(World()))
     job = a_job(seed=3)
     job.world = World(rank=rank, size=2)
-    resume.load(job, resume.choose(open_store(str(tmp_path)), Run(name="a", run_dir="a"), {}))
+    resume.load(
+        job, resume.choose(Tiers(open_store(str(tmp_path))), Run(name="a", run_dir="a"), {})
+    )
     drawn = torch.rand(3)
     rng.seed_all(rng.derive("rank", 3, 7, rank))
     assert torch.equal(drawn, torch.rand(3))
@@ -659,7 +664,7 @@ def test_on_another_number_of_ranks_generators_are_derived_from_seed_step_and_ra
 
 def test_a_model_that_does_not_fit_is_refused_by_name(tmp_path):
     loop.train(a_job(max_steps=1), State(), a_saver(tmp_path), Stop(World()))
-    start = resume.choose(open_store(str(tmp_path)), Run(name="a", run_dir="a"), {})
+    start = resume.choose(Tiers(open_store(str(tmp_path))), Run(name="a", run_dir="a"), {})
     with pytest.raises(CheckpointError, match=r"lacks \['model.bias', 'model.weight'\]"):
         resume.load(a_job(model=nn.Linear(6, 3)), start)
     wider = Net()

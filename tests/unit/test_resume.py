@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from trainer.checkpoint import Content, Writer, lineage, save
+from trainer.checkpoint.tiers import Tiers
 from trainer.config import Checkpoint, Run, Trainer
 from trainer.distributed import World
 from trainer.errors import CheckpointError, ConfigError
@@ -157,7 +158,7 @@ class ARun:
             name="a", run_dir=str(self.folder), resume=resume,
             **{"checkpoint": Checkpoint(metric="accuracy"), **run},
         )  # fmt: skip
-        return choose(self.store, wanted, config)
+        return choose(Tiers(self.store), wanted, config)
 
     def manifest(self, step):
         (found,) = self.folder.glob(f"checkpoints/step-{step:08d}.*/manifest.json")
@@ -199,11 +200,11 @@ def test_auto_passes_over_a_damaged_manifest_and_says_so(run):
 
 def test_checkpoints_that_were_found_damaged_are_passed_over(run):
     run.attempt([5, 10])
-    commits = lineage.commits(run.store)
+    commits = [(commit, (run.store.url,)) for commit in lineage.commits(run.store)]
     wanted = Run(name="a", run_dir=str(run.folder))
-    assert choose(run.store, wanted, CONFIG, damaged=[commits[-1]]).step == 5
+    assert choose(Tiers(run.store), wanted, CONFIG, damaged=[commits[-1]]).step == 5
     with pytest.raises(CheckpointError, match="none of them is whole"):
-        choose(run.store, wanted, CONFIG, damaged=commits)
+        choose(Tiers(run.store), wanted, CONFIG, damaged=commits)
 
 
 def test_when_all_are_marked_damaged_the_run_is_not_begun_anew(run):
@@ -291,8 +292,8 @@ def test_an_attempt_that_asks_again_does_not_count_itself(run):
     attempt = lineage.begin(run.store, {"resume": "5"})
     wanted = Run(name="a", run_dir=str(run.folder), resume="5")
     lineage.amend(run.store, attempt, {"resumed_from": {"step": 5, "attempt": 1}})
-    assert choose(run.store, wanted, CONFIG, attempt=attempt.number).is_named
-    assert not choose(run.store, wanted, CONFIG).is_named  # but the next one does
+    assert choose(Tiers(run.store), wanted, CONFIG, attempt=attempt.number).is_named
+    assert not choose(Tiers(run.store), wanted, CONFIG).is_named  # but the next one does
 
 
 def test_never_is_honoured_once_too(run):
@@ -319,7 +320,7 @@ def other(tmp_path):
 def test_a_path_forks_another_runs_checkpoint(run, other, form, step):
     start = run.choose(form.format(run=other.folder))
     assert (start.step, start.is_fork) == (step, True)
-    assert start.store_url == str(other.folder)
+    assert start.urls == (str(other.folder),)
 
 
 def test_a_fork_may_change_anything_and_shows_it(run, other):
@@ -382,7 +383,7 @@ def test_safe_changes_are_accepted_and_shown(run):
 def test_a_run_is_finished_at_the_first_limit_that_it_has_reached(run, limits, done):
     run.attempt([15], accuracy={15: 0.5})
     wanted = Run(name="a", run_dir=str(run.folder), trainer=limits)
-    start = choose(run.store, wanted, CONFIG)
+    start = choose(Tiers(run.store), wanted, CONFIG)
     assert finished(wanted, start) is done
     assert not finished(wanted, replace(start, is_fork=True))
     assert not finished(wanted, Start())
@@ -391,7 +392,7 @@ def test_a_run_is_finished_at_the_first_limit_that_it_has_reached(run, limits, d
 def test_a_run_whose_last_evaluation_was_cut_short_is_not_finished(run):
     run.attempt([15])
     wanted = Run(name="a", run_dir=str(run.folder), trainer=Trainer(max_epochs=1))
-    assert not finished(wanted, choose(run.store, wanted, CONFIG))
+    assert not finished(wanted, choose(Tiers(run.store), wanted, CONFIG))
 
 
 # --- weights alone -----------------------------------------------------------------------------

@@ -8,14 +8,14 @@ however late its manifest appears.
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from trainer.checkpoint.manifest import Manifest, from_bytes, is_void, parse_folder, void_bytes
 from trainer.errors import CheckpointError, StoreError, SupersededError
-from trainer.storage.store import AlreadyExists, Store
+from trainer.storage.store import AlreadyExists, Readable, Store
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -57,17 +57,33 @@ def _key(number: int) -> str:
     return f"attempts/{number:04d}.json"
 
 
-def begin(store: Store, facts: Mapping[str, Any]) -> Attempt:
-    """Create the next attempt's record, before anything else is written. Rank 0 only."""
-    token, number = secrets.token_hex(4), 0
+def begin(store: Store, facts: Mapping[str, Any], *, above: int = 0) -> Attempt:
+    """Create the next attempt's record, before anything else is written. Rank 0 only.
+
+    Args:
+        store: the run's store.
+        facts: to be recorded.
+        above: numbers up to this one are taken elsewhere.
+    """
+    token, number = secrets.token_hex(4), above
     while True:
         number = max(max(_numbers(store), default=0), number) + 1
-        record = {"attempt": number, "token": token, "started": now(), **facts}
+        attempt = Attempt(number, token)
         try:
-            store.create(_key(number), _record_bytes(record))
+            begin_as(store, attempt, facts)
         except AlreadyExists:
             continue  # another start took the number at the same moment; a list may lag
-        return Attempt(number, token)
+        return attempt
+
+
+def begin_as(store: Store, attempt: Attempt, facts: Mapping[str, Any]) -> None:
+    """Create the record of an attempt whose number is known. Rank 0 only.
+
+    Raises:
+        AlreadyExists: another attempt has that number.
+    """
+    record = {"attempt": attempt.number, "token": attempt.token, "started": now(), **facts}
+    store.create(_key(attempt.number), _record_bytes(record))
 
 
 def amend(store: Store, attempt: Attempt, facts: Mapping[str, Any]) -> None:
@@ -84,6 +100,11 @@ def tell(store: Store, attempt: Attempt, facts: Mapping[str, Any]) -> None:
 def records(store: Store) -> list[dict[str, Any]]:
     """Return the records of all attempts, oldest first."""
     return [{**_last_words(store, number), **_read(store, number)} for number in _numbers(store)]
+
+
+def restore_record(store: Store, record: Mapping[str, Any]) -> None:
+    """Write a record as another store of the run has it. Rank 0 only."""
+    store.replace(_key(record["attempt"]), _record_bytes(record))
 
 
 def _last_words_key(number: int) -> str:
@@ -132,18 +153,21 @@ def refuse_if_superseded(store: Store, attempt: Attempt) -> None:
         )
 
 
-def commits(store: Store, *, damaged: bool = False) -> list[Commit]:
+def commits(
+    store: Store, *, damaged: bool = False, known: Sequence[Mapping[str, Any]] | None = None
+) -> list[Commit]:
     """Return the committed checkpoints of the surviving timeline, oldest first.
 
     Args:
         store: the run's store.
         damaged: include those that carry a mark of proven damage.
+        known: the records of all attempts; None: as the store has them.
     """
     keys = store.list(FOLDER)
     marked = {key.rpartition("/")[0] for key in keys if key.endswith(f"/{DAMAGED}")}
     starts = [
         (record["attempt"], record["resumed_from"]["step"])
-        for record in records(store)
+        for record in (records(store) if known is None else known)
         if record.get("resumed_from")
     ]
     found = []
@@ -169,7 +193,7 @@ def _void(store: Store, key: str) -> bool:
         return True
 
 
-def read_manifest(store: Store, commit: Commit) -> Manifest:
+def read_manifest(store: Readable, commit: Commit) -> Manifest:
     """Read and validate a manifest. Any rank.
 
     Raises:
@@ -189,14 +213,10 @@ def read_manifest(store: Store, commit: Commit) -> Manifest:
     return manifest
 
 
-def measured(store: Store, commit: Commit, metric: str) -> float | None:
-    """Return the metric that was measured at a checkpoint's own step, if it was. Any rank.
-
-    Raises:
-        CheckpointError, StoreError: as `read_manifest`.
-    """
-    state = read_manifest(store, commit).objects["run"]
-    at_this_step = state["last_eval_step"] == commit.step
+def measured(manifest: Manifest, metric: str) -> float | None:
+    """Return the metric that was measured at a checkpoint's own step, if it was."""
+    state = manifest.objects.get("run", {})
+    at_this_step = state.get("last_eval_step") == manifest.step
     return state["metrics"].get(metric) if at_this_step else None
 
 
@@ -213,6 +233,17 @@ def delete(store: Store, folder: str) -> None:
     if manifest_key in keys:
         store.delete([manifest_key])
     store.delete([key for key in keys if key != manifest_key])
+
+
+def keep(store: Store, attempt: Attempt, folders: Collection[str]) -> None:
+    """Delete the checkpoints of this attempt and older ones, but `folders`. One rank of a node.
+
+    For nodes that have directories of their own, where rank 0 cannot delete.
+    """
+    for folder in {key.rpartition("/")[0] for key in store.list(FOLDER)}:
+        parsed = parse_folder(folder.removeprefix(FOLDER + "/"))
+        if parsed is not None and parsed[1] <= attempt.number and folder not in folders:
+            delete(store, folder)
 
 
 def clean(store: Store, attempt: Attempt, newest: Commit) -> None:

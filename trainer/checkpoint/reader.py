@@ -5,6 +5,7 @@ checked there while they are in the processor's cache, and are copied to where t
 blocks that hold something wanted are read. No second copy of the state is ever in memory.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -18,7 +19,7 @@ from trainer.checkpoint.manifest import Manifest, Part, ShardFile, checksum
 from trainer.checkpoint.memory import PAGE_BYTES, Bytes, HostBuffer, bytes_of
 from trainer.checkpoint.plan import DTYPE_NAMES, TORCH_DTYPES, Box
 from trainer.errors import CheckpointError
-from trainer.storage.store import Store
+from trainer.storage.store import NewFile, Readable
 from trainer.threads import in_parallel
 
 _READERS = 8
@@ -28,6 +29,10 @@ _SLAB_BYTES = 16 << 20
 
 class DamagedError(CheckpointError):
     """Bytes of a checkpoint were read completely and are proven wrong."""
+
+
+class MissingError(DamagedError):
+    """A file of a checkpoint is not there."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Reader:
             several need is read from the disk once.
     """
 
-    def __init__(self, store: Store, folder: str, manifest: Manifest, *, peers: int = 1) -> None:
+    def __init__(self, store: Readable, folder: str, manifest: Manifest, *, peers: int = 1) -> None:
         self._peers = peers
         self._store = store
         self._read_bytes = store.read_bytes
@@ -123,10 +128,51 @@ class Reader:
     def verify(self) -> None:
         """Read and check every byte of every file."""
         for file in self._files:
-            chunks, _ = self._header(file)
-            nowhere = np.empty(0, np.uint8)
-            wanted = [(file, _Wanted(c, 0, c.nbytes, nowhere)) for c in chunks.values()]
-            self._read(_joined(wanted, self._manifest.block_bytes, self._read_bytes))
+            self.verify_file(file)
+
+    def verify_file(self, file: str) -> None:
+        """Read and check every byte of one file."""
+        chunks, _ = self._header(file)
+        nowhere = np.empty(0, np.uint8)
+        wanted = [(file, _Wanted(c, 0, c.nbytes, nowhere)) for c in chunks.values()]
+        self._read(_joined(wanted, self._manifest.block_bytes, self._read_bytes))
+
+    def copy_file(self, file: str, new: NewFile) -> None:
+        """Write one file into `new`, part by part, every block checked on the way.
+
+        The caller finishes or aborts `new`. Several parts are in memory at a time, never more.
+        """
+        record = self._manifest.files[file]
+        chunks, digests = self._header(file)
+        step = self._manifest.block_bytes
+        blocks = [("its header", 0, record.header_bytes, record.header_checksum)]
+        for chunk in chunks.values():
+            for number, start in enumerate(range(chunk.start, chunk.stop, step), chunk.block):
+                stop = min(start + step, chunk.stop)
+                blocks.append((f"tensor {chunk.key!r}", start, stop, digests[number]))
+        starts = [start for _, start, _, _ in blocks]
+
+        def copy(part: int) -> None:
+            part_stop = min(part + new.part_bytes, record.bytes)
+            inside = blocks[bisect_right(starts, part) - 1 : bisect_left(starts, part_stop)]
+            begin, end = inside[0][1] // PAGE_BYTES * PAGE_BYTES, inside[-1][2]
+            buffer = HostBuffer(-(-(end - begin) // PAGE_BYTES) * PAGE_BYTES, pinned=False).array
+            for last_try in (False, True):
+                self._read_range(file, begin, buffer.data, needed=end - begin)
+                wrong = [
+                    (what, start, stop)
+                    for what, start, stop, digest in inside
+                    if checksum(buffer[start - begin : stop - begin].data) != digest
+                ]
+                if not wrong:
+                    break
+                if last_try:
+                    what, start, stop = wrong[0]
+                    where = f"{what}: bytes {start:,} to {stop:,} of the file"
+                    raise self._damaged(file, f"{where} do not match their checksum")
+            new.put(part, buffer[part - begin : part_stop - begin].data)
+
+        in_parallel(copy, range(0, record.bytes, new.part_bytes), _READERS)
 
     # --- what is wanted, and where it lies ------------------------------------------------------
 
@@ -275,7 +321,7 @@ class Reader:
         try:
             size = self._store.size(f"{self._folder}/{file}")
         except FileNotFoundError:
-            raise self._damaged(file, "the file is missing") from None
+            raise self._damaged(file, "the file is missing", MissingError) from None
         if size != record.bytes:
             raise self._damaged(
                 file,
@@ -291,15 +337,17 @@ class Reader:
         try:
             count = self._store.read_into(key, start, buffer, is_shared=is_shared)
         except FileNotFoundError:
-            raise self._damaged(file, "the file is missing") from None
+            raise self._damaged(file, "the file is missing", MissingError) from None
         if count < needed:
             raise self._damaged(file, f"it ends at byte {start + count:,}: cut short")
 
     def _where(self) -> str:
         return f"{self._store.url}/{self._folder}"
 
-    def _damaged(self, file: str, what: str) -> CheckpointError:
-        return DamagedError(
+    def _damaged(
+        self, file: str, what: str, kind: type[DamagedError] = DamagedError
+    ) -> CheckpointError:
+        return kind(
             f"step {self._manifest.step:,} of {self._store.url} cannot be loaded: shard "
             f"{self._folder}/{file}: {what}"
         )

@@ -4,13 +4,14 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from trainer import policy
 from trainer.checkpoint import lineage
-from trainer.checkpoint.lineage import Attempt, Commit
+from trainer.checkpoint.lineage import Attempt
 from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.mirror import Mirror
+from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.tree import Content
 from trainer.checkpoint.writer import Save, Writer
 from trainer.distributed import World
@@ -47,11 +48,9 @@ class Saver:
         config: the configuration as it is stored in every manifest.
         every: intervals in steps and epochs.
         every_s: seconds between saves by rank 0's clock, or None.
-        keep_last: newest checkpoints to keep.
-        keep_best: best checkpoints to keep, where `metric` is set.
-        keep_every_steps: checkpoints at multiples of this are kept for good, or None.
-        metric: name of the evaluation's metric that decides, or None.
-        mode: `max` or `min`.
+        retention: what is kept in `store`; None: the two newest.
+        mirror: copies what is committed to a second store.
+        is_shared: whether `store` is the same place on all nodes.
         stop_on_error: raise when a save fails, instead of going on (three in a row always raise).
         timeout_s: seconds after which a save that has not ended ends the attempt.
         grace_s: seconds between a signal and SIGKILL, with which saves are compared.
@@ -69,11 +68,9 @@ class Saver:
         config: Mapping[str, Any],
         every: policy.Every,
         every_s: float | None = None,
-        keep_last: int = 2,
-        keep_best: int = 1,
-        keep_every_steps: int | None = None,
-        metric: str | None = None,
-        mode: str = "max",
+        retention: Retention | None = None,
+        mirror: Mirror | None = None,
+        is_shared: bool = True,
         stop_on_error: bool = False,
         timeout_s: float = 1800.0,
         grace_s: float = math.inf,
@@ -90,14 +87,8 @@ class Saver:
         self._writer = Writer(store, world, attempt)
         self._config = config
         self._every_s = every_s
-        self._stale = partial(
-            policy.stale,
-            keep_last=keep_last,
-            keep_best=keep_best if metric else 0,
-            mode=mode,
-            keep_every_steps=keep_every_steps,
-        )
-        self._metric = metric
+        self._retention = retention or Retention(store, attempt)
+        self._mirror, self._is_shared, self._aside = mirror, is_shared, world.aside()
         self._stop_on_error = stop_on_error
         self._timeout_s, self._grace_s = timeout_s, grace_s
         self._fitted_grace = True
@@ -107,7 +98,6 @@ class Saver:
         self._flight: _Flight | None = None
         self._begun = 0
         self._is_due = False
-        self._measured: dict[tuple[int, int], float | None] = {}
         self._notes: list[str] = []  # from the save's thread, for a person
 
     def due_by_clock(self) -> bool:
@@ -140,6 +130,8 @@ class Saver:
         """
         if self._flight is not None and ended == self._begun:
             self._settle(self._flight)
+        elif self._mirror is not None and self._mirror.notes:
+            self._tell()
         self._is_due = self._is_due or due
         if self._is_due and self._flight is None:
             self._begin(state, collect())
@@ -163,10 +155,31 @@ class Saver:
                 self._begin(state, collect(), is_awaited=True)
                 if self._flight is not None:
                     self._settle(self._flight, until_s)
+            self._await_mirror(until_s)
         except _OutOfTime as error:
             if self._world.rank == 0:
                 self._say(str(error))
         return self.committed_step == state.step
+
+    def _await_mirror(self, until_s: float | None) -> None:
+        """Wait until the mirror has the newest checkpoint, or time is over, or it cannot be."""
+        if self._mirror is None or self._mirror.settle(0.0):
+            return
+        if self._world.rank == 0:
+            self._say(f"copying step {self.committed_step or 0:,} to {self._mirror.url}")
+        left_s = None if until_s is None else max(until_s - self._clock(), 0.0)
+        if not self._mirror.settle(left_s) and self._world.rank == 0:
+            self._say(
+                f"NOT COPIED: step {self.committed_step or 0:,} is in {self._store.url} alone; the "
+                "next attempt copies it, if it finds it there"
+            )
+        self._tell()
+
+    def _check(self) -> None:
+        """Refuse a commit that must not be. Rank 0, on the save's thread."""
+        self._before_commit()
+        if self._mirror is not None and self._mirror.superseded is not None:
+            raise self._mirror.superseded
 
     def _fits(self, until_s: float | None) -> bool:
         """Return whether a save is likely to be done in time; rank 0 decides. Collective."""
@@ -186,9 +199,6 @@ class Saver:
     def _begin(self, state: State, content: Content, *, is_awaited: bool = False) -> None:
         self._is_due = False
         self._last_save_s = self._clock()
-        here = Commit(state.step, self._attempt.number, "")
-        measured_here = state.last_eval_step == state.step and self._metric is not None
-        metric = state.metrics.get(self._metric or "") if measured_here else None
         try:
             save = self._writer.begin(
                 content,
@@ -196,8 +206,8 @@ class Saver:
                 epoch=state.epoch,
                 samples=state.samples,
                 config=self._config,
-                before_commit=self._before_commit,
-                after_commit=lambda: self._prune(here, metric),
+                before_commit=self._check,
+                after_commit=self._committed,
                 is_awaited=is_awaited,
             )
         except (CheckpointError, StoreError) as error:
@@ -220,8 +230,13 @@ class Saver:
             self.save_s = flight.save.took_s
             self._failures = 0
             self.compare_with_grace()
-        while self._notes:
-            self._say(self._notes.pop(0))
+        self._tell()
+
+    def _tell(self) -> None:
+        """Say what came up on other threads."""
+        for notes in (self._notes, self._mirror.notes if self._mirror is not None else []):
+            while notes:
+                self._say(notes.pop(0))
 
     def compare_with_grace(self) -> None:
         """Say so, when a save no longer fits into the grace time. Any rank; rank 0 speaks."""
@@ -262,29 +277,25 @@ class Saver:
                 "checkpoints stand."
             )
 
-    # --- after the commit, on the save's thread of rank 0 ----------------------------------------
+    # --- after the commit, on the save's thread --------------------------------------------------
 
-    def _prune(self, newest: Commit, metric: float | None) -> None:
-        """Delete what is no longer wanted; if that fails, the next save tries again."""
-        self._measured[newest.step, newest.attempt] = metric
+    def _committed(self, made: Manifest) -> None:
+        """Hand it to the mirror; delete old ones. If that fails, the next save tries again."""
+        if self._mirror is not None:
+            self._mirror.take(made)
+
+        def prune() -> list[str]:
+            pinned = self._mirror.pinned() if self._mirror is not None else ()
+            self._retention.apply(made, pinned)
+            return [commit.folder for commit in lineage.commits(self._store, damaged=True)]
+
         try:
-            commits = lineage.commits(self._store)
-            stale = set(self._stale({commit.step: self._metric_of(commit) for commit in commits}))
-            for commit in commits:
-                if commit.step in stale:
-                    lineage.delete(self._store, commit.folder)
-            lineage.clean(self._store, self._attempt, newest)
+            if self._is_shared:
+                if self._world.rank == 0:
+                    prune()
+                return
+            kept = self._aside.from_rank0(prune)
+            if self._world.local_rank == 0 and self._world.rank > 0:
+                lineage.keep(self._store, self._attempt, kept)
         except (CheckpointError, StoreError) as error:
-            self._notes.append(f"OLD CHECKPOINTS WERE NOT DELETED at step {newest.step:,}: {error}")
-
-    def _metric_of(self, commit: Commit) -> float | None:
-        """Return the metric measured at a checkpoint's own step; each manifest is read once."""
-        if self._metric is None:
-            return None
-        key = (commit.step, commit.attempt)
-        if key not in self._measured:
-            try:
-                self._measured[key] = lineage.measured(self._store, commit, self._metric)
-            except CheckpointError:  # it must not keep all others from going
-                self._measured[key] = None
-        return self._measured[key]
+            self._notes.append(f"OLD CHECKPOINTS WERE NOT DELETED at step {made.step:,}: {error}")

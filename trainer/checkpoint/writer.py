@@ -26,7 +26,9 @@ _WRITERS = 8
 class Save:
     """A save that a thread of its own brings to its end."""
 
-    def __init__(self, run: Callable[[], Manifest], after_commit: Callable[[], None]) -> None:
+    def __init__(
+        self, run: Callable[[], Manifest], after_commit: Callable[[Manifest], None]
+    ) -> None:
         self._outcome: Manifest | BaseException | None = None
         self.took_s = 0.0
         """From the beginning to the commit, on this rank; 0 before."""
@@ -35,12 +37,12 @@ class Save:
         )
         self._thread.start()
 
-    def _body(self, run: Callable[[], Manifest], after_commit: Callable[[], None]) -> None:
+    def _body(self, run: Callable[[], Manifest], after_commit: Callable[[Manifest], None]) -> None:
         began = time.monotonic()
         try:
             outcome = run()
             self.took_s = time.monotonic() - began
-            after_commit()
+            after_commit(outcome)
             self._outcome = outcome
         except BaseException as error:  # `result` raises it, on the thread that trains
             self._outcome = error
@@ -91,7 +93,7 @@ class Writer:
         samples: int = 0,
         config: Mapping[str, Any] | None = None,
         before_commit: Callable[[], None] = lambda: None,
-        after_commit: Callable[[], None] = lambda: None,
+        after_commit: Callable[[Manifest], None] = lambda made: None,
         is_awaited: bool = False,
     ) -> Save:
         """Begin a save. Collective, on the thread that trains, when no other save is in flight.
@@ -106,7 +108,7 @@ class Writer:
             samples: consumed so far over all ranks.
             config: stored as it is.
             before_commit: called on rank 0, on the save's thread, when all shards are durable.
-            after_commit: called on rank 0, on the save's thread, after the commit.
+            after_commit: called on every rank, on the save's thread, after the commit.
             is_awaited: the caller does nothing but wait: write while the copy is being made. Else
                 the copy has the processor for itself, so that the next update comes sooner.
         """
@@ -138,10 +140,9 @@ class Writer:
             objects=objects,
             config=config or {},
         )
-        is_first = self._world.rank == 0
         self._save = Save(
             lambda: self._finish(made, current.layout, problem, before_commit, is_awaited),
-            after_commit if is_first else lambda: None,
+            after_commit,
         )
         return self._save
 

@@ -78,7 +78,10 @@ def _best(run_dir: str, commits: list[Commit]) -> Commit:
     if metric is None:
         raise ConfigError(f"step=best: {run_dir} tracks no metric (checkpoint.metric is not set)")
     by_step = {commit.step: commit for commit in commits}
-    values = {step: lineage.measured(store, commit, metric) for step, commit in by_step.items()}
+    values = {
+        step: lineage.measured(lineage.read_manifest(store, commit), metric)
+        for step, commit in by_step.items()
+    }
     best = policy.best_first(values, config.get("mode", "max"))
     if not best:
         raise CheckpointError(

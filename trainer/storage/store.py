@@ -1,9 +1,12 @@
 """The contract of a store: keys are relative paths with `/`, values are bytes."""
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Protocol, TypeVar
 
 from trainer.errors import StoreError
+
+T = TypeVar("T")
 
 
 class AlreadyExists(StoreError):
@@ -30,8 +33,8 @@ class NewFile(Protocol):
         """Leave nothing behind. Never raises."""
 
 
-class Store(Protocol):
-    """Where the keys of one run live.
+class Readable(Protocol):
+    """What keys are read from.
 
     Every method may be called from any rank and thread. Failures of the medium raise StoreError;
     a key that does not exist raises FileNotFoundError.
@@ -40,6 +43,26 @@ class Store(Protocol):
     url: str
     read_bytes: int
     """Size of a piece that is read well at a time."""
+
+    def read(self, key: str) -> bytes:
+        """Return all bytes of `key`."""
+
+    def read_into(
+        self, key: str, start: int, buffer: memoryview, *, is_shared: bool = False
+    ) -> int:
+        """Fill `buffer` from byte `start` of `key`; return how many bytes there were.
+
+        Fastest in pieces of some MiB from several threads, with `start`, the buffer's address and
+        its length on page boundaries. `is_shared` says that other processes of this machine read
+        the same bytes at about this time, so that a cache between them pays.
+        """
+
+    def size(self, key: str) -> int:
+        """Return the bytes of `key`."""
+
+
+class Store(Readable, Protocol):
+    """Where the keys of one run live."""
 
     def open_new(self, key: str, total_bytes: int) -> NewFile:
         """Begin a new key of exactly `total_bytes`; nobody should read it before `finish`.
@@ -59,22 +82,6 @@ class Store(Protocol):
     def replace(self, key: str, data: bytes) -> None:
         """Set `key` to exactly `data`, atomically and durably."""
 
-    def read(self, key: str) -> bytes:
-        """Return all bytes of `key`."""
-
-    def read_into(
-        self, key: str, start: int, buffer: memoryview, *, is_shared: bool = False
-    ) -> int:
-        """Fill `buffer` from byte `start` of `key`; return how many bytes there were.
-
-        Fastest in pieces of some MiB from several threads, with `start`, the buffer's address and
-        its length on page boundaries. `is_shared` says that other processes of this machine read
-        the same bytes at about this time, so that a cache between them pays.
-        """
-
-    def size(self, key: str) -> int:
-        """Return the bytes of `key`."""
-
     def list(self, prefix: str, *, unfinished: bool = False) -> list[str]:
         """Return the sorted keys below the folder `prefix`; empty where there is none.
 
@@ -90,3 +97,36 @@ class Store(Protocol):
 
         Returns what a person should know of this store's promises, or nothing.
         """
+
+
+class Fallback:
+    """Reads each key from the first of several stores that has it.
+
+    Args:
+        stores: in the order in which they are asked; at least one.
+    """
+
+    def __init__(self, stores: Sequence[Store]) -> None:
+        self._stores = stores
+        self.url = stores[0].url
+        self.read_bytes = max(store.read_bytes for store in stores)
+
+    def read(self, key: str) -> bytes:
+        """Return all bytes of `key`."""
+        return self._ask(lambda store: store.read(key))
+
+    def read_into(
+        self, key: str, start: int, buffer: memoryview, *, is_shared: bool = False
+    ) -> int:
+        """Fill `buffer` from byte `start` of `key`; return how many bytes there were."""
+        return self._ask(lambda store: store.read_into(key, start, buffer, is_shared=is_shared))
+
+    def size(self, key: str) -> int:
+        """Return the bytes of `key`."""
+        return self._ask(lambda store: store.size(key))
+
+    def _ask(self, ask: Callable[[Store], T]) -> T:
+        for store in self._stores[:-1]:
+            with suppress(FileNotFoundError):
+                return ask(store)
+        return ask(self._stores[-1])

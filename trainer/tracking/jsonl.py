@@ -131,6 +131,17 @@ def read(store: Store) -> list[dict[str, Any]]:
     return lines
 
 
+def read_text(store: Store) -> bytes:
+    """Return the whole lines of a run, as they stand in the file."""
+    if _parts(store):
+        return "".join(map(_format, read(store))).encode()
+    try:
+        data = store.read(FILE_NAME)
+    except FileNotFoundError:
+        return b""
+    return data[: data.rfind(b"\n") + 1]
+
+
 def _parts(store: Store) -> list[tuple[int, str]]:
     keys = store.list("metrics")
     return [(int(match[1]), key) for key in keys if (match := _PART.fullmatch(key))]

@@ -19,6 +19,7 @@ from stores import FaultyStore, put
 from trainer import checkpoint
 from trainer.checkpoint import lineage
 from trainer.checkpoint.memory import HostBuffer
+from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.tree import Content
 from trainer.distributed import World
@@ -38,14 +39,15 @@ def content_of(step: int) -> Content:
 class Job:
     """Passes step boundaries as the loop does, on one rank, and saves at each that it can."""
 
-    def __init__(self, store: LocalStore, **settings: Any) -> None:
+    def __init__(self, store: LocalStore, keep_last: int = 2, **settings: Any) -> None:
         attempt = lineage.begin(store, {})
         lineage.amend(store, attempt, {"resumed_from": None})
         self.said: list[str] = []
         self.now_s = 0.0
         self.saver = Saver(
             store, World(), attempt, config={}, every=Every(), say=self.said.append,
-            clock=lambda: self.now_s, **{"keep_last": 2, **settings},
+            clock=lambda: self.now_s, retention=Retention(store, attempt, keep_last=keep_last),
+            **settings,
         )  # fmt: skip
 
     def boundary(self, step: int, *, due: bool = True) -> None:

@@ -20,6 +20,7 @@ import torch
 
 from trainer import checkpoint
 from trainer.checkpoint import lineage
+from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.tree import Content
 from trainer.distributed import World
@@ -260,7 +261,8 @@ def saves_with_pruning(root: Path, returned: Callable[[int], None]) -> None:
 
 
 def saver_on(store: LocalStore, attempt: lineage.Attempt) -> Saver:
-    return Saver(store, World(), attempt, config={}, every=Every(), keep_last=1, say=print)
+    retention = Retention(store, attempt, keep_last=1)
+    return Saver(store, World(), attempt, config={}, every=Every(), retention=retention, say=print)
 
 
 def problems(root: Path, disk: Disk) -> str | None:

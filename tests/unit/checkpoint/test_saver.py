@@ -13,6 +13,7 @@ from stores import FaultyStore
 from trainer import checkpoint, policy
 from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import Attempt, Commit
+from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.tree import Content
 from trainer.distributed import World
@@ -20,6 +21,8 @@ from trainer.errors import CheckpointError, StoreError, SupersededError
 from trainer.policy import Every
 from trainer.state import State
 from trainer.storage import LocalStore
+
+RETENTION = ("keep_last", "keep_best", "keep_every_steps", "metric", "mode")
 
 
 class Clock:
@@ -40,7 +43,9 @@ def start(store: LocalStore, step: int = 0) -> Attempt:
 
 def saver_on(store: LocalStore, attempt: Attempt | None = None, **more: Any) -> Saver:
     more = {"say": lambda text: None, "every": Every(steps=1), "config": {"seed": 5}, **more}
-    return Saver(store, World(), attempt or start(store), **more)
+    attempt = attempt or start(store)
+    kept = {key: more.pop(key) for key in RETENTION if key in more}
+    return Saver(store, World(), attempt, retention=Retention(store, attempt, **kept), **more)
 
 
 def save(saver: Saver, step: int, **metrics: float) -> bool:

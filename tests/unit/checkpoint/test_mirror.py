@@ -1,0 +1,289 @@
+"""The second tier: what is copied, what is not, and what a broken copy means."""
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer import checkpoint
+from trainer.checkpoint import lineage
+from trainer.checkpoint.lineage import Attempt
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.mirror import Mirror
+from trainer.checkpoint.reader import Reader
+from trainer.checkpoint.retention import Retention
+from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.tree import Content
+from trainer.checkpoint.writer import Writer
+from trainer.distributed import World
+from trainer.errors import StoreError, SupersededError
+from trainer.policy import Every
+from trainer.state import State
+from trainer.storage import LocalStore
+
+
+class Gated(LocalStore):
+    """A store whose uploads wait for a gate, and fail where they are told to."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self.gate, self.reached = threading.Event(), threading.Event()
+        self.gate.set()
+        self.is_down = False
+
+    def open_new(self, key: str, total_bytes: int) -> Any:
+        self.reached.set()
+        assert self.gate.wait(60)
+        if self.is_down:
+            raise StoreError("no route to the mirror")
+        return super().open_new(key, total_bytes)
+
+
+class Run:
+    """One attempt with two stores, on one rank."""
+
+    def __init__(self, folder: Path, keep_last: int = 9, mirror_keep_last: int = 9) -> None:
+        self.source, self.target = LocalStore(str(folder / "run")), Gated(folder / "mirror")
+        self.attempt = lineage.begin(self.source, {})
+        lineage.begin_as(self.target, self.attempt, {})
+        for store in (self.source, self.target):
+            lineage.amend(store, self.attempt, {"resumed_from": {"step": 0}})
+        self.writer = Writer(self.source, World(), self.attempt)
+        self.keep_last = keep_last
+        self.mirror = self.new_mirror(mirror_keep_last)
+
+    def new_mirror(self, keep_last: int = 9) -> Mirror:
+        retention = Retention(self.target, self.attempt, keep_last=keep_last)
+        return Mirror(
+            self.source, self.target, World(), self.attempt,
+            retention=retention, also=lambda: {"metrics.jsonl": b"{}\n"},
+        )  # fmt: skip
+
+    def save(self, step: int) -> Manifest:
+        content = Content(
+            tensors={"w": torch.full((400_000,), float(step)), "b": torch.arange(7)},
+            objects={"run": State(step=step).state_dict()},
+        )
+        return checkpoint.save(self.writer, content, step=step)
+
+    def copied(self) -> list[int]:
+        """The steps in the mirror, each of them whole."""
+        found = lineage.commits(self.target)
+        for commit in found:
+            checkpoint.verify(self.target, lineage.read_manifest(self.target, commit))
+        return [commit.step for commit in found]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+def shard(store: LocalStore, made: Manifest) -> Path:
+    return Path(store.url, "checkpoints", made.folder, next(iter(made.files)))
+
+
+def test_the_mirror_has_the_same_bytes_under_the_same_keys(run):
+    run.mirror.take(run.save(3))
+    assert run.mirror.settle(None)
+    keys = run.target.list("checkpoints")
+    assert keys == run.source.list("checkpoints")
+    assert all(run.target.read(key) == run.source.read(key) for key in keys)
+    assert run.target.read("metrics.jsonl") == b"{}\n"
+    assert run.mirror.copied_step == 3
+
+
+def test_where_checkpoints_come_faster_the_newest_is_next(run):
+    run.target.gate.clear()
+    run.mirror.take(run.save(1))
+    assert run.target.reached.wait(60)
+    for step in range(2, 7):
+        run.mirror.take(run.save(step))
+    assert not run.mirror.settle(0.0)
+    run.target.gate.set()
+    assert run.mirror.settle(None)
+    assert run.copied() == [1, 6]
+
+
+def test_the_mirror_keeps_what_its_own_retention_says(tmp_path):
+    run = Run(tmp_path, mirror_keep_last=2)
+    for step in range(1, 6):
+        run.mirror.take(run.save(step))
+        assert run.mirror.settle(None)
+    assert run.copied() == [4, 5]
+    assert len(lineage.commits(run.source)) == 5
+
+
+def test_a_failure_is_said_once_and_its_end_too(run):
+    run.target.is_down = True
+    for step in (1, 2):
+        run.mirror.take(run.save(step))
+        assert not run.mirror.settle(None)
+    assert len(run.mirror.notes) == 1
+    assert "THE MIRROR IS BEHIND: step 1" in run.mirror.notes[0]
+    assert "no route to the mirror" in run.mirror.notes[0]
+    run.target.is_down = False
+    assert run.mirror.settle(None)  # without a new checkpoint
+    assert run.copied() == [2]
+    assert run.mirror.notes[1:] == ["the mirror has step 2; it is no longer behind"]
+
+
+def test_a_whole_shard_that_a_broken_copy_left_is_not_written_again(run):
+    made = run.save(1)
+    left = shard(run.target, made)
+    left.parent.mkdir(parents=True)
+    left.write_bytes(shard(run.source, made).read_bytes())
+    before = os.stat(left)
+    run.mirror.take(made)
+    assert run.mirror.settle(None)
+    assert os.stat(left).st_ino == before.st_ino
+    assert os.stat(left).st_mtime_ns == before.st_mtime_ns
+    assert run.copied() == [1]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:-1] + b"?"])
+def test_a_part_of_a_shard_that_a_broken_copy_left_is_replaced(run, damage):
+    made = run.save(1)
+    left = shard(run.target, made)
+    left.parent.mkdir(parents=True)
+    left.write_bytes(damage(shard(run.source, made).read_bytes()))
+    run.mirror.take(made)
+    assert run.mirror.settle(None)
+    assert run.copied() == [1]
+
+
+def test_bytes_that_are_wrong_in_the_source_never_reach_the_mirror(run):
+    made = run.save(1)
+    file = shard(run.source, made)
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    run.mirror.take(made)
+    assert not run.mirror.settle(None)
+    assert "do not match their checksum" in run.mirror.notes[0]
+    assert run.target.list("checkpoints") == []
+
+
+def test_what_is_in_the_mirror_already_is_not_read_again(run):
+    made = run.save(1)
+    run.mirror.take(made)
+    assert run.mirror.settle(None)
+    run.target.is_down = True
+    again = run.new_mirror()
+    again.take(made)
+    assert again.settle(None)
+
+
+def test_a_folder_that_a_later_attempt_gave_up_stays_given_up(run):
+    made = run.save(1)
+    key = f"checkpoints/{made.folder}/manifest.json"
+    run.target.create(key, b'{"void": 2}')
+    run.mirror.take(made)
+    assert not run.mirror.settle(None)
+    assert run.target.read(key) == b'{"void": 2}'
+
+
+# --- with the saver ----------------------------------------------------------------------------
+
+
+def saver_of(run: Run) -> Saver:
+    retention = Retention(run.source, run.attempt, keep_last=run.keep_last)
+    return Saver(
+        run.source, World(), run.attempt,
+        config={}, every=Every(steps=1), retention=retention, mirror=run.mirror, say=print,
+    )  # fmt: skip
+
+
+def content_of(step: int) -> Content:
+    return Content(
+        tensors={"w": torch.full((9,), float(step))},
+        objects={"run": State(step=step).state_dict()},
+    )
+
+
+def pass_boundary(saver: Saver, step: int) -> None:
+    """Save at a step's end, as the loop does, and wait until the save's thread has ended."""
+    saver.at_boundary(State(step=step), lambda: content_of(step), due=True, ended=saver.ended())
+    assert saver._flight is not None
+    saver._flight.save.result(60)
+
+
+def test_what_waits_to_be_copied_is_not_deleted(tmp_path):
+    run = Run(tmp_path, keep_last=1)
+    saver = saver_of(run)
+    run.target.gate.clear()
+    pass_boundary(saver, 1)
+    assert run.target.reached.wait(60)
+    for step in (2, 3, 4, 5):
+        pass_boundary(saver, step)
+    assert [c.step for c in lineage.commits(run.source)] == [1, 4, 5]  # 2 and 3 never will be
+    run.target.gate.set()
+    assert run.mirror.settle(None)
+    pass_boundary(saver, 6)
+    assert run.mirror.settle(None)
+    pass_boundary(saver, 7)
+    assert [c.step for c in lineage.commits(run.source)][-1] == 7
+    assert 1 not in [c.step for c in lineage.commits(run.source)]
+    assert run.mirror.settle(None)
+    assert run.copied()[0] == 1
+    assert {5, 6, 7} <= set(run.copied())
+
+
+def test_a_newer_attempt_in_the_mirror_stops_this_one(run):
+    saver = saver_of(run)
+    newer = lineage.begin(run.target, {"host": "node9", "pid": 7})
+    pass_boundary(saver, 1)
+    run.mirror.settle(60)
+    assert isinstance(run.mirror.superseded, SupersededError)
+    assert lineage.commits(run.target) == []
+    with pytest.raises(SupersededError, match=f"attempt {newer.number} .* on node9"):
+        saver.save(State(step=2), lambda: content_of(2))
+    assert [c.step for c in lineage.commits(run.source)] == [1]
+
+
+def test_at_the_end_the_newest_is_copied_in_the_time_that_is_left(run, capsys):
+    saver = saver_of(run)
+    run.target.gate.clear()
+    assert saver.save(State(step=1), lambda: content_of(1), within_s=0.2)
+    assert "NOT COPIED: step 1" in capsys.readouterr().out
+    run.target.gate.set()
+    assert saver.save(State(step=2), lambda: content_of(2))
+    assert run.copied()[-1] == 2
+
+
+# --- copying a file ----------------------------------------------------------------------------
+
+
+class Parts:
+    """A new file in memory, in parts of any size."""
+
+    def __init__(self, part_bytes: int, total_bytes: int) -> None:
+        self.part_bytes, self.data, self.starts = part_bytes, bytearray(total_bytes), list[int]()
+
+    def put(self, start: int, data: memoryview) -> None:
+        self.starts.append(start)
+        self.data[start : start + len(data)] = data
+
+
+@given(
+    sizes=st.lists(st.integers(0, 3_000_000), max_size=5),
+    part_bytes=st.sampled_from([4096, 5000, 100_000, 1 << 20, 8 << 20]),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_file_is_copied_as_it_is_whatever_the_parts(tmp_path_factory, sizes, part_bytes):
+    store = LocalStore(str(tmp_path_factory.mktemp("copy")))
+    tensors = {
+        f"t{n}": torch.randint(0, 255, (size,), dtype=torch.uint8) for n, size in enumerate(sizes)
+    }
+    attempt: Attempt = lineage.begin(store, {})
+    made = checkpoint.save(Writer(store, World(), attempt), Content(tensors=tensors), step=1)
+    name, record = next(iter(made.files.items()))
+    new = Parts(part_bytes, record.bytes)
+    Reader(store, f"checkpoints/{made.folder}", made).copy_file(name, new)
+    assert bytes(new.data) == store.read(f"checkpoints/{made.folder}/{name}")
+    assert sorted(new.starts) == list(range(0, record.bytes, part_bytes))
