@@ -1,11 +1,12 @@
 """A run that lives on a real S3 server: killed, preempted, resumed, pruned, exported."""
 
 import json
+import shutil
 import signal
 import uuid
 
 import pytest
-from commands import HARD
+from commands import HARD, committed
 
 from scripts.compare_runs import differences
 from scripts.s3_server import BUCKET, KEY, SECRET
@@ -113,3 +114,26 @@ def test_a_fork_begins_from_a_checkpoint_in_the_bucket(command, bucket):
     assert f"forking {run}/{folder} from step 6" in forked.stdout
     record = json.loads((command.folder / "runs/b/attempts/0001.json").read_text())
     assert record["outcome"] == "done"
+
+
+def test_training_goes_on_without_the_mirror_which_catches_up(command, bucket, s3, wait_for):
+    assert command(*FRAGILE, "name=whole").returncode == 0
+    mirror, run = f"{bucket}/a", command.folder / "runs/a"
+    arguments = [*FRAGILE, "name=a", f"checkpoint.mirror={mirror}", "store.retries=1"]
+    process = command.start(*arguments, STEP_S="0.3", PAUSE_AT="0:33")
+    store = open_store(mirror)
+    wait_for(lambda: lineage.commits(store) != [], process)
+    s3.kill()
+    wait_for((command.folder / "paused").exists, process)
+    assert committed(run)[-1] >= 25
+    s3.start()
+    (command.folder / "paused").unlink()
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, (out, err)
+    assert "THE MIRROR IS BEHIND" in out
+    assert "it is no longer behind" in out
+    assert lineage.commits(store)[-1].step == 40
+    shutil.rmtree(run)
+    again = command(*arguments)
+    assert "is finished: it is at step 40" in again.stdout, again.stderr
+    assert differences(mirror, str(command.folder / "runs/whole")) == []

@@ -163,16 +163,18 @@ class Saver:
 
     def _await_mirror(self, until_s: float | None) -> None:
         """Wait until the mirror has the newest checkpoint, or time is over, or it cannot be."""
-        if self._mirror is None or self._mirror.settle(0.0):
+        if self._mirror is None:
             return
-        if self._world.rank == 0:
-            self._say(f"copying step {self.committed_step or 0:,} to {self._mirror.url}")
-        left_s = None if until_s is None else max(until_s - self._clock(), 0.0)
-        if not self._mirror.settle(left_s) and self._world.rank == 0:
-            self._say(
-                f"NOT COPIED: step {self.committed_step or 0:,} is in {self._store.url} alone; the "
-                "next attempt copies it, if it finds it there"
-            )
+        if not self._mirror.settle(0.0):
+            step = self.committed_step or 0
+            if self._world.rank == 0:
+                self._say(f"copying step {step:,} to {self._mirror.url}")
+            left_s = None if until_s is None else max(until_s - self._clock(), 0.0)
+            if not self._mirror.settle(left_s) and self._world.rank == 0:
+                self._say(
+                    f"NOT COPIED: step {step:,} is in {self._store.url} alone; the next attempt "
+                    "copies it, if it finds it there"
+                )
         self._tell()
 
     def _check(self) -> None:

@@ -1,0 +1,134 @@
+"""Two tiers, as a user has them: a disk that may vanish, and a mirror that is slower."""
+
+import shutil
+import socket
+
+import pytest
+from commands import HARD, committed, in_folder
+
+from scripts.compare_runs import differences
+
+FRAGILE = [*HARD, "task._target_=mine.task.Fragile"]
+
+
+@pytest.fixture
+def whole(command):
+    """A run that nothing happened to."""
+    assert command(*FRAGILE, "name=whole").returncode == 0
+    return str(command.folder / "runs/whole")
+
+
+def begin(command, *arguments, **env):
+    """Kill the run after step 13, once step 10 is in the mirror."""
+    killed = command(
+        *FRAGILE, "name=a", "checkpoint.mirror=mirror/a", *arguments,
+        DIE_AT="0:13", DIE_AFTER="mirror/a/checkpoints/step-00000010.*/manifest.json", **env,
+    )  # fmt: skip
+    assert killed.returncode in (-9, 75), killed.stderr
+    return command.folder / "runs/a", command.folder / "mirror/a"
+
+
+def same(run, whole):
+    return differences(str(run), whole) == [] and (run / "metrics.jsonl").exists()
+
+
+def steps_of(run):
+    import json
+
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if line["split"] == "train"]
+
+
+@pytest.mark.slow
+def test_losing_either_place_loses_nothing(command, whole):
+    run, mirror = begin(command)
+    shutil.rmtree(run)
+    stopped = command(*FRAGILE, "name=a", "checkpoint.mirror=mirror/a", TERM_AT="0:9")
+    assert stopped.returncode == 75, stopped.stderr
+    assert "resuming from step 10 of mirror/a" in stopped.stdout
+    newest = committed(run)[-1]
+    assert committed(mirror)[-1] == newest  # also what was saved on the way out
+    shutil.rmtree(mirror)
+    done = command(*FRAGILE, "name=a", "checkpoint.mirror=mirror/a")
+    assert done.returncode == 0, done.stderr
+    assert f"resuming from step {newest}; " in done.stdout
+    for place in (run, mirror):
+        assert same(place, whole)
+        assert steps_of(place) == list(range(1, 41))
+        assert len(committed(place)) == 2
+        assert len(list(place.glob("attempts/????.json"))) == 3
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_read_from_its_copy(command, whole):
+    run, _ = begin(command)
+    shard = next(run.glob("checkpoints/step-00000010.*/*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-9] ^= 4
+    shard.write_bytes(data)
+    done = command(*FRAGILE, "name=a", "checkpoint.mirror=mirror/a")
+    assert done.returncode == 0, done.stderr
+    assert "DAMAGED" in done.stdout
+    assert "Trying its copy" in done.stdout
+    assert "resuming from step 10 of mirror/a" in done.stdout
+    assert same(run, whole)
+
+
+def nodes(folder):
+    """Two folders, each the working directory of a node, with a run_dir of its own."""
+    return [in_folder(folder / name) for name in ("node0", "node1")]
+
+
+def run_on(nodes, *arguments, **env):
+    """Run torchrun on both nodes until both end; return rank 0's output."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = [
+        node.start(
+            "--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1",
+            "--master-addr=127.0.0.1", f"--master-port={port}",
+            "-m", "trainer.run", *FRAGILE, "name=a", *arguments,
+            module="torch.distributed.run", OMP_NUM_THREADS="1", **env,
+        )
+        for rank, node in enumerate(nodes)
+    ]  # fmt: skip
+    out = [process.communicate(timeout=240) for process in started]
+    return started[0].returncode, "".join(out[0])
+
+
+@pytest.mark.slow
+def test_nodes_with_disks_of_their_own_go_on_whatever_becomes_of_them(command, tmp_path):
+    assert command(*FRAGILE, "name=whole", "launch.nproc=2").returncode == 0
+    first = nodes(tmp_path)
+    mirror = tmp_path / "mirror/a"
+    _, told = run_on(first, f"checkpoint.mirror={mirror}", TERM_AT="1:13")
+    newest = committed(mirror)[-1]
+    assert f"Stopped by SIGTERM at step {newest}; newest checkpoint: step {newest}." in told
+    kept = committed(first[0].folder / "runs/a")
+    assert (len(kept), kept[-1]) == (2, newest)
+    assert committed(first[1].folder / "runs/a") == []  # it has its shards, and no manifest
+    shards = [p.name for p in first[1].folder.glob("runs/a/checkpoints/*/*.safetensors")]
+    assert len(shards) == 2
+    assert all(name.startswith("r00001-of-00002-") for name in shards)
+    swapped = [first[1], in_folder(tmp_path / "fresh")]
+    code, told = run_on(swapped, f"checkpoint.mirror={mirror}")
+    assert code == 0, told
+    assert f"resuming from step {newest} of {mirror}; " in told
+    assert differences(str(mirror), str(command.folder / "runs/whole")) == []
+    assert steps_of(swapped[0].folder / "runs/a") == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_nodes_with_disks_of_their_own_and_no_mirror_are_told_the_ways_out(tmp_path):
+    code, told = run_on(nodes(tmp_path))
+    assert code != 0
+    assert "nodes need one place for a run" in told
+    assert "checkpoint.mirror=s3://bucket/name" in told
+
+
+def test_a_mirror_inside_the_run_is_refused(command):
+    done = command(*HARD, "name=a", "checkpoint.mirror=runs/a/copy")
+    assert done.returncode == 2
+    assert "checkpoint.mirror" in done.stderr
+    assert "lie in each other" in done.stderr
