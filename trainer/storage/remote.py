@@ -4,11 +4,13 @@ repeated that may succeed the next time.
 Amazon S3 API: PutObject with If-None-Match, CreateMultipartUpload, UploadPart, ListObjectsV2.
 """
 
+import base64
 import os
 import random
 import secrets
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -16,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 
 from trainer.config import ObjectStore
 from trainer.errors import ConfigError, StoreError
+from trainer.storage.direct import CutShortError, Direct, RefusedError, has_proxy
 from trainer.storage.store import AlreadyExists, NewFile
 
 T = TypeVar("T")
@@ -37,6 +40,7 @@ _ADVICE = {
     "SignatureDoesNotMatch": "check the credentials in the environment or the profile",
     "NoCredentials": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
     "RequestTimeTooSkewed": "set the clock of this machine, it is minutes off",
+    "PermanentRedirect": "set store.region to the bucket's own",
     "NoSuchBucket": "create the bucket, or correct its name",
     **dict.fromkeys(_EXPIRED, "get new credentials, then run the same command again"),
 }
@@ -112,7 +116,7 @@ class FsspecStore:
         def get() -> int:
             data = self._range(key, start, start + len(view))
             if len(data) < len(view) and start + len(data) < self.size(key):
-                raise _CutShortError(f"{len(data):,} of {len(view):,} bytes")
+                raise CutShortError(f"{len(data):,} of {len(view):,} bytes")
             view[: len(data)] = data
             return len(data)
 
@@ -234,6 +238,7 @@ class S3Store(FsspecStore):
             "read_timeout": wanted.timeout_s,
             "max_pool_connections": _CONNECTIONS,
             "retries": {"total_max_attempts": 1},  # `_try` repeats, nobody beneath it
+            "signature_version": "s3v4",  # also in links
         }
         if wanted.path_style:
             config["s3"] = {"addressing_style": "path"}
@@ -250,6 +255,7 @@ class S3Store(FsspecStore):
         super()._connect()
         self._fs.retries = 1
         self._bucket, _, self._prefix = self._root.partition("/")
+        self._direct = Direct(self._settings.timeout_s)
 
     def call(self, method: str, key: str = "", **arguments: Any) -> Any:
         """Send one request about a key."""
@@ -313,6 +319,66 @@ class S3Store(FsspecStore):
             self.call("list_objects_v2", Prefix=self._prefix, MaxKeys=1)  # a HEAD says not why
             raise
         return found
+
+    def read_into(
+        self, key: str, start: int, buffer: memoryview, *, is_shared: bool = False
+    ) -> int:
+        """Get one range, straight into `buffer` where no proxy is between."""
+        view = buffer.cast("B")
+        if not len(view) or not self._is_direct():
+            return super().read_into(key, start, view)
+
+        def get() -> int:
+            url = self.link("get_object", key)
+            wanted = {"Range": f"bytes={start}-{start + len(view) - 1}"}
+            try:
+                return self._direct.get_into(url, view, wanted).nbytes
+            except RefusedError as error:
+                if _code(error) in ("InvalidRange", "416"):
+                    return 0
+                if _code(error) == "NoSuchKey":
+                    raise FileNotFoundError(key) from error
+                raise
+
+        return self._try("read", key, get, may_be_missing=True)
+
+    def _is_direct(self) -> bool:
+        """Return whether bodies may pass by the client library, whose settings are the usual."""
+        changed = {"client_kwargs", "config_kwargs", "session"} & self._settings.options.keys()
+        return not changed and not has_proxy(self._settings.endpoint_url or "https://")
+
+    def link(self, method: str, key: str, **arguments: Any) -> str:
+        """Return a URL that is signed for one request about a key."""
+        from fsspec.asyn import sync
+
+        name = self._path(key).partition("/")[2]
+
+        async def sign() -> str:
+            await self._fs.set_session()
+            client = await self._fs.get_s3(self._bucket)
+            url: str = await client.generate_presigned_url(
+                method, Params={"Bucket": self._bucket, "Key": name, **arguments}
+            )
+            return url
+
+        url: str = sync(self._fs.loop, sign)
+        return url
+
+    def send_part(self, key: str, number: int, upload: str, body: memoryview) -> dict[str, Any]:
+        """Send one part of an upload; return what its completion says of it."""
+        crc = base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
+        facts = {"PartNumber": number, "UploadId": upload, "ChecksumCRC32": crc}
+
+        def send() -> str:
+            if not self._is_direct():
+                sent = self.call("upload_part", key, Body=bytes(body), **facts)
+                return str(sent["ETag"])
+            url = self.link("upload_part", key, **facts)
+            answer = self._direct.put(url, body, {"x-amz-checksum-crc32": crc})
+            return answer.headers.get("ETag", "")
+
+        etag = self._try("write", key, send)
+        return {"PartNumber": number, "ETag": etag, "ChecksumCRC32": crc}
 
     def read(self, key: str) -> bytes:
         """Get the whole object, in one request."""
@@ -417,30 +483,28 @@ class _HeldFile:
 class _Upload:
     """An upload in parts, several in flight; each is sent with a checksum that the server checks.
 
-    The client library takes nothing but bytes, so a part is copied while it is being sent.
+    Parts go from the caller's memory. Where a proxy is between, the client library sends them,
+    which takes a copy of each.
     """
 
     def __init__(self, store: S3Store, key: str, total_bytes: int) -> None:
         self._store, self._key, self._total_bytes = store, key, total_bytes
         even = -(-total_bytes // _MAX_PARTS)
         self.part_bytes = -(-even // _PART_BYTES) * _PART_BYTES
-        self._etags: dict[int, str] = {}
-        begun = store._try("write", key, lambda: store.call("create_multipart_upload", key))
+        self._parts: dict[int, dict[str, Any]] = {}
+        begun = store._try("write", key, self._begin)
         self._upload = begun["UploadId"]
+
+    def _begin(self) -> Any:
+        return self._store.call("create_multipart_upload", self._key, ChecksumAlgorithm="CRC32")
 
     def put(self, start: int, data: memoryview) -> None:
         number = start // self.part_bytes + 1
-        body = bytes(data)
-        sent = self._store._try(
-            "write", self._key,
-            lambda: self._store.call(
-                "upload_part", self._key, UploadId=self._upload, PartNumber=number, Body=body
-            ),
-        )  # fmt: skip
-        self._etags[number] = sent["ETag"]
+        body = data.cast("B")
+        self._parts[number] = self._store.send_part(self._key, number, self._upload, body)
 
     def finish(self) -> None:
-        parts = [{"PartNumber": n, "ETag": self._etags[n]} for n in sorted(self._etags)]
+        parts = [self._parts[number] for number in sorted(self._parts)]
         self._store._try("write", self._key, lambda: self._complete(parts))
 
     def _complete(self, parts: list[dict[str, Any]]) -> None:
@@ -456,10 +520,6 @@ class _Upload:
     def abort(self) -> None:
         with suppress(StoreError):
             self._store.end_upload(self._key, self._upload)
-
-
-class _CutShortError(OSError):
-    """An answer ended before its end."""
 
 
 _JITTER = random.SystemRandom()
