@@ -226,33 +226,48 @@ def write_shard(file: NewFile, snapshot: Snapshot, layout: shard.Layout) -> Shar
     """Write a snapshot while it is being made; durable on return. The header goes last.
 
     Several threads each take a part, wait until it is copied, compute the checksums of the blocks
-    that end in it, and write it.
+    that end in it, and write it. The header needs them all, but not that they are written.
     """
     data, blocks = snapshot.view, layout.blocks()
     digests = [""] * len(blocks)
     starts = range(0, layout.total_bytes, file.part_bytes)
+    in_header = sum(start < layout.header_bytes for start in starts)
     by_part: dict[int, list[int]] = {start: [] for start in starts}
     for index, (_, stop) in enumerate(blocks):
         by_part[(stop - 1) // file.part_bytes * file.part_bytes].append(index)
-    record = ShardFile(0, 0, "")
+    rest = threading.Semaphore(0)  # released by each part that has its checksums, or failed
+    sealing, record = threading.Lock(), ShardFile(0, 0, "")
 
-    def put(start: int) -> None:
-        nonlocal record
-        stop = min(start + file.part_bytes, layout.total_bytes)
-        snapshot.wait(stop)
+    def hash_part(start: int) -> None:
+        snapshot.wait(min(start + file.part_bytes, layout.total_bytes))
         for index in by_part[start]:
             digests[index] = manifest.checksum(data[blocks[index][0] : blocks[index][1]])
-        if start < layout.header_bytes:  # these are the last parts
-            header = shard.header(layout, digests)
-            data[: layout.header_bytes] = header
-            record = ShardFile(layout.total_bytes, len(header), manifest.checksum(header))
-        file.put(start, data[start:stop])
+
+    def put(start: int) -> None:
+        if start < layout.header_bytes:  # the last parts, whichever thread has them
+            with sealing:
+                seal()
+        else:
+            try:
+                hash_part(start)
+            finally:
+                rest.release()
+        file.put(start, data[start : start + file.part_bytes])
+
+    def seal() -> None:
+        nonlocal record
+        if record.bytes:
+            return
+        for start in starts[:in_header]:
+            hash_part(start)
+        for _ in starts[in_header:]:
+            rest.acquire()
+        header = shard.header(layout, digests)
+        data[: layout.header_bytes] = header
+        record = ShardFile(layout.total_bytes, len(header), manifest.checksum(header))
 
     try:
-        in_header = [start for start in starts if start < layout.header_bytes]
-        in_parallel(put, starts[len(in_header) :], _WRITERS)
-        for start in reversed(in_header):
-            put(start)
+        in_parallel(put, [*starts[in_header:], *starts[:in_header]], _WRITERS)
         snapshot.wait(layout.total_bytes)
         file.finish()
     except BaseException:
