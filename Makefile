@@ -2,7 +2,8 @@
 # make test      install what the tests need, then run them
 # make check     formatting, lint, types, direction of imports
 # make bench-loop, bench-checkpoint, bench-s3   figures against named rivals (docs/benchmarks.md)
-# make chaos     kill a real training at KILLS random instants; nothing may be lost
+# make chaos     kill a real training at KILLS random instants; nothing may be lost. STORE=s3: in a
+#                bucket, and its server too
 # make s3       a real S3 server on this machine, to try things
 # make slurm, make slurm-down    a real SLURM of two nodes on this machine, to try things (as root)
 PYTHON ?= python3
@@ -45,7 +46,7 @@ bench-s3: $(VENV)/.installed-test
 	$(BIN)/python scripts/bench_s3.py $(ARGS)
 
 chaos: $(VENV)/.installed
-	$(BIN)/python scripts/chaos.py --kills $(KILLS) $(ARGS)
+	$(BIN)/python $(if $(filter s3,$(STORE)),-m scripts.chaos_s3,scripts/chaos.py) --kills $(KILLS) $(ARGS)
 
 s3: $(VENV)/.installed-test
 	@$(BIN)/python scripts/s3_server.py $(ARGS)

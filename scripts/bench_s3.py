@@ -107,6 +107,35 @@ class Ours:
             checkpoint.delete(self._store, commit)
 
 
+class Blocking:
+    """What a save costs the thread that trains: until the next update has been made."""
+
+    def __init__(self, folder: str, state: dict[str, Tensor]) -> None:
+        for tensor in state.values():
+            tensor.grad = torch.zeros_like(tensor)
+        self._state, self._optimizer = state, torch.optim.SGD(state.values(), lr=0.0)
+        places = {"disk": folder, "S3": f"s3://{BUCKET}/blocking"}
+        stores = {name: open_store(url) for name, url in places.items()}
+        self._writers = {
+            name: checkpoint.Writer(store, World(), lineage.begin(store, {}))
+            for name, store in stores.items()
+        }
+        self._step = 0
+
+    def measure(self, place: str) -> float:
+        """Return the seconds more than an update without a save takes."""
+        self._step += 1
+        began = time.perf_counter()
+        self._optimizer.step()
+        plain_s = time.perf_counter() - began
+        began = time.perf_counter()
+        save = self._writers[place].begin(Content(tensors=self._state), step=self._step)
+        self._optimizer.step()
+        blocked_s = time.perf_counter() - began - plain_s
+        save.result()
+        return blocked_s
+
+
 class Dcp:
     """torch.distributed.checkpoint over s3fs."""
 
@@ -154,6 +183,11 @@ def main() -> int:
                 for name, one in {"floor": floor, "ours": ours, "dcp": rival}.items():
                     times.setdefault(f"{name} {verb}", []).append(timed(getattr(one, verb)))
             ours.clear()
+        blocking = Blocking(f"{folder}/disk", state)
+        blocked = {
+            place: [blocking.measure(place) for _ in range(arguments.rounds)]
+            for place in ("disk", "S3", "disk", "S3")
+        }
         server.kill()
     print(f"{nbytes / 1e9:.2f} GB, {arguments.rounds} rounds, medians (range)")
     for verb in ("save", "load"):
@@ -167,6 +201,8 @@ def main() -> int:
                 f"({min(ratios):.2f} to {max(ratios):.2f})"
             )  # fmt: skip
             print(f"{verb}  {name:<6} {rate:6.3f} GB/s  {cpu:5.2f} CPU s/GB{against}")
+    for place, seconds in blocked.items():
+        print(f"blocked per save, to {place:<4} {1e3 * statistics.median(seconds):6.1f} ms")
     return 0
 
 

@@ -37,6 +37,8 @@ from trainer.tracking import jsonl
 
 _STACKS_S = 10.0
 """How long a store may take for the last words of a process that leaves."""
+_LAST_WORDS_S = 5.0
+"""How long the mirror may take to note how an attempt ended."""
 _SHARED_S = 5.0
 """Network file systems remember for a while that something was not there."""
 _END_SPARE_S = 15.0
@@ -126,11 +128,19 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
 
 def _record_end(tiers: Tiers, attempt: Attempt, facts: Mapping[str, Any]) -> None:
     lineage.amend(tiers.run, attempt, facts)
-    if tiers.mirror is not None:
+    if tiers.mirror is None:
+        return
+    mirror = tiers.mirror
+
+    def tell() -> None:
         try:
-            lineage.amend(tiers.mirror, attempt, facts)
+            lineage.amend(mirror, attempt, facts)
         except StoreError as error:  # the next attempt tells it
             print(f"THE MIRROR does not know how this attempt ended: {error}", flush=True)
+
+    telling = threading.Thread(target=tell, name="last-words", daemon=True)
+    telling.start()
+    telling.join(_LAST_WORDS_S)  # a mirror that hangs must not use up the grace time
 
 
 def _earlier(run: Run, tiers: Tiers) -> list[dict[str, Any]]:

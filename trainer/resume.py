@@ -63,6 +63,8 @@ class Start:
     """The checkpoint belongs to another run."""
     is_named: bool = False
     """It was asked for by its step or as `best`, so no other one will do."""
+    is_copied: bool = True
+    """The mirror has it, if there is a mirror."""
     differences: tuple[Difference, ...] = ()
     skipped: tuple[str, ...] = ()
     """Newer checkpoints that were passed over, and why."""
@@ -189,7 +191,8 @@ def _newest_whole(
             except CheckpointError as error:
                 skipped.append(str(error))
                 continue
-            return Start(urls, commit, manifest, skipped=tuple(skipped))
+            copied = survey.is_copied(commit)
+            return Start(urls, commit, manifest, skipped=tuple(skipped), is_copied=copied)
     raise CheckpointError(
         f"{where} has checkpoints and none of them is whole; the run is not begun anew, so "
         "that nothing is overwritten. "
@@ -268,8 +271,8 @@ def _refusal(run: Run, start: Start, differences: tuple[Difference, ...]) -> str
 
 
 def finished(run: Run, start: Start) -> bool:
-    """Return whether the checkpoint is at the end that `run` asks for, and was evaluated there."""
-    if start.manifest is None or start.is_fork:
+    """Return whether the checkpoint is the end that `run` asks for, evaluated and copied."""
+    if start.manifest is None or start.is_fork or not start.is_copied:
         return False
     limits = run.trainer
     by_steps = limits.max_steps is not None and start.manifest.step >= limits.max_steps

@@ -60,6 +60,17 @@ def test_losing_either_place_loses_nothing(command, whole):
 
 
 @pytest.mark.slow
+def test_a_run_that_ended_without_its_mirror_copies_its_end_when_it_is_started_again(command):
+    arguments = [*FRAGILE, "name=a", "trainer.max_steps=9"]
+    assert command(*arguments).returncode == 0
+    again = command(*arguments, "checkpoint.mirror=mirror/a")
+    assert again.returncode == 0, again.stderr
+    assert committed(command.folder / "mirror/a") == [9]
+    assert steps_of(command.folder / "mirror/a") == list(range(1, 10))
+    assert "is finished" in command(*arguments, "checkpoint.mirror=mirror/a").stdout
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_read_from_its_copy(command, whole):
     run, _ = begin(command)
     shard = next(run.glob("checkpoints/step-00000010.*/*.safetensors"))

@@ -211,9 +211,9 @@ class Mirror:
 
     def _commit(self, manifest: Manifest) -> None:
         """Create the manifest in the mirror, then delete what it is not to keep. Rank 0."""
+        lineage.refuse_if_superseded(self._target, self._attempt)
         for key, data in self._also().items():
             self._target.replace(key, data)
-        lineage.refuse_if_superseded(self._target, self._attempt)
         key = f"{_folder(manifest)}/{MANIFEST}"
         try:
             self._target.create(key, self._source.read(key))

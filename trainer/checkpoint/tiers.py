@@ -117,6 +117,10 @@ class Survey:
         self.with_damaged = sorted({commit for commits in present for commit in commits})
         self._stores, self._whole, self._present = stores, whole, present
 
+    def is_copied(self, commit: Commit) -> bool:
+        """Return whether the mirror has a checkpoint, if there is a mirror."""
+        return commit in self._whole[-1] or len(self._stores) == 1
+
     def views(self, commit: Commit) -> list[Sequence[Store]]:
         """Return where to read a checkpoint from, best first.
 

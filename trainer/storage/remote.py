@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -44,6 +44,10 @@ _ADVICE = {
     "NoSuchBucket": "create the bucket, or correct its name",
     **dict.fromkeys(_EXPIRED, "get new credentials, then run the same command again"),
 }
+
+
+_Uploads = list[tuple[str, str]]
+"""Keys in the bucket, and what S3 calls the upload."""
 
 
 class FsspecStore:
@@ -427,16 +431,25 @@ class S3Store(FsspecStore):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def _uploads(self, prefix: str) -> Sequence[tuple[str, str]]:
-        def ask() -> Mapping[str, Any]:
-            try:
-                page: Mapping[str, Any] = self.call("list_multipart_uploads", Prefix=prefix)
-            except (PermissionError, NotImplementedError):  # then they stay, and nothing else
-                return {}
-            return page
+    def _uploads(self, prefix: str) -> "_Uploads":
+        found: _Uploads = []
+        more: dict[str, str] = {}
+        while True:
+            page = self._try("list the uploads below", prefix, partial(self._page, prefix, more))
+            found += [(upload["Key"], upload["UploadId"]) for upload in page.get("Uploads", ())]
+            if not page.get("IsTruncated"):
+                return found
+            more = {
+                "KeyMarker": page["NextKeyMarker"],
+                "UploadIdMarker": page["NextUploadIdMarker"],
+            }
 
-        page = self._try("list the uploads below", prefix, ask)
-        return [(upload["Key"], upload["UploadId"]) for upload in page.get("Uploads", ())]
+    def _page(self, prefix: str, more: Mapping[str, str]) -> Mapping[str, Any]:
+        try:
+            page: Mapping[str, Any] = self.call("list_multipart_uploads", Prefix=prefix, **more)
+        except (PermissionError, NotImplementedError):  # then they stay, and nothing else
+            return {}
+        return page
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete one after another, and what was begun of them and not completed."""

@@ -420,3 +420,46 @@ def test_a_writer_that_commits_while_it_is_cleaned_away_keeps_its_shards(tmp_pat
     lineage.clean(cleaning, second, newest)
     assert len(store.list(unfinished)) == 2
     assert surviving(store) == [(10, 1), (15, 2)]  # and yet it does not count
+
+
+# --- a list that lags --------------------------------------------------------------------------
+
+
+class Lagging(LocalStore):
+    """A store that does not list the newest keys yet, though they can be read."""
+
+    def __init__(self, url: str, unseen: str) -> None:
+        super().__init__(url)
+        self.unseen = unseen
+
+    def list(self, prefix: str, *, unfinished: bool = False) -> list[str]:
+        return [
+            key for key in super().list(prefix, unfinished=unfinished) if self.unseen not in key
+        ]
+
+
+def test_a_commit_that_is_listed_late_leaves_one_timeline(store):
+    first = start(store)
+    for step in (5, 10):
+        save(store, first, step)
+    behind = Lagging(store.url, "step-00000010")
+    assert surviving(behind) == [(5, 1)]
+    second = start(behind, 5)
+    save(behind, second, 7)
+    assert surviving(store) == [(5, 1), (7, 2)]  # now everybody sees step 10, and that it is void
+
+
+def test_a_manifest_that_is_listed_late_is_never_voided(store):
+    first = start(store)
+    commit = save(store, first, 5)
+    second = start(store, 5)
+    newest = save(store, second, 7)
+    behind = Lagging(store.url, "00005.0001/manifest.json")
+    lineage.clean(behind, second, newest)
+    assert surviving(store) == [(5, 1), (7, 2)]
+    checkpoint.verify(store, lineage.read_manifest(store, commit))
+
+
+def test_an_attempt_that_is_listed_late_keeps_its_number(store):
+    start(store)
+    assert lineage.begin(Lagging(store.url, "0001.json"), {}).number == 2

@@ -1,0 +1,21 @@
+"""Kills of trainers and of the server lose nothing: scripts/chaos_s3.py with a few."""
+
+import re
+import subprocess
+import sys
+
+from commands import ROOT
+
+
+def test_ten_kills_of_trainers_and_servers_lose_nothing():
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.chaos_s3", "--kills", "10"],
+        cwd=ROOT, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Every promise held." in done.stdout
+    kills = {
+        what: int(count) for what, count in re.findall(r"^kills (.*?) +(\d+)$", done.stdout, re.M)
+    }
+    assert kills["in all"] == 10
+    assert kills["of the server"] >= 1
