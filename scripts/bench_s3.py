@@ -24,6 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from s3_server import BUCKET, KEY, SECRET, S3Server
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from trainer import checkpoint
 from trainer.checkpoint import Content, lineage
@@ -108,32 +109,39 @@ class Ours:
 
 
 class Blocking:
-    """What a save costs the thread that trains: until the next update has been made."""
+    """What a save costs the thread that trains: its beginning, and the wait before the update."""
 
     def __init__(self, folder: str, state: dict[str, Tensor]) -> None:
-        for tensor in state.values():
-            tensor.grad = torch.zeros_like(tensor)
-        self._state, self._optimizer = state, torch.optim.SGD(state.values(), lr=0.0)
-        places = {"disk": folder, "S3": f"s3://{BUCKET}/blocking"}
-        stores = {name: open_store(url) for name, url in places.items()}
-        self._writers = {
-            name: checkpoint.Writer(store, World(), lineage.begin(store, {}))
-            for name, store in stores.items()
-        }
+        self._state = state
+        small = torch.zeros(1, requires_grad=True)
+        small.grad = torch.zeros(1)
+        self._optimizer = torch.optim.SGD([small], lr=0.0)
+        self._work = torch.randn(700, 700)
+        self._marks: dict[str, float] = {}
         self._step = 0
+        register_optimizer_step_pre_hook(lambda *_: self._mark("before"))
+        self._writers = {}
+        for name, url in {"disk": folder, "S3": f"s3://{BUCKET}/blocking"}.items():
+            store = open_store(url)
+            writer = checkpoint.Writer(store, World(), lineage.begin(store, {}))
+            checkpoint.save(writer, Content(tensors=state), step=1)  # its hook comes between
+            self._writers[name] = writer
+        register_optimizer_step_pre_hook(lambda *_: self._mark("after"))
+
+    def _mark(self, name: str) -> None:
+        self._marks[name] = time.perf_counter()
 
     def measure(self, place: str) -> float:
-        """Return the seconds more than an update without a save takes."""
+        """Return the seconds that a save blocked."""
         self._step += 1
         began = time.perf_counter()
+        save = self._writers[place].begin(Content(tensors=self._state), step=1 + self._step)
+        begun_s = time.perf_counter() - began
+        while time.perf_counter() < began + 0.5:  # forward and backward of the next step
+            self._work @ self._work
         self._optimizer.step()
-        plain_s = time.perf_counter() - began
-        began = time.perf_counter()
-        save = self._writers[place].begin(Content(tensors=self._state), step=self._step)
-        self._optimizer.step()
-        blocked_s = time.perf_counter() - began - plain_s
         save.result()
-        return blocked_s
+        return begun_s + self._marks["after"] - self._marks["before"]
 
 
 class Dcp:
@@ -184,10 +192,10 @@ def main() -> int:
                     times.setdefault(f"{name} {verb}", []).append(timed(getattr(one, verb)))
             ours.clear()
         blocking = Blocking(f"{folder}/disk", state)
-        blocked = {
-            place: [blocking.measure(place) for _ in range(arguments.rounds)]
-            for place in ("disk", "S3", "disk", "S3")
-        }
+        blocked: dict[str, list[float]] = {"disk": [], "S3": []}
+        for _ in range(arguments.rounds):
+            for place, seconds in blocked.items():
+                seconds.append(blocking.measure(place))
         server.kill()
     print(f"{nbytes / 1e9:.2f} GB, {arguments.rounds} rounds, medians (range)")
     for verb in ("save", "load"):
