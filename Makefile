@@ -45,7 +45,7 @@ bench-s3: $(VENV)/.installed-test
 	@$(PIP) obstore
 	$(BIN)/python scripts/bench_s3.py $(ARGS)
 
-chaos: $(VENV)/.installed
+chaos: $(VENV)/.installed$(if $(filter s3,$(STORE)),-test)
 	$(BIN)/python $(if $(filter s3,$(STORE)),-m scripts.chaos_s3,scripts/chaos.py) --kills $(KILLS) $(ARGS)
 
 s3: $(VENV)/.installed-test
