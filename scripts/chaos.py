@@ -56,6 +56,7 @@ SETTINGS = [
     "trainer.log_every_steps=1", "trainer.clip_norm=1.0", "trainer.eval_every_steps=7",
     "checkpoint.every_steps=3", f"checkpoint.keep_last={KEEP_LAST}",
     "launch.threads=1", "launch.device=cpu",
+    "launch.max_attempts_without_progress=0",  # kills may come faster than saves
 ]  # fmt: skip
 
 START_UP = "start-up"

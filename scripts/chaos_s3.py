@@ -52,7 +52,7 @@ class Run:
         command = [sys.executable, "-m", "trainer.run", *SETTINGS, f"run_dir={self.url}"]
         with open(self._log, "ab") as log:
             self._process = subprocess.Popen(
-                [*command, f"launch.nproc={self.ranks}", "launch.max_attempts_without_progress=0"],
+                [*command, f"launch.nproc={self.ranks}"],
                 stdout=log, stderr=log, start_new_session=True, cwd=self._log.parent,
             )  # fmt: skip
 
