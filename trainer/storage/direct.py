@@ -37,7 +37,7 @@ class CutShortError(OSError):
 class Answer:
     """What a request came to."""
 
-    headers: Mapping[str, str]
+    headers: http.client.HTTPMessage
     nbytes: int
     """Bytes of the body that were put into memory."""
 
@@ -161,17 +161,26 @@ def _exchange(
         answer = connection.getresponse()
     if answer.status >= 300:
         raise _refused(answer)
-    length = answer.length or 0
-    if length > len(into):
-        raise CutShortError(f"{length:,} bytes came, {len(into):,} were asked for")
     count = 0
-    while count < length:
-        received = answer.readinto(into[count:length])
-        if received == 0:
-            raise CutShortError(f"{count:,} of {length:,} bytes")
-        count += received
+    if body is None:
+        count = _receive(answer, into)
     answer.read()  # nothing is left, and the connection is free
-    return Answer(dict(answer.getheaders()), count)
+    return Answer(answer.headers, count)
+
+
+def _receive(answer: http.client.HTTPResponse, into: memoryview) -> int:
+    """Put the body where it is to lie; return its bytes, which are as many as were promised."""
+    expected = answer.length  # None where it comes in chunks
+    if found := re.fullmatch(r"bytes (\d+)-(\d+)/.*", answer.headers.get("Content-Range", "")):
+        expected = int(found[2]) + 1 - int(found[1])
+    if expected is not None and expected > len(into):
+        raise CutShortError(f"{expected:,} bytes come, {len(into):,} were asked for")
+    count = 0
+    while count < len(into) and (received := answer.readinto(into[count:])):
+        count += received
+    if expected is not None and count < expected:
+        raise CutShortError(f"{count:,} of {expected:,} bytes")
+    return count
 
 
 def _refused(answer: http.client.HTTPResponse) -> RefusedError:

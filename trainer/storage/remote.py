@@ -336,13 +336,16 @@ class S3Store(FsspecStore):
             url = self.link("get_object", key)
             wanted = {"Range": f"bytes={start}-{start + len(view) - 1}"}
             try:
-                return self._direct.get_into(url, view, wanted).nbytes
+                answer = self._direct.get_into(url, view, wanted)
             except RefusedError as error:
                 if _code(error) in ("InvalidRange", "416"):
                     return 0
                 if _code(error) == "NoSuchKey":
                     raise FileNotFoundError(key) from error
                 raise
+            if start and not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                raise OSError("the server does not answer with the range that was asked for")
+            return answer.nbytes
 
         return self._try("read", key, get, may_be_missing=True)
 
