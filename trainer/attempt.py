@@ -269,21 +269,26 @@ def _find_shared(tiers: Tiers, world: World) -> bool:
         sees = world.on_each(lambda: [_sees(store, key) for store in tiers.stores])
     finally:  # an error of `on_each` is every rank's
         world.from_rank0(lambda: _take_keys(tiers.stores, key))
-    blind = [rank for rank, seen in enumerate(sees) if not seen[-1]]
-    if blind:
-        where = "run_dir" if tiers.mirror is None else "checkpoint.mirror"
+    world.from_rank0(partial(_refuse_blind, tiers, host, [seen[-1] for seen in sees]))
+    return all(seen[0] for seen in sees)
+
+
+def _refuse_blind(tiers: Tiers, host: str, sees: Sequence[bool]) -> None:
+    """Refuse ranks that do not see the place that all of them need."""
+    if all(sees):
+        return
+    where, ways = "checkpoint.mirror", ""
+    if tiers.mirror is None:
+        where = "run_dir"
         ways = (
-            ""
-            if tiers.mirror
-            else ", or keep a run_dir of its own on each with a mirror "
+            ", or keep a run_dir of its own on each with a mirror "
             "(checkpoint.mirror=s3://bucket/name)"
         )
-        raise ConfigError(
-            f"{where}={tiers.stores[-1].url} of rank {blind[0]} is not the place that rank 0 on "
-            f"{host} writes to: nodes need one place for a run. Give a path on a file system that "
-            f"all nodes share, or an object store ({where}=s3://bucket/name){ways}"
-        )
-    return all(seen[0] for seen in sees)
+    raise ConfigError(
+        f"{where}={tiers.stores[-1].url} of rank {sees.index(False)} is not the place that rank 0 "
+        f"on {host} writes to: nodes need one place for a run. Give a path on a file system that "
+        f"all nodes share, or an object store ({where}=s3://bucket/name){ways}"
+    )
 
 
 def _sees(store: Store, key: str) -> bool:

@@ -62,12 +62,13 @@ LARGE = st.lists(
 @example([("F32", [3, 50_000_000])], 2)  # few rows
 @example([("U8", [1 << 30])], 64)
 @example([("F32", [768, 50257])] + [("F32", [768, 768])] * 48, 2)
+@example([("U8", [48, 579, 48]), ("U8", [579, 1670])], 48)  # 47,936.375 bytes for each
 def test_bytes_are_balanced_within_two_percent_with_few_cuts(tensors, holders):
     items = items_of(tensors)
     division = divide(items, [0] * holders)
     sizes = bytes_of(division, items, holders)
     share = sum(sizes) / holders
-    slack = max(0.02 * share, 2 << 12)
+    slack = max(0.02 * share, 2 << 12) + 1  # a quota is a whole number of bytes
     assert all(abs(size - share) <= slack for size in sizes)
     cuts = sum(len(parts) - 1 for parts in division if parts)
     assert cuts <= (holders - 1) * 5  # a cut in three dimensions leaves up to five pieces
