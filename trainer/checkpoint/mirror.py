@@ -70,7 +70,7 @@ class Mirror:
         self._failures = 0
         self._is_urgent = False
         self._is_over = self._is_behind = False
-        threading.Thread(target=self._body, name="checkpoint-mirror", daemon=True).start()
+        threading.Thread(target=self._body, name="mirror", daemon=True).start()
 
     def take(self, manifest: Manifest) -> None:
         """Copy this checkpoint next. Every rank, once for each commit, in the same order."""
