@@ -141,7 +141,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectStore:
-    """How places on S3 or another object store is reached. Credentials: see docs/storage.md."""
+    """How places on S3 and other object stores are reached. Credentials: see docs/storage.md."""
 
     endpoint_url: str | None = setting(
         None, "Address of an S3 server; default: AWS_ENDPOINT_URL, else Amazon's."

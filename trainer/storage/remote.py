@@ -333,7 +333,7 @@ class S3Store(FsspecStore):
             return super().read_into(key, start, view)
 
         def get() -> int:
-            url = self.link("get_object", key)
+            url = self._link("get_object", key)
             wanted = {"Range": f"bytes={start}-{start + len(view) - 1}"}
             try:
                 answer = self._direct.get_into(url, view, wanted)
@@ -352,9 +352,11 @@ class S3Store(FsspecStore):
     def _is_direct(self) -> bool:
         """Return whether bodies may pass by the client library, whose settings are the usual."""
         changed = {"client_kwargs", "config_kwargs", "session"} & self._settings.options.keys()
-        return not changed and not has_proxy(self._settings.endpoint_url or "https://")
+        address = self._settings.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3")
+        address = address or os.environ.get("AWS_ENDPOINT_URL") or "https://"
+        return not changed and not has_proxy(address)
 
-    def link(self, method: str, key: str, **arguments: Any) -> str:
+    def _link(self, method: str, key: str, **arguments: Any) -> str:
         """Return a URL that is signed for one request about a key."""
         from fsspec.asyn import sync
 
@@ -380,7 +382,7 @@ class S3Store(FsspecStore):
             if not self._is_direct():
                 sent = self.call("upload_part", key, Body=bytes(body), **facts)
                 return str(sent["ETag"])
-            url = self.link("upload_part", key, **facts)
+            url = self._link("upload_part", key, **facts)
             answer = self._direct.put(url, body, {"x-amz-checksum-crc32": crc})
             return answer.headers.get("ETag", "")
 
