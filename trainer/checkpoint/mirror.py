@@ -63,7 +63,7 @@ class Mirror:
         self._retention, self._also = retention, also
         self._changed = threading.Condition()
         self._waiting: dict[int, Manifest] = {}  # by their number, counted from 1
-        self._copying: Manifest | None = None
+        self._offered: dict[int, Manifest] = {}  # what ranks are agreeing on, then what is copied
         self._taken = 0  # commits; of these, the number of the last one that
         self._tried = 0  # a copy was begun of, and
         self._done = 0  # was copied, as was or never will be every one before it
@@ -84,7 +84,7 @@ class Mirror:
     def pinned(self) -> set[str]:
         """Return the folders that are still to be read from the run's store."""
         with self._changed:
-            wanted = [*self._waiting.values(), *filter(None, [self._copying])]
+            wanted = [*self._waiting.values(), *self._offered.values()]
         return {_folder(manifest) for manifest in wanted}
 
     def settle(self, within_s: float | None) -> bool:
@@ -122,8 +122,8 @@ class Mirror:
         with self._changed:
             if number <= self._done:
                 return True  # another rank has not heard yet
-            self._tried, manifest = number, self._waiting[number]
-            self._copying = manifest
+            self._tried, manifest = number, self._offered[number]
+            self._offered = {number: manifest}
         began, error = time.monotonic(), None
         try:
             self._copy(manifest)
@@ -133,7 +133,7 @@ class Mirror:
         except PerdureError as found:
             error = found
         with self._changed:
-            self._copying = None
+            self._offered = {}
             if error is None:
                 self._done, self.copied_step = number, manifest.step
                 self.copy_s = time.monotonic() - began
@@ -151,6 +151,7 @@ class Mirror:
                 if not is_woken and self._taken > self._done:
                     break
             self._is_urgent = False
+            self._offered = dict(self._waiting)  # more may come before the ranks have agreed
             return self._taken
 
     def _note(self, manifest: Manifest, error: PerdureError | None) -> None:

@@ -110,6 +110,24 @@ def test_where_checkpoints_come_faster_the_newest_is_next(run):
     assert run.copied() == [1, 6]
 
 
+def test_commits_that_come_while_the_ranks_agree_change_nothing(run, monkeypatch):
+    """Two more than are kept waiting, between a rank's answer and the end of the agreement."""
+    first, *more = [run.save(step) for step in (1, 2, 3, 4)]
+    agree = World.gather
+
+    def gather(world: World, value: Any) -> list[Any]:
+        while more:
+            run.mirror.take(more.pop(0))
+        return agree(world, value)
+
+    monkeypatch.setattr(World, "gather", gather)
+    run.mirror = run.new_mirror()
+    run.mirror.take(first)
+    assert run.mirror.settle(60)
+    assert run.copied() == [1, 4]
+    assert run.mirror.notes == []
+
+
 def test_the_mirror_keeps_what_its_own_retention_says(tmp_path):
     run = Run(tmp_path, mirror_keep_last=2)
     for step in range(1, 6):
