@@ -1,6 +1,7 @@
 """The contract of a store, for every kind of store: import all of it beside a fixture `store`."""
 
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -114,6 +115,24 @@ def test_a_reader_never_sees_half_of_a_replacement(store):
 
     for seen in in_threads(3, work):
         assert seen <= set(values), seen
+
+
+def test_entries_are_what_lies_right_below_a_folder(store):
+    for key in ("a/b/c", "a/b.x", "a/d", "a.x", "e"):
+        put(store, key, b"1")
+    assert store.entries("") == ["a.x", "a/", "e"]
+    assert store.entries("a") == ["b.x", "b/", "d"]
+    assert store.entries("a/b") == ["c"]
+    assert store.entries("absent") == store.entries("e") == store.entries("a/b/c/d") == []
+
+
+def test_a_key_knows_when_it_was_last_written(store):
+    before = time.time()
+    store.replace("a", b"1")
+    store.replace("b", b"1")
+    assert before - 2 <= store.modified_s("a") <= store.modified_s("b") + 1 <= time.time() + 2
+    with pytest.raises(FileNotFoundError):
+        store.modified_s("absent")
 
 
 RANGE_BYTES = bytes(range(256)) * 4

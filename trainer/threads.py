@@ -7,7 +7,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def in_parallel(do: Callable[[T], None], items: Sequence[T], count: int) -> None:
+def in_parallel(do: Callable[[T], object], items: Sequence[T], count: int) -> None:
     """Call `do` on every item, from up to `count` threads; raise the first error.
 
     Returns when every call has returned; after an error no further one is begun. The threads are

@@ -237,7 +237,7 @@ def _copy_file(reader: Reader, file: str, target: Store, folder: str, manifest: 
         new = target.open_new(key, total_bytes)
     except AlreadyExists:
         with suppress(DamagedError):
-            Reader(target, folder, manifest).verify_file(file)
+            Reader(target, folder, manifest).verify([file])
             return
         target.delete([key])
         new = target.open_new(key, total_bytes)

@@ -6,9 +6,7 @@ blocks that hold something wanted are read. No second copy of the state is ever 
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import prod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,15 +14,23 @@ from torch import Tensor
 
 from trainer.checkpoint import plan, shard
 from trainer.checkpoint.manifest import Manifest, Part, ShardFile, checksum
-from trainer.checkpoint.memory import PAGE_BYTES, Bytes, HostBuffer, bytes_of
+from trainer.checkpoint.memory import PAGE_BYTES, Bytes, HostBuffer
+from trainer.checkpoint.pieces import (
+    Block,
+    Piece,
+    Wanted,
+    joined,
+    landing,
+    pieces_for,
+    place_of,
+    runs,
+)
 from trainer.checkpoint.plan import DTYPE_NAMES, TORCH_DTYPES, Box
 from trainer.errors import CheckpointError
 from trainer.storage.store import NewFile, Readable
 from trainer.threads import in_parallel
 
 _READERS = 8
-_SLAB_BYTES = 16 << 20
-"""What does not lie in memory as it lies in the file passes through a copy of this size."""
 
 
 class DamagedError(CheckpointError):
@@ -33,39 +39,6 @@ class DamagedError(CheckpointError):
 
 class MissingError(DamagedError):
     """A file of a checkpoint is not there."""
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """Bytes of a chunk, counted from the chunk's start, and where they go."""
-
-    chunk: shard.Chunk
-    start: int
-    stop: int
-    place: Bytes
-
-
-@dataclass(frozen=True)
-class _Slab:
-    """A part of a target that does not lie in memory as it lies in the file."""
-
-    chunk: shard.Chunk
-    first: int
-    """Its first element in the chunk."""
-    count: int
-    """Elements of the chunk from its first to its last."""
-    strides: tuple[int, ...]
-    """Of the chunk, in elements."""
-    place: Tensor
-
-
-@dataclass
-class _Piece:
-    """What one thread reads at a time from a file: parts of chunks that lie together, or a slab."""
-
-    file: str
-    wanted: list[_Wanted] = field(default_factory=list)
-    slab: _Slab | None = None
 
 
 class Reader:
@@ -104,13 +77,42 @@ class Reader:
         sharded = {name: t for name, t in targets.items() if name not in whole}
         if sharded:
             boxes |= {item.name: item.box for item in plan.describe(sharded, [0])}
-        pieces: list[_Piece] = []
-        direct: list[tuple[str, _Wanted]] = []
-        for name, target in targets.items():
-            if name in boxes:  # else its mesh is without this rank
-                self._want(name, plan.local(target.detach()), boxes[name], direct, pieces)
-        pieces = _joined(direct, self._manifest.block_bytes, self._read_bytes) + pieces
-        self._read(pieces, is_shared=self._peers > 1 and not sharded)
+        wanted = [
+            (name, boxes[name], plan.local(target.detach()))
+            for name, target in targets.items()
+            if name in boxes  # else its mesh is without this rank
+        ]
+        self.read_boxes(wanted, is_shared=self._peers > 1 and not sharded)
+
+    def read_boxes(
+        self, wanted: Iterable[tuple[str, Box, Tensor]], *, is_shared: bool = False
+    ) -> None:
+        """Fill each tensor with a box of the stored tensor of that name. No collectives.
+
+        What is stored in another dtype is converted.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        parts = []
+        for name, box, target in wanted:
+            if name not in self._manifest.tensors:
+                raise CheckpointError(f"{self._where()} has no tensor {name!r}")
+            owner = self._manifest.tensors[name].alias or name
+            found = self._manifest.tensors[owner].parts(self._files, box.offsets, box.lengths)
+            parts += [(owner, part, box, target) for part in found if box.elements]
+        files = sorted({part.file for _, part, _, _ in parts} - self._headers.keys())
+        in_parallel(self._header, files, _READERS)
+        direct: list[tuple[str, Wanted]] = []
+        pieces: list[Piece] = []
+        for owner, part, box, target in parts:
+            dtype = TORCH_DTYPES[self._manifest.tensors[owner].dtype]
+            chunk = self._chunk(owner, part, dtype)
+            straight, slabs = pieces_for(chunk, part, dtype, box, target)
+            direct += [(part.file, straight)] if straight is not None else []
+            pieces += slabs
+        pieces = joined(direct, self._manifest.block_bytes, self._read_bytes) + pieces
+        self._read(pieces, is_shared=is_shared)
 
     def fetch(self, name: str) -> Tensor:
         """Return a stored tensor as a new CPU tensor."""
@@ -119,23 +121,39 @@ class Reader:
         entry = self._manifest.resolve(name)
         dtype = TORCH_DTYPES[entry.dtype]
         owner = self._manifest.tensors[name].alias or name
-        for part in entry.parts(self._files, (0,) * len(entry.shape), entry.shape):
+        parts = list(entry.parts(self._files, (0,) * len(entry.shape), entry.shape))
+        in_parallel(self._header, sorted({part.file for part in parts}), _READERS)
+        for part in parts:
             self._chunk(owner, part, dtype)  # it is there, before memory is asked for
         target = torch.empty(entry.shape, dtype=dtype)
         self.read({name: target})
         return target
 
-    def verify(self) -> None:
-        """Read and check every byte of every file."""
-        for file in self._files:
-            self.verify_file(file)
+    def verify(
+        self,
+        files: Sequence[str] | None = None,
+        progress: Callable[[int], object] = lambda checked_bytes: None,
+    ) -> None:
+        """Read and check every byte. Only the blocks that are being checked are in memory.
 
-    def verify_file(self, file: str) -> None:
-        """Read and check every byte of one file."""
-        chunks, _ = self._header(file)
+        Args:
+            files: of the checkpoint; None: all of them.
+            progress: told, from several threads, how many more bytes were found right.
+
+        Raises:
+            DamagedError: the first that was found; names the file and the tensor.
+        """
+        files = self._files if files is None else files
+        in_parallel(self._header, files, _READERS)
         nowhere = np.empty(0, np.uint8)
-        wanted = [(file, _Wanted(c, 0, c.nbytes, nowhere)) for c in chunks.values()]
-        self._read(_joined(wanted, self._manifest.block_bytes, self._read_bytes))
+        wanted = [
+            (file, Wanted(chunk, 0, chunk.nbytes, nowhere))
+            for file in files
+            for chunk in self._header(file)[0].values()
+        ]
+        progress(sum(self._manifest.files[file].header_bytes for file in files))
+        pieces = joined(wanted, self._manifest.block_bytes, self._read_bytes)
+        self._read(pieces, progress=progress)
 
     def copy_file(self, file: str, new: NewFile) -> None:
         """Write one file into `new`, part by part, every block checked on the way.
@@ -188,38 +206,6 @@ class Reader:
                 f"{_describe(*wanted)}"
             )
 
-    def _want(
-        self,
-        name: str,
-        target: Tensor,
-        box: Box,
-        direct: list[tuple[str, _Wanted]],
-        pieces: list[_Piece],
-    ) -> None:
-        """Add what fills `target`, which is `box` of the stored tensor `name`."""
-        entry, owner = self._manifest.resolve(name), self._manifest.tensors[name].alias or name
-        if box.elements == 0:
-            return
-        for part in entry.parts(self._files, box.offsets, box.lengths):
-            chunk = self._chunk(owner, part, target.dtype)
-            both = _overlap(Box(part.offsets, part.lengths), box)
-            if both.elements == 0:
-                continue
-            in_part = _relative(both, part.offsets)
-            place = target
-            for axis, offset in enumerate(_relative(both, box.offsets)):
-                place = place.narrow(axis, offset, both.lengths[axis])
-            item_bytes = target.element_size()
-            strides = tuple(prod(part.lengths[axis + 1 :]) for axis in range(target.ndim))
-            first, count = _span(strides, in_part, both.lengths)
-            is_run = count == both.elements and place.is_contiguous()
-            if is_run and place.device.type == "cpu":
-                start, stop = first * item_bytes, (first + count) * item_bytes
-                direct.append((part.file, _Wanted(chunk, start, stop, bytes_of(place))))
-            else:
-                slabs = _slabs(chunk, first, strides, place)
-                pieces += [_Piece(part.file, slab=slab) for slab in slabs]
-
     def _chunk(self, name: str, part: Part, dtype: torch.dtype) -> shard.Chunk:
         chunks, _ = self._header(part.file)
         whole = tuple(part.lengths) == tuple(self._manifest.tensors[name].shape)
@@ -236,7 +222,13 @@ class Reader:
 
     # --- reading and checking -------------------------------------------------------------------
 
-    def _read(self, pieces: Sequence[_Piece], *, is_shared: bool = False) -> None:
+    def _read(
+        self,
+        pieces: Sequence[Piece],
+        *,
+        is_shared: bool = False,
+        progress: Callable[[int], object] = lambda read_bytes: None,
+    ) -> None:
         """Read all pieces, several at a time."""
         slot_bytes = self._read_bytes + self._manifest.block_bytes + 2 * PAGE_BYTES
         slot_bytes = -(-slot_bytes // PAGE_BYTES) * PAGE_BYTES
@@ -244,26 +236,27 @@ class Reader:
         ring = HostBuffer(count * slot_bytes, pinned=False)
         free = [slice(i * slot_bytes, (i + 1) * slot_bytes) for i in range(count)]
 
-        def read(piece: _Piece) -> None:
+        def read(piece: Piece) -> None:
             slot = free.pop()  # atomic; there are as many slots as threads
             try:
                 wanted = piece.wanted
                 if piece.slab is not None:
-                    wanted, copy = _landing(piece.slab)
-                for run in _runs(wanted, self._manifest.block_bytes, self._read_bytes):
+                    wanted, copy = landing(piece.slab)
+                for run in runs(wanted, self._manifest.block_bytes, self._read_bytes):
                     self._read_run(piece.file, run, ring.array[slot], is_shared=is_shared)
                 if piece.slab is not None:
                     copy()
+                progress(sum(part.stop - part.start for part in wanted))
             finally:
                 free.append(slot)
 
         in_parallel(read, pieces, count)
 
-    def _read_run(self, file: str, run: "list[_Block]", slot: Bytes, *, is_shared: bool) -> None:
+    def _read_run(self, file: str, run: list[Block], slot: Bytes, *, is_shared: bool) -> None:
         """Read consecutive blocks at once, check each, copy what is wanted of them."""
         begin, end = run[0].start // PAGE_BYTES * PAGE_BYTES, run[-1].stop
         whole = -(-(end - begin) // PAGE_BYTES) * PAGE_BYTES
-        in_place = _place_of(run) if is_shared else None  # the page cache needs no whole pages
+        in_place = place_of(run) if is_shared else None  # the page cache needs no whole pages
         if in_place is not None:
             begin, whole, slot = run[0].start, len(in_place), in_place
         _, digests = self._header(file)
@@ -351,115 +344,6 @@ class Reader:
             f"step {self._manifest.step:,} of {self._store.url} cannot be loaded: shard "
             f"{self._folder}/{file}: {what}"
         )
-
-
-# --- geometry ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A block of a file, and what is wanted of it."""
-
-    number: int
-    start: int
-    stop: int
-    wanted: _Wanted
-
-
-def _joined(
-    wanted: Iterable[tuple[str, _Wanted]], block_bytes: int, read_bytes: int
-) -> list[_Piece]:
-    """Return pieces for what goes straight to its place; neighbours in a file are read at once."""
-    pieces: list[_Piece] = []
-    end = -1
-    for file, part in sorted(wanted, key=lambda w: (w[0], w[1].chunk.start + w[1].start)):
-        step = max(read_bytes // block_bytes, 1) * block_bytes
-        for start in range(part.start // block_bytes * block_bytes, part.stop, step):
-            begin, stop = max(start, part.start), min(start + step, part.stop)
-            place = part.place[begin - part.start : stop - part.start]
-            one = _Wanted(part.chunk, begin, stop, place)
-            fits = pieces and pieces[-1].file == file and end == part.chunk.start + begin
-            if fits and sum(w.stop - w.start for w in pieces[-1].wanted) + stop - begin <= step:
-                pieces[-1].wanted.append(one)
-            else:
-                pieces.append(_Piece(file, [one]))
-            end = part.chunk.start + stop
-    return pieces
-
-
-def _runs(wanted: Sequence[_Wanted], block_bytes: int, read_bytes: int) -> Iterator[list[_Block]]:
-    """Yield runs of consecutive blocks that together fit into a slot."""
-    run: list[_Block] = []
-    for part in wanted:
-        first = part.start // block_bytes
-        for index in range(first, -(-part.stop // block_bytes)):
-            start = part.chunk.start + index * block_bytes
-            stop = min(start + block_bytes, part.chunk.stop)
-            if run and (start != run[-1].stop or stop - run[0].start > read_bytes + block_bytes):
-                yield run
-                run = []
-            run.append(_Block(part.chunk.block + index, start, stop, part))
-    if run:
-        yield run
-
-
-def _place_of(run: Sequence[_Block]) -> Bytes | None:
-    """Return where whole blocks go one after another, if all of them go to one place."""
-    wanted = run[0].wanted
-    start, stop = run[0].start - wanted.chunk.start, run[-1].stop - wanted.chunk.start
-    is_one = all(block.wanted is wanted for block in run) and len(wanted.place)
-    if not is_one or start < wanted.start or stop > wanted.stop:
-        return None
-    return wanted.place[start - wanted.start : stop - wanted.start]
-
-
-def _overlap(one: Box, other: Box) -> Box:
-    offsets = tuple(map(max, one.offsets, other.offsets))
-    ends = (
-        min(a + n, b + m)
-        for a, n, b, m in zip(one.offsets, one.lengths, other.offsets, other.lengths, strict=True)
-    )
-    return Box(offsets, tuple(max(end - o, 0) for end, o in zip(ends, offsets, strict=True)))
-
-
-def _relative(box: Box, origin: Sequence[int]) -> tuple[int, ...]:
-    return tuple(offset - start for offset, start in zip(box.offsets, origin, strict=True))
-
-
-def _span(
-    strides: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]
-) -> tuple[int, int]:
-    """Return the first element of a box in memory, and how many there are up to its last."""
-    first = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
-    reach = sum((n - 1) * stride for n, stride in zip(lengths, strides, strict=True))
-    return first, reach + 1
-
-
-def _slabs(
-    chunk: shard.Chunk, first: int, strides: tuple[int, ...], place: Tensor
-) -> Iterator[_Slab]:
-    """Cut what goes to `place` into slabs of bounded size."""
-    _, count = _span(strides, (0,) * place.ndim, place.shape)
-    rows = max(_SLAB_BYTES // (strides[0] * place.element_size()), 1) if place.ndim else 1
-    if place.ndim == 0 or (place.shape[0] <= rows and (rows > 1 or place.ndim == 1)):
-        yield _Slab(chunk, first, count, strides, place)
-    elif rows > 1 or place.ndim == 1:
-        for row in range(0, place.shape[0], rows):
-            part = place.narrow(0, row, min(rows, place.shape[0] - row))
-            yield from _slabs(chunk, first + row * strides[0], strides, part)
-    else:
-        for row in range(place.shape[0]):
-            yield from _slabs(chunk, first + row * strides[0], strides[1:], place[row])
-
-
-def _landing(slab: _Slab) -> tuple[list[_Wanted], Callable[[], object]]:
-    """Return where a slab's bytes land, and what copies them from there to their place."""
-    memory = torch.empty(slab.count, dtype=slab.place.dtype)
-    view = memory.as_strided(tuple(slab.place.shape), slab.strides)
-    item_bytes = memory.element_size()
-    start, stop = slab.first * item_bytes, (slab.first + slab.count) * item_bytes
-    wanted = _Wanted(slab.chunk, start, stop, bytes_of(memory))
-    return [wanted], lambda: slab.place.copy_(view)
 
 
 def _describe(dtype: str, shape: tuple[int, ...]) -> str:

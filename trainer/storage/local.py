@@ -112,6 +112,15 @@ class LocalStore:
         with _store_errors("look at", path, may_be_missing=True):
             return path.stat().st_size
 
+    def entries(self, folder: str) -> list[str]:
+        """Read one directory."""
+        path = self._path(folder)
+        with _store_errors("list", path):
+            if not path.is_dir():
+                return []
+            names = [entry.name + "/" * entry.is_dir() for entry in os.scandir(path)]
+        return sorted(name for name in names if not name.startswith(_TEMPORARY))
+
     def list(self, prefix: str, *, unfinished: bool = False) -> list[str]:
         """Walk the folder; files that `create` and `replace` have not published are left out.
 
@@ -124,6 +133,12 @@ class LocalStore:
                 relative = Path(folder).relative_to(self._root)
                 found += [str(relative / n) for n in names if not n.startswith(_TEMPORARY)]
         return sorted(found)
+
+    def modified_s(self, key: str) -> float:
+        """Return the file's time of modification."""
+        path = self._path(key)
+        with _store_errors("look at", path, may_be_missing=True):
+            return path.stat().st_mtime
 
     def delete(self, keys: Iterable[str]) -> None:
         """Unlink, fsync the folder after each run of keys in it, and remove it when empty.

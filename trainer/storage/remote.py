@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from datetime import datetime
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
@@ -131,11 +132,32 @@ class FsspecStore:
         path = self._path(key)
         return int(self._try("look at", key, lambda: self._fs.size(path), may_be_missing=True))
 
+    def entries(self, folder: str) -> list[str]:
+        """List one level, with no cache."""
+        path = self._path(folder)
+        ask = partial(self._fs.ls, path, detail=True)
+        try:
+            found: list[Any] = self._try("list", folder, ask, may_be_missing=True)
+        except FileNotFoundError:
+            return []
+        top = path.strip("/")
+        return sorted(
+            item["name"].rstrip("/").rpartition("/")[2] + "/" * (item["type"] == "directory")
+            for item in found
+            if item["name"].strip("/") != top
+        )
+
     def list(self, prefix: str, *, unfinished: bool = False) -> list[str]:
         """List by prefix, with no cache."""
         path = self._path(prefix)
         found = self._try("list", prefix, lambda: list(self._fs.find(path)))
         return sorted(name.removeprefix(self._root).lstrip("/") for name in found)
+
+    def modified_s(self, key: str) -> float:
+        """Ask for the object's time of modification."""
+        ask = partial(self._fs.modified, self._path(key))
+        found: datetime = self._try("look at", key, ask, may_be_missing=True)
+        return found.timestamp()
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete one after another."""
@@ -418,6 +440,14 @@ class S3Store(FsspecStore):
                 return b""
             raise
 
+    def entries(self, folder: str) -> list[str]:
+        """List one level by prefix and delimiter."""
+        prefix = f"{self._path(folder)}/".partition("/")[2]
+        pages = self._try("list", folder, lambda: list(self._pages(Prefix=prefix, Delimiter="/")))
+        found = [item["Key"] for page in pages for item in page.get("Contents", ())]
+        found += [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
+        return sorted(name.removeprefix(prefix) for name in found if name != prefix)
+
     def list(self, prefix: str, *, unfinished: bool = False) -> list[str]:
         """List by prefix; uploads in parts that were not completed are asked for apart."""
         folder = f"{self._path(prefix)}/".partition("/")[2]
@@ -428,13 +458,24 @@ class S3Store(FsspecStore):
         return sorted(name[cut:] for name in found)
 
     def _objects(self, folder: str) -> Iterator[str]:
+        for page in self._pages(Prefix=folder):
+            yield from (item["Key"] for item in page.get("Contents", ()))
+
+    def _pages(self, **what: str) -> Iterator[Mapping[str, Any]]:
         more: dict[str, str] = {}
         while True:
-            page = self.call("list_objects_v2", Prefix=folder, **more)
-            yield from (item["Key"] for item in page.get("Contents", ()))
+            page = self.call("list_objects_v2", **what, **more)
+            yield page
             if not page.get("IsTruncated"):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def modified_s(self, key: str) -> float:
+        """Ask for the object's time of modification."""
+        self._path(key)
+        found = self._try("look at", key, lambda: self._head(key), may_be_missing=True)
+        modified: datetime = found["LastModified"]
+        return modified.timestamp()
 
     def _uploads(self, prefix: str) -> "_Uploads":
         found: _Uploads = []

@@ -82,12 +82,21 @@ class Store(Readable, Protocol):
     def replace(self, key: str, data: bytes) -> None:
         """Set `key` to exactly `data`, atomically and durably."""
 
+    def entries(self, folder: str) -> list[str]:
+        """Return the sorted names right below `folder`, those of folders with a `/` at the end.
+
+        Looks no deeper, so that a large tree costs nothing; empty where there is no such folder.
+        """
+
     def list(self, prefix: str, *, unfinished: bool = False) -> list[str]:
         """Return the sorted keys below the folder `prefix`; empty where there is none.
 
         `unfinished` asks for those too that are being written, or were given up, where a store
         would not show them by itself.
         """
+
+    def modified_s(self, key: str) -> float:
+        """Return when `key` was last written, in seconds since 1970."""
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete keys, durably, in this order; a missing one is not an error."""

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -125,10 +126,17 @@ def test_a_snapshot_that_is_gone_holds_no_optimizer_back(tmp_path, monkeypatch):
     training = Counting(count=7000)
     writer = writer_on(LocalStore(tmp_path))
     writer.begin(training.content(), step=1).result()
+    waited = []
+    monkeypatch.setattr(Snapshot, "wait", lambda snapshot, *_: waited.append(id(snapshot)))
+    mine, gone = id(writer._snapshot), weakref.ref(writer._snapshot)
+    training.optimizer.step()
+    assert mine in waited
     del writer
     for thread in threading.enumerate():
         if thread.name == "checkpoint-snapshot":
             thread.join()
     gc.collect()
-    monkeypatch.setattr(Snapshot, "wait", lambda *_: pytest.fail("somebody still waits"))
+    assert gone() is None
+    waited.clear()
     training.optimizer.step()
+    assert mine not in waited  # a snapshot of another test may be alive, and is asked
