@@ -246,11 +246,24 @@ def keep(store: Store, attempt: Attempt, folders: Collection[str]) -> None:
             delete(store, folder)
 
 
+def discard(store: Store, folder: str, by: Attempt) -> None:
+    """Delete a folder that was never committed. Rank 0 only.
+
+    It is voided first, so that a writer which is still alive cannot commit what is being deleted;
+    if that one is faster, the folder stays.
+    """
+    keys = store.list(folder, unfinished=True)
+    try:
+        store.create(f"{folder}/{MANIFEST}", void_bytes(by.number))
+    except AlreadyExists:
+        return  # lineage decides about it
+    store.delete(keys)
+
+
 def clean(store: Store, attempt: Attempt, newest: Commit) -> None:
     """Delete what no attempt will ever commit or read. Rank 0 only, after a commit.
 
-    Folders of older attempts without a manifest are first voided, so that a writer which is still
-    alive cannot commit what is being deleted. Checkpoints of abandoned timelines go too.
+    Folders of older attempts without a manifest, and checkpoints of abandoned timelines.
     """
     alive = {commit.folder for commit in commits(store, damaged=True)}
     folders: dict[str, list[str]] = {}
@@ -262,10 +275,6 @@ def clean(store: Store, attempt: Attempt, newest: Commit) -> None:
         if parsed is None or parsed[1] >= attempt.number or folder in alive:
             continue
         if MANIFEST not in names:
-            try:
-                store.create(f"{folder}/{MANIFEST}", void_bytes(attempt.number))
-            except AlreadyExists:
-                continue  # its writer was faster: lineage decides about it
-            store.delete([f"{folder}/{name}" for name in names])
+            discard(store, folder, attempt)
         elif parsed[0] <= newest.step and DAMAGED not in names:
             delete(store, folder)

@@ -48,6 +48,11 @@ def shard_name(*, rank: int, world_size: int, token: str, save: int) -> str:
     return f"r{rank:05d}-of-{world_size:05d}-{token}-{save}.safetensors"
 
 
+def is_shard_name(name: str) -> bool:
+    """Return whether a shard may be called so; nothing else is ever read or deleted as one."""
+    return _SHARD_NAME.fullmatch(name) is not None
+
+
 @dataclass(frozen=True)
 class ShardFile:
     """One shard. The header's checksum covers, through the header, every byte of the file."""
@@ -264,7 +269,7 @@ def _validated(top: Mapping[str, Any]) -> Manifest:
         raise CheckpointError(f"block_bytes {top['block_bytes']} is not in 1 … 1,048,576")
     files = {}
     for name, file in _mapping(top["files"]).items():
-        if not _SHARD_NAME.fullmatch(name):
+        if not is_shard_name(name):
             raise CheckpointError(f"{name!r} cannot be the name of a shard")
         files[name] = ShardFile(
             _natural(file["bytes"]), _natural(file["header_bytes"]), str(file["header_checksum"])

@@ -14,11 +14,12 @@ from contextlib import suppress
 from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import FOLDER, MANIFEST, Attempt
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.reader import DamagedError, Reader
+from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.retention import Retention
+from trainer.checkpoint.transfer import copy_shard
 from trainer.distributed import World
 from trainer.errors import CheckpointError, PerdureError, StoreError, SupersededError
-from trainer.storage.store import AlreadyExists, Store
+from trainer.storage.store import Store
 
 _AGAIN_S = 60.0
 """After a failure the next try comes with the next checkpoint, or after this long."""
@@ -176,7 +177,7 @@ class Mirror:
 
         def copy() -> None:
             for file in mine:
-                _copy_file(reader, file, self._target, folder, manifest)
+                copy_shard(reader, file, self._target, folder, manifest)
 
         self._world.together(copy)
         self._world.from_rank0(lambda: self._commit(manifest))
@@ -228,22 +229,3 @@ class Mirror:
 
 def _folder(manifest: Manifest) -> str:
     return f"{FOLDER}/{manifest.folder}"
-
-
-def _copy_file(reader: Reader, file: str, target: Store, folder: str, manifest: Manifest) -> None:
-    """Copy one shard. What an interrupted copy left is taken if every byte of it is right."""
-    key, total_bytes = f"{folder}/{file}", manifest.files[file].bytes
-    try:
-        new = target.open_new(key, total_bytes)
-    except AlreadyExists:
-        with suppress(DamagedError):
-            Reader(target, folder, manifest).verify([file])
-            return
-        target.delete([key])
-        new = target.open_new(key, total_bytes)
-    try:
-        reader.copy_file(file, new)
-        new.finish()
-    except BaseException:
-        new.abort()
-        raise

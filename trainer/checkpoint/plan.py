@@ -121,7 +121,7 @@ def make(content: Content, world: World, previous: Plan | None = None) -> Plan:
         gathered = world.gather(loose)
         for name in loose:
             parts = [(rank, box) for rank, boxes in enumerate(gathered) for box in boxes[name]]
-            entries[name] = _columns(entries[name], parts)
+            entries[name] = columns(entries[name], parts)
     keys = {_key(item, box): (item, box) for item, box in mine}
     return Plan(
         signature,
@@ -337,18 +337,19 @@ def _split(box: Box, axis: int, rows: int) -> tuple[Box, Box]:
 
 def _entry(item: Item, parts: Sequence[tuple[int, Box]]) -> TensorEntry:
     entry = TensorEntry(item.dtype, item.shape)
-    return _columns(entry, [(item.holders[holder], box) for holder, box in parts])
+    return columns(entry, [(item.holders[holder], box) for holder, box in parts])
 
 
-def _columns(entry: TensorEntry, parts: Sequence[tuple[int, Box]]) -> TensorEntry:
+def columns(entry: TensorEntry, parts: Sequence[tuple[int, Box]]) -> TensorEntry:
+    """Return the entry with its parts, each with the number of its file."""
     if len(parts) == 1 and parts[0][1].lengths == entry.shape:
         return TensorEntry(entry.dtype, entry.shape, file=parts[0][0])
-    columns: dict[str, list[Any]] = {
+    cut: dict[str, list[Any]] = {
         "file": [rank for rank, _ in parts],
         "offsets": [list(box.offsets) for _, box in parts],
         "lengths": [list(box.lengths) for _, box in parts],
     }
-    return TensorEntry(entry.dtype, entry.shape, columns=columns)
+    return TensorEntry(entry.dtype, entry.shape, columns=cut)
 
 
 def _key(item: Item, box: Box) -> str:

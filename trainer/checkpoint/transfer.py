@@ -1,0 +1,132 @@
+"""Checkpoints from one store into another, every block checked on the way, manifest last."""
+
+import secrets
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint import manifest, shard, values
+from trainer.checkpoint.lineage import MANIFEST
+from trainer.checkpoint.manifest import Manifest, TensorEntry
+from trainer.checkpoint.plan import DTYPE_NAMES
+from trainer.checkpoint.reader import DamagedError, Reader
+from trainer.checkpoint.stream import write_stream
+from trainer.errors import CheckpointError
+from trainer.storage.store import AlreadyExists, Readable, Store
+
+if TYPE_CHECKING:
+    from trainer.checkpoint.foreign import Source  # which is heavy, and rarely needed
+
+
+def copy_shard(reader: Reader, file: str, target: Store, folder: str, made: Manifest) -> None:
+    """Copy one shard. What an interrupted copy left is taken if every byte of it is right."""
+    key, total_bytes = f"{folder}/{file}", made.files[file].bytes
+    try:
+        new = target.open_new(key, total_bytes)
+    except AlreadyExists:
+        with suppress(DamagedError):
+            Reader(target, folder, made).verify([file])
+            return
+        target.delete([key])
+        new = target.open_new(key, total_bytes)
+    try:
+        reader.copy_file(file, new)
+        new.finish()
+    except BaseException:
+        new.abort()
+        raise
+
+
+def copy_checkpoint(
+    source: Readable,
+    folder: str,
+    made: Manifest,
+    target: Store,
+    target_folder: str,
+    progress: Callable[[int], object] = lambda copied_bytes: None,
+) -> None:
+    """Copy a checkpoint; committed and durable on return. One process.
+
+    Raises:
+        DamagedError: bytes of the source are proven wrong; nothing was committed.
+        AlreadyExists: another checkpoint is there.
+    """
+    data = source.read(f"{folder}/{MANIFEST}")
+    reader = Reader(source, folder, made)
+    for file, record in made.files.items():
+        copy_shard(reader, file, target, target_folder, made)
+        progress(record.bytes)
+    target.create(f"{target_folder}/{MANIFEST}", data)
+
+
+def bring(
+    source: "Source",
+    target: Store,
+    folder: str,
+    *,
+    step: int,
+    progress: Callable[[int], object] = lambda written_bytes: None,
+) -> Manifest:
+    """Write a checkpoint of another format in ours; committed and durable on return. One process.
+
+    Its tensors keep their names, and its other values theirs, in the `dcp` object, so that
+    `PerdureStorageReader` gives them back nested as they were. Two tensors are in memory at a time.
+
+    Raises:
+        CheckpointError: something of it cannot be read, or not be stored; nothing was committed.
+        AlreadyExists: a checkpoint is there.
+    """
+    opaque = {name: value for name, value in source.objects.items() if type(value) is bytes}
+    plain = {name: value for name, value in source.objects.items() if name not in opaque}
+    for name, (dtype, _) in source.tensors.items():
+        if dtype not in DTYPE_NAMES or name == shard.METADATA:
+            raise CheckpointError(f"{source.url}: tensor {name!r} ({dtype}) cannot be stored")
+    sizes = {name: (DTYPE_NAMES[dtype], shape) for name, (dtype, shape) in source.tensors.items()}
+    sizes |= {name: ("U8", (len(value),)) for name, value in opaque.items()}
+    objects = {
+        "dcp": {
+            "objects": values.decode(values.encode(plain, "objects")),
+            "opaque": dict.fromkeys(opaque, "bytes"),
+            "paths": {name: list(path) for name, path in source.paths.items()},
+        }
+    }
+
+    @lru_cache(maxsize=2)
+    def tensor_of(key: str) -> Tensor:
+        if key in opaque:
+            data = bytearray(opaque[key]) or bytearray(1)
+            return torch.frombuffer(data, dtype=torch.uint8)[: len(opaque[key])]
+        found = source.fetch(key)
+        progress(found.nbytes)
+        return found
+
+    token = secrets.token_hex(4)
+    name = manifest.shard_name(rank=0, world_size=1, token=token, save=1)
+    layout = shard.lay_out((key, *size) for key, size in sizes.items())
+    file = target.open_new(f"{folder}/{name}", layout.total_bytes)
+    record = write_stream(file, layout, tensor_of, threads=1)
+    entries: Mapping[str, Any] = {
+        key: TensorEntry(dtype, shape, file=0) for key, (dtype, shape) in sizes.items()
+    }
+    aliases = {key: TensorEntry(alias=owner) for key, owner in source.aliases.items()}
+    made = Manifest(
+        step=step,
+        epoch=0,
+        samples=0,
+        attempt=0,
+        token=token,
+        save=1,
+        world_size=1,
+        versions={"torch": torch.__version__},
+        tensors={**entries, **aliases},
+        files={name: record},
+        objects=objects,
+    )
+    data = manifest.to_bytes(made)
+    manifest.from_bytes(data, f"{target.url}/{folder}")  # never commit what cannot be read
+    target.create(f"{folder}/{MANIFEST}", data)
+    return made
