@@ -1,7 +1,7 @@
 # make train     install, then train (ARGS="model=mlp trainer.max_epochs=3" passes overrides)
 # make test      install what the tests need, then run them
 # make check     formatting, lint, types, direction of imports
-# make bench-loop, bench-checkpoint, bench-s3   figures against named rivals (docs/benchmarks.md)
+# make bench-loop, bench-checkpoint, bench-dcp, bench-s3   figures against named rivals (docs/benchmarks.md)
 # make chaos     kill a real training at KILLS random instants; nothing may be lost. STORE=s3: in a
 #                bucket, and its server too
 # make s3       a real S3 server on this machine, to try things
@@ -13,7 +13,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 ARGS ?=
 KILLS ?= 100
 
-.PHONY: train test test-cluster check format bench-loop bench-checkpoint bench-s3 chaos clean
+.PHONY: train test test-cluster check format chaos clean
+.PHONY: bench-loop bench-checkpoint bench-dcp bench-s3
 .PHONY: s3 slurm slurm-down
 
 train: $(VENV)/.installed
@@ -40,6 +41,9 @@ bench-loop: $(VENV)/.installed
 
 bench-checkpoint: $(VENV)/.installed-test
 	$(BIN)/python scripts/bench_checkpoint.py $(ARGS)
+
+bench-dcp: $(VENV)/.installed
+	$(BIN)/python scripts/bench_dcp.py $(ARGS)
 
 bench-s3: $(VENV)/.installed-test
 	@$(PIP) obstore

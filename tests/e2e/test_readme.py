@@ -13,7 +13,7 @@ def test_the_tours_commands_run_in_their_order(command):
     """All `python -m` commands; the `make` commands have a test of their own, in a fresh clone."""
     blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if "python -m" in line]
-    assert len(lines) == 7
+    assert len(lines) == 8
     shown = []
     for line in lines:
         bash = line.replace("python -m", f"{sys.executable} -m")
@@ -25,13 +25,15 @@ def test_the_tours_commands_run_in_their_order(command):
             text=True,
         )  # fmt: skip
         shown.append(done)
-    killed, resumed, finished, exported, checked, two, helped = shown
+    killed, resumed, finished, exported, listed, checked, two, helped = shown
     assert "Finished" not in killed.stdout
     assert resumed.returncode == 0, resumed.stderr
     assert re.search(r"resuming from step \d+; \d+ steps left|Finished at step 880", resumed.stdout)
     assert finished.returncode == 0
     assert "is finished" in finished.stdout
     assert exported.returncode == 0, exported.stderr
+    assert listed.returncode == 0, listed.stderr
+    assert re.search(r"880 +\d+ .* whole", listed.stdout)
     assert checked.returncode == 2
     assert "torch.optim.Adam has no argument 'lrr' (did you mean 'lr'?)" in checked.stderr
     assert two.returncode == 0, two.stderr
