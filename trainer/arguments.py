@@ -62,8 +62,8 @@ def parse(
         else:
             found.options[key] = value
     if len(found.places) not in places:
-        wanted = " or ".join(map(str, sorted(places)))
-        raise ConfigError(f"{wanted} needed of PATH, {len(found.places)} given\n{usage}")
+        wanted = " or ".join(map(str, sorted(places))) + (" path" if max(places) == 1 else " paths")
+        raise ConfigError(f"{wanted} needed, {len(found.places)} given\n{usage}")
     return Arguments(found.places, found.options, found.flags, _object_store(store))
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -350,7 +351,8 @@ def _load(
                 world.from_rank0(partial(_set_aside, tiers, start, error))
             continue
         if start.manifest is None and run.init.weights:
-            world.together(partial(resume.load_weights, job.model, run.init.weights))
+            given = partial(resume.load_weights, job.model, run.init.weights, run.store)
+            start = replace(start, skipped=world.together(given))
         return start, state
 
 

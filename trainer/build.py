@@ -19,6 +19,7 @@ from trainer.errors import ConfigError, DataError, PerdureError, Problem, closes
 from trainer.loop import Job
 from trainer.policy import Every
 from trainer.protocols import DataSource, Tracker
+from trainer.storage import is_local
 from trainer.tracking.jsonl import Jsonl
 from trainer.tracking.several import Several, Silent
 
@@ -45,8 +46,9 @@ def check(run: Run) -> list[Problem]:
         problems += check_target({**known, **words}, "scheduler", 1)
     for name, node in run.tracker.items():
         problems += check_target(node, f"tracker.{name}", 0)
-    if run.init.weights and not Path(run.init.weights).is_file():
-        problems.append(Problem("init.weights", f"{run.init.weights!r} is not a file"))
+    weights = run.init.weights or ""
+    if weights and is_local(weights) and not Path(weights.removeprefix("file://")).exists():
+        problems.append(Problem("init.weights", f"{weights!r} is not a file or folder"))
     for name in preemption.signal_problems(run.preemption.signals):
         text = f"{name!r} is not a signal that can be handled{closest(name, _signal_names())}"
         problems.append(Problem("preemption.signals", text))

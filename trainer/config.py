@@ -174,7 +174,11 @@ class Preemption:
 class Init:
     """What a run begins with when it has no checkpoint yet."""
 
-    weights: str | None = setting(None, "Path of a safetensors file with the model's weights.")
+    weights: str | None = setting(
+        None,
+        "Path or URL of the model's weights: a safetensors file or folder, a torch.save file, a "
+        "DCP folder, or a run or checkpoint of ours.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,6 +161,11 @@ def choose(
     else:
         start = _fork(request, run.store)
     assert start.manifest is not None  # noqa: S101 (for the type checker)
+    if "run" not in start.manifest.objects:
+        raise ConfigError(
+            f"resume={run.resume}: that checkpoint was not written by a run but by another loop; "
+            f"begin from its weights alone: init.weights={run.resume}"
+        )
     differences = tuple(compare(start.manifest.config, config))
     if not start.is_fork and any(difference.refuses for difference in differences):
         raise ConfigError(_refusal(run, start, differences))
@@ -374,16 +379,20 @@ def _restore_generators(
         rng.seed_all(rng.derive("rank", job.seed, step, job.world.rank))
 
 
-def load_weights(model: torch.nn.Module, path: str) -> None:
-    """Fill the model from a safetensors file, all names exactly. Any rank, no collectives.
+def load_weights(
+    model: torch.nn.Module,
+    path: str,
+    settings: ObjectStore = ObjectStore(),  # noqa: B008 (frozen)
+) -> tuple[str, ...]:
+    """Fill the model with weights alone, all names exactly. Any rank, no collectives.
+
+    Returns:
+        Why newer checkpoints of a run were passed over, if any were.
 
     Raises:
-        ConfigError: a name or a shape differs.
+        ConfigError: there are none, or a name, shape or dtype differs.
+        CheckpointError: they are damaged, or in a file that is never read.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from trainer.checkpoint import weights  # with everything that knows other formats
 
-    try:
-        model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise ConfigError(f"init.weights={path} does not fit this model: {error}") from None
+    return weights.load(model, path, settings)

@@ -322,8 +322,8 @@ def test_bad_input_is_named_in_one_line_and_nothing_is_changed(run, tmp_path, ca
     ("arguments", "text"),
     [
         (["lsit", "x"], "did you mean 'list'"),
-        (["list"], "needed of PATH, 0 given"),
-        (["list", "a", "b"], "needed of PATH, 2 given"),
+        (["list"], "1 path needed, 0 given"),
+        (["list", "a", "b"], "1 path needed, 2 given"),
         (["list", "a", "--yess"], "no flag '--yess'"),
         (["prune", "a", "keeplast=2"], "did you mean 'keep_last'"),
         (["show", "a", "store.endpoint=x"], "store.endpoint=x"),

@@ -4,11 +4,13 @@ import os
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from trainer.checkpoint import Content, DamagedError, Writer, lineage, save, tree
+from trainer.checkpoint.dcp import PerdureStorageWriter
 from trainer.distributed import World
 from trainer.errors import CheckpointError, ConfigError
 from trainer.export.__main__ import export, main
@@ -127,8 +129,23 @@ def test_a_step_that_is_not_there_is_an_error_that_says_what_is(
 
 
 def test_a_directory_without_checkpoints_is_no_run(tmp_path):
-    with pytest.raises(ConfigError, match="holds no committed checkpoint"):
+    with pytest.raises(ConfigError, match="does not exist"):
         open_source(str(tmp_path / "none"), "latest")
+    (tmp_path / "begun/attempts").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds no committed checkpoint"):
+        open_source(str(tmp_path / "begun"), "latest")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_another_loop_saved_is_exported_if_there_is_a_model_in_it(tmp_path, capsys):
+    model = net(1)
+    state = {"model": model.state_dict(), "step": 3}
+    dcp.save(state, storage_writer=PerdureStorageWriter(tmp_path / "mine/step-3"))
+    assert main([str(tmp_path / "mine"), f"out={tmp_path / 'a.safetensors'}"]) == 0
+    same(model, load_file(tmp_path / "a.safetensors"))
+    dcp.save({"w": torch.ones(2)}, storage_writer=PerdureStorageWriter(tmp_path / "step-4"))
+    assert main([str(tmp_path / "step-4")]) == 2
+    assert "there is no model in it to export" in capsys.readouterr().err
 
 
 def test_out_chooses_the_file_and_replaces_what_was_there(tmp_path):
@@ -181,10 +198,10 @@ def test_the_command_says_what_it_wrote(tmp_path, capsys):
     (["RUN", "fromat=safetensors"], "no option 'fromat' (did you mean 'format'?)"),
     (["RUN", "format=safetensor"], "no format 'safetensor' (did you mean 'safetensors'?)"),
     (["RUN", "format="], "no format ''"),
-    (["step=3"], "one run is needed, 0 were given"),
-    (["RUN", "OTHER"], "one run is needed, 2 were given"),
+    (["step=3"], "1 path needed, 0 given"),
+    (["RUN", "OTHER"], "1 path needed, 2 given"),
     (["RUN", "step=7"], "step=7: "),
-    (["/nowhere/at/all"], "holds no committed checkpoint"),
+    (["/nowhere/at/all"], "does not exist"),
 ])  # fmt: skip
 def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, capsys, arguments, text):
     run = a_run(tmp_path / "run", {3: nn.Linear(2, 2)})

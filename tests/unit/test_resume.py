@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from trainer.checkpoint import Content, Writer, lineage, save
+from trainer.checkpoint.dcp import PerdureStorageWriter
 from trainer.checkpoint.tiers import Tiers
 from trainer.config import Checkpoint, Run, Trainer
 from trainer.distributed import World
@@ -326,6 +328,14 @@ def test_a_path_forks_another_runs_checkpoint(run, other, form, step):
 def test_a_fork_may_change_anything_and_shows_it(run, other):
     start = run.choose(str(other.folder), config=changed(model__hidden=99, name="b"))
     assert [str(difference) for difference in start.differences] == ["model.hidden: 16 -> 99"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_another_loop_saved_is_no_state_of_a_run(run, tmp_path):
+    folder = tmp_path / "checkpoints/step-00000003.0000"
+    dcp.save({"model.w": torch.ones(2)}, storage_writer=PerdureStorageWriter(folder))
+    with pytest.raises(ConfigError, match=r"by another loop; .* init\.weights="):
+        run.choose(str(folder))
 
 
 def test_a_fork_with_another_optimizer_is_refused(run, other):

@@ -6,29 +6,34 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.arguments import parse
+from trainer.config import ObjectStore
 from trainer.errors import DONE, ConfigError, PerdureError, closest
 from trainer.export import safetensors, state_dict
 from trainer.export.source import open_source
-from trainer.storage import is_local, open_store
+from trainer.storage import Store, is_local, open_store
 
 _FORMATS = {"safetensors": safetensors, "state_dict": state_dict}
 _OPTIONS = {"format": "safetensors", "step": "latest", "out": ""}
 _USAGE = f"""usage: python -m trainer.export RUN [format=…] [step=…] [out=…]
-  RUN     directory of a run
+  RUN     directory of a run, a folder of checkpoints, or one of them; local, s3://… and the like
   format  {" or ".join(_FORMATS)} (default safetensors)
   step    latest, best, or the number of a step that the run has kept (default latest)
   out     file to write (default RUN/exports/step-N.<suffix of the format>)"""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or "--help" in arguments or "-h" in arguments:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or "--help" in argv or "-h" in argv:
         print(_USAGE)
-        return DONE if arguments else ConfigError.exit_code
+        return DONE if argv else ConfigError.exit_code
     try:
-        run_dir, options = _parse(arguments)
-        path, count = export(run_dir, options["format"], options["step"], options["out"])
+        given = parse(argv, _USAGE, options=_OPTIONS)
+        format, step, out = (given.options[key] for key in _OPTIONS)
+        if format not in _FORMATS:
+            raise ConfigError(f"there is no format {format!r}{closest(format, _FORMATS)}")
+        path, count = export(given.places[0], format, step, out, given.store)
     except PerdureError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
@@ -37,37 +42,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
-    options = dict(_OPTIONS)
-    runs = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            runs.append(argument)
-        elif key not in options:
-            raise ConfigError(f"there is no option {key!r}{closest(key, options)}\n{_USAGE}")
-        else:
-            options[key] = value
-    if len(runs) != 1:
-        raise ConfigError(f"one run is needed, {len(runs)} were given\n{_USAGE}")
-    if options["format"] not in _FORMATS:
-        hint = closest(options["format"], _FORMATS)
-        raise ConfigError(f"there is no format {options['format']!r}{hint}")
-    return runs[0], options
-
-
-def export(run_dir: str, format: str, step: str, out: str) -> tuple[Path | str, int]:
+def export(
+    run_dir: str,
+    format: str,
+    step: str,
+    out: str,
+    settings: ObjectStore = ObjectStore(),  # noqa: B008 (frozen)
+) -> tuple[Path | str, int]:
     """Write the weights of a checkpoint; return the file's place and the number of tensors.
 
     Needs one CPU process and no process group. The file appears whole and durable, or not at all.
     """
-    source = open_source(run_dir, step)
+    source = open_source(run_dir, step, settings)
     module = _FORMATS[format]
     name = f"step-{source.commit.step:08d}{module.SUFFIX}"
     if not out and not is_local(run_dir):
         with tempfile.TemporaryDirectory(prefix="perdure-") as folder:
-            path, count = export(run_dir, format, step, str(Path(folder, name)))
-            return _into_store(path, run_dir, f"exports/{name}"), count
+            path, count = export(run_dir, format, step, str(Path(folder, name)), settings)
+            return _into_store(path, open_store(run_dir, settings), f"exports/{name}"), count
     path = Path(out) if out else Path(run_dir.removeprefix("file://")) / "exports" / name
     weights = source.weights()
     try:
@@ -85,9 +77,8 @@ def export(run_dir: str, format: str, step: str, out: str) -> tuple[Path | str, 
     return path, len(weights)
 
 
-def _into_store(path: Path | str, run_dir: str, key: str) -> str:
+def _into_store(path: Path | str, store: Store, key: str) -> str:
     """Move a file into the run, part by part; what an earlier export left there goes."""
-    store = open_store(run_dir)
     store.delete([key])
     with open(path, "rb") as file:
         total_bytes = os.fstat(file.fileno()).st_size

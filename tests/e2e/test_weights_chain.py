@@ -1,0 +1,51 @@
+"""From other programs' weights through a run and out again: not a bit changes."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from states import save_dcp, save_torch
+
+from models.mlp import MLP
+
+SMALL = [
+    "model=mlp", "model.hidden=[6]", "trainer.max_epochs=null", "trainer.max_steps=1",
+    "optimizer.lr=0.0", "optimizer.weight_decay=0.0", "launch.threads=1",
+]  # fmt: skip
+
+
+def an_mlp():
+    torch.manual_seed(5)
+    return MLP(input_shape=[1, 8, 8], hidden=[6]).state_dict()
+
+
+def make(kind, folder):
+    state = an_mlp()
+    if kind == "torch.save":
+        wrapped = {f"module.{name}": value for name, value in state.items()}
+        return save_torch(folder / "a.pt", {"epoch": 3, "model_state_dict": wrapped})
+    return save_dcp(folder / "dcp", {"model": state, "step": 7})
+
+
+@pytest.mark.parametrize("kind", ["torch.save", pytest.param("dcp", marks=pytest.mark.slow)])
+def test_weights_of_others_go_through_a_run_unchanged(command, kind):
+    given = make(kind, command.folder)
+    done = command(*SMALL, "name=first", f"init.weights={given}")
+    assert done.returncode == 0, done.stderr
+    again = command(*SMALL, "name=second", "init.weights=runs/first", "seed=3")
+    assert again.returncode == 0, again.stderr
+    out = command("runs/second", "out=b.safetensors", module="trainer.export")
+    assert out.returncode == 0, out.stderr
+    weights = load_file(command.folder / "b.safetensors")
+    assert weights.keys() == an_mlp().keys()
+    assert all(torch.equal(weights[name], value) for name, value in an_mlp().items())
+
+
+def test_weights_that_do_not_fit_are_one_message_and_exit_code_2(command):
+    given = make("torch.save", command.folder)
+    wrong = command(*SMALL, "model.hidden=[7]", f"init.weights={given}")
+    assert wrong.returncode == 2
+    assert f"init.weights={given} does not fit this model: size mismatch for layers" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    absent = command(*SMALL, "init.weights=absent.pt")
+    assert absent.returncode == 2
+    assert "'absent.pt' is not a file or folder" in absent.stderr
