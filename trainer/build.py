@@ -6,6 +6,7 @@ import pkgutil
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -327,8 +328,9 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
     limits = [settings.max_steps, (settings.max_epochs or 0) * data.steps_per_epoch or None]
     max_steps = min(limit for limit in limits if limit is not None)
     model = build_model(run).to(world.device)
-    options = {key: value for key, value in vars(run.parallel).items() if key != "strategy"}
-    wrapped = parallel.wrap(model, world, parallel.DdpOptions(**options))
+    kind = parallel.FsdpOptions if run.parallel.strategy == "fsdp" else parallel.DdpOptions
+    options = {field.name: getattr(run.parallel, field.name) for field in fields(kind)}
+    wrapped = parallel.wrap(model, world, kind(**options))
     optimizer = _make(
         run.optimizer, "optimizer", [p for p in model.parameters() if p.requires_grad]
     )

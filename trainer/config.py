@@ -94,13 +94,27 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How the model is spread over the ranks, and DistributedDataParallel's own options."""
+    """How the model is spread over the ranks; options of DDP, then those of FSDP2."""
 
-    strategy: str = setting("ddp", "How ranks share the work.", choices=("single", "ddp"))
+    strategy: str = setting("ddp", "How ranks share the work.", choices=("single", "ddp", "fsdp"))
     bucket_cap_mb: float = setting(25.0, "Size of a gradient bucket in MiB.", above=0)
     gradient_as_bucket_view: bool = setting(True, "Gradients live in the buckets.")
     static_graph: bool = setting(False, "The graph is the same in every step.")
     find_unused_parameters: bool = setting(False, "Some parameters get no gradient.")
+    blocks: list[str] = setting(
+        [], "FSDP2: classes of the modules that are gathered one by one; none: by size."
+    )
+    min_parameters: int = setting(
+        1_000_000, "FSDP2: by size, a module of so many parameters is gathered at once.", at_least=1
+    )
+    reshard_after_forward: bool = setting(
+        True, "FSDP2: free a block after its forward, gather it again in the backward."
+    )
+    param_dtype: str = setting(
+        "fp32",
+        "FSDP2: in which blocks are gathered and computed.",
+        choices=("fp32", "bf16", "fp16"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

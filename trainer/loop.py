@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -127,7 +126,7 @@ def train_step(
                     figures[name] = figures.get(name, 0.0) + value.float() / count
     if job.clip_norm is not None:
         job.scaler.unscale_(job.optimizer)
-        norm = clip_grad_norm_(job.model.parameters(), job.clip_norm)
+        norm = parallel.clip(job.model, job.clip_norm)
         if want_figures:
             figures["grad_norm"] = norm
     applied = _update(job)
@@ -161,6 +160,7 @@ def evaluate(job: Job, state: State, stop: Stop) -> dict[str, float] | None:
     for metric in job.metrics.values():
         metric.reset()
     parallel.take_rank0_buffers(job.model, job.world)
+    needs_all = parallel.is_sharded(job.model)  # in each forward, those without a sample too
     job.model.eval()
     try:
         with rng.forked(rng.derive("eval", job.seed, state.step, job.world.rank)), torch.no_grad():
@@ -170,9 +170,12 @@ def evaluate(job: Job, state: State, stop: Stop) -> dict[str, float] | None:
                 if stop.reason:
                     return None
                 batch = next(batches)
+                if batch is None and not needs_all:
+                    continue  # only other ranks have samples left
+                given = job.evaluation.one() if batch is None else batch
+                with parallel.autocast(job.precision, job.world.device):
+                    loss, outputs = job.task.loss(job.model, given)
                 if batch is not None:
-                    with parallel.autocast(job.precision, job.world.device):
-                        loss, outputs = job.task.loss(job.model, batch)
                     job.metrics["loss"].update(loss, weight=_sample_count(batch))
                     job.task.update(job.metrics, outputs, batch)
             return {name: float(metric.compute()) for name, metric in job.metrics.items()}

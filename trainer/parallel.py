@@ -1,6 +1,7 @@
-"""How the model is spread over ranks: DistributedDataParallel, its warm-up, mixed precision."""
+"""How the model is spread over ranks: DDP and its warm-up, FSDP2, mixed precision, clipping."""
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -8,11 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
 from trainer import rng
 from trainer.distributed import World
+from trainer.errors import ConfigError, closest
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _WARM_UP_PASSES = 2  # static_graph rebuilds its buckets after the second
 
 
@@ -26,8 +30,32 @@ class DdpOptions:
     find_unused_parameters: bool = False
 
 
-def wrap(model: nn.Module, world: World, options: DdpOptions) -> nn.Module:
-    """Return what training calls: `model` itself on one rank, else DDP around it. Collective."""
+@dataclass(frozen=True)
+class FsdpOptions:
+    """What FSDP2 gathers at a time, and in which dtype."""
+
+    blocks: Sequence[str] = ()
+    """Names of the classes of modules that are gathered one by one. Empty: by size."""
+    min_parameters: int = 1_000_000
+    """By size: a module with so many parameters that no inner one has taken."""
+    reshard_after_forward: bool = True
+    """Free a block's parameters after its forward, and gather them again in the backward."""
+    param_dtype: str = "fp32"
+    """In which blocks are gathered and computed: `fp32` or `bf16`. Gradients are summed in fp32;
+    what is stored and updated is fp32, and so is all of BatchNorm."""
+
+
+def wrap(model: nn.Module, world: World, options: DdpOptions | FsdpOptions) -> nn.Module:
+    """Return what training calls: `model` itself on one rank, else spread over ranks. Collective.
+
+    DDP is a wrapper around `model`; FSDP2 changes it in place: its parameters become DTensors, and
+    an optimizer has to be made afterwards.
+
+    Raises:
+        ConfigError: no module is of a class that `blocks` names.
+    """
+    if isinstance(options, FsdpOptions):
+        return _shard(model, world, options)
     if world.size == 1 or not any(p.requires_grad for p in model.parameters()):
         return model
     return DistributedDataParallel(
@@ -38,6 +66,69 @@ def wrap(model: nn.Module, world: World, options: DdpOptions) -> nn.Module:
         static_graph=options.static_graph,
         find_unused_parameters=options.find_unused_parameters,
     )
+
+
+def _shard(model: nn.Module, world: World, options: FsdpOptions) -> nn.Module:
+    """Shard parameters, gradients and optimizer state evenly over all ranks.
+
+    Y. Zhao et al., PyTorch FSDP, VLDB 2023; per-parameter sharding as torch's `fully_shard` has it.
+    """
+    blocks = world.together(lambda: _blocks(model, options))
+    if world.size == 1:
+        return model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    plain = policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    norms: list[nn.Module] = []
+    if options.param_dtype != "fp32":
+        policy = MixedPrecisionPolicy(_DTYPES[options.param_dtype], torch.float32)
+        norms = [module for module in model.modules() if isinstance(module, _NORMS)]
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for module in dict.fromkeys([*norms, *blocks, model]):
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=plain if module in norms else policy,
+            reshard_after_forward=options.reshard_after_forward and module is not model,
+        )
+    if any(True for _ in model.buffers()):  # rank 0's are everybody's, as under DDP
+        model.register_forward_pre_hook(
+            lambda *_: take_rank0_buffers(model, world) if model.training else None
+        )
+    return model
+
+
+def _blocks(model: nn.Module, options: FsdpOptions) -> list[nn.Module]:
+    """Return the modules below `model` that are gathered one by one, inner ones first."""
+    inner = [module for name, module in model.named_modules() if name][::-1]
+    if options.blocks:
+        found = [module for module in inner if type(module).__name__ in options.blocks]
+        lacking = sorted(set(options.blocks) - {type(module).__name__ for module in found})
+        if lacking:
+            classes = {type(module).__name__ for module in inner}
+            raise ConfigError(
+                f"parallel.blocks: no module of the model is a {lacking[0]}"
+                f"{closest(lacking[0], classes)}"
+            )
+        return found
+    uses = _uses(model)
+    taken: set[nn.Parameter] = set()
+    chosen = []
+    for module in inner:
+        own = set(module.parameters()) - taken
+        size = sum(parameter.numel() for parameter in own)
+        if size < options.min_parameters or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            continue
+        if all(uses[parameter] == count for parameter, count in _uses(module).items()):
+            chosen.append(module)
+            taken |= own
+    return chosen
+
+
+def _uses(module: nn.Module) -> Counter[nn.Parameter]:
+    """Return how many modules use each parameter; tied ones have to be gathered for all of them."""
+    return Counter(p for inner in module.modules() for p in inner.parameters(recurse=False))
 
 
 def settle_buckets(
@@ -88,18 +179,36 @@ def take_rank0_buffers(model: nn.Module, world: World) -> None:
 @contextmanager
 def reducing(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
     """Reduce gradients over ranks only in the last microbatch of a step."""
-    if last or not isinstance(wrapped, DistributedDataParallel):
+    if is_sharded(wrapped):
+        wrapped.set_requires_gradient_sync(last)  # type: ignore[operator]  # FSDPModule's
+        yield
+    elif last or not isinstance(wrapped, DistributedDataParallel):
         yield
     else:
         with wrapped.no_sync():
             yield
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether a forward of `module` gathers its parameters, on all ranks together."""
+    return any(hasattr(parameter, "device_mesh") for parameter in module.parameters())
+
+
+def clip(model: nn.Module, max_norm: float) -> torch.Tensor:
+    """Clip the gradients to this 2-norm over all parameters of all ranks; return what it was.
+
+    Collective where the model is sharded. The norm is 0-dim, the same on every rank.
+    """
+    norm = clip_grad_norm_(model.parameters(), max_norm)
+    whole: torch.Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """Return the context of forward passes in `precision`."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, dtype=_AUTOCAST[precision])
+    return torch.autocast(device.type, dtype=_DTYPES[precision])
 
 
 def gradient_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:

@@ -24,8 +24,14 @@ def begin(world: World, store: LocalStore, **settings) -> Saver:
     world.from_rank0(lambda: lineage.amend(store, attempt, {"resumed_from": {"step": 0}}))
     said: list[str] = []
     saver = Saver(
-        store, world, attempt, config={}, every=Every(), retention=Retention(store, attempt, keep_last=100),
-        say=said.append, **settings
+        store,
+        world,
+        attempt,
+        config={},
+        every=Every(),
+        retention=Retention(store, attempt, keep_last=100),
+        say=said.append,
+        **settings,
     )
     saver.said = said
     return saver

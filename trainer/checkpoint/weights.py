@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint import lineage, places, tree
+from trainer.checkpoint import lineage, places, plan, tree
 from trainer.checkpoint.foreign import Source, open_foreign
 from trainer.checkpoint.lineage import FOLDER, MANIFEST
 from trainer.checkpoint.manifest import Manifest, from_bytes
@@ -249,7 +249,16 @@ def _fill(model: nn.Module, source: Source) -> None:
             model.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
         else:
             with torch.no_grad():
-                tensors[name].copy_(value)
+                _put(value, tensors[name])
+
+
+def _put(value: Tensor, target: Tensor) -> None:
+    """Copy a whole tensor into a live one, of a DTensor into what this rank holds of it."""
+    if hasattr(target, "device_mesh"):
+        box = plan.describe({"": target}, [0])[0].box
+        for axis, (offset, length) in enumerate(zip(box.offsets, box.lengths, strict=True)):
+            value = value.narrow(axis, offset, length)
+    plan.local(target).copy_(value)
 
 
 def _is_object(source: Source, name: str) -> bool:

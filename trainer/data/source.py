@@ -223,6 +223,10 @@ class EvalStream:
         """Return the number of batches, the same on every rank."""
         return -(-len(self.dataset) // (self.world.size * self.batch_size))
 
+    def one(self) -> Batch:
+        """Return a batch of one sample, for a rank that has none of its own left."""
+        return to_device(fetch(self.dataset, torch.tensor([0]), "eval"), self.world.device)
+
     def batches(self) -> "Feed[Batch | None]":
         """Return this rank's batches; None where other ranks still have one and this has not.
 

@@ -1,0 +1,72 @@
+"""parallel=fsdp: killed, it ends with the same bits; what it saved goes on under any other."""
+
+import re
+
+import pytest
+from commands import HARD, committed
+
+from scripts.compare_runs import differences
+from trainer.checkpoint import compare
+from trainer.checkpoint.places import open_place
+
+FSDP = [*HARD, "task._target_=mine.task.Fragile", "parallel=fsdp", "parallel.min_parameters=50",
+        "trainer.accumulate=2", "trainer.clip_norm=0.5"]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_killed_in_the_middle_it_ends_with_the_same_bits(command, ranks):
+    arguments = [*FSDP, f"launch.nproc={ranks}"]
+    assert command(*arguments, "name=whole").returncode == 0
+    (command.folder / "a file").touch()  # what Fragile waits for before it dies
+    killed = command(*arguments, "name=broken", DIE_AT=f"{ranks - 1}:17")
+    assert killed.returncode != 0
+    done = command(*arguments, "name=broken")
+    assert done.returncode == 0, done.stderr
+    assert "resuming from step" in done.stdout
+    runs = command.folder / "runs"
+    assert differences(str(runs / "whole"), str(runs / "broken")) == []
+
+
+PLAIN = [
+    "data=synthetic", "sample.shape=[1,8,8]", "data.train_samples=240", "data.eval_samples=2",
+    "model=mlp", "optimizer=sgd", "trainer.max_epochs=2", "launch.threads=1",
+    "trainer.global_batch_size=12", "trainer.clip_norm=1.0", "parallel.min_parameters=50",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_what_it_saved_goes_on_under_ddp_and_alone_and_back(command):
+    """The samples come in the same order, so all end where one process ends, but for rounding.
+
+    Two samples to evaluate on: one of three ranks has none, and takes part in the forward.
+    """
+    assert command(*PLAIN, "name=alone").returncode == 0
+    for strategy, ranks, until in (
+        ("fsdp", 3, 10),
+        ("ddp", 2, 20),
+        ("fsdp", 2, 30),
+        ("ddp", 1, 40),
+    ):
+        done = command(
+            *PLAIN, "name=moved", f"parallel={strategy}", f"launch.nproc={ranks}",
+            f"trainer.max_steps={until}",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    sides = []
+    for name in ("alone", "moved"):
+        place = open_place(str(command.folder / "runs" / name))
+        commit = place.pick("40")
+        sides.append((place.manifest(commit), place.reader(commit)))
+    found = compare.compare(*sides)
+    assert (found.only_first, found.only_second, found.recast) == ([], [], [])
+    far = {change.name: change.relative for change in found.changed if change.relative > 1e-4}
+    assert [name for name in far if not name.startswith("rng.")] == []
+
+
+def test_a_class_that_is_not_there_is_named_before_anything_is_saved(command):
+    done = command(*FSDP, "name=a", "parallel.blocks=[Linaer]", "launch.nproc=2")
+    assert done.returncode == 2
+    assert re.search(r"parallel.blocks: no module of the model is a Linaer \(did you", done.stderr)
+    assert "Traceback" not in done.stderr
+    assert committed(command.folder / "runs/a") == []
