@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from trainer.config import ObjectStore
 from trainer.errors import ConfigError, closest
@@ -75,7 +76,7 @@ def _object_store(settings: Sequence[str]) -> ObjectStore:
     try:
         merged = OmegaConf.merge(schema, OmegaConf.from_dotlist(list(settings)))
         found: ObjectStore = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        text = str(error).splitlines()[0]
+    except (OmegaConfBaseException, YAMLError, ValueError, LookupError) as error:
+        text = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"store.{' store.'.join(settings)}: {text}") from None
     return found

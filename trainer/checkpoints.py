@@ -4,18 +4,22 @@ Everything but `prune` and `copy` only reads; these two ask before they delete.
 """
 
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from trainer import arguments, policy
 from trainer.arguments import Arguments
 from trainer.checkpoint import compare, lineage, transfer
 from trainer.checkpoint.lineage import MANIFEST, Attempt, Commit
-from trainer.checkpoint.manifest import Manifest, TensorEntry
-from trainer.checkpoint.places import Found, Place, numbers, open_place, split
+from trainer.checkpoint.manifest import Manifest, TensorEntry, is_void
+from trainer.checkpoint.places import Found, Place, numbers, open_place, refuse_others, split
 from trainer.checkpoint.shard import DTYPES, element_count
 from trainer.errors import (
     DONE,
@@ -25,7 +29,7 @@ from trainer.errors import (
     PerdureError,
     closest,
 )
-from trainer.storage import Store, open_store
+from trainer.storage import Store, is_local, open_store
 from trainer.terminal import age, ask, counted, iso, progress, short, size, table
 
 _USAGE = """usage: python -m trainer.checkpoints VERB PATH [key=value…] [--json]
@@ -63,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_USAGE)
         return DONE if argv else ConfigError.exit_code
     verb, rest = argv[0], argv[1:]
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a TextIOWrapper
     try:
         if verb not in _VERBS:
             raise ConfigError(f"there is no verb {verb!r}{closest(verb, _VERBS)}\n{_USAGE}")
@@ -71,12 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = arguments.parse(rest, _USAGE, options=_OPTIONS[verb], flags=flags, places=places)
         code, content, text = _VERBS[verb](given)
         if "--json" in given.flags:
-            print(json.dumps(content, indent=1, ensure_ascii=False, default=repr))
-        else:
-            print(text)
+            text = json.dumps(_strict(content), indent=1, ensure_ascii=False)
+        print(text, flush=True)
     except PerdureError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
     except KeyboardInterrupt:
         print("interrupted; what was copied or deleted before stays so", file=sys.stderr)
         return FAILURE
@@ -85,6 +92,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 _Answer = tuple[int, Mapping[str, Any], str]
 """Exit code, what `--json` prints, and what is printed without."""
+
+
+def _strict(value: Any) -> Any:
+    """Return a value as JSON can have it; what it cannot have, as Python writes it."""
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    is_plain = value is None or type(value) in (bool, int, str)
+    return value if is_plain or (type(value) is float and isfinite(value)) else repr(value)
 
 
 # --- list and show -----------------------------------------------------------------------------
@@ -288,14 +305,7 @@ def _diff(given: Arguments) -> _Answer:
 
 def _prune(given: Arguments) -> _Answer:
     place = open_place(given.places[0], given.store)
-    survey = place.survey()
-    whole = [found for found in survey if found.state == "whole"]
-    if not whole:
-        place.pick("latest")  # says that there is none
-        raise CheckpointError(f"{place.url}: no checkpoint is whole, so none is deleted")
-    kept = _kept(place, whole, given.options)
-    going = [found for found in whole if found.commit.step not in kept]
-    going += [found for found in survey if found.state in ("abandoned", "litter")]
+    kept, going = _plan(place, given.options)
     rows = [["step", "attempt", "size", "state"]]
     for found in going:
         row = [f"{found.commit.step:,}", str(found.commit.attempt)]
@@ -313,7 +323,10 @@ def _prune(given: Arguments) -> _Answer:
     ask(
         f"{table(rows)}\ndelete {counted(len(going), 'folder')} of {place.url}", is_agreed=is_agreed
     )
-    newest = Attempt(max(found.commit.attempt for found in survey), "")
+    if _plan(place, given.options) != (kept, going):
+        raise ConfigError(f"{place.url} has changed meanwhile; nothing was deleted: look again")
+    records = lineage.records(place.store) if place.is_run else []
+    newest = Attempt(max((record["attempt"] for record in records), default=0), "")
     for found in going:
         folder = found.commit.folder
         if found.state == "litter" and MANIFEST not in place.store.entries(folder):
@@ -323,15 +336,31 @@ def _prune(given: Arguments) -> _Answer:
     return DONE, content, f"{counted(len(going), 'folder')} deleted, {size(total_bytes)} freed"
 
 
+def _plan(place: Place, options: Mapping[str, str]) -> tuple[set[int], list[Found]]:
+    """Return the steps that stay, and the folders that go."""
+    survey = place.survey()
+    whole = [found for found in survey if found.state == "whole"]
+    while whole and not place.is_complete(whole[-1]):
+        whole.pop()  # it is not what the others may be deleted for
+    if not whole:
+        place.pick("latest")  # says that there is none
+        raise CheckpointError(f"{place.url}: no checkpoint is whole, so none is deleted")
+    kept = _kept(place, whole, options)
+    going = [found for found in whole if found.commit.step not in kept]
+    return kept, going + [found for found in survey if found.state in ("abandoned", "litter")]
+
+
 def _kept(place: Place, whole: Sequence[Found], options: Mapping[str, str]) -> set[int]:
     """Return the steps that stay: what was asked, or else what the run's configuration says."""
     newest = whole[-1].manifest
-    config = dict(newest.config.get("checkpoint", {})) if newest else {}
+    config = lineage.retention_of(newest) if newest else {}
     for key, text in options.items():
         if text:
-            if not text.isdecimal():
+            if not re.fullmatch("[0-9]{1,18}", text):
                 raise ConfigError(f"{key}={text} is not a number")
             config[key] = int(text)
+    if options["keep_best"] and not config.get("metric"):
+        raise ConfigError(f"keep_best: {place.url} tracks no metric (checkpoint.metric is not set)")
     if not config:
         raise ConfigError(
             f"{place.url} has no configuration that says what to keep; say it: keep_last=2"
@@ -356,9 +385,10 @@ def _kept(place: Place, whole: Sequence[Found], options: Mapping[str, str]) -> s
 
 
 def _copy(given: Arguments) -> _Answer:
-    source, target = given.places
-    from trainer.checkpoint.foreign import open_foreign
+    from trainer.checkpoint.foreign import open_foreign  # with torch's own formats
 
+    source, target = given.places
+    _refuse_overlap(source, target)
     foreign = open_foreign(source, given.store)
     if foreign is not None:
         store, folder = split(target, given.store)
@@ -376,16 +406,20 @@ def _copy(given: Arguments) -> _Answer:
     commits = place.commits() if asked == "all" else [place.pick(asked)]
     if not commits:
         place.pick("latest")  # says that there is none
-    plan = _targets(place, commits, target, given)
-    made_by = {commit: place.manifest(commit) for commit, _, _ in plan}
-    total = sum(map(_files_bytes, made_by.values()))
+    if place.is_one:
+        targets = [(commits[0], *split(target, given.store))]
+    else:
+        store = open_store(target, given.store)
+        targets = [(commit, store, commit.folder) for commit in commits]
+    made_by = {commit: place.manifest(commit) for commit in commits}
     copied, present = [], []
+    total = sum(map(_files_bytes, made_by.values()))
     with progress("copying", total, is_quiet="--json" in given.flags) as advance:
         if place.is_run:
-            _copy_records(place.store, plan[0][1])
-        for commit, store, folder in plan:
+            _copy_records(place.store, store)
+        for commit, store, folder in targets:
             made = made_by[commit]
-            if _make_room(store, folder, place.store.read(commit.manifest_key), given):
+            if _make_room(store, folder, (place, commit), given):
                 present.append(commit.step)
                 advance(_files_bytes(made))
                 continue
@@ -397,21 +431,22 @@ def _copy(given: Arguments) -> _Answer:
     return DONE, content, text
 
 
-def _targets(
-    place: Place, commits: Sequence[Commit], target: str, given: Arguments
-) -> list[tuple[Commit, Store, str]]:
-    """Return where each checkpoint goes: a run becomes a run, a checkpoint a checkpoint."""
-    if place.is_run:
-        store = open_store(target, given.store)
-        return [(commit, store, commit.folder) for commit in commits]
-    if place.url.rstrip("/").rpartition("/")[2] == commits[0].folder:
-        return [(commits[0], *split(target, given.store))]
-    store = open_store(target, given.store)
-    return [(commit, store, commit.folder) for commit in commits]
+def _refuse_overlap(source: str, target: str) -> None:
+    """Refuse a copy onto itself, into itself, or onto what it lies in."""
+    one, other = (
+        str(Path(url.removeprefix("file://")).resolve()) if is_local(url) else url.rstrip("/")
+        for url in (source, target)
+    )
+    if f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/"):
+        raise ConfigError(f"{source} and {target} lie in one another; copy to a place of its own")
 
 
 def _copy_records(source: Store, target: Store) -> None:
-    """Bring a run's records of attempts, its configuration and its metrics to another place."""
+    """Bring a run's records of attempts, its configuration and its metrics to another place.
+
+    Raises:
+        ConfigError: that place is of another run, or of something else.
+    """
     theirs = {record["attempt"]: record for record in lineage.records(target)}
     ours = {record["attempt"]: record for record in lineage.records(source)}
     for number, record in theirs.items():
@@ -420,30 +455,48 @@ def _copy_records(source: Store, target: Store) -> None:
                 f"{target.url} is another run, or has gone on by itself: its attempt {number} was "
                 f"started {record.get('started')} on {record.get('host')}. Give another place"
             )
-    keys = [key for key in source.entries("") if not key.endswith("/")]
-    for key in [*source.list("attempts"), *keys, *source.list("metrics")]:
-        target.replace(key, source.read(key))
+    keys = [
+        key for key in source.entries("") if re.fullmatch(r"config\.yaml|metrics.*\.jsonl", key)
+    ]
+    keys += source.list("metrics")
+    found = set(target.entries("")) | set(target.list("metrics"))
+    if not theirs and found & set(keys):
+        raise ConfigError(
+            f"{target.url} is no run, and has {sorted(found & set(keys))[0]} in it; give a folder "
+            "of its own"
+        )
+    for key in keys:
+        if key not in found or target.size(key) <= source.size(key):  # metrics only grow
+            target.replace(key, source.read(key))
+    for number, record in ours.items():
+        if number not in theirs or ("ended" in record and "ended" not in theirs[number]):
+            lineage.restore_record(target, record)
 
 
-def _make_room(store: Store, folder: str, data: bytes | None, given: Arguments) -> bool:
-    """Say whether the checkpoint is there already, whole; what else is there goes, if one may."""
-    names = store.entries(folder)
-    if MANIFEST not in names:
+def _make_room(
+    store: Store, folder: str, source: tuple[Place, Commit] | None, given: Arguments
+) -> bool:
+    """Say whether the checkpoint is there already, whole; what else is there goes, if one may.
+
+    Nothing goes before every byte of what is to come has been found right.
+    """
+    refuse_others(store, folder)
+    if MANIFEST not in store.entries(folder):
         return False
     here, is_agreed = f"{store.url}/{folder}", "--yes" in given.flags
-    if data is not None and store.read(f"{folder}/{MANIFEST}") == data:
+    found = store.read(f"{folder}/{MANIFEST}")
+    if source is not None and found == source[0].store.read(source[1].manifest_key):
         try:
-            place = open_place(here, given.store)
-            place.reader(place.pick("latest")).verify()
+            Place(here, store, [folder]).reader(Commit(0, 0, folder)).verify()
         except CheckpointError as error:
             ask(f"{here} is damaged ({error}); delete it and copy it anew", is_agreed=is_agreed)
         else:
             return True
-    else:
-        ask(
-            f"{here} is another checkpoint; delete it and put this one in its place",
-            is_agreed=is_agreed,
-        )
+    elif not is_void(found):
+        question = f"{here} is another checkpoint; delete it and put this one in its place"
+        ask(question, is_agreed=is_agreed)
+    if source is not None:
+        source[0].reader(source[1]).verify()
     lineage.delete(store, folder)
     return False
 

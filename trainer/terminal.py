@@ -12,6 +12,7 @@ from trainer.errors import ConfigError
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Align columns; the first row has their titles. Columns of numbers go to the right."""
+    rows = [[_plain(cell) for cell in row] for row in rows]
     columns = range(len(rows[0]))
     widths = [max(len(row[i]) for row in rows) for i in columns]
     is_number = [
@@ -26,6 +27,11 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         for row in rows
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Return a name from a file without what would move the cursor or change colours."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def size(count_bytes: float) -> str:
@@ -69,7 +75,7 @@ def ask(question: str, *, is_agreed: bool) -> None:
     """
     if is_agreed:
         return
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise ConfigError(f"{question}? Nothing was deleted; --yes does it without asking")
     print(f"{question}? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):

@@ -8,17 +8,21 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from trainer import checkpoint, checkpoints
 from trainer.checkpoint import Content, lineage, manifest
+from trainer.checkpoint.dcp import PerdureStorageReader, PerdureStorageWriter
 from trainer.distributed import World
 from trainer.storage import LocalStore
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests/golden/checkpoints"
 
@@ -147,19 +151,67 @@ def folders(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir() if any(path.iterdir()))
 
 
-def test_prune_deletes_litter_and_what_the_configuration_does_not_keep(run, capsys):
+def test_prune_deletes_what_is_not_kept_and_nothing_that_may_be_being_written(run, capsys):
     before = tree(run)
     code, out, _ = call(capsys, "prune", run, "--yes")
     assert code == 0
     assert "freed" in out
-    # 20 is what the living attempt went on from; its own 40 is being written
+    # 20 is what the living attempt went on from
     assert folders(run) == [
         "step-00000020.0001", "step-00000030.0002", "step-00000040.0002", "step-00000050.0001",
     ]  # fmt: skip
-    assert manifest.is_void((run / "checkpoints/step-00000050.0001/manifest.json").read_bytes())
-    after = tree(run)
-    assert all(before[name] == data for name, data in after.items() if "0050" not in name)
+    assert tree(run).items() <= before.items()
     assert call(capsys, "verify", run)[0] == 0
+
+
+def test_prune_deletes_litter_once_the_newest_attempt_has_ended(run, capsys):
+    store = LocalStore(run)
+    lineage.amend(store, lineage.Attempt(2, ""), {"ended": "2026-01-02"})
+    (run / "checkpoints/step-00000030.0002/notes.txt").write_text("not ours")
+    assert call(capsys, "prune", run, "--yes")[0] == 0
+    assert folders(run) == [
+        "step-00000030.0002", "step-00000040.0002", "step-00000050.0001"
+    ]  # fmt: skip
+    for name in ("step-00000040.0002", "step-00000050.0001"):
+        (left,) = (run / "checkpoints" / name).iterdir()
+        assert manifest.is_void(left.read_bytes())  # its writer can no longer commit
+    assert (run / "checkpoints/step-00000030.0002/notes.txt").exists()
+
+
+def test_the_folder_inside_a_run_is_the_run(run, capsys):
+    """Its attempts say which checkpoints count, also where only `checkpoints/` was given."""
+    inner = json.loads(call(capsys, "list", run / "checkpoints", "--json")[1])
+    assert inner["checkpoints"] == json.loads(call(capsys, "list", run, "--json")[1])["checkpoints"]
+    assert call(capsys, "prune", run / "checkpoints", "--yes")[0] == 0
+    assert "step-00000030.0002" in folders(run)
+
+
+def test_a_shard_that_is_cut_short_is_no_reason_to_delete_others(run, capsys):
+    (shard,) = (run / "checkpoints/step-00000030.0002").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:100])
+    assert call(capsys, "prune", run, "keep_last=1", "--yes")[0] == 0
+    assert "step-00000020.0001" in folders(run)
+
+
+def test_what_others_put_beside_a_checkpoint_stays(tmp_path, capsys):
+    for step in (1, 2):
+        one_checkpoint(tmp_path / f"all/step-{step}")
+    (tmp_path / "all/step-1/tokenizer.json").write_text("{}")
+    one_checkpoint(tmp_path / "all/step-1/nested-7")
+    assert call(capsys, "prune", tmp_path / "all", "keep_last=1", "--yes")[0] == 0
+    left = {str(path.relative_to(tmp_path / "all")) for path in (tmp_path / "all").rglob("*.json")}
+    assert left == {
+        "step-1/tokenizer.json",
+        "step-1/nested-7/manifest.json",
+        "step-2/manifest.json",
+    }
+
+
+def one_checkpoint(folder: Path, value: float = 1.0) -> Path:
+    dcp.save(
+        {"w": torch.full((9,), value)}, storage_writer=PerdureStorageWriter(folder), no_dist=True
+    )
+    return folder
 
 
 def test_prune_keeps_what_it_is_told_to_keep(run, capsys):
@@ -257,6 +309,46 @@ def test_one_checkpoint_alone_is_copied_to_a_folder_and_is_one_there(run, tmp_pa
     assert call(capsys, "diff", run, tmp_path / "best", "step=20")[0] == 0
 
 
+def test_a_copy_never_becomes_the_home_of_others_or_lies_in_its_source(run, tmp_path, capsys):
+    home = one_checkpoint(tmp_path / "home/step-1").parent
+    before = tree(tmp_path)
+    one = run / "checkpoints/step-00000020.0001"
+    for target, code, text in (
+        (home, 1, "has step-1/ in it"),
+        (run, 2, "lie in one another"),
+        (one / "inner", 2, "lie in one another"),
+        (tmp_path, 2, "lie in one another"),
+    ):
+        found, _, err = call(capsys, "copy", one, target, "--yes")
+        assert (found, text in err) == (code, True), err
+    assert call(capsys, "copy", run, run, "--yes")[0] == 2
+    assert tree(tmp_path) == before
+
+
+def test_what_is_no_run_is_not_overwritten_by_one(run, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.yaml").write_text("precious")
+    code, _, err = call(capsys, "copy", run, tmp_path / "mine", "--yes")
+    assert (code, "has config.yaml in it" in err) == (2, True)
+    assert tree(tmp_path / "mine") == {"config.yaml": b"precious"}
+
+
+def test_nothing_is_deleted_for_a_source_that_is_damaged(tmp_path, capsys):
+    source, target = one_checkpoint(tmp_path / "a"), one_checkpoint(tmp_path / "b", 2.0)
+    (shard,) = source.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    before = tree(target)
+    assert call(capsys, "copy", source, target, "--yes")[0] == 1
+    assert tree(target) == before
+
+
+def test_a_folder_of_checkpoints_is_copied_whole_whatever_they_are_called(tmp_path, capsys):
+    for name in ("ckpt", "zz-5"):
+        one_checkpoint(tmp_path / "ckpt" / name)
+    out = json.loads(call(capsys, "copy", tmp_path / "ckpt", tmp_path / "to", "--json")[1])
+    assert sorted(out["copied"]) == [0, 5]
+
+
 # --- refusals ----------------------------------------------------------------------------------
 
 
@@ -298,7 +390,6 @@ def saved(path: Path) -> Path:
     return path
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("verb", ["show", "verify", "diff", "prune", "copy"])
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_input_is_named_in_one_line_and_nothing_is_changed(run, tmp_path, capsys, kind, verb):
@@ -335,6 +426,75 @@ def test_what_was_typed_wrong_is_said_with_the_usage(capsys, arguments, text):
     assert (code, out) == (2, "")
     assert text in err
     assert "Traceback" not in err
+
+
+def rewritten(folder: Path, change) -> None:
+    """Change a manifest's content, with a right checksum."""
+    path = folder / "manifest.json"
+    made = manifest.from_bytes(path.read_bytes(), "")
+    path.write_bytes(manifest.to_bytes(replace(made, **change(made))))
+
+
+@pytest.mark.parametrize("change", [
+    {"config": {"checkpoint": "x"}}, {"objects": {"run": [1]}},
+    {"objects": {"run": {"last_eval_step": 20}}},
+    {"objects": {"run": {"last_eval_step": 20, "metrics": {"loss": "x"}}}},
+    {"config": {"checkpoint": {"metric": {}, "mode": 3, "keep_last": "x"}}},
+    {"objects": {"dcp": []}}, {"objects": {"dcp": {"objects": 1, "opaque": {}, "paths": {}}}},
+    {"objects": {"a": {(1, 2): float("nan")}, "b": "\udc80"}},
+])  # fmt: skip
+def test_odd_values_in_a_manifest_are_shown_and_never_a_traceback(run, capsys, change):
+    folder = run / "checkpoints/step-00000020.0001"
+    rewritten(folder, lambda made: change)
+    for verb in ("list", "show", "verify", "diff", "prune"):
+        for form in ([], ["--json"]):
+            more = {"diff": ["step=20,30"], "show": ["step=20"], "prune": ["keep_last=9", "--yes"]}
+            code, out, err = call(capsys, verb, run, *more.get(verb, []), *form)
+            assert code in (0, 1)
+            assert err == ""
+            if form:
+                json.loads(out, parse_constant=pytest.fail)
+    if "dcp" in change.get("objects", {}):
+        with pytest.raises(CheckpointException, match="malformed"):
+            dcp.load({"x": torch.ones(1)}, storage_reader=PerdureStorageReader(folder))
+
+
+def test_a_manifest_that_names_what_its_shards_lack_is_damage(run, capsys):
+    folder = run / "checkpoints/step-00000020.0001"
+    ghost = manifest.TensorEntry("F32", (2,), file=0)
+    rewritten(folder, lambda made: {"tensors": {**made.tensors, "ghost": ghost}})
+    code, out, _ = call(capsys, "verify", run)
+    assert (code, "'ghost'" in out) == (1, True)
+
+
+@pytest.mark.parametrize("record", ['{"attempt": "2"}', '{"attempt": 2, "resumed_from": 5}', "[]"])
+def test_a_record_that_is_none_is_said_and_not_a_reason_to_delete(run, capsys, record):
+    (run / "attempts/0002.json").write_text(record)
+    for verb in ("list", "prune"):
+        code, _, err = call(capsys, verb, run, *(["--yes"] if verb == "prune" else []))
+        assert (code, "is not the record of an attempt" in err) == (75, True)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["copy", "RUN/checkpoints/step-00000020.0001", "/"],
+    ["copy", "RUN/checkpoints/step-00000020.0001", "memory://x/a/.."],
+    ["list", "RUN", "store.endpoint_url=["], ["list", "RUN", "store.[=1"],
+    ["prune", "RUN", "keep_last=" + "9" * 5000], ["list", "s3://"],
+])  # fmt: skip
+def test_odd_arguments_are_refused(run, capsys, arguments):
+    before = tree(run)
+    code, out, err = call(capsys, *(word.replace("RUN", str(run)) for word in arguments))
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+    assert tree(run) == before
+
+
+def test_a_name_cannot_move_the_cursor(tmp_path, capsys):
+    state = {"\x1b[31mred\n": torch.ones(2)}
+    dcp.save(state, storage_writer=PerdureStorageWriter(tmp_path / "a"), no_dist=True)
+    out = call(capsys, "show", tmp_path / "a")[1]
+    assert "\x1b" not in out
+    assert "\\x1b[31mred\\n" in out
 
 
 def test_steps_that_are_not_there_are_listed(run, capsys):

@@ -138,6 +138,9 @@ class _Change:
         self._squares += _finite(distance).square().sum().item()
 
     def result(self) -> TensorChange:
+        if self._found.largest == inf:
+            self._found.relative = inf
+            return self._found
         own = sqrt(self._own_squares)
         self._found.relative = sqrt(self._squares) / own if own else (inf if self._squares else 0.0)
         return self._found

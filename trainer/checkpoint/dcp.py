@@ -12,13 +12,14 @@ import io
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
     BytesStorageMetadata,
@@ -47,7 +48,7 @@ from trainer.checkpoint.plan import DTYPE_NAMES, TORCH_DTYPES, Box, columns
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.stream import write_stream
 from trainer.config import ObjectStore
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import CheckpointError, ConfigError, StoreError
 from trainer.storage.store import AlreadyExists
 
 _OBJECT = "dcp"
@@ -57,11 +58,10 @@ _OPAQUE = {"bytes": bytes, "bytearray": bytearray, "BytesIO": io.BytesIO}
 
 @dataclass(frozen=True)
 class _Place:
-    """What a rank is told with its plan; the token keeps two writers of one folder apart."""
+    """What a rank is told with its plan."""
 
     rank: int
     world_size: int
-    token: str
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ class PerdureStorageWriter(StorageWriter):
         settings: ObjectStore | None = None,
     ) -> None:
         super().__init__()
+        if step is not None and (type(step) is not int or not 0 <= step < 1 << 63):
+            raise ConfigError(f"step={step!r} is no number of a step")
         self.checkpoint_id = checkpoint_id
         self._step = step
         self._settings = settings or ObjectStore()
@@ -131,33 +133,38 @@ class PerdureStorageWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Refuse a folder that is taken, and tell each rank who it is; rank 0."""
-        if MANIFEST in self._store.entries(self._folder):
+        names = self._store.entries(self._folder)
+        if MANIFEST in names:
             raise CheckpointError(
                 f"{self.checkpoint_id} holds a checkpoint already, which is never written over; "
                 "give another folder, or delete that one"
             )
-        token = secrets.token_hex(4)
+        places.refuse_others(self._store, self._folder)
         return [
-            dataclasses.replace(plan, storage_data=_Place(rank, len(plans), token))
+            dataclasses.replace(plan, storage_data=_Place(rank, len(plans)))
             for rank, plan in enumerate(plans)
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> "Future[list[WriteResult]]":
         """Write this rank's shard; every rank. Durable on return, and not committed."""
         place: _Place = plan.storage_data
+        # a token of its own, as torch may keep the plan for other folders and later tries
+        token = secrets.token_hex(4)
         name = manifest.shard_name(
-            rank=place.rank, world_size=place.world_size, token=place.token, save=self._saves
+            rank=place.rank, world_size=place.world_size, token=token, save=self._saves
         )
         tensors: dict[str, Tensor | WriteItem] = {}  # by key in the shard
         stored: list[tuple[WriteItem, str, _Stored]] = []
         for item in plan.items:
+            data: Tensor | None = None
             if item.type is WriteItemType.BYTE_IO:
                 key, found, data = item.index.fqn, *_object(item, planner)
-                if data is not None:
-                    tensors[key] = data
             else:
                 key, found = _tensor(item)
-                tensors[key] = item
+            if found.dtype and key in tensors:
+                raise CheckpointError(f"two tensors of the state would both be stored as {key!r}")
+            if found.dtype:
+                tensors[key] = item if data is None else data
             stored.append((item, key, found))
         sizes = {key: (f.dtype, f.box.lengths) for _, key, f in stored if f.dtype}
         record = None
@@ -225,7 +232,8 @@ class PerdureStorageWriter(StorageWriter):
             for name in self._store.entries(self._folder)
             if manifest.is_shard_name(name)
         ]
-        self._store.delete([key for key in litter if key not in kept])
+        with suppress(StoreError):  # it is committed; litter harms nobody
+            self._store.delete([key for key in litter if key not in kept])
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -269,7 +277,8 @@ class PerdureStorageReader(StorageReader):
         found = place.pick("latest")
         self._manifest = place.manifest(found)
         self._reader = Reader(place.store, found.folder, self._manifest)
-        self._extra = self._manifest.objects.get(_OBJECT) or _extra_of_run(self._manifest)
+        self._extra = _extra(self._manifest, f"{place.store.url}/{found.folder}")
+        self._what = (found.folder, self._manifest.token, self._manifest.save)
         opaque, objects = self._extra["opaque"], self._extra["objects"]
         known: dict[str, STORAGE_TYPES] = {
             name: _storage(self._manifest, name) for name in self._manifest.tensors
@@ -284,11 +293,17 @@ class PerdureStorageReader(StorageReader):
         """Nothing is left to set up."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Leave the plan as it is; every rank."""
-        return plan
+        """Say which checkpoint this rank found; every rank."""
+        return dataclasses.replace(plan, storage_data=self._what)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Leave the plans as they are; rank 0."""
+        """Refuse ranks that found different ones; rank 0."""
+        for rank, plan in enumerate(plans):
+            if plan.storage_data != plans[0].storage_data:
+                raise CheckpointError(
+                    f"rank {rank} found {plan.storage_data[0]} in {self.checkpoint_id}, rank 0 "
+                    f"{plans[0].storage_data[0]}; name one checkpoint's folder"
+                )
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
@@ -306,16 +321,16 @@ class PerdureStorageReader(StorageReader):
             planner.commit_tensor(item, target)
         for item in plan.items:
             if item.type is LoadItemType.BYTE_IO:
-                planner.load_bytes(item, self._stream(item.storage_index.fqn))
+                planner.load_bytes(item, self._stream(item.storage_index.fqn, planner))
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _stream(self, name: str) -> io.BytesIO:
+    def _stream(self, name: str, planner: LoadPlanner) -> io.BytesIO:
         """Return a value as torch's planners want it: as a stream which they unpickle.
 
-        It has just been made, from JSON or bytes; only what another planner wrote itself is
-        handed back as it came.
+        It has just been made, from JSON or bytes. What another planner wrote itself is handed back
+        as it came, but only to a planner that does not unpickle it as torch's own would.
         """
         kind = self._extra["opaque"].get(name)
         if kind is None:
@@ -323,6 +338,12 @@ class PerdureStorageReader(StorageReader):
         else:
             data = self._reader.fetch(name).numpy().tobytes()
             if kind == "stream":
+                if getattr(type(planner), "load_bytes", None) is DefaultLoadPlanner.load_bytes:
+                    raise CheckpointError(
+                        f"{name!r} was written by a planner in a form of its own; torch's planner "
+                        "would unpickle it, which could run anything. Load it with that planner's "
+                        "own load_bytes"
+                    )
                 return io.BytesIO(data)
             value = _OPAQUE[kind](data)
         stream = io.BytesIO()
@@ -446,6 +467,33 @@ def _storage(found: Manifest, name: str) -> TensorStorageMetadata:
     ]
     properties = TensorProperties(dtype=TORCH_DTYPES[entry.dtype])
     return TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
+
+
+def _extra(found: Manifest, where: str) -> Mapping[str, Any]:
+    """Return what the writer above has recorded, or would have, of a checkpoint of a run.
+
+    Raises:
+        CheckpointError: it is malformed.
+    """
+    extra = found.objects.get(_OBJECT)
+    if extra is None:
+        return _extra_of_run(found)
+    try:
+        whole = all(
+            type(extra[key]) is dict and all(type(name) is str for name in extra[key])
+            for key in ("objects", "opaque", "paths")
+        )
+        whole = whole and set(extra["opaque"].values()) <= {*_OPAQUE, "stream"}
+        whole = whole and extra["opaque"].keys() <= found.tensors.keys()
+        whole = whole and all(
+            type(path) is list and all(type(key) in (str, int) for key in path)
+            for path in extra["paths"].values()
+        )
+    except (LookupError, TypeError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{where}: objects.{_OBJECT} of its manifest is malformed")
+    return extra  # type: ignore[no-any-return]
 
 
 def _extra_of_run(found: Manifest) -> Mapping[str, Any]:

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from trainer.checkpoint.manifest import Manifest, from_bytes, is_void, parse_folder, void_bytes
+from trainer.checkpoint.manifest import (
+    Manifest,
+    from_bytes,
+    is_shard_name,
+    is_void,
+    parse_folder,
+    void_bytes,
+)
 from trainer.errors import CheckpointError, StoreError, SupersededError
 from trainer.storage.store import AlreadyExists, Readable, Store
 
@@ -113,10 +120,10 @@ def _last_words_key(number: int) -> str:
 
 def _last_words(store: Store, number: int) -> dict[str, Any]:
     try:
-        words: dict[str, Any] = json.loads(store.read(_last_words_key(number)))
+        words = json.loads(store.read(_last_words_key(number)))
     except (FileNotFoundError, ValueError):  # nothing depends on it
         return {}
-    return words
+    return words if isinstance(words, dict) else {}
 
 
 def _record_bytes(record: Mapping[str, Any]) -> bytes:
@@ -133,10 +140,16 @@ def _read(store: Store, number: int) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(store.read(_key(number)))
         if not isinstance(record, dict):
             raise ValueError(f"a {type(record).__name__}")
-    except ValueError as error:
+        resumed_from = record.get("resumed_from")
+        if record.get("attempt") != number or not (
+            resumed_from is None or type(resumed_from["step"]) is int
+        ):
+            raise ValueError(f"attempt {record.get('attempt')!r}, from {resumed_from!r}")
+    except (ValueError, LookupError, TypeError) as error:
         raise StoreError(
-            f"{store.url}/{_key(number)} is not a JSON object ({error}); which checkpoints count "
-            "depends on it. Restore it, or delete it if that attempt committed nothing"
+            f"{store.url}/{_key(number)} is not the record of an attempt ({error}); which "
+            "checkpoints count depends on it. Restore it, or delete it if that attempt committed "
+            "nothing"
         ) from None
     return record
 
@@ -213,11 +226,34 @@ def read_manifest(store: Readable, commit: Commit) -> Manifest:
     return manifest
 
 
+def measurements(manifest: Manifest) -> dict[str, float]:
+    """Return what was measured at a checkpoint's own step, by name; of any manifest."""
+    state = manifest.objects.get("run")
+    if not isinstance(state, dict) or state.get("last_eval_step") != manifest.step:
+        return {}
+    metrics = state.get("metrics")
+    found = metrics if isinstance(metrics, dict) else {}
+    return {str(name): value for name, value in found.items() if type(value) in (int, float)}
+
+
 def measured(manifest: Manifest, metric: str) -> float | None:
     """Return the metric that was measured at a checkpoint's own step, if it was."""
-    state = manifest.objects.get("run", {})
-    at_this_step = state.get("last_eval_step") == manifest.step
-    return state["metrics"].get(metric) if at_this_step else None
+    return measurements(manifest).get(metric)
+
+
+def retention_of(manifest: Manifest) -> dict[str, Any]:
+    """Return the run's settings of checkpoints as the manifest has them; perhaps none."""
+    config = manifest.config.get("checkpoint")
+    found = dict(config) if isinstance(config, dict) else {}
+    kinds = {
+        "metric": str,
+        "mode": str,
+        "keep_last": int,
+        "keep_best": int,
+        "keep_every_steps": int,
+    }
+    wrong = [key for key, kind in kinds.items() if type(found.get(key, kind())) is not kind]
+    return {key: value for key, value in found.items() if key not in wrong}
 
 
 def mark_damaged(store: Store, commit: Commit, why: str) -> None:
@@ -228,11 +264,11 @@ def mark_damaged(store: Store, commit: Commit, why: str) -> None:
 
 def delete(store: Store, folder: str) -> None:
     """Delete a checkpoint: the manifest first, so that no half of it ever counts. Rank 0 only."""
-    keys = store.list(folder)
-    manifest_key = f"{folder}/{MANIFEST}"
-    if manifest_key in keys:
-        store.delete([manifest_key])
-    store.delete([key for key in keys if key != manifest_key])
+    names = store.entries(folder)
+    if MANIFEST in names:
+        store.delete([f"{folder}/{MANIFEST}"])
+    ours = [name for name in names if is_shard_name(name) or name == DAMAGED]
+    store.delete([f"{folder}/{name}" for name in ours])  # and nothing that somebody else put there
 
 
 def keep(store: Store, attempt: Attempt, folders: Collection[str]) -> None:

@@ -39,11 +39,9 @@ class Found:
         """Return what was measured at this very step; the metric that decides is the first."""
         if self.manifest is None:
             return {}
-        first = self.manifest.config.get("checkpoint", {}).get("metric")
-        names = self.manifest.objects.get("run", {}).get("metrics") or {}
-        found = {name: lineage.measured(self.manifest, name) for name in sorted(names)}
-        ordered = sorted(found, key=lambda name: name != first)
-        return {name: value for name in ordered if (value := found[name]) is not None}
+        first = lineage.retention_of(self.manifest).get("metric")
+        found = lineage.measurements(self.manifest)
+        return {name: found[name] for name in sorted(found, key=lambda name: (name != first, name))}
 
 
 class Place:
@@ -53,10 +51,19 @@ class Place:
         url: as it was asked for.
         store: that they lie in.
         folders: their keys; None: those of a run, which its attempts decide about.
+        is_one: whether the place is the folder of one checkpoint itself.
     """
 
-    def __init__(self, url: str, store: Store, folders: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        store: Store,
+        folders: Sequence[str] | None = None,
+        *,
+        is_one: bool = False,
+    ) -> None:
         self.url, self.store = url, store
+        self.is_one = is_one
         self._folders = folders
 
     @property
@@ -68,12 +75,21 @@ class Place:
         """Return what is committed and not known to be damaged, oldest first.
 
         Raises:
-            CheckpointError: outside of a run: a manifest is damaged.
+            CheckpointError: outside of a run: no manifest is whole.
         """
         if self._folders is None:
             return lineage.commits(self.store)
-        read = [(folder, self._read(folder)) for folder in self._folders]
-        return sorted(Commit(made.step, made.attempt, folder) for folder, made in read)
+        found, errors = [], []
+        for folder in self._folders:
+            try:
+                made = self._read(folder)
+            except CheckpointError as error:
+                errors.append(error)
+            else:
+                found.append(Commit(made.step, made.attempt, folder))
+        if errors and not found:
+            raise errors[0]
+        return sorted(found)
 
     def pick(self, step: str) -> Commit:
         """Return the newest (`latest`), best (`best`) or a given step's checkpoint.
@@ -99,7 +115,7 @@ class Place:
         return chosen[-1]
 
     def _best(self, commits: list[Commit]) -> Commit:
-        config = self.manifest(commits[-1]).config.get("checkpoint", {})
+        config = lineage.retention_of(self.manifest(commits[-1]))
         metric = config.get("metric")
         if metric is None:
             raise ConfigError(
@@ -139,12 +155,12 @@ class Place:
                 (self._look(None, folder, self.store.entries(folder)) for folder in self._folders),
                 key=lambda found: found.commit,
             )
-        records = lineage.records(self.store)
-        present = set(lineage.commits(self.store, known=records, damaged=True))
         folders: dict[str, list[str]] = {}
         for key in self.store.list(FOLDER, unfinished=True):
             folder, _, name = key.rpartition("/")
             folders.setdefault(folder, []).append(name)
+        records = lineage.records(self.store)  # after the list: what came meanwhile is not in it
+        present = set(lineage.commits(self.store, known=records, damaged=True))
         found = []
         for folder, names in folders.items():
             parsed = parse_folder(folder.removeprefix(f"{FOLDER}/"))
@@ -176,7 +192,7 @@ class Place:
         here = commit or Commit(made.step, made.attempt, folder)
         missing = sorted(made.files.keys() - set(names))
         size_bytes = sum(file.bytes for file in made.files.values())
-        saved_s = self.store.modified_s(f"{folder}/{MANIFEST}")
+        saved_s = self._modified_s(f"{folder}/{MANIFEST}")
         state: State = "whole"
         why = ""
         if DAMAGED in names:
@@ -197,18 +213,41 @@ class Place:
         """Say what a folder is that no surviving timeline has."""
         shards = [f"{commit.folder}/{name}" for name in names if is_shard_name(name)]
         size_bytes = sum(map(self._size, shards))
-        if MANIFEST in names and not is_void(self.store.read(commit.manifest_key)):
-            later = next(
-                record
-                for record in records
-                if record["attempt"] > commit.attempt and record.get("resumed_from")
-            )
-            why = f"attempt {later['attempt']} went on from step {later['resumed_from']['step']}"
+        later = [
+            record
+            for record in records
+            if record["attempt"] > commit.attempt
+            and record.get("resumed_from")
+            and record["resumed_from"]["step"] < commit.step
+        ]
+        if later and MANIFEST in names and not self._is_void(commit):
+            number, step = later[0]["attempt"], later[0]["resumed_from"]["step"]
+            why = f"attempt {number} went on from step {step}"
             return Found(commit, "abandoned", why, None, size_bytes)
-        lives = any(r["attempt"] == commit.attempt and "ended" not in r for r in records[-1:])
-        if lives:
-            return Found(commit, "unfinished", "its attempt has not ended", None, size_bytes)
+        if any("ended" not in record for record in records[-1:]):
+            why = f"attempt {records[-1]['attempt']} has not ended"
+            return Found(commit, "unfinished", why, None, size_bytes)
         return Found(commit, "litter", "it was never committed", None, size_bytes)
+
+    def is_complete(self, found: Found) -> bool:
+        """Return whether every shard has the size that the manifest says; asks for each."""
+        files = found.manifest.files if found.manifest else {}
+        return bool(found.manifest) and all(
+            self._size(f"{found.commit.folder}/{name}") == file.bytes
+            for name, file in files.items()
+        )
+
+    def _is_void(self, commit: Commit) -> bool:
+        try:
+            return is_void(self.store.read(commit.manifest_key))
+        except FileNotFoundError:  # deleted meanwhile
+            return True
+
+    def _modified_s(self, key: str) -> float | None:
+        try:
+            return self.store.modified_s(key)
+        except FileNotFoundError:  # deleted meanwhile
+            return None
 
     def _size(self, key: str) -> int:
         try:
@@ -229,10 +268,14 @@ def open_place(url: str, settings: ObjectStore = ObjectStore()) -> Place:  # noq
     names = store.entries("")
     if MANIFEST in names:
         parent, folder = split(url, settings)
-        return Place(url, parent, [folder])
+        return Place(url, parent, [folder], is_one=True)
     inner = store.entries(FOLDER) if f"{FOLDER}/" in names else []
     if "attempts/" in names or any(parse_folder(name.rstrip("/")) for name in inner):
         return Place(url, store)
+    if any(parse_folder(name.rstrip("/")) for name in names) and Path(url).resolve().name == FOLDER:
+        above, _ = split(url, settings)  # its attempts decide which of them count
+        if "attempts/" in above.entries(""):
+            return Place(url, above)
     folders = [name.rstrip("/") for name in names if name.endswith("/")]
     folders = [folder for folder in folders if MANIFEST in store.entries(folder)]
     if folders:
@@ -270,11 +313,29 @@ def split(url: str, settings: ObjectStore = ObjectStore()) -> tuple[Store, str]:
     if is_local(url):
         path = Path(url.removeprefix("file://"))
         path = path if path.name not in ("", "..") else path.resolve()
+        if not path.name:
+            raise ConfigError(f"{url}: a checkpoint needs a folder of its own")
         return open_store(str(path.parent), settings), path.name
     parent, _, name = url.rstrip("/").rpartition("/")
-    if not name or parent.endswith(":/"):
+    if name in ("", ".", "..") or parent.endswith(":/"):
         raise ConfigError(f"{url}: a checkpoint needs a folder of its own below the bucket")
     return open_store(parent, settings), name
+
+
+def refuse_others(store: Store, folder: str) -> None:
+    """Make sure that a folder which is to be a checkpoint is not the home of others.
+
+    Raises:
+        CheckpointError: it is a run, or has checkpoints in it.
+    """
+    for name in store.entries(folder):
+        inner = f"{folder}/{name.rstrip('/')}"
+        is_home = name in ("attempts/", f"{FOLDER}/")
+        if is_home or (name.endswith("/") and MANIFEST in store.entries(inner)):
+            raise CheckpointError(
+                f"{store.url}/{folder} has {name} in it, so it is the home of other checkpoints "
+                "and cannot be one itself; give a folder of its own"
+            )
 
 
 def numbers(folder: str) -> tuple[int, int]:

@@ -156,6 +156,12 @@ def describe(tensors: Mapping[str, Tensor], ranks: Iterable[int]) -> list[Item]:
 
     for name in tensors:
         _refuse_unknown(name, tensors[name])
+        owner, at, _ = name.rpartition("@")
+        if at and owner in tensors:
+            raise CheckpointError(
+                f"tensors {owner!r} and {name!r}: a part of the first might be stored under the "
+                "name of the second; rename one of them"
+            )
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(dict(tensors), None, is_coordinator=True)
     everyone = tuple(ranks)

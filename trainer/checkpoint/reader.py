@@ -143,8 +143,11 @@ class Reader:
         Raises:
             DamagedError: the first that was found; names the file and the tensor.
         """
-        files = self._files if files is None else files
+        is_whole, files = files is None, self._files if files is None else files
         in_parallel(self._header, files, _READERS)
+        for name, entry in self._manifest.tensors.items() if is_whole else ():
+            for part in entry.parts(self._files, (0,) * len(entry.shape), entry.shape):
+                self._chunk(name, part, TORCH_DTYPES[entry.dtype])  # where the manifest says
         nowhere = np.empty(0, np.uint8)
         wanted = [
             (file, Wanted(chunk, 0, chunk.nbytes, nowhere))

@@ -111,9 +111,13 @@ def _copy(tensor: Tensor, start: int, stop: int, place: Bytes) -> None:
     if is_plain and tensor.device.type == "cpu":
         np.copyto(place, bytes_of(tensor)[start:stop])
         return
-    rows = tensor.reshape(1) if tensor.ndim == 0 else tensor  # of the first axis, whole ones
-    row_bytes = rows.nbytes // len(rows)
+    if tensor.ndim == 0:
+        tensor = tensor.reshape(1)
+    row_bytes = tensor.nbytes // len(tensor)  # of the first axis; whole ones are copied
     first, last = start // row_bytes, -(-stop // row_bytes)
-    some = rows[first:last].resolve_conj().resolve_neg().cpu()
+    if last - first == 1 and tensor.ndim > 1:
+        _copy(tensor[first], start - first * row_bytes, stop - first * row_bytes, place)
+        return
+    some = tensor[first:last].resolve_conj().resolve_neg().cpu()
     found = bytes_of(some.contiguous(memory_format=torch.contiguous_format))
     np.copyto(place, found[start - first * row_bytes : stop - first * row_bytes])

@@ -53,13 +53,27 @@ def copy_checkpoint(
 
     Raises:
         DamagedError: bytes of the source are proven wrong; nothing was committed.
+        CheckpointError: it was deleted meanwhile, or somebody else writes to the same place.
         AlreadyExists: another checkpoint is there.
     """
-    data = source.read(f"{folder}/{MANIFEST}")
+    try:
+        data = source.read(f"{folder}/{MANIFEST}")
+    except FileNotFoundError:
+        raise CheckpointError(f"{source.url}/{folder}: it was deleted meanwhile") from None
     reader = Reader(source, folder, made)
     for file, record in made.files.items():
         copy_shard(reader, file, target, target_folder, made)
         progress(record.bytes)
+    for file, record in made.files.items():  # two copies at once may take a file from each other
+        try:
+            size = target.size(f"{target_folder}/{file}")
+        except FileNotFoundError:
+            size = -1
+        if size != record.bytes:
+            raise CheckpointError(
+                f"{target.url}/{target_folder}/{file} was changed while it was being copied; is "
+                "another copy under way? Nothing was committed: copy again"
+            )
     target.create(f"{target_folder}/{MANIFEST}", data)
 
 

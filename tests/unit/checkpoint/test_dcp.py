@@ -1,5 +1,6 @@
 """torch.distributed.checkpoint over our format, in one process, beside its own storage."""
 
+import dataclasses
 import io
 import json
 import struct
@@ -15,6 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint import format_utils
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from trainer import checkpoint
@@ -255,6 +257,13 @@ def test_what_a_planner_writes_itself_is_handed_back_to_it_untouched(tmp_path):
     assert load({"word": ""}, tmp_path / "a", planner=Checked()) == {"word": b"hello"}
 
 
+def test_what_another_planner_wrote_is_never_unpickled_by_torchs(tmp_path):
+    save({"word": "hello"}, tmp_path / "a", planner=Signed())
+    with pytest.raises(CheckpointException) as error:
+        load({"word": ""}, tmp_path / "a")
+    assert "could run anything" in refusal(error)
+
+
 # --- refusals ----------------------------------------------------------------------------------
 
 
@@ -309,6 +318,38 @@ def test_loading_where_there_is_no_checkpoint_says_so(tmp_path):
     assert "does not exist" in refusal(error)
     with pytest.raises(ConfigError, match="checkpoint_id"):
         PerdureStorageReader().read_metadata()
+
+
+def test_two_tensors_that_would_be_one_are_refused(tmp_path):
+    class Cut(DefaultSavePlanner):
+        """Plans the first tensor as a part of a larger one, as a rank of two would."""
+
+        def create_local_plan(self):
+            plan = super().create_local_plan()
+            item = plan.items[0]
+            data = dataclasses.replace(item.tensor_data, size=torch.Size([8]))
+            items = [dataclasses.replace(item, tensor_data=data), *plan.items[1:]]
+            return dataclasses.replace(plan, items=items)
+
+        def create_global_plan(self, all_plans):
+            return all_plans, Metadata({})
+
+    with pytest.raises(CheckpointException) as error:
+        save({"w": torch.ones(4), "w@0": torch.ones(3)}, tmp_path / "a", planner=Cut())
+    assert "would both be stored as 'w@0'" in refusal(error)
+
+
+def test_a_folder_that_is_the_home_of_others_is_no_checkpoints(tmp_path):
+    save({"x": torch.ones(3)}, tmp_path / "home/step-1")
+    with pytest.raises(CheckpointException) as error:
+        save({"x": torch.ones(3)}, tmp_path / "home")
+    assert "home of other checkpoints" in refusal(error)
+
+
+def test_a_step_that_is_no_number_is_refused_at_once(tmp_path):
+    for step in (-1, "x", True):
+        with pytest.raises(ConfigError, match="no number of a step"):
+            PerdureStorageWriter(tmp_path, step=step)
 
 
 def test_ranks_that_do_not_speak_with_each_other_cannot_commit(tmp_path):

@@ -111,7 +111,7 @@ def test_amending_adds_facts_and_keeps_the_others(store):
 def test_a_record_that_cannot_be_read_is_named_with_advice(store, content):
     start(store)
     store.replace("attempts/0001.json", content)
-    with pytest.raises(StoreError, match=r"0001\.json is not a JSON object.*Restore it"):
+    with pytest.raises(StoreError, match=r"0001\.json is not the record of an attempt.*Restore it"):
         lineage.commits(store)
 
 
@@ -276,7 +276,7 @@ class Recording(LocalStore):
 
 def test_a_manifest_is_deleted_before_its_shards(tmp_path, store):
     commit = save(store, start(store), 10)
-    store.create(f"{commit.folder}/a-shard-that-sorts-first", b"x")
+    store.create(f"{commit.folder}/r00000-of-00001-00000000-9.safetensors", b"x")
     lineage.mark_damaged(store, commit, "test")
     recording = Recording(tmp_path)
     checkpoint.delete(recording, commit)
