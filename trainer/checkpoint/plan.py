@@ -6,6 +6,7 @@ that is sharded is ever gathered, and 512 ranks plan as fast as two.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -156,8 +157,8 @@ def describe(tensors: Mapping[str, Tensor], ranks: Iterable[int]) -> list[Item]:
 
     for name in tensors:
         _refuse_unknown(name, tensors[name])
-        owner, at, _ = name.rpartition("@")
-        if at and owner in tensors:
+        owner, at, offsets = name.rpartition("@")
+        if at and re.fullmatch(r"[0-9]+(,[0-9]+)*", offsets) and owner in tensors:
             raise CheckpointError(
                 f"tensors {owner!r} and {name!r}: a part of the first might be stored under the "
                 "name of the second; rename one of them"

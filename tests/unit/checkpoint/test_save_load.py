@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,7 +96,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
     return SHAPE_CHANGES[draw(st.sampled_from(sorted(SHAPE_CHANGES)))](made)
 
 
-NAMES = st.text(max_size=8).filter(lambda name: name != "__metadata__")
+NAMES = st.text(max_size=8).filter(lambda n: n != "__metadata__" and not re.search("@[0-9,]+$", n))
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,6 +116,11 @@ def test_what_is_loaded_is_what_was_saved(tmp_path_factory, values):
     assert_equal({name: Reader(store, f"checkpoints/{made.folder}", made).fetch(name)
                   for name in values}, expected)  # fmt: skip
     checkpoint.verify(store, made)
+
+
+def test_a_name_that_a_part_of_another_tensor_may_get_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="rename one of them"):
+        save(writer_on(LocalStore(tmp_path)), {"w": torch.ones(4), "w@0": torch.ones(3)})
 
 
 def test_tensors_of_many_blocks_come_back(tmp_path):
