@@ -7,8 +7,31 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import nn
 
 from trainer.storage import open_store
+
+
+class Net(nn.Module):
+    """Parameters, buffers of several dtypes, and two names for one storage."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.half = nn.Linear(4, 4).bfloat16()
+        self.head = nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("empty", torch.zeros(0, 3))
+
+
+def net(seed):
+    """Make a Net whose weights and counter are functions of the seed."""
+    torch.manual_seed(seed)
+    model = Net()
+    model.norm.num_batches_tracked += seed
+    return model
 
 
 def a_state():

@@ -191,7 +191,7 @@ def reducing(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
 
 def is_sharded(module: nn.Module) -> bool:
     """Return whether a forward of `module` gathers its parameters, on all ranks together."""
-    return any(hasattr(parameter, "device_mesh") for parameter in module.parameters())
+    return hasattr(module, "set_requires_gradient_sync")  # FSDPModule's, since `fully_shard`
 
 
 def clip(model: nn.Module, max_norm: float) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
+from states import net
 from torch import nn
 
 from trainer.checkpoint import Content, DamagedError, Writer, lineage, save, tree
@@ -17,25 +18,6 @@ from trainer.export.__main__ import export, main
 from trainer.export.source import clean_names, open_source
 from trainer.state import State
 from trainer.storage import open_store
-
-
-class Net(nn.Module):
-    """Parameters, buffers of other types, and two names for one storage."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(5, 4)
-        self.norm = nn.BatchNorm1d(4)
-        self.half = nn.Linear(4, 4).bfloat16()
-        self.head = nn.Linear(4, 5, bias=False)
-        self.head.weight = self.embed.weight
-        self.register_buffer("mask", torch.tensor([True, False]))
-        self.register_buffer("empty", torch.zeros(0, 3))
-
-
-def net(seed):
-    torch.manual_seed(seed)
-    return Net()
 
 
 def a_run(folder, models, *, accuracy=None):

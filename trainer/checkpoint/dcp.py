@@ -43,7 +43,7 @@ from torch.futures import Future
 
 from trainer.checkpoint import manifest, places, shard, values
 from trainer.checkpoint.lineage import MANIFEST
-from trainer.checkpoint.manifest import Manifest, ShardFile, TensorEntry
+from trainer.checkpoint.manifest import DCP_OBJECT, Manifest, ShardFile, TensorEntry
 from trainer.checkpoint.plan import DTYPE_NAMES, TORCH_DTYPES, Box, columns
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.stream import write_stream
@@ -51,8 +51,6 @@ from trainer.config import ObjectStore
 from trainer.errors import CheckpointError, ConfigError, StoreError
 from trainer.storage.store import AlreadyExists
 
-_OBJECT = "dcp"
-"""Key in a manifest's objects of what only this adapter needs."""
 _OPAQUE = {"bytes": bytes, "bytearray": bytearray, "BytesIO": io.BytesIO}
 
 
@@ -210,7 +208,7 @@ class PerdureStorageWriter(StorageWriter):
             tensors=_entries(metadata, found, list(files)),
             files=files,
             objects={
-                _OBJECT: {
+                DCP_OBJECT: {
                     "objects": {i.fqn: s.value for i, s in found if not s.dtype},
                     "opaque": {i.fqn: s.opaque for i, s in found if s.opaque},
                     "paths": {name: list(path) for name, path in paths.items()},
@@ -475,7 +473,7 @@ def _extra(found: Manifest, where: str) -> Mapping[str, Any]:
     Raises:
         CheckpointError: it is malformed.
     """
-    extra = found.objects.get(_OBJECT)
+    extra = found.objects.get(DCP_OBJECT)
     if extra is None:
         return _extra_of_run(found)
     try:
@@ -492,7 +490,7 @@ def _extra(found: Manifest, where: str) -> Mapping[str, Any]:
     except (LookupError, TypeError):
         whole = False
     if not whole:
-        raise CheckpointError(f"{where}: objects.{_OBJECT} of its manifest is malformed")
+        raise CheckpointError(f"{where}: objects.{DCP_OBJECT} of its manifest is malformed")
     return extra  # type: ignore[no-any-return]
 
 

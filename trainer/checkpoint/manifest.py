@@ -22,6 +22,8 @@ FORMAT = "perdure-checkpoint"
 VERSION = 1
 ALGORITHM = "xxh3_64"
 MAX_MANIFEST_BYTES = 1 << 28
+DCP_OBJECT = "dcp"
+"""Key in a manifest's objects of what only states of torch's distributed checkpointing need."""
 
 _SHARD_NAME = re.compile(r"r\d{5,}-of-\d{5,}-[0-9a-f]{8}-\d+\.safetensors")
 _FOLDER_NAME = re.compile(r"step-(\d{8,})\.(\d{4,})")

@@ -102,7 +102,7 @@ def bring(
     sizes = {name: (DTYPE_NAMES[dtype], shape) for name, (dtype, shape) in source.tensors.items()}
     sizes |= {name: ("U8", (len(value),)) for name, value in opaque.items()}
     objects = {
-        "dcp": {
+        manifest.DCP_OBJECT: {
             "objects": values.decode(values.encode(plain, "objects")),
             "opaque": dict.fromkeys(opaque, "bytes"),
             "paths": {name: list(path) for name, path in source.paths.items()},

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from states import brought, save_dcp, save_torch
+from states import brought, net, save_dcp, save_torch
 from torch import nn
 
 from trainer import build
@@ -18,26 +18,6 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.storage import open_store
 
 __all__ = ["brought"]
-
-
-class Net(nn.Module):
-    """Parameters, buffers of several dtypes, and two names for one storage."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(5, 4)
-        self.norm = nn.BatchNorm1d(4)
-        self.half = nn.Linear(4, 4).bfloat16()
-        self.head = nn.Linear(4, 5, bias=False)
-        self.head.weight = self.embed.weight
-        self.register_buffer("mask", torch.tensor([True, False]))
-
-
-def net(seed):
-    torch.manual_seed(seed)
-    model = Net()
-    model.norm.num_batches_tracked += seed
-    return model
 
 
 def same(model, other):
