@@ -353,6 +353,8 @@ def _load(
         if start.manifest is None and run.init.weights:
             given = partial(resume.load_weights, job.model, run.init.weights, run.store)
             start = replace(start, skipped=world.together(given))
+            if job.ema is not None:
+                job.ema.restart()
         return start, state
 
 
@@ -491,7 +493,8 @@ def _record_start(
         }
     )
     record = lineage.records(store)[-1]
-    for line in [*_banner(run, job, record), *_resume_lines(run, job, tiers, start, state, record)]:
+    banner = [*_banner(run, job, record), *job.notes]
+    for line in [*banner, *_resume_lines(run, job, tiers, start, state, record)]:
         job.tracker.say(line)
 
 

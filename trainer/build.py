@@ -5,17 +5,18 @@ import inspect
 import pkgutil
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-from trainer import parallel, preemption, rng
+from trainer import parallel, parameters, preemption, rng
 from trainer.config import Run
 from trainer.data.source import Datasets, EvalStream, TrainStream
 from trainer.distributed import World
+from trainer.ema import Ema
 from trainer.errors import ConfigError, DataError, PerdureError, Problem, closest
 from trainer.loop import Job
 from trainer.policy import Every
@@ -24,8 +25,10 @@ from trainer.storage import is_local
 from trainer.tracking.jsonl import Jsonl
 from trainer.tracking.several import Several, Silent
 
+T = TypeVar("T")
 _HORIZON_WORDS = ("total_steps", "total_epochs", "steps_per_epoch")
 """Words that stand for the run's length in a scheduler's arguments."""
+_GROUPS = ("optimizer", "groups")
 _HYDRA_WORDS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 
 
@@ -40,7 +43,10 @@ def check(run: Run) -> list[Problem]:
     problems = []
     for group, provided in (("model", 0), ("data", 0), ("task", 0), ("optimizer", 1)):
         if getattr(run, group).get("_target_"):  # config.check tells where there is none
-            problems += check_target(getattr(run, group), group, provided)
+            node = {key: v for key, v in getattr(run, group).items() if (group, key) != _GROUPS}
+            problems += check_target(node, group, provided)
+    if text := parameters.check_rules(run.optimizer.get("groups", [])):
+        problems.append(Problem("optimizer.groups", text))
     if run.scheduler:
         known = {key: value for key, value in run.scheduler.items() if key != "interval"}
         words = {k: 1 if v in _HORIZON_WORDS else v for k, v in known.items() if _hashable(v)}
@@ -313,6 +319,12 @@ def build_tracker(run: Run, world: World) -> Tracker:
     return Several([Jsonl(), *(_make(node, f"tracker.{n}") for n, node in run.tracker.items())])
 
 
+def _options(run: Run, kind: Callable[..., T]) -> T:
+    """Make one of parallel's options of the settings that have its names."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: getattr(run.parallel, name) for name in names})
+
+
 def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> Job:
     """Build everything that training needs, before any state is loaded. Collective."""
     _check_shape(run, source)
@@ -328,12 +340,15 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
     limits = [settings.max_steps, (settings.max_epochs or 0) * data.steps_per_epoch or None]
     max_steps = min(limit for limit in limits if limit is not None)
     model = build_model(run).to(world.device)
-    kind = parallel.FsdpOptions if run.parallel.strategy == "fsdp" else parallel.DdpOptions
-    options = {field.name: getattr(run.parallel, field.name) for field in fields(kind)}
-    wrapped = parallel.wrap(model, world, kind(**options))
-    optimizer = _make(
-        run.optimizer, "optimizer", [p for p in model.parameters() if p.requires_grad]
-    )
+    notes = parameters.freeze(model, settings.freeze)
+    parallel.modify(model, _options(run, parallel.BlockOptions))
+    is_fsdp = run.parallel.strategy == "fsdp"
+    ddp, fsdp = _options(run, parallel.DdpOptions), _options(run, parallel.FsdpOptions)
+    wrapped = parallel.wrap(model, world, fsdp if is_fsdp else ddp)
+    rules = run.optimizer.get("groups", [])
+    groups, matched = parameters.groups(model, rules)
+    node = {key: value for key, value in run.optimizer.items() if key != "groups"}
+    optimizer = _make(node, "optimizer", groups if rules else groups[0]["params"])
     scheduler = None
     if run.scheduler:
         horizon = dict(
@@ -372,6 +387,10 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
         eval_every=Every(steps=settings.eval_every_steps, epochs=settings.eval_every_epochs),
         log_every_steps=settings.log_every_steps,
         clip_norm=settings.clip_norm,
+        skip_nonfinite=settings.on_nonfinite == "skip",
+        ema=Ema(model, settings.ema_decay) if settings.ema_decay is not None else None,
+        patience_evals=settings.patience_evals,
+        notes=[*notes, *matched],
         metric=run.checkpoint.metric,
         metric_mode=run.checkpoint.mode,
         seed=run.seed,

@@ -54,9 +54,22 @@ class Trainer:
     )
     global_batch_size: int = setting(64, "Samples per step over all ranks.", at_least=1)
     accumulate: int = setting(1, "Microbatches per step on each rank.", at_least=1)
+    freeze: list[str] = setting([], "Patterns of names of parameters that are not trained.")
     clip_norm: float | None = setting(None, "Clip the gradients to this 2-norm.", above=0)
     precision: str = setting(
-        "fp32", "Arithmetic of forward and backward.", choices=("fp32", "bf16", "fp16")
+        "fp32", "Arithmetic of forward and backward.", choices=("fp32", "tf32", "bf16", "fp16")
+    )
+    on_nonfinite: str = setting(
+        "stop",
+        "The loss or the gradient is NaN or infinite: stop before the next save, or skip and count "
+        "the step (looks at every gradient).",
+        choices=("stop", "skip"),
+    )
+    ema_decay: float | None = setting(
+        None, "Average the weights, keeping this share at each step; evaluated and kept.", above=0
+    )
+    patience_evals: int | None = setting(
+        None, "End after so many evaluations without a better checkpoint.metric.", at_least=1
     )
     eval_every_epochs: int | None = setting(1, "Evaluate after every N epochs.", at_least=1)
     eval_every_steps: int | None = setting(None, "Evaluate after every N steps.", at_least=1)
@@ -94,21 +107,29 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How the model is spread over the ranks; options of DDP, then those of FSDP2."""
+    """How the model is spread over the ranks, and what is done to its blocks."""
 
     strategy: str = setting("ddp", "How ranks share the work.", choices=("single", "ddp", "fsdp"))
     bucket_cap_mb: float = setting(25.0, "Size of a gradient bucket in MiB.", above=0)
     gradient_as_bucket_view: bool = setting(True, "Gradients live in the buckets.")
     static_graph: bool = setting(False, "The graph is the same in every step.")
     find_unused_parameters: bool = setting(False, "Some parameters get no gradient.")
-    blocks: list[str] = setting(
-        [], "FSDP2: classes of the modules that are gathered one by one; none: by size."
-    )
+    blocks: list[str] = setting([], "Classes of the modules that are blocks; none: by size.")
     min_parameters: int = setting(
-        1_000_000, "FSDP2: by size, a module of so many parameters is gathered at once.", at_least=1
+        1_000_000, "By size, a module of so many parameters is a block.", at_least=1
+    )
+    compile: str = setting(
+        "no",
+        "torch.compile: the whole model, or block by block.",
+        choices=("no", "model", "blocks"),
+    )
+    compile_backend: str = setting("inductor", "What torch.compile compiles with.")
+    recompute: bool = setting(
+        False, "Activation checkpointing: compute those of a block again in the backward."
     )
     reshard_after_forward: bool = setting(
-        True, "FSDP2: free a block after its forward, gather it again in the backward."
+        True,
+        "FSDP2: free a block after its forward, gather it again in the backward.",
     )
     param_dtype: str = setting(
         "fp32",
@@ -393,6 +414,12 @@ def _check_numbers(run: Run) -> list[Problem]:
         problems.append(Problem("sample.shape", f"{run.sample.shape} has an axis below 1"))
     if run.seed > _MAX_SEED:
         problems.append(Problem("seed", f"{run.seed} is too large (nearest: {_MAX_SEED})"))
+    if run.trainer.ema_decay is not None and run.trainer.ema_decay >= 1:
+        text = f"{run.trainer.ema_decay} would never let a weight in; give a number below 1"
+        problems.append(Problem("trainer.ema_decay", text))
+    if run.trainer.patience_evals is not None and run.checkpoint.metric is None:
+        text = "needs checkpoint.metric: the figure that is to become better"
+        problems.append(Problem("trainer.patience_evals", text))
     if run.preemption.grace_s is not None and math.isinf(run.preemption.grace_s):
         problems.append(Problem("preemption.grace_s", "inf is not a number of seconds"))
     return problems

@@ -28,6 +28,10 @@ class ConfigError(PerdureError):
     exit_code = CONFIGURATION
 
 
+class TrainingError(PerdureError):
+    """The training itself went wrong, and would again."""
+
+
 class DataError(PerdureError):
     """The training data has to change."""
 

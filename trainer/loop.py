@@ -1,7 +1,9 @@
 """The story: train, step by step; evaluate; save. Knows no Hydra, tracker library or scheduler."""
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,7 +19,8 @@ from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.tree import Content
 from trainer.data.source import EvalStream, TrainStream
 from trainer.distributed import World
-from trainer.errors import ConfigError, closest
+from trainer.ema import PREFIX, Ema
+from trainer.errors import ConfigError, TrainingError, closest
 from trainer.policy import Every
 from trainer.preemption import Stop
 from trainer.protocols import Batch, Task, Tracker
@@ -51,11 +54,27 @@ class Job:
     eval_every: Every
     log_every_steps: int = 10
     clip_norm: float | None = None
+    skip_nonfinite: bool = False
+    """Leave out updates whose gradient is not finite, and count them; otherwise, stop."""
+    ema: Ema | None = None
+    patience_evals: int | None = None
+    notes: Sequence[str] = ()
+    """Lines to say at the start, of how the job was made."""
     metric: str | None = None
     metric_mode: str = "max"
     seed: int = 0
     metrics: dict[str, Any] | None = None
     """torchmetrics of the evaluation, made when it is first needed."""
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether a step may be taken without an update."""
+        return self.skip_nonfinite or self.scaler.is_enabled()
+
+    def is_over(self, state: State) -> bool:
+        """Return whether the run is at its end: of its steps, or of the patience with it."""
+        is_stale = self.patience_evals is not None and state.stale_evals >= self.patience_evals
+        return state.step >= self.max_steps or is_stale
 
 
 def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
@@ -66,13 +85,13 @@ def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
     """
     stop.save_due, stop.saves_ended = saver.due_by_clock, saver.ended
     job.wrapped.train()
-    pace = _Pace(state)
+    pace, losses = _Pace(state), _Losses(job)
     evaluated = state.last_eval_step
     interrupted = not _evaluate_if_due(job, state, stop)  # an evaluation that a stop cut short
     if state.last_eval_step != evaluated:
         saver.committed_step = None  # the checkpoint of this step has not got its evaluation
     batches = job.data.batches(state.cursor)
-    while state.step < job.max_steps and not interrupted:
+    while not job.is_over(state) and not interrupted:
         vote = stop.agree(batches.has)
         if stop.reason:
             break
@@ -82,15 +101,21 @@ def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
         figures, applied = train_step(job, microbatches, want_figures=log_due)
         state.advance(cursor, samples=job.data.global_batch_size, applied=applied)
         _schedule(job, state, applied)
+        losses.add(state.step, lr, figures["loss"], applied)
+        save_due = vote.save_due or _due(saver.every, state, job) is not None
+        if log_due or save_due or _due(job.eval_every, state, job) or losses.are_many:
+            losses.look(saver)
         if log_due:
-            _log(job, state, "train", {**_mean(job, figures), "lr": float(lr), **pace.lap(state)})
+            counted = {"skipped": float(state.skipped)} if job.may_skip else {}
+            lap = {"lr": float(lr), **counted, **pace.lap(state)}
+            _log(job, state, "train", {**_mean(job, figures), **lap})
         interrupted = not _evaluate_if_due(job, state, stop)
         if not interrupted:
-            due = vote.save_due or _due(saver.every, state, job) is not None
             content = partial(collect, job, state)
-            saver.at_boundary(state, content, due=due, ended=vote.saves_ended)
+            saver.at_boundary(state, content, due=save_due, ended=vote.saves_ended)
+    losses.look(saver)
     stop.settle()
-    finished = state.step >= job.max_steps and not interrupted
+    finished = job.is_over(state) and not interrupted
     content = partial(collect, job, state)
     within_s = None if finished else _least(job.world.gather(stop.left_s))
     if not saver.save(state, content, within_s=within_s) and finished:
@@ -109,46 +134,122 @@ def train_step(
 ) -> tuple[dict[str, Tensor], bool]:
     """Take one step: forward and backward of each microbatch, clip, update. Collective.
 
-    Returns this rank's mean loss and, where wanted, figures (0-dim tensors on the device), and
-    whether the update was applied (a gradient scaler skips one with infinite gradients).
+    Returns this rank's loss and, where wanted, other figures (0-dim tensors on the device; their
+    means over the ranks are the global batch's), and whether the update was applied.
     """
     figures: dict[str, Tensor] = {}
-    count = len(microbatches)
-    for index, batch in enumerate(microbatches):
-        with parallel.reducing(job.wrapped, last=index == count - 1):
+    last = len(microbatches) - 1
+    shares = _shares(job, microbatches)
+    for index, (batch, share) in enumerate(zip(microbatches, shares, strict=True)):
+        with parallel.reducing(job.wrapped, last=index == last):
             with parallel.autocast(job.precision, job.world.device):
                 loss, outputs = job.task.loss(job.wrapped, batch)
-            job.scaler.scale(loss / count if count > 1 else loss).backward()
-        if want_figures:
-            with torch.no_grad():
-                named = {"loss": loss.detach(), **job.task.figures(outputs, batch)}
-                for name, value in named.items():
-                    figures[name] = figures.get(name, 0.0) + value.float() / count
-    if job.clip_norm is not None:
+            job.scaler.scale(loss if share is None else loss * share).backward()
+        with torch.no_grad():
+            named = {"loss": loss.detach()}
+            if want_figures:
+                named |= job.task.figures(outputs, batch)
+            for name, value in named.items():
+                part = value.float() if share is None else value.float() * share
+                figures[name] = figures[name] + part if name in figures else part
+    norm = None
+    if job.clip_norm is not None or (job.skip_nonfinite and not job.scaler.is_enabled()):
         job.scaler.unscale_(job.optimizer)
-        norm = parallel.clip(job.model, job.clip_norm)
+        norm = parallel.clip(job.model, math.inf if job.clip_norm is None else job.clip_norm)
         if want_figures:
             figures["grad_norm"] = norm
-    applied = _update(job)
+    applied = _update(job, norm)
     job.optimizer.zero_grad(set_to_none=True)
     return figures, applied
 
 
-def _update(job: Job) -> bool:
-    if not job.scaler.is_enabled():
-        job.optimizer.step()
-        return True
-    before = job.scaler.get_scale()
-    job.scaler.step(job.optimizer)
-    job.scaler.update()
-    return job.scaler.get_scale() >= before
+def _shares(job: Job, microbatches: list[Batch]) -> Sequence[float | Tensor | None]:
+    """Return what each microbatch's loss counts for, None where there is but one that counts.
+
+    Ranks' gradients are averaged, so a share is of a rank's mean part of the global batch: with
+    weights (tokens, say) the sum is exactly the mean over the global batch's, wherever they lie.
+    Collective where the task weighs.
+    """
+    weigh = getattr(job.task, "weight", None)
+    if weigh is None:
+        count = len(microbatches)
+        return [None] if count == 1 else [1 / count] * count
+    numbers = [torch.as_tensor(weigh(batch), dtype=torch.float64) for batch in microbatches]
+    weights = torch.stack([number.to(job.world.device) for number in numbers])
+    mean = job.world.mean(weights.sum())
+    return list((weights / mean.clamp(min=torch.finfo(torch.float64).tiny)).float())
+
+
+def _update(job: Job, norm: Tensor | None) -> bool:
+    """Update the weights and their average, unless the gradient is not finite and may be left."""
+    if job.scaler.is_enabled():
+        before = job.scaler.get_scale()
+        job.scaler.step(job.optimizer)
+        job.scaler.update()
+        applied = job.scaler.get_scale() >= before
+    else:
+        applied = not job.skip_nonfinite or norm is None or bool(norm.isfinite())
+        if applied:
+            job.optimizer.step()
+    if applied and job.ema is not None:
+        job.ema.update()
+    return applied
+
+
+class _Losses:
+    """This rank's losses since they were last looked at; to look, one waits for the device.
+
+    They are looked at before anything is made of them: a line, an evaluation, a checkpoint.
+    """
+
+    _many = 1000
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._kept: list[tuple[int, float, Tensor]] = []
+
+    @property
+    def are_many(self) -> bool:
+        """Whether it is time to look, so that they do not fill the memory."""
+        return len(self._kept) >= self._many
+
+    def add(self, step: int, lr: float, loss: Tensor, applied: bool) -> None:
+        """Keep the loss of a step, if it changed the weights."""
+        if applied and not self._job.skip_nonfinite:
+            self._kept.append((step, float(lr), loss))
+
+    def look(self, saver: Saver) -> None:
+        """Refuse to go on after a loss that is not finite on any rank. Collective."""
+        kept, self._kept = self._kept, []
+        finite = not kept or bool(torch.stack([loss for _, _, loss in kept]).isfinite().all())
+        world = self._job.world
+        if world.all(finite):
+            return
+        bad = next((each for each in kept if not finite and not each[2].isfinite()), None)
+        found = world.gather(None if bad is None else (*bad[:2], float(bad[2])))
+        saver.finish()  # what was looked at before is whole
+
+        def refuse() -> None:
+            first = min((each for each in found if each is not None), key=lambda each: each[0])
+            at = saver.committed_step
+            newest = "none" if at is None else f"step {at:,}"
+            raise TrainingError(
+                f"the loss of step {first[0]:,} is {first[2]} on rank {found.index(first)} "
+                f"(learning rate {first[1]:g}). Newest checkpoint, from before: {newest}; the same "
+                "command would come to the same. Lower optimizer.lr, clip the gradient "
+                "(trainer.clip_norm=1), look at the data, or leave such steps out and count them: "
+                "trainer.on_nonfinite=skip"
+            )
+
+        world.from_rank0(refuse)
 
 
 def evaluate(job: Job, state: State, stop: Stop) -> dict[str, float] | None:
     """Measure the model on every evaluation sample, once. Collective.
 
-    Uses rank 0's buffers and generators of its own, so that training goes on as if nothing had
-    happened. Returns the figures, or None if the ranks agreed to stop meanwhile.
+    Where weights are averaged, it is the average that is measured. Uses rank 0's buffers and
+    generators of its own, so that training goes on as if nothing had happened. Returns the
+    figures, or None if the ranks agreed to stop meanwhile.
     """
     if job.evaluation is None:
         return {}
@@ -163,7 +264,9 @@ def evaluate(job: Job, state: State, stop: Stop) -> dict[str, float] | None:
     needs_all = parallel.is_sharded(job.model)  # in each forward, those without a sample too
     job.model.eval()
     try:
-        with rng.forked(rng.derive("eval", job.seed, state.step, job.world.rank)), torch.no_grad():
+        averaged = job.ema.in_place() if job.ema is not None else nullcontext()
+        own_rng = rng.forked(rng.derive("eval", job.seed, state.step, job.world.rank))
+        with own_rng, averaged, torch.no_grad():
             batches = job.evaluation.batches()
             for _ in range(len(job.evaluation)):
                 stop.agree(batches.has)
@@ -176,7 +279,7 @@ def evaluate(job: Job, state: State, stop: Stop) -> dict[str, float] | None:
                 with parallel.autocast(job.precision, job.world.device):
                     loss, outputs = job.task.loss(job.model, given)
                 if batch is not None:
-                    job.metrics["loss"].update(loss, weight=_sample_count(batch))
+                    job.metrics["loss"].update(loss, weight=_weight(job.task, batch))
                     job.task.update(job.metrics, outputs, batch)
             return {name: float(metric.compute()) for name, metric in job.metrics.items()}
     finally:
@@ -214,7 +317,7 @@ def _due(every: Every, state: State, job: Job) -> str | None:
         step=state.step,
         epoch=state.epoch,
         epoch_ended=state.cursor["batch"] == 0,
-        final=state.step >= job.max_steps,
+        final=job.is_over(state),
     )
 
 
@@ -249,6 +352,11 @@ class _Pace:
         return {"samples_per_s": round(rate, 1)}
 
 
+def _weight(task: Task, batch: Batch) -> float:
+    weigh = getattr(task, "weight", _sample_count)
+    return float(weigh(batch))
+
+
 def _sample_count(batch: Batch) -> int:
     if isinstance(batch, Tensor):
         return len(batch)
@@ -262,6 +370,9 @@ def collect(job: Job, state: State) -> Content:
     content = Content()
     tree.add_model(content, job.model, with_buffers=job.world.rank == 0)
     tree.add_optimizer(content, job.model, job.optimizer)
+    for name, average in job.ema.averages.items() if job.ema is not None else ():
+        content.tensors[PREFIX + name] = average
+        content.late.add(PREFIX + name)  # it changes just after the weights
     rank0s = content.own if job.world.rank == 0 else {}
     for name, value in rng.capture().items():
         content.own[f"rng.{job.world.rank}.{name}"] = value

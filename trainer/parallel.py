@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,21 @@ class DdpOptions:
 
 
 @dataclass(frozen=True)
+class BlockOptions:
+    """What is done to a model before it is spread; its names stay as they are."""
+
+    blocks: Sequence[str] = ()
+    """Names of the classes of modules that are blocks. Empty: by size."""
+    min_parameters: int = 1_000_000
+    """By size: a module with so many parameters that no inner one has taken."""
+    compile: str = "no"
+    """`no`; `model`: torch.compile of the whole; `blocks`: of each block, which starts sooner."""
+    compile_backend: str = "inductor"
+    recompute: bool = False
+    """Compute each block's activations again in the backward instead of keeping them."""
+
+
+@dataclass(frozen=True)
 class FsdpOptions:
     """What FSDP2 gathers at a time, and in which dtype."""
 
@@ -43,6 +59,56 @@ class FsdpOptions:
     param_dtype: str = "fp32"
     """In which blocks are gathered and computed: `fp32` or `bf16`. Gradients are summed in fp32;
     what is stored and updated is fp32, and so is all of BatchNorm."""
+
+
+def modify(model: nn.Module, options: BlockOptions) -> None:
+    """Let blocks recompute their activations, and compile; in place, before `wrap`.
+
+    T. Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
+
+    Raises:
+        ConfigError: there are no such blocks, or recomputing one would change what it computes.
+    """
+    if options.recompute or options.compile == "blocks":
+        blocks = _blocks(model, options)
+        if not blocks:
+            raise ConfigError(
+                f"no module below the model has {options.min_parameters:,} parameters, so there "
+                "are no blocks; name their classes with parallel.blocks, or lower "
+                "parallel.min_parameters"
+            )
+        if options.recompute:
+            _recompute(blocks)
+    if options.compile == "blocks":
+        for block in blocks:
+            _compile(block, options)
+    elif options.compile == "model":
+        _compile(model, options)
+
+
+def _compile(module: nn.Module, options: BlockOptions) -> None:
+    # A wrapper would put its own name into every parameter's; Module.compile() leaves containers
+    # of torch's own classes as they are; and hooks, FSDP's among them, stay outside this way.
+    module.forward = torch.compile(module.forward, backend=options.compile_backend)
+
+
+def _recompute(blocks: Sequence[nn.Module]) -> None:
+    for block in blocks:
+        if any(isinstance(module, _NORMS) for module in block.modules()):
+            raise ConfigError(
+                f"parallel.recompute: {type(block).__name__} has a BatchNorm, whose statistics "
+                "would take every batch twice; choose blocks without one (parallel.blocks)"
+            )
+        block.forward = _again(block.forward)
+
+
+def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    from torch.utils.checkpoint import checkpoint
+
+    def recomputed(*arguments: Any, **named: Any) -> Any:
+        return checkpoint(forward, *arguments, use_reentrant=False, **named)
+
+    return recomputed
 
 
 def wrap(model: nn.Module, world: World, options: DdpOptions | FsdpOptions) -> nn.Module:
@@ -99,8 +165,8 @@ def _shard(model: nn.Module, world: World, options: FsdpOptions) -> nn.Module:
     return model
 
 
-def _blocks(model: nn.Module, options: FsdpOptions) -> list[nn.Module]:
-    """Return the modules below `model` that are gathered one by one, inner ones first."""
+def _blocks(model: nn.Module, options: BlockOptions | FsdpOptions) -> list[nn.Module]:
+    """Return the modules below `model` that are its blocks, inner ones first."""
     inner = [module for name, module in model.named_modules() if name][::-1]
     if options.blocks:
         found = [module for module in inner if type(module).__name__ in options.blocks]
@@ -194,6 +260,13 @@ def is_sharded(module: nn.Module) -> bool:
     return hasattr(module, "set_requires_gradient_sync")  # FSDPModule's, since `fully_shard`
 
 
+def reshard(module: nn.Module) -> None:
+    """Drop gathered copies of the parameters, where `module` is sharded. No communication."""
+    for inner in module.modules():
+        if is_sharded(inner):
+            inner.reshard()  # type: ignore[operator]  # FSDPModule's
+
+
 def clip(model: nn.Module, max_norm: float) -> torch.Tensor:
     """Clip the gradients to this 2-norm over all parameters of all ranks; return what it was.
 
@@ -204,9 +277,22 @@ def clip(model: nn.Module, max_norm: float) -> torch.Tensor:
     return whole
 
 
+def choose_arithmetic(precision: str, *, deterministic: bool) -> None:
+    """Set what matrix products and convolutions in float32 may be computed in, process-wide.
+
+    `tf32` allows Ampere and later GPUs 10 bits of mantissa in them (NVIDIA A100 whitepaper, 2020);
+    under every other precision all 23 are kept, also by cuDNN, whose own default is otherwise.
+    """
+    is_tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if is_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = is_tf32
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = deterministic
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """Return the context of forward passes in `precision`."""
-    if precision == "fp32":
+    if precision not in _DTYPES:
         return nullcontext()
     return torch.autocast(device.type, dtype=_DTYPES[precision])
 

@@ -17,7 +17,12 @@ The first axis of each tensor counts the samples.
 
 
 class Task(Protocol):
-    """What a step computes, and what an evaluation measures."""
+    """What a step computes, and what an evaluation measures.
+
+    A task may also have `weight(batch)`: how many items (tokens, say) the mean loss of this batch
+    is over, a number or a 0-dim tensor. The loss of a global batch, and of an evaluation, is then
+    the mean over all items; without it, all samples count alike.
+    """
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
         """Return the mean loss over the samples of `batch` (0-dim), and the model's outputs.

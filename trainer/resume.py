@@ -13,6 +13,7 @@ from trainer.checkpoint.manifest import Manifest, parse_folder
 from trainer.checkpoint.plan import TORCH_DTYPES
 from trainer.checkpoint.tiers import Survey, Tiers
 from trainer.config import ObjectStore, Run
+from trainer.ema import PREFIX
 from trainer.errors import CheckpointError, ConfigError
 from trainer.state import State
 from trainer.storage import open_store
@@ -282,8 +283,10 @@ def finished(run: Run, start: Start) -> bool:
     limits = run.trainer
     by_steps = limits.max_steps is not None and start.manifest.step >= limits.max_steps
     by_epochs = limits.max_epochs is not None and start.manifest.epoch >= limits.max_epochs
-    evaluated = start.manifest.objects["run"]["last_eval_step"] == start.step
-    return (by_steps or by_epochs) and evaluated
+    state = start.manifest.objects["run"]
+    patience = limits.patience_evals
+    by_patience = patience is not None and state.get("stale_evals", 0) >= patience
+    return (by_steps or by_epochs or by_patience) and state["last_eval_step"] == start.step
 
 
 def load(
@@ -314,6 +317,7 @@ def load(
     reader.read(_model_targets(job, manifest))
     tree.load_model(job.model, manifest.objects, reader.fetch)
     _load_optimizer(job, manifest, reader)
+    _load_ema(job, manifest, reader)
     lr_changed = _override_hyperparameters(job, start)
     scheduler_changed = any(key.split(".")[0] == "scheduler" for key in changed)
     if job.scheduler is not None and not lr_changed and not scheduler_changed:
@@ -350,6 +354,16 @@ def _load_optimizer(job: loop.Job, manifest: Manifest, reader: checkpoint.Reader
     reader.read({name: slot.tensor for name, slot in slots.items()})
     objects = manifest.objects["optimizer"]
     tree.load_optimizer(job.model, job.optimizer, objects, slots, reader.fetch)
+
+
+def _load_ema(job: loop.Job, manifest: Manifest, reader: checkpoint.Reader) -> None:
+    if job.ema is None:
+        return
+    targets = {PREFIX + name: average for name, average in job.ema.averages.items()}
+    if any(name.startswith(PREFIX) for name in manifest.tensors):
+        reader.read(targets)
+    else:
+        job.ema.restart()  # the run has not averaged so far
 
 
 def _override_hyperparameters(job: loop.Job, start: Start) -> bool:

@@ -223,13 +223,12 @@ def _rank(run: Run, stored: Mapping[str, Any]) -> int:
     """Be a rank: join the others, train, leave. Returns the exit code."""
     import torch
 
-    from trainer import attempt, distributed
+    from trainer import attempt, distributed, parallel
 
     device = torch.device(launch.device_name(run.launch))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = run.trainer.deterministic
+    parallel.choose_arithmetic(run.trainer.precision, deterministic=run.trainer.deterministic)
     try:
         world = distributed.connect(device, timeout_s=_GROUP_TIMEOUT_S)
         if world.rank == 0:

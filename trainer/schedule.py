@@ -7,7 +7,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def warmup_cosine(
-    optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, floor: float = 0.0
+    optimizer: Optimizer,
+    total_steps: int,
+    warmup_steps: int = 0,
+    floor: float = 0.0,
+    warmup_share: float = 0.0,
 ) -> LambdaLR:
     """Raise the learning rate linearly from 0, then lower it along half a cosine.
 
@@ -20,7 +24,9 @@ def warmup_cosine(
             run's length.
         warmup_steps: steps of the linear rise.
         floor: share of the learning rate that is left at the end, 0 … 1.
+        warmup_share: the rise as a share of all steps, 0 … 1, where `warmup_steps` is 0.
     """
+    warmup_steps = warmup_steps or round(warmup_share * total_steps)
 
     def factor(step: int) -> float:
         if step < warmup_steps:

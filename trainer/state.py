@@ -28,6 +28,8 @@ class State:
     """Figures of that evaluation."""
     best: dict[str, float] | None = None
     """`value` and `step` of the best metric so far, where one is tracked; the earliest such."""
+    stale_evals: int = 0
+    """Evaluations since then."""
 
     @property
     def epoch(self) -> int:
@@ -45,12 +47,16 @@ class State:
         """Take note of a complete evaluation at this step."""
         self.last_eval_step = self.step
         self.metrics = metrics
-        if metric is None or math.isnan(metrics[metric]):
+        if metric is None:
+            return
+        self.stale_evals += 1
+        if math.isnan(metrics[metric]):
             return
         value = metrics[metric]
         sign = 1 if mode == "max" else -1
         if self.best is None or sign * value > sign * self.best["value"]:
             self.best = {"value": value, "step": self.step}
+            self.stale_evals = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""

@@ -67,3 +67,17 @@ def test_only_numbers_are_kept_in_a_checkpoint():
     kept = scheduler.state_dict()
     assert kept["lr_lambdas"] == [None]
     assert kept["last_epoch"] == 0
+
+
+def test_a_rise_may_be_given_as_a_share_of_the_run():
+    def rates(**warmup):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        schedule = warmup_cosine(optimizer, total_steps=40, floor=0.1, **warmup)
+        found = []
+        for _ in range(40):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    assert rates(warmup_share=0.25) == rates(warmup_steps=10)

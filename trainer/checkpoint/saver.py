@@ -161,6 +161,11 @@ class Saver:
                 self._say(str(error))
         return self.committed_step == state.step
 
+    def finish(self) -> None:
+        """Wait for the save that is under way, if there is one. Collective; raises as above."""
+        if self._flight is not None:
+            self._settle(self._flight)
+
     def _await_mirror(self, until_s: float | None) -> None:
         """Wait until the mirror has the newest checkpoint, or time is over, or it cannot be."""
         if self._mirror is None:

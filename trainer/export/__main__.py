@@ -1,4 +1,4 @@
-"""python -m trainer.export RUN format=safetensors|state_dict [step=latest|best|N] [out=PATH]."""
+"""python -m trainer.export RUN [format=…] [step=…] [weights=…] [out=…]: weights leave a run."""
 
 import os
 import sys
@@ -14,11 +14,13 @@ from trainer.export.source import open_source
 from trainer.storage import Store, is_local, open_store
 
 _FORMATS = {"safetensors": safetensors, "state_dict": state_dict}
-_OPTIONS = {"format": "safetensors", "step": "latest", "out": ""}
-_USAGE = f"""usage: python -m trainer.export RUN [format=…] [step=…] [out=…]
+_WEIGHTS = ("model", "ema")
+_OPTIONS = {"format": "safetensors", "step": "latest", "weights": "model", "out": ""}
+_USAGE = f"""usage: python -m trainer.export RUN [format=…] [step=…] [weights=…] [out=…]
   RUN     directory of a run, a folder of checkpoints, or one of them; local, s3://… and the like
   format  {" or ".join(_FORMATS)} (default safetensors)
   step    latest, best, or the number of a step that the run has kept (default latest)
+  weights model, or ema: their moving average, where trainer.ema_decay was set (default model)
   out     file to write (default RUN/exports/step-N.<suffix of the format>)"""
 
 
@@ -30,10 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE if argv else ConfigError.exit_code
     try:
         given = parse(argv, _USAGE, options=_OPTIONS)
-        format, step, out = (given.options[key] for key in _OPTIONS)
+        format, step, weights, out = (given.options[key] for key in _OPTIONS)
         if format not in _FORMATS:
             raise ConfigError(f"there is no format {format!r}{closest(format, _FORMATS)}")
-        path, count = export(given.places[0], format, step, out, given.store)
+        if weights not in _WEIGHTS:
+            raise ConfigError(f"weights={weights} is neither model nor ema")
+        averaged = weights == "ema"
+        path, count = export(given.places[0], format, step, out, given.store, averaged=averaged)
     except PerdureError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
@@ -48,6 +53,8 @@ def export(
     step: str,
     out: str,
     settings: ObjectStore = ObjectStore(),  # noqa: B008 (frozen)
+    *,
+    averaged: bool = False,
 ) -> tuple[Path | str, int]:
     """Write the weights of a checkpoint; return the file's place and the number of tensors.
 
@@ -55,13 +62,14 @@ def export(
     """
     source = open_source(run_dir, step, settings)
     module = _FORMATS[format]
-    name = f"step-{source.commit.step:08d}{module.SUFFIX}"
+    name = f"step-{source.commit.step:08d}{'-ema' if averaged else ''}{module.SUFFIX}"
     if not out and not is_local(run_dir):
         with tempfile.TemporaryDirectory(prefix="perdure-") as folder:
-            path, count = export(run_dir, format, step, str(Path(folder, name)), settings)
+            here = str(Path(folder, name))
+            path, count = export(run_dir, format, step, here, settings, averaged=averaged)
             return _into_store(path, open_store(run_dir, settings), f"exports/{name}"), count
     path = Path(out) if out else Path(run_dir.removeprefix("file://")) / "exports" / name
-    weights = source.weights()
+    weights = source.weights(averaged=averaged)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")

@@ -10,6 +10,7 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.places import open_place
 from trainer.checkpoint.weights import clean_names
 from trainer.config import ObjectStore
+from trainer.ema import PREFIX
 from trainer.errors import ConfigError
 
 
@@ -22,13 +23,16 @@ class Source:
     manifest: Manifest
     reader: Reader
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, *, averaged: bool = False) -> dict[str, Tensor]:
         """Return the model's tensors on the CPU, every byte checked, names without wrappers.
 
         Names that share storage come as the same tensor.
 
+        Args:
+            averaged: return the moving averages of those parameters that have one.
+
         Raises:
-            ConfigError: there is no model in it.
+            ConfigError: there is no model in it, or there are no averages.
             DamagedError: the checkpoint's bytes are wrong.
         """
         names = [name for name in self.manifest.tensors if name.startswith("model.")]
@@ -37,12 +41,20 @@ class Source:
                 f"{self.place}: no tensor of step {self.manifest.step:,} is called model.…, so "
                 "there is no model in it to export"
             )
+        averages = {name for name in self.manifest.tensors if name.startswith(PREFIX)}
+        if averaged and not averages:
+            raise ConfigError(
+                f"{self.place}: step {self.manifest.step:,} has no averaged weights; the run was "
+                "made without trainer.ema_decay. Export its weights as they are: weights=model"
+            )
         clean = clean_names([name.removeprefix("model.") for name in names])
         tensors: dict[str, Tensor] = {}
         for name in names:
             owner = self.manifest.tensors[name].alias or name
             if owner not in tensors:
-                tensors[owner] = self.reader.fetch(owner)
+                average = PREFIX + owner.removeprefix("model.")
+                chosen = average if averaged and average in averages else owner
+                tensors[owner] = self.reader.fetch(chosen)
             tensors[name] = tensors[owner]
         return {clean[name.removeprefix("model.")]: tensors[name] for name in names}
 
