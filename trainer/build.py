@@ -258,7 +258,7 @@ def _numbers_only(members: Sequence[Any]) -> bool:
 # --- objects -----------------------------------------------------------------------------------
 
 
-def _make(node: Mapping[str, Any], key: str, *provided: Any) -> Any:
+def make(node: Mapping[str, Any], key: str, *provided: Any) -> Any:
     """Call a target. What it says about its arguments becomes a ConfigError; a bug stays one."""
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
@@ -278,7 +278,7 @@ def _make(node: Mapping[str, Any], key: str, *provided: Any) -> Any:
 
 def build_data(run: Run) -> DataSource:
     """Build the data; a plain dataset is trained on and nothing is evaluated."""
-    made = _make(run.data, "data")
+    made = make(run.data, "data")
     source: DataSource = made if _is_source(made) else Datasets(train=made)
     if not hasattr(source.train, "__len__"):
         raise DataError(
@@ -305,7 +305,7 @@ def _check_shape(run: Run, source: DataSource) -> None:
 def build_model(run: Run) -> nn.Module:
     """Build the plain model on the CPU; its initial weights are a function of `seed`."""
     rng.seed_all(run.seed)
-    model = _make(run.model, "model")
+    model = make(run.model, "model")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: {run.model['_target_']} gives a {type(model).__name__}, not a "
                           "torch.nn.Module")  # fmt: skip
@@ -316,7 +316,7 @@ def build_tracker(run: Run, world: World) -> Tracker:
     """Build rank 0's trackers, `metrics.jsonl` always among them; other ranks are silent."""
     if world.rank != 0:
         return Silent()
-    return Several([Jsonl(), *(_make(node, f"tracker.{n}") for n, node in run.tracker.items())])
+    return Several([Jsonl(), *(make(node, f"tracker.{n}") for n, node in run.tracker.items())])
 
 
 def _options(run: Run, kind: Callable[..., T]) -> T:
@@ -348,7 +348,7 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
     rules = run.optimizer.get("groups", [])
     groups, matched = parameters.groups(model, rules)
     node = {key: value for key, value in run.optimizer.items() if key != "groups"}
-    optimizer = _make(node, "optimizer", groups if rules else groups[0]["params"])
+    optimizer = make(node, "optimizer", groups if rules else groups[0]["params"])
     scheduler = None
     if run.scheduler:
         horizon = dict(
@@ -363,7 +363,7 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
             for key, value in run.scheduler.items()
             if key != "interval"
         }
-        scheduler = _make(node, "scheduler", optimizer)
+        scheduler = make(node, "scheduler", optimizer)
     share = settings.global_batch_size // world.size // settings.accumulate
     evaluation = None
     if source.eval is not None:
@@ -374,7 +374,7 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
         world=world,
         model=model,
         wrapped=wrapped,
-        task=_make(run.task, "task"),
+        task=make(run.task, "task"),
         optimizer=optimizer,
         scheduler=scheduler,
         scheduler_interval=run.scheduler.get("interval", "step"),

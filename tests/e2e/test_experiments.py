@@ -28,7 +28,8 @@ def idx(tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_it_runs_two_steps(command, idx, recipe):
     data = [f"data.dir={idx}"] if "dir:" in recipe.read_text() else []
-    done = command(f"experiment={recipe.stem}", "trainer.max_steps=2", *data)
+    cache = {"XDG_CACHE_HOME": str(command.folder / "cache")}
+    done = command(f"experiment={recipe.stem}", "trainer.max_steps=2", *data, **cache)
     assert done.returncode == 0, done.stderr
     assert "Finished at step 2" in done.stdout
     assert (command.folder / "runs" / recipe.stem / "checkpoints").is_dir()

@@ -1,0 +1,122 @@
+"""The command that prepares a run's data: its output, exit codes, and what a signal leaves."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from trainer import prepare
+from trainer.data import text
+from trainer.data.text import Text
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    """Arguments for a small corpus, with several shards."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "corpus").mkdir()
+    for number in range(30):
+        (tmp_path / "corpus" / f"{number}.txt").write_bytes(b"%d words" % number)
+    return [
+        "data=text", f"data.files='{tmp_path}/corpus/*.txt'", f"data.dir={tmp_path}/shards",
+        "data.eval_share=0.3", "data.shard_tokens=50", "sample.shape=[4]",
+    ]  # fmt: skip
+
+
+def test_it_tells_what_was_prepared(arguments, tmp_path, capsys):
+    assert prepare.main(arguments) == 0
+    shown = capsys.readouterr()
+    assert f"folder     {tmp_path}/shards" in shown.out
+    assert "bytes, 257 tokens as uint16" in shown.out
+    assert "train-00000.bin: " in shown.err
+    source = Text(
+        f"{tmp_path}/corpus/*.txt", 4, eval_share=0.3, dir=f"{tmp_path}/shards", shard_tokens=50
+    )
+    part = source.prepare(pytest.fail).parts["train"]
+    row = next(line for line in shown.out.splitlines() if line.startswith("train"))
+    assert row.split()[:3] == ["train", str(part.documents), str(part.tokens)]
+
+
+def test_json_is_one_object_and_nothing_else(arguments, tmp_path, capsys):
+    assert prepare.main([*arguments, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    found = json.loads(shown.out)
+    assert found["folder"] == f"{tmp_path}/shards"
+    assert (found["is_prepared"], found["vocabulary"], found["dtype"]) == (True, 257, "uint16")
+    assert sum(part["documents"] for part in found["parts"].values()) == 30
+    index = json.loads((tmp_path / "shards" / "index.json").read_bytes())
+    assert found["parts"] == index["parts"]
+
+
+def test_data_that_needs_no_preparing_is_left_alone(capsys):
+    assert prepare.main([]) == 0
+    assert capsys.readouterr().out == "trainer.data.digits.Digits needs no preparing\n"
+    assert prepare.main(["data=synthetic", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["is_prepared"] is False
+
+
+@pytest.mark.parametrize(("number", "code"), [
+    (signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130),
+])  # fmt: skip
+def test_a_signal_leaves_finished_shards_and_the_same_command_goes_on(
+    arguments, tmp_path, capsys, monkeypatch, number, code
+):
+    handlers = [signal.getsignal(n) for n in prepare._SIGNALS]
+    second, read = tmp_path / "shards" / "train-00001.json", text._read_local
+
+    def reading(document):
+        if second.exists():
+            os.kill(os.getpid(), number)
+        return read(document)
+
+    monkeypatch.setattr(text, "_read_local", reading)
+    assert prepare.main(arguments) == code
+    assert "The same command goes on." in capsys.readouterr().err
+    assert [signal.getsignal(n) for n in prepare._SIGNALS] == handlers
+    names = sorted(path.name for path in (tmp_path / "shards").iterdir())
+    assert names == [".lock", "train-00000.bin", "train-00000.json", "train-00001.bin", second.name]
+    monkeypatch.setattr(text, "_read_local", read)
+    assert prepare.main(arguments) == 0
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "train-00000.bin: is there already", "train-00001.bin: is there already",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("more", "code", "said"), [
+    (["data=txt"], 2, "there is no data=txt (did you mean 'text'?)"),
+    (["data.filse=x"], 2, "has no argument 'filse' (did you mean 'files'?)"),
+    (["trainer.max_epohcs=3"], 2, "did you mean 'max_epochs'?"),
+    (["data.context=0"], 2, "data.context=0 is too small"),
+    (["sample.classes=200"], 2, "set sample.classes=257"),
+    (["data.files=/nowhere/*.txt"], 1, "there is no such file"),
+    (["data.eval_share=0.2,0.3"], 2, "data.eval_share: give one value"),
+    (["--jsn"], 2, "there is no argument '--jsn' (did you mean '--json'?)"),
+    (["words"], 2, "there is no argument 'words'"),
+    (["--config-dir=/nowhere"], 2, "--config-dir /nowhere is no folder"),
+    (["data._target_=nowhere.Data"], 2, "there is no module 'nowhere'"),
+    (["+data/x=1"], 2, "data/x"),
+])  # fmt: skip
+def test_what_is_not_understood_is_said(arguments, capsys, more, code, said):
+    assert prepare.main([*arguments, *more]) == code
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert shown.out == ""
+
+
+def test_groups_of_ones_own_are_found(arguments, tmp_path, capsys):
+    folder = tmp_path / "my conf" / "data"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(
+        f"_target_: trainer.data.text.Text\nfiles: {tmp_path}/corpus/*.txt\neval_share: 0.3\n"
+    )
+    assert prepare.main(["data=mine", "--config-dir", str(folder.parent), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["folder"].startswith(
+        f"{tmp_path}/cache/perdure/text-"
+    )
+
+
+def test_help_is_shown(capsys):
+    assert prepare.main(["--help"]) == 0
+    assert "usage: python -m trainer.prepare" in capsys.readouterr().out

@@ -1,0 +1,189 @@
+"""python -m trainer.prepare [key=value …] [--json]: prepare a run's data before the run.
+
+A run prepares its data itself where that was not done; but then every node's GPUs wait for it.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from trainer import build, config, errors, overrides
+from trainer.config import Run
+from trainer.data.text import Prepared
+from trainer.errors import (
+    DONE,
+    FAILURE,
+    INTERRUPTED_TWICE,
+    RUN_AGAIN,
+    ConfigError,
+    PerdureError,
+    Problem,
+)
+from trainer.run import conf_folder
+from trainer.terminal import progress, size, table
+
+_USAGE = """usage: python -m trainer.prepare [key=value …] [--config-dir FOLDER] [--json]
+  data=text data.files='data/books/**/*.txt' data.tokenizer=tokenizer.json
+                the configuration as trainer.run has it: give the run's own arguments
+  --config-dir  a folder with more groups, as trainer.run has it
+  --json        one JSON object on standard output instead of text
+Killed in the middle, it keeps what is finished; the same command goes on.
+exit codes: 0 done, or nothing to prepare, 1 the data cannot be used, 2 not understood,
+            75 stopped by a signal, 130 interrupted by Ctrl-C"""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""Those that mean to a run: save and leave."""
+
+
+class _Stopped(BaseException):
+    """A signal has come; raised where the work is, so that it leaves no half file."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv:
+        print(_USAGE)
+        return DONE
+    try:
+        with _stoppable():
+            is_json = "--json" in argv
+            content, text = prepare([a for a in argv if a != "--json"], is_quiet=is_json)
+            print(json.dumps(content, indent=1) if is_json else text, flush=True)
+    except PerdureError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except (_Stopped, KeyboardInterrupt) as stop:
+        print("LEFT: what is finished is kept. The same command goes on.", file=sys.stderr)
+        return RUN_AGAIN if isinstance(stop, _Stopped) else INTERRUPTED_TWICE
+    return DONE
+
+
+def prepare(arguments: Sequence[str], *, is_quiet: bool) -> tuple[dict[str, Any], str]:
+    """Prepare the data of a configuration; return what `--json` prints, and the text without.
+
+    Raises:
+        ConfigError: the configuration, or an argument, has to change.
+        DataError: the data cannot be used.
+    """
+    run = _compose(arguments)
+    target = run.data["_target_"]
+    source = build.make(run.data, "data")  # and look at no part of it: that would prepare it
+    if not hasattr(type(source), "prepare"):
+        return {"data": target, "is_prepared": False}, f"{target} needs no preparing"
+
+    def say(line: str) -> None:
+        if not is_quiet and not sys.stderr.isatty():  # a terminal has the bar
+            print(line, file=sys.stderr, flush=True)
+
+    with progress("preparing", source.total_bytes, is_quiet=is_quiet) as advance:
+        prepared: Prepared = source.prepare(say, advance)
+    described = {**asdict(prepared), "folder": str(prepared.folder)}
+    return {"data": target, "is_prepared": True, **described}, _text(prepared)
+
+
+def _text(prepared: Prepared) -> str:
+    rows = [["part", "documents", "tokens", "size", "bytes per token", "shards"]]
+    for name, part in prepared.parts.items():
+        counts = [f"{part.documents:,}", f"{part.tokens:,}", size(part.bytes)]
+        rows.append([name, *counts, f"{part.bytes / part.tokens:.3f}", str(len(part.shards))])
+    head = (
+        f"folder     {prepared.folder}\n"
+        f"tokenizer  {prepared.tokenizer}, {prepared.vocabulary:,} tokens as {prepared.dtype}\n"
+    )
+    return f"{head}\n{table(rows)}"
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Turn signals that mean to stop into an exception, and put their handlers back."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Stopped
+
+    heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, stop) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _compose(arguments: Sequence[str]) -> Run:
+    """Compose and check as `trainer.run` does; of the targets only the data's is looked at."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    settings, folders = _without_folders(arguments)
+    flags = [f"--config-dir={folder}" for folder in folders]
+    prepared = overrides.prepare([*flags, *settings], conf_folder())
+    if prepared.swept:
+        raise ConfigError(f"{', '.join(prepared.swept)}: give one value; a sweep is of trainer.run")
+    places = [f"file://{folder}" for folder in folders]
+    more = [f"hydra.searchpath={json.dumps(places)}"] if places else []
+    given = [a for a in prepared.arguments if a not in flags]
+    ConfigStore.instance().store(
+        name="schema", node=OmegaConf.to_container(OmegaConf.structured(Run))
+    )
+    try:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            node = compose("config", overrides=[*given, *more], return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        found = [*prepared.problems, Problem("command line", str(error).strip())]
+        raise ConfigError(errors.problems_text(found)) from None
+    HydraConfig.instance().set_config(node)  # for ${hydra:…}
+    try:
+        OmegaConf.set_struct(node, False)
+        del node["hydra"]
+        run, problems = config.merge(node)
+    finally:
+        HydraConfig.instance().cfg = None
+    problems = [*prepared.problems, *problems]
+    if run.data.get("_target_"):  # merge tells where there is none
+        problems += build.check_target(run.data, "data")
+    if problems:
+        raise ConfigError(errors.problems_text(problems))
+    return run
+
+
+def _without_folders(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """Return the overrides, and the folders of `--config-dir`.
+
+    Raises:
+        ConfigError: something else was typed.
+    """
+    settings, folders = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            folder = Path(value if equals else next(rest, ""))
+            if not folder.is_dir():
+                raise ConfigError(f"--config-dir {folder} is no folder\n{_USAGE}")
+            folders.append(folder.resolve())
+        elif argument.startswith("-") or not (equals or argument.startswith("~")):
+            hint = errors.closest(argument, ("--json", "--config-dir", "--help"))
+            raise ConfigError(f"there is no argument {argument!r}{hint}\n{_USAGE}")
+        else:
+            settings.append(argument)
+    return settings, folders
+
+
+if __name__ == "__main__":
+    sys.exit(main())
