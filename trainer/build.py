@@ -6,7 +6,7 @@ import pkgutil
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -169,6 +169,8 @@ def _check_arguments(
         return []  # a builtin without a signature judges its arguments itself
     parameters = signature.parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if is_dataclass(target) and hasattr(target.__init__, "__wrapped__"):
+        takes_any = True  # transformers' configurations take more than their fields
     positional = [
         name
         for name, p in parameters.items()

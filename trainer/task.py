@@ -12,7 +12,8 @@ from torch.nn import functional as F
 class Classification:
     """Cross entropy of (inputs, labels) batches, and accuracy.
 
-    The model maps inputs (N, …) to logits (N, classes); labels are (N,) int64.
+    The model maps inputs (N, …) to logits (N, classes), or to an object that has them as
+    `.logits`; labels are (N,) int64.
 
     Args:
         label_smoothing: share of the target spread evenly over all classes, 0 … 1.
@@ -26,7 +27,8 @@ class Classification:
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the mean cross entropy (0-dim) and the logits (N, classes)."""
         inputs, labels = batch
-        logits = model(inputs)
+        outputs = model(inputs)
+        logits = getattr(outputs, "logits", outputs)
         return F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing), logits
 
     def figures(self, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:

@@ -9,7 +9,7 @@ from scripts.compare_runs import differences
 OPTIONS = [
     *HARD, "task._target_=mine.task.Fragile", "optimizer=adamw", "trainer.ema_decay=0.9",
     "trainer.on_nonfinite=skip", "optimizer.groups=[{names:['*.bias'],weight_decay:0}]",
-    "trainer.accumulate=2", "parallel.compile=model", "parallel.compile_backend=aot_eager",
+    "trainer.accumulate=2",
 ]  # fmt: skip
 
 
