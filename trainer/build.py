@@ -83,7 +83,7 @@ def check_target(node: Any, key: str, provided: int = 0) -> list[Problem]:
     if not isinstance(node, Mapping) or "_target_" not in node:
         text = "has no _target_: the dotted name of a class or function that makes it"
         return [Problem(key, text)]
-    target, problem = _find(str(node["_target_"]))
+    target, problem = find(str(node["_target_"]))
     if target is None:
         return [Problem(f"{key}._target_", problem)]
     arguments = {name: value for name, value in node.items() if name not in _HYDRA_WORDS}
@@ -108,7 +108,7 @@ def _check_nested(value: Any, key: str) -> list[Problem]:
     return []
 
 
-def _find(path: str) -> tuple[Any, str]:
+def find(path: str) -> tuple[Any, str]:
     """Return (object, "") or (None, what is wrong)."""
     parts = path.split(".")
     if not all(parts):
@@ -169,7 +169,7 @@ def _check_arguments(
         return []  # a builtin without a signature judges its arguments itself
     parameters = signature.parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if is_dataclass(target) and hasattr(target.__init__, "__wrapped__"):
+    if is_dataclass(target) and hasattr(vars(target).get("__init__"), "__wrapped__"):
         takes_any = True  # transformers' configurations take more than their fields
     positional = [
         name

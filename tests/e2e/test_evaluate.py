@@ -1,0 +1,89 @@
+"""python -m trainer.evaluate: what it measures is what the run measured."""
+
+import json
+import sys
+
+import pytest
+
+from trainer import evaluate
+
+RUN = [
+    "data=digits", "model=mlp", "optimizer=adam", "trainer.max_epochs=2", "launch.threads=1",
+    "checkpoint.metric=accuracy", "checkpoint.keep_last=5", "trainer.ema_decay=0.9",
+]  # fmt: skip
+
+
+def evaluated(command):
+    lines = (command.folder / "runs/a/metrics.jsonl").read_text().splitlines()
+    found = [line for line in map(json.loads, lines) if line["split"] == "eval"]
+    return {line["step"]: {k: line[k] for k in ("loss", "accuracy")} for line in found}
+
+
+@pytest.fixture
+def measure(command, capsys, monkeypatch):
+    """Call the command as a process in the run's folder would; return (code, output, errors)."""
+    monkeypatch.chdir(command.folder)
+    monkeypatch.syspath_prepend(command.env["PYTHONPATH"])
+
+    def call(*arguments):
+        code = evaluate.main(["runs/a", *arguments])
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    yield call
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+        del sys.modules[name]
+
+
+def test_it_measures_what_the_run_measured(command, measure):
+    assert command(*RUN, "name=a").returncode == 0
+
+    def measured(*arguments):
+        code, out, err = measure("--json", *arguments)
+        assert code == 0, err
+        return json.loads(out)
+
+    by_step = evaluated(command)
+    last = max(by_step)
+    newest = measured()
+    assert newest["step"] == last
+    assert newest["weights"] == "ema"
+    assert newest["metrics"] == pytest.approx(by_step[last], rel=1e-6)
+    first = measured(f"step={min(by_step)}")
+    assert first["metrics"] == pytest.approx(by_step[min(by_step)], rel=1e-6)
+    other = measured("weights=model", "trainer.eval_batch_size=7")
+    assert other["metrics"]["loss"] != pytest.approx(newest["metrics"]["loss"], rel=1e-4)
+    assert other["samples"] == newest["samples"] > 100
+    assert f"runs/a at step {last:,}, averaged weights" in measure()[1]
+    for arguments, text in (
+        (["data=mnist"], "groups are chosen when a run is made"),
+        (["step=7"], "has latest, best and the steps"),
+        (["weights=emma"], "did you mean 'ema'"),
+        (["trainer.evil=1"], "no such key"),
+        (["model.hidden=3"], "model.hidden"),
+        (["--jsn"], "did you mean '--json'"),
+    ):
+        code, _, err = measure(*arguments)
+        assert (code, text in err) == (2, True), err
+
+
+def test_a_task_of_ones_own_is_called_only_when_it_is_allowed(command, measure):
+    done = command(
+        "data=synthetic", "sample.shape=[1,8,8]", "model=mlp", "name=a", "trainer.max_steps=2",
+        "task._target_=mine.task.Fragile",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    code, _, err = measure()
+    assert code == 2
+    assert "allow=mine.task.Fragile" in err
+    assert "mine" not in sys.modules
+    code, out, err = measure("allow=mine")
+    assert code == 0, err
+    assert "accuracy" in out
+
+
+def test_a_process_answers_as_the_function_does(command):
+    assert command(*RUN, "name=a", "trainer.max_steps=2").returncode == 0
+    done = command("runs/a", module="trainer.evaluate")
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout

@@ -1,0 +1,202 @@
+"""python -m trainer.evaluate RUN [step=…] [weights=…] [key=value …]: measure a checkpoint again."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from trainer import arguments, build, config, loop, trust
+from trainer.checkpoint import tree
+from trainer.config import ObjectStore, Parallel, Run
+from trainer.distributed import World
+from trainer.ema import PREFIX
+from trainer.errors import DONE, ConfigError, PerdureError, closest, problems_text
+from trainer.export.source import Source, open_source
+from trainer.preemption import Stop
+from trainer.state import State
+from trainer.terminal import table
+from trainer.tracking.several import Silent
+
+_WEIGHTS = ("auto", "model", "ema")
+_OPTIONS = {"step": "latest", "weights": "auto", "allow": ""}
+_GROUPS = ("model", "data", "task")
+"""Parts of the configuration that an evaluation needs."""
+_USAGE = """usage: python -m trainer.evaluate RUN [step=…] [weights=…] [allow=…] [key=value …]
+  RUN      directory of a run, a folder of checkpoints, or one of them; local, s3://… and the like
+  step     latest, best, or the number of a step that the run has kept (default latest)
+  weights  model, ema: their moving average, or auto: the average where there is one (default auto)
+  allow    packages or names, with commas between, that the checkpoint's configuration may call
+           besides this project's own and torch.nn
+  key      a setting to change, such as data.dir=/elsewhere or trainer.eval_batch_size=256
+  --json   one JSON object on standard output instead of text"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or "--help" in argv or "-h" in argv:
+        print(_USAGE)
+        return DONE if argv else ConfigError.exit_code
+    try:
+        mine, settings = _sorted(argv)
+        given = arguments.parse(mine, _USAGE, options=_OPTIONS, flags=("--json",))
+        allowed = [name for name in given.options["allow"].split(",") if name]
+        found = evaluate(
+            given.places[0],
+            step=given.options["step"],
+            weights=given.options["weights"],
+            settings=settings,
+            allowed=allowed,
+            store=given.store,
+        )
+    except PerdureError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    print(found.json() if "--json" in given.flags else found.text())
+    return DONE
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, of what."""
+
+    place: str
+    step: int
+    weights: str
+    samples: int
+    figures: dict[str, float]
+
+    def text(self) -> str:
+        """Return what a person reads."""
+        rows = [[name, f"{value:.6g}"] for name, value in self.figures.items()]
+        of = "averaged weights" if self.weights == "ema" else "weights"
+        head = f"{self.place} at step {self.step:,}, {of}, {self.samples:,} samples"
+        return f"{head}\n\n{table([['metric', 'value'], *rows])}"
+
+    def json(self) -> str:
+        """Return one JSON object."""
+        return json.dumps(
+            {
+                "place": self.place, "step": self.step, "weights": self.weights,
+                "samples": self.samples, "metrics": self.figures,
+            },
+            indent=1,
+        )  # fmt: skip
+
+
+def evaluate(
+    place: str,
+    *,
+    step: str = "latest",
+    weights: str = "auto",
+    settings: Sequence[str] = (),
+    allowed: Sequence[str] = (),
+    store: ObjectStore = ObjectStore(),  # noqa: B008 (frozen)
+) -> Evaluation:
+    """Measure a checkpoint on its evaluation data, as the run itself does. One process.
+
+    Args:
+        place: a run's directory, a folder of checkpoints, or the folder of one.
+        step: `latest`, `best` or the number of one.
+        weights: `model`, `ema` or `auto`, which is `ema` where there are averages.
+        settings: `key=value` to change in the checkpoint's configuration.
+        allowed: packages or names that this configuration may call besides `trust.ALLOWED`.
+        store: how object stores are reached.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or its configuration cannot be used.
+        DataError: the data cannot be used, or nothing of it is to evaluate on.
+        DamagedError: the checkpoint's bytes are wrong.
+    """
+    if weights not in _WEIGHTS:
+        raise ConfigError(f"weights={weights}: there is no such choice{closest(weights, _WEIGHTS)}")
+    source = open_source(place, step, store)
+    run = _configuration(source, settings, allowed)
+    world = World(device=torch.device("cpu"))
+    data = build.build_data(run)
+    job = build.build_job(run, world, data, Silent())
+    if job.evaluation is None:
+        raise ConfigError(f"{place}: its data has nothing to evaluate on")
+    has_averages = any(name.startswith(PREFIX) for name in source.manifest.tensors)
+    chosen = weights if weights != "auto" else "ema" if has_averages else "model"
+    _load(job.model, source, averaged=chosen == "ema")
+    figures = loop.evaluate(job, State(step=source.commit.step), Stop(world)) or {}
+    count = len(job.evaluation.dataset)
+    return Evaluation(place, source.commit.step, chosen, count, figures)
+
+
+def _sorted(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return this command's own arguments, and the settings of the run."""
+    mine: list[str] = []
+    settings: list[str] = []
+    for argument in argv:
+        key, equals, _ = argument.partition("=")
+        is_setting = equals and "/" not in key and not key.startswith(("-", "store."))
+        (settings if is_setting and key not in _OPTIONS else mine).append(argument)
+    return mine, settings
+
+
+def _configuration(source: Source, settings: Sequence[str], allowed: Sequence[str]) -> Run:
+    """Return the checkpoint's configuration with `settings`, for one process that evaluates."""
+    stored = source.manifest.config
+    if not stored:
+        raise ConfigError(
+            f"{source.place}: step {source.commit.step:,} was not written by a run, so it does not "
+            "say what model and data to measure; export its weights instead"
+        )
+    for setting in settings:
+        key = setting.partition("=")[0]
+        if "." not in key and isinstance(stored.get(key), Mapping):
+            raise ConfigError(
+                f"{setting}: groups are chosen when a run is made; here, change single settings, "
+                f"such as {key}.…=…"
+            )
+    try:
+        typed = OmegaConf.from_dotlist(list(settings))
+        composed = OmegaConf.merge(OmegaConf.create(dict(stored)), typed)
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{' '.join(settings)}: {text}") from None
+    run, problems = config.merge(composed)  # type: ignore[arg-type]
+    if problems:
+        raise ConfigError(problems_text(problems))
+    own = [s.partition("=")[2] for s in settings if s.partition("=")[0].endswith("._target_")]
+    nodes = {group: getattr(run, group) for group in _GROUPS}
+    trust.refuse_targets(nodes, [*allowed, *own])
+    alone = replace(
+        run,
+        parallel=Parallel(strategy="single"),
+        optimizer={"_target_": "torch.optim.SGD"},
+        scheduler={},
+        tracker={},
+        trainer=replace(run.trainer, accumulate=1, freeze=[], ema_decay=None),
+    )
+    problems = build.check(alone)
+    if problems:
+        raise ConfigError(problems_text(problems))
+    return alone
+
+
+def _load(model: torch.nn.Module, source: Source, *, averaged: bool) -> None:
+    tensors: dict[str, Any] = source.weights(averaged=averaged)
+    try:
+        found = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:  # shapes
+        raise ConfigError(f"{source.place} does not fit its own model: {error}") from None
+    missing = [name for name in found.missing_keys if not name.endswith("_extra_state")]
+    if missing or found.unexpected_keys:
+        raise ConfigError(
+            f"{source.place} does not fit its own model: it lacks {missing[:4] or 'nothing'}, and "
+            f"holds {found.unexpected_keys[:4] or 'nothing'} besides; was the model's code changed?"
+        )
+    tree.load_model(model, source.manifest.objects, source.reader.fetch)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
