@@ -447,7 +447,7 @@ def _check_ranges(node: Any, prefix: str) -> list[Problem]:
 _SECRET = re.compile(
     r"(^|_)(password|passwd|pwd|passphrase|secrets?|credentials?|api_?key"
     r"|(access|secret|private)_?key"
-    r"|(?<!pad_)(?<!bos_)(?<!eos_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)token)$"
+    r"|(?<!per_)(?<!pad_)(?<!bos_)(?<!eos_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)token)$"
 )
 
 

@@ -68,7 +68,7 @@ def groups(
             left = {name: p for name, p in left.items() if name not in matched}
             lines.append(_line(shown, pattern, matched))
         made.append({"params": [p for p in model.parameters() if _is_in(p, own)], **settings})
-    rest = [{"params": list(left.values())}] if left else []
+    rest = [{"params": list(left.values())}] if left or not made else []
     return rest + made, lines
 
 

@@ -76,6 +76,10 @@ def test_a_rule_whose_matches_are_taken_or_frozen_is_refused():
         parameters.groups(model, [{"names": ["body.0.*"], "lr": 1}])
 
 
+def test_a_model_without_anything_to_train_has_one_empty_group():
+    assert parameters.groups(nn.Flatten(), []) == ([{"params": []}], [])
+
+
 def test_tied_parameters_go_by_their_first_name():
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     model[1].weight = model[0].weight
