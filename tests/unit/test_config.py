@@ -308,7 +308,8 @@ def test_secrets_are_redacted_at_every_depth(key, value):
 
 @pytest.mark.parametrize("key", [
     "max_tokens", "global_batch_tokens", "tokens", "token_count", "num_tokens", "tokenizer",
-    "bytes_per_token", "pad_token", "bos_token", "eos_token", "unk_token", "mask_token", "pad_token_id", "key",
+    "bytes_per_token",
+    "pad_token", "bos_token", "eos_token", "unk_token", "mask_token", "pad_token_id", "key",
     "monkey", "secretary", "keep_last", "n_tokens", "dataset_key",
 ])  # fmt: skip
 def test_what_only_sounds_like_a_secret_is_kept(key):
