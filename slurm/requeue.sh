@@ -29,6 +29,12 @@ begin_attempt() {
   echo "--- $attempt on $SLURM_JOB_NODELIST, $(date -Is)"
 }
 
+# What cannot work ends before the ranks start. Once: a job that was requeued has worked before.
+examine() { # the arguments of the trainer
+  [[ ${SLURM_RESTART_COUNT:-0} == 0 && ${PERDURE_DOCTOR:-yes} != no ]] || return 0
+  "$python" -m trainer.doctor --quick "$@" || exit
+}
+
 end_attempt() { # exit code of srun
   local code=$1
   if [[ -s $PERDURE_OUTCOME ]]; then

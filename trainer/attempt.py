@@ -3,12 +3,11 @@
 import hashlib
 import json
 import os
-import secrets
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from trainer import build, config, history, launch, loop, resume
+from trainer import build, config, history, launch, loop, resume, sharing
 from trainer import watchdog as watchdog_
 from trainer.checkpoint import DamagedError, lineage
 from trainer.checkpoint.lineage import Attempt, Commit
@@ -40,8 +39,6 @@ _STACKS_S = 10.0
 """How long a store may take for the last words of a process that leaves."""
 _LAST_WORDS_S = 5.0
 """How long the mirror may take to note how an attempt ended."""
-_SHARED_S = 5.0
-"""Network file systems remember for a while that something was not there."""
 _END_SPARE_S = 15.0
 """What leaving takes besides two saves, before a scheduler ends the job."""
 
@@ -60,7 +57,7 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
     _refuse_different_configs(stored, world)
     tiers = resume.open_tiers(run)
     store = tiers.run
-    is_shared = _find_shared(tiers, world)
+    is_shared = sharing.find_shared(tiers.stores, world)
     start = world.from_rank0(lambda: resume.choose(tiers, run, stored))
     if resume.finished(run, start):
         if world.rank == 0:
@@ -256,63 +253,6 @@ def _refuse_different_configs(stored: Mapping[str, Any], world: World) -> None:
             )
 
     world.from_rank0(compare)
-
-
-def _find_shared(tiers: Tiers, world: World) -> bool:
-    """Return whether nodes have one run_dir; refuse what they must have in common. Collective.
-
-    With a mirror each node may have a run_dir of its own.
-    """
-    if world.size == world.local_size:
-        return True
-    key, host = world.from_rank0(lambda: _leave_keys(tiers.stores))
-    try:
-        sees = world.on_each(lambda: [_sees(store, key) for store in tiers.stores])
-    finally:  # an error of `on_each` is every rank's
-        world.from_rank0(lambda: _take_keys(tiers.stores, key))
-    world.from_rank0(partial(_refuse_blind, tiers, host, [seen[-1] for seen in sees]))
-    return all(seen[0] for seen in sees)
-
-
-def _refuse_blind(tiers: Tiers, host: str, sees: Sequence[bool]) -> None:
-    """Refuse ranks that do not see the place that all of them need."""
-    if all(sees):
-        return
-    where, ways = "checkpoint.mirror", ""
-    if tiers.mirror is None:
-        where = "run_dir"
-        ways = (
-            ", or keep a run_dir of its own on each with a mirror "
-            "(checkpoint.mirror=s3://bucket/name)"
-        )
-    raise ConfigError(
-        f"{where}={tiers.stores[-1].url} of rank {sees.index(False)} is not the place that rank 0 "
-        f"on {host} writes to: nodes need one place for a run. Give a path on a file system that "
-        f"all nodes share, or an object store ({where}=s3://bucket/name){ways}"
-    )
-
-
-def _sees(store: Store, key: str) -> bool:
-    until = time.monotonic() + _SHARED_S
-    while True:
-        with suppress(FileNotFoundError):
-            store.read(key)
-            return True
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.1)
-
-
-def _take_keys(stores: Sequence[Store], key: str) -> None:
-    for store in stores:
-        store.delete([key])
-
-
-def _leave_keys(stores: Sequence[Store]) -> tuple[str, str]:
-    key = f".tmp-seen-{secrets.token_hex(4)}"
-    for store in stores:
-        store.create(key, b"")
-    return key, socket.gethostname()
 
 
 def _facts(world: World, threads: int) -> dict[str, Any]:

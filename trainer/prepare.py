@@ -10,14 +10,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from trainer import build, config, errors, overrides
-from trainer.config import Run
+from trainer import build
+from trainer.compose import compose
 from trainer.data.text import Prepared
 from trainer.errors import (
     DONE,
@@ -26,9 +23,8 @@ from trainer.errors import (
     RUN_AGAIN,
     ConfigError,
     PerdureError,
-    Problem,
+    problems_text,
 )
-from trainer.run import conf_folder
 from trainer.terminal import progress, size, table
 
 _USAGE = """usage: python -m trainer.prepare [key=value …] [--config-dir FOLDER] [--json]
@@ -78,7 +74,11 @@ def prepare(arguments: Sequence[str], *, is_quiet: bool) -> tuple[dict[str, Any]
         ConfigError: the configuration, or an argument, has to change.
         DataError: the data cannot be used.
     """
-    run = _compose(arguments)
+    run, problems = compose(arguments, _USAGE, ["--json"])
+    if run.data.get("_target_"):  # merge tells where there is none
+        problems += build.check_target(run.data, "data")
+    if problems:
+        raise ConfigError(problems_text(problems))
     target = run.data["_target_"]
     source = build.make(run.data, "data")  # and look at no part of it: that would prepare it
     if not hasattr(type(source), "prepare"):
@@ -120,69 +120,6 @@ def _stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _compose(arguments: Sequence[str]) -> Run:
-    """Compose and check as `trainer.run` does; of the targets only the data's is looked at."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    settings, folders = _without_folders(arguments)
-    flags = [f"--config-dir={folder}" for folder in folders]
-    prepared = overrides.prepare([*flags, *settings], conf_folder())
-    if prepared.swept:
-        raise ConfigError(f"{', '.join(prepared.swept)}: give one value; a sweep is of trainer.run")
-    places = [f"file://{folder}" for folder in folders]
-    more = [f"hydra.searchpath={json.dumps(places)}"] if places else []
-    given = [a for a in prepared.arguments if a not in flags]
-    ConfigStore.instance().store(
-        name="schema", node=OmegaConf.to_container(OmegaConf.structured(Run))
-    )
-    try:
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            node = compose("config", overrides=[*given, *more], return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        found = [*prepared.problems, Problem("command line", str(error).strip())]
-        raise ConfigError(errors.problems_text(found)) from None
-    HydraConfig.instance().set_config(node)  # for ${hydra:…}
-    try:
-        OmegaConf.set_struct(node, False)
-        del node["hydra"]
-        run, problems = config.merge(node)
-    finally:
-        HydraConfig.instance().cfg = None
-    problems = [*prepared.problems, *problems]
-    if run.data.get("_target_"):  # merge tells where there is none
-        problems += build.check_target(run.data, "data")
-    if problems:
-        raise ConfigError(errors.problems_text(problems))
-    return run
-
-
-def _without_folders(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """Return the overrides, and the folders of `--config-dir`.
-
-    Raises:
-        ConfigError: something else was typed.
-    """
-    settings, folders = [], []
-    rest = iter(arguments)
-    for argument in rest:
-        flag, equals, value = argument.partition("=")
-        if flag in ("--config-dir", "-cd"):
-            folder = Path(value if equals else next(rest, ""))
-            if not folder.is_dir():
-                raise ConfigError(f"--config-dir {folder} is no folder\n{_USAGE}")
-            folders.append(folder.resolve())
-        elif argument.startswith("-") or not (equals or argument.startswith("~")):
-            hint = errors.closest(argument, ("--json", "--config-dir", "--help"))
-            raise ConfigError(f"there is no argument {argument!r}{hint}\n{_USAGE}")
-        else:
-            settings.append(argument)
-    return settings, folders
 
 
 if __name__ == "__main__":

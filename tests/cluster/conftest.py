@@ -75,7 +75,7 @@ class Cluster:
 
     def sbatch(self, folder: Path, *arguments: str, **env: str) -> str:
         """Submit a batch script from a folder; return the job's id."""
-        environment = {**self._env, "PERDURE_PYTHON": sys.executable, **env}
+        environment = {**self._env, "PERDURE_PYTHON": sys.executable, "PERDURE_DOCTOR": "no", **env}
         environment["PERDURE_SLURM"] = str(ROOT / "slurm")
         done = subprocess.run(
             ["sbatch", "--parsable", *arguments],

@@ -145,6 +145,25 @@ def test_where_requeueing_is_forbidden_the_log_says_how_to_go_on(cluster, comman
     assert "slurm/chain.sh" in cluster.log(job)
 
 
+def test_the_doctor_looks_first_and_a_job_that_cannot_work_ends_before_its_ranks(
+    cluster, command, submit
+):
+    good = submit(*FRAGILE, "name=a", PERDURE_DOCTOR="yes")
+    (command.folder / "runs" / "b").mkdir(parents=True)
+    (command.folder / "runs" / "b" / "checkpoints").touch()  # where a folder has to be
+    bad = submit(*FRAGILE, "run_dir=runs/b/checkpoints/x", PERDURE_DOCTOR="yes")
+    assert cluster.ended(bad) == "FAILED"
+    assert "BAD   run_dir" in cluster.log(bad)
+    assert "attempt 1" not in cluster.log(bad)
+    assert cluster.ended(good) == "COMPLETED"
+    log = cluster.log(good)
+    assert "Nothing is in the way" in log
+    assert re.search(r"ok +signal +the job is told 180 s before its time is over", log)
+    assert re.search(r"ok +requeue +this job can be requeued", log)
+    assert re.search(r"ok +preemption +PreemptMode=REQUEUE in preemptible", log)
+    assert re.search(r"\d+ s between the signal and SIGKILL \(GraceTime \d+, KillWait \d+\)", log)
+
+
 def test_unequal_tasks_are_refused_with_the_reason(cluster, command, submit):
     job = submit(*FRAGILE, "name=a", options=("--nodes=2", "--ntasks=3", "--exclusive"))
     assert cluster.ended(job) == "FAILED"
