@@ -77,7 +77,7 @@ class Job:
         """What our own save is given: the walk over model and optimizer."""
         content = checkpoint.Content(objects={"run": {"step": 1}})
         tree.add_model(content, self.model, with_buffers=True)
-        tree.add_optimizer(content, self.model, self.optimizer)
+        tree.add_optimizers(content, self.model, [self.optimizer])
         return content
 
     def state_dict(self) -> dict[str, Any]:

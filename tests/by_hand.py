@@ -72,9 +72,11 @@ def a_job(*, model=None, optimizer=sgd, schedule=None, dataset=DATA, accumulate=
     return loop.Job(
         world=World(),
         model=model,
-        wrapped=model,
-        optimizer=made,
-        scheduler=schedule(made) if schedule else None,
+        phases=[
+            loop.Phase(
+                wrapped=model, optimizer=made, scheduler=schedule(made) if schedule else None
+            )
+        ],
         **{**given, **changes},
     )
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from trainer import parallel, parameters, preemption, rng
 from trainer.config import Run
@@ -18,9 +20,9 @@ from trainer.data.source import Datasets, EvalStream, TrainStream
 from trainer.distributed import World
 from trainer.ema import Ema
 from trainer.errors import ConfigError, DataError, PerdureError, Problem, closest
-from trainer.loop import Job
+from trainer.loop import Job, Phase
 from trainer.policy import Every
-from trainer.protocols import DataSource, Tracker
+from trainer.protocols import DataSource, Task, Tracker
 from trainer.storage import is_local
 from trainer.tracking.jsonl import Jsonl
 from trainer.tracking.several import Several, Silent
@@ -28,7 +30,8 @@ from trainer.tracking.several import Several, Silent
 T = TypeVar("T")
 _HORIZON_WORDS = ("total_steps", "total_epochs", "steps_per_epoch")
 """Words that stand for the run's length in a scheduler's arguments."""
-_GROUPS = ("optimizer", "groups")
+_OURS = ("groups", "phases")
+"""What stands beside an optimizer's arguments."""
 _HYDRA_WORDS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 
 
@@ -43,10 +46,11 @@ def check(run: Run) -> list[Problem]:
     problems = []
     for group, provided in (("model", 0), ("data", 0), ("task", 0), ("optimizer", 1)):
         if getattr(run, group).get("_target_"):  # config.check tells where there is none
-            node = {key: v for key, v in getattr(run, group).items() if (group, key) != _GROUPS}
+            node = _arguments(run.optimizer) if group == "optimizer" else getattr(run, group)
             problems += check_target(node, group, provided)
     if text := parameters.check_rules(run.optimizer.get("groups", [])):
         problems.append(Problem("optimizer.groups", text))
+    problems += _check_phases(run)
     if run.scheduler:
         known = {key: value for key, value in run.scheduler.items() if key != "interval"}
         words = {k: 1 if v in _HORIZON_WORDS else v for k, v in known.items() if _hashable(v)}
@@ -59,6 +63,27 @@ def check(run: Run) -> list[Problem]:
     for name in preemption.signal_problems(run.preemption.signals):
         text = f"{name!r} is not a signal that can be handled{closest(name, _signal_names())}"
         problems.append(Problem("preemption.signals", text))
+    return problems
+
+
+def _arguments(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in optimizer.items() if key not in _OURS}
+
+
+def _check_phases(run: Run) -> list[Problem]:
+    """Return what is wrong with `optimizer.phases`, as far as the task's class tells its phases."""
+    given = run.optimizer.get("phases", {})
+    stated = getattr(find(str(run.task.get("_target_", "")))[0], "phases", None)
+    if text := parameters.check_phases(given, stated if isinstance(stated, Mapping) else None):
+        return [Problem("optimizer.phases", text)]
+    problems = []
+    for name, changes in given.items():
+        key = f"optimizer.phases.{name}"
+        if "_target_" in changes:
+            problems.append(Problem(f"{key}._target_", "all phases have the optimizer's own class"))
+        elif run.optimizer.get("_target_"):
+            node = {"_partial_": True, **changes, "_target_": run.optimizer["_target_"]}
+            problems += check_target(node, key, 1)
     return problems
 
 
@@ -344,28 +369,8 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
     model = build_model(run).to(world.device)
     notes = parameters.freeze(model, settings.freeze)
     parallel.modify(model, _options(run, parallel.BlockOptions))
-    is_fsdp = run.parallel.strategy == "fsdp"
-    ddp, fsdp = _options(run, parallel.DdpOptions), _options(run, parallel.FsdpOptions)
-    wrapped = parallel.wrap(model, world, fsdp if is_fsdp else ddp)
-    rules = run.optimizer.get("groups", [])
-    groups, matched = parameters.groups(model, rules)
-    node = {key: value for key, value in run.optimizer.items() if key != "groups"}
-    optimizer = make(node, "optimizer", groups if rules else groups[0]["params"])
-    scheduler = None
-    if run.scheduler:
-        horizon = dict(
-            zip(
-                _HORIZON_WORDS,
-                (max_steps, -(-max_steps // data.steps_per_epoch), data.steps_per_epoch),
-                strict=True,
-            )
-        )
-        node = {
-            key: horizon.get(value, value) if isinstance(value, str) else value
-            for key, value in run.scheduler.items()
-            if key != "interval"
-        }
-        scheduler = make(node, "scheduler", optimizer)
+    task = make(run.task, "task")
+    phases, matched = _build_phases(run, world, model, task, max_steps, data.steps_per_epoch)
     share = settings.global_batch_size // world.size // settings.accumulate
     evaluation = None
     if source.eval is not None:
@@ -375,10 +380,8 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
     return Job(
         world=world,
         model=model,
-        wrapped=wrapped,
-        task=make(run.task, "task"),
-        optimizer=optimizer,
-        scheduler=scheduler,
+        task=task,
+        phases=phases,
         scheduler_interval=run.scheduler.get("interval", "step"),
         scaler=parallel.gradient_scaler(settings.precision, world.device),
         precision=settings.precision,
@@ -390,10 +393,66 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
         log_every_steps=settings.log_every_steps,
         clip_norm=settings.clip_norm,
         skip_nonfinite=settings.on_nonfinite == "skip",
-        ema=Ema(model, settings.ema_decay) if settings.ema_decay is not None else None,
+        ema=(
+            Ema(model, settings.ema_decay, phases[0].wrapped)
+            if settings.ema_decay is not None
+            else None
+        ),
         patience_evals=settings.patience_evals,
         notes=[*notes, *matched],
         metric=run.checkpoint.metric,
         metric_mode=run.checkpoint.mode,
         seed=run.seed,
     )
+
+
+def _build_phases(
+    run: Run,
+    world: World,
+    model: nn.Module,
+    task: Task,
+    max_steps: int,
+    steps_per_epoch: int,
+) -> tuple[list[Phase], list[str]]:
+    """Build what trains the model, and a line for each pattern of names. Collective."""
+    is_fsdp = run.parallel.strategy == "fsdp"
+    ddp, fsdp = _options(run, parallel.DdpOptions), _options(run, parallel.FsdpOptions)
+    options = fsdp if is_fsdp else ddp
+    stated = dict(getattr(task, "phases", None) or {})
+    if text := parameters.check_phases(run.optimizer.get("phases", {}), stated):
+        raise ConfigError(f"optimizer.phases {text}")
+    names, lines = parameters.phases(model, stated) if stated else ({}, [])
+    if stated:
+        wrapped = parallel.wrap_phases(model, world, options, names)
+    else:
+        wrapped = {"": parallel.wrap(model, world, options)}
+    rules = run.optimizer.get("groups", [])
+    groups, matched = parameters.groups(model, rules)
+    named = dict(model.named_parameters())
+    phases = []
+    for phase, inner in wrapped.items():
+        own = {id(named[name]) for name in names.get(phase, named)}
+        parts = [{**g, "params": [p for p in g["params"] if id(p) in own]} for g in groups]
+        parts = [part for part in parts if part["params"] or not stated]
+        changes = run.optimizer.get("phases", {}).get(phase, {})
+        node = {**_arguments(run.optimizer), **changes}
+        optimizer = make(node, "optimizer", parts if rules else parts[0]["params"])
+        scheduler = _build_scheduler(run, optimizer, max_steps, steps_per_epoch)
+        phases.append(Phase(name=phase, wrapped=inner, optimizer=optimizer, scheduler=scheduler))
+    return phases, [*lines, *matched]
+
+
+def _build_scheduler(
+    run: Run, optimizer: Optimizer, max_steps: int, steps_per_epoch: int
+) -> LRScheduler | None:
+    if not run.scheduler:
+        return None
+    epochs = -(-max_steps // steps_per_epoch)
+    horizon = dict(zip(_HORIZON_WORDS, (max_steps, epochs, steps_per_epoch), strict=True))
+    node = {
+        key: horizon.get(value, value) if isinstance(value, str) else value
+        for key, value in run.scheduler.items()
+        if key != "interval"
+    }
+    made: LRScheduler = make(node, "scheduler", optimizer)
+    return made

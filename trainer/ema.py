@@ -23,10 +23,11 @@ class Ema:
     Args:
         model: the plain module, or one that `fully_shard` has cut; its parameters are referred to.
         decay: share of the old average that is left after an update, 0 … 1.
+        wrapped: what training calls, where that is not the model itself.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, decay: float, wrapped: nn.Module | None = None) -> None:
+        self._wrapped = wrapped or model
         self._live = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._blend = get_ema_multi_avg_fn(decay)
         self.averages = {name: p.detach().clone() for name, p in self._live.items()}
@@ -53,7 +54,7 @@ class Ema:
             self._exchange()
 
     def _exchange(self) -> None:
-        parallel.reshard(self._model)  # what was gathered is another copy
+        parallel.reshard(self._wrapped)  # what was gathered is another copy
         with torch.no_grad():
             for name, parameter in self._live.items():
                 held = parameter.detach().clone()

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -30,6 +30,50 @@ _SPARE_S = 1.0
 """What leaving takes after the last save, of the time between a signal and SIGKILL."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One update of a step: what is called for it, and what trains which parameters.
+
+    An ordinary step has one, without a name. Where the task has phases, each has its own, in their
+    order, and no parameter is in two of them.
+    """
+
+    name: str = ""
+    wrapped: nn.Module
+    """What training calls: the model, or a wrapper of it; of a named phase, the `Inside` of it
+    that `parallel.wrap_phases` gives."""
+    optimizer: Optimizer
+    scheduler: LRScheduler | None = None
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What the task's methods are told besides: the name, if there is one."""
+        return (self.name,) if self.name else ()
+
+    def key(self, figure: str) -> str:
+        """Return the name of one of its figures."""
+        return f"{self.name}_{figure}" if self.name else figure
+
+    def loss(self, task: Task, batch: Batch) -> tuple[Tensor, Any]:
+        """Return the task's loss and outputs in training: one forward of what is wrapped."""
+        if self.name:
+            found: tuple[Tensor, Any] = self.wrapped(task.loss, batch, self.name)
+            return found
+        return task.loss(self.wrapped, batch)
+
+    def alone(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return the context in which a backward reaches a named phase's own parameters only."""
+        if not self.name:
+            return nullcontext()
+        return parallel.training_only(model, self.parameters(model))
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return what is clipped together: all of the model, or what a named phase trains."""
+        if not self.name:
+            return list(model.parameters())
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
 @dataclass(kw_only=True)
 class Job:
     """The objects of a training run. `build.py` makes one from a configuration; so can you."""
@@ -37,11 +81,9 @@ class Job:
     world: World
     model: nn.Module
     """The plain module: what is saved, evaluated and exported."""
-    wrapped: nn.Module
-    """What training calls: `model`, or a wrapper of it."""
     task: Task
-    optimizer: Optimizer
-    scheduler: LRScheduler | None = None
+    phases: Sequence[Phase]
+    """The updates of a step: one, or those that the task has, in their order."""
     scheduler_interval: str = "step"
     scaler: torch.amp.GradScaler = field(
         default_factory=lambda: torch.amp.GradScaler(enabled=False)
@@ -84,7 +126,7 @@ def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
     saves failed and `saver` goes on after failures.
     """
     stop.save_due, stop.saves_ended = saver.due_by_clock, saver.ended
-    job.wrapped.train()
+    _to_training(job)
     pace, losses = _Pace(state), _Losses(job)
     evaluated = state.last_eval_step
     interrupted = not _evaluate_if_due(job, state, stop)  # an evaluation that a stop cut short
@@ -97,17 +139,17 @@ def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
             break
         microbatches, cursor = next(batches)
         log_due = (state.step + 1) % job.log_every_steps == 0 or state.step + 1 == job.max_steps
-        lr = job.optimizer.param_groups[0]["lr"]
+        lrs = [float(phase.optimizer.param_groups[0]["lr"]) for phase in job.phases]
         figures, applied = train_step(job, microbatches, want_figures=log_due)
-        state.advance(cursor, samples=job.data.global_batch_size, applied=applied)
+        state.advance(cursor, samples=job.data.global_batch_size, applied=all(applied))
         _schedule(job, state, applied)
-        losses.add(state.step, lr, figures["loss"], applied)
+        losses.add(state.step, lrs, figures, applied)
         save_due = vote.save_due or _due(saver.every, state, job) is not None
         if log_due or save_due or _due(job.eval_every, state, job) or losses.are_many:
             losses.look(saver)
         if log_due:
             counted = {"skipped": float(state.skipped)} if job.may_skip else {}
-            lap = {"lr": float(lr), **counted, **pace.lap(state)}
+            lap = {"lr": lrs[0], **_lrs(job, lrs), **counted, **pace.lap(state)}
             _log(job, state, "train", {**_mean(job, figures), **lap})
         interrupted = not _evaluate_if_due(job, state, stop)
         if not interrupted:
@@ -131,36 +173,64 @@ def _least(seconds: list[float | None]) -> float | None:
 
 def train_step(
     job: Job, microbatches: list[Batch], *, want_figures: bool = False
-) -> tuple[dict[str, Tensor], bool]:
-    """Take one step: forward and backward of each microbatch, clip, update. Collective.
+) -> tuple[dict[str, Tensor], list[bool]]:
+    """Take one step, phase by phase: forward and backward, clip, update. Collective.
 
     Returns this rank's loss and, where wanted, other figures (0-dim tensors on the device; their
-    means over the ranks are the global batch's), and whether the update was applied.
+    means over the ranks are the global batch's), and whether each phase's update was applied.
     """
     figures: dict[str, Tensor] = {}
-    last = len(microbatches) - 1
+    applied = []
     shares = _shares(job, microbatches)
+    for phase in job.phases:
+        with phase.alone(job.model):
+            found = _backward(job, phase, microbatches, shares, want_figures)
+        norm = _clip(job, phase)
+        if norm is not None and want_figures:
+            found["grad_norm"] = norm
+        applied.append(_update(job, phase, norm))
+        (job.model if phase.name else phase.optimizer).zero_grad(set_to_none=True)
+        figures |= {phase.key(name): value for name, value in found.items()}
+    if job.ema is not None and any(applied):
+        job.ema.update()
+    if len(job.phases) > 1:
+        total = torch.stack([figures[phase.key("loss")] for phase in job.phases]).sum()
+        figures = {"loss": total, **figures}
+    return figures, applied
+
+
+def _backward(
+    job: Job,
+    phase: Phase,
+    microbatches: list[Batch],
+    shares: Sequence[float | Tensor | None],
+    want_figures: bool,
+) -> dict[str, Tensor]:
+    """Leave the gradient of the global batch; return the phase's loss and figures."""
+    figures: dict[str, Tensor] = {}
+    last = len(microbatches) - 1
     for index, (batch, share) in enumerate(zip(microbatches, shares, strict=True)):
-        with parallel.reducing(job.wrapped, last=index == last):
+        with parallel.reducing(phase.wrapped, last=index == last):
             with parallel.autocast(job.precision, job.world.device):
-                loss, outputs = job.task.loss(job.wrapped, batch)
+                loss, outputs = phase.loss(job.task, batch)
             job.scaler.scale(loss if share is None else loss * share).backward()
         with torch.no_grad():
             named = {"loss": loss.detach()}
             if want_figures:
-                named |= job.task.figures(outputs, batch)
+                named |= job.task.figures(outputs, batch, *phase.words)
             for name, value in named.items():
                 part = value.float() if share is None else value.float() * share
                 figures[name] = figures[name] + part if name in figures else part
-    norm = None
-    if job.clip_norm is not None or (job.skip_nonfinite and not job.scaler.is_enabled()):
-        job.scaler.unscale_(job.optimizer)
-        norm = parallel.clip(job.model, math.inf if job.clip_norm is None else job.clip_norm)
-        if want_figures:
-            figures["grad_norm"] = norm
-    applied = _update(job, norm)
-    job.optimizer.zero_grad(set_to_none=True)
-    return figures, applied
+    return figures
+
+
+def _clip(job: Job, phase: Phase) -> Tensor | None:
+    """Clip the gradient, if it is to be; return its norm before, if it is of use."""
+    if job.clip_norm is None and (not job.skip_nonfinite or job.scaler.is_enabled()):
+        return None
+    job.scaler.unscale_(phase.optimizer)
+    most = math.inf if job.clip_norm is None else job.clip_norm
+    return parallel.clip(phase.parameters(job.model), most)
 
 
 def _shares(job: Job, microbatches: list[Batch]) -> Sequence[float | Tensor | None]:
@@ -180,19 +250,16 @@ def _shares(job: Job, microbatches: list[Batch]) -> Sequence[float | Tensor | No
     return list((weights / mean.clamp(min=torch.finfo(torch.float64).tiny)).float())
 
 
-def _update(job: Job, norm: Tensor | None) -> bool:
-    """Update the weights and their average, unless the gradient is not finite and may be left."""
+def _update(job: Job, phase: Phase, norm: Tensor | None) -> bool:
+    """Update the weights, unless the gradient is not finite and may be left."""
     if job.scaler.is_enabled():
         before = job.scaler.get_scale()
-        job.scaler.step(job.optimizer)
+        job.scaler.step(phase.optimizer)
         job.scaler.update()
-        applied = job.scaler.get_scale() >= before
-    else:
-        applied = not job.skip_nonfinite or norm is None or bool(norm.isfinite())
-        if applied:
-            job.optimizer.step()
-    if applied and job.ema is not None:
-        job.ema.update()
+        return job.scaler.get_scale() >= before
+    applied = not job.skip_nonfinite or norm is None or bool(norm.isfinite())
+    if applied:
+        phase.optimizer.step()
     return applied
 
 
@@ -206,36 +273,46 @@ class _Losses:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._kept: list[tuple[int, float, Tensor]] = []
+        self._kept: list[tuple[int, str, float, Tensor]] = []
 
     @property
     def are_many(self) -> bool:
         """Whether it is time to look, so that they do not fill the memory."""
         return len(self._kept) >= self._many
 
-    def add(self, step: int, lr: float, loss: Tensor, applied: bool) -> None:
-        """Keep the loss of a step, if it changed the weights."""
-        if applied and not self._job.skip_nonfinite:
-            self._kept.append((step, float(lr), loss))
+    def add(
+        self,
+        step: int,
+        lrs: Sequence[float],
+        figures: Mapping[str, Tensor],
+        applied: Sequence[bool],
+    ) -> None:
+        """Keep the losses of a step's phases that changed the weights."""
+        if not self._job.skip_nonfinite:
+            for phase, lr, was_applied in zip(self._job.phases, lrs, applied, strict=True):
+                if was_applied:
+                    self._kept.append((step, phase.name, lr, figures[phase.key("loss")]))
 
     def look(self, saver: Saver) -> None:
         """Refuse to go on after a loss that is not finite on any rank. Collective."""
         kept, self._kept = self._kept, []
-        finite = not kept or bool(torch.stack([loss for _, _, loss in kept]).isfinite().all())
+        finite = not kept or bool(torch.stack([each[-1] for each in kept]).isfinite().all())
         world = self._job.world
         if world.all(finite):
             return
-        bad = next((each for each in kept if not finite and not each[2].isfinite()), None)
-        found = world.gather(None if bad is None else (*bad[:2], float(bad[2])))
+        bad = next((each for each in kept if not finite and not each[-1].isfinite()), None)
+        found = world.gather(None if bad is None else (*bad[:-1], float(bad[-1])))
         saver.finish()  # what was looked at before is whole
 
         def refuse() -> None:
             first = min((each for each in found if each is not None), key=lambda each: each[0])
             at = saver.committed_step
             newest = "none" if at is None else f"step {at:,}"
+            step, phase, lr, loss = first
+            whose = f"the {phase} loss" if phase else "the loss"
             raise TrainingError(
-                f"the loss of step {first[0]:,} is {first[2]} on rank {found.index(first)} "
-                f"(learning rate {first[1]:g}). Newest checkpoint, from before: {newest}; the same "
+                f"{whose} of step {step:,} is {loss} on rank {found.index(first)} "
+                f"(learning rate {lr:g}). Newest checkpoint, from before: {newest}; the same "
                 "command would come to the same. Lower optimizer.lr, clip the gradient "
                 "(trainer.clip_norm=1), look at the data, or leave such steps out and count them: "
                 "trainer.on_nonfinite=skip"
@@ -253,15 +330,9 @@ def evaluate(job: Job, state: State, stop: Stop) -> dict[str, float] | None:
     """
     if job.evaluation is None:
         return {}
-    if job.metrics is None:
-        from torchmetrics import MeanMetric  # slow to import; at the first evaluation
-
-        made = {"loss": MeanMetric(), **job.task.metrics()}
-        job.metrics = {name: metric.to(job.world.device) for name, metric in made.items()}
-    for metric in job.metrics.values():
-        metric.reset()
+    metrics = _fresh_metrics(job)
     parallel.take_rank0_buffers(job.model, job.world)
-    needs_all = parallel.is_sharded(job.model)  # in each forward, those without a sample too
+    needs_all = parallel.is_sharded(job.phases[0].wrapped)  # in each forward, also without samples
     job.model.eval()
     try:
         averaged = job.ema.in_place() if job.ema is not None else nullcontext()
@@ -276,14 +347,50 @@ def evaluate(job: Job, state: State, stop: Stop) -> dict[str, float] | None:
                 if batch is None and not needs_all:
                     continue  # only other ranks have samples left
                 given = job.evaluation.one() if batch is None else batch
-                with parallel.autocast(job.precision, job.world.device):
-                    loss, outputs = job.task.loss(job.model, given)
+                found = [_measure(job, phase, given) for phase in job.phases]
                 if batch is not None:
-                    job.metrics["loss"].update(loss, weight=_weight(job.task, batch))
-                    job.task.update(job.metrics, outputs, batch)
-            return {name: float(metric.compute()) for name, metric in job.metrics.items()}
+                    _add(job, metrics, found, batch)
+            return {name: float(metric.compute()) for name, metric in metrics.items()}
     finally:
-        job.wrapped.train()
+        _to_training(job)
+
+
+def _fresh_metrics(job: Job) -> dict[str, Any]:
+    if job.metrics is None:
+        from torchmetrics import MeanMetric  # slow to import; at the first evaluation
+
+        names = dict.fromkeys(["loss", *(phase.key("loss") for phase in job.phases)])
+        made = {**{name: MeanMetric() for name in names}, **job.task.metrics()}
+        job.metrics = {name: metric.to(job.world.device) for name, metric in made.items()}
+    for metric in job.metrics.values():
+        metric.reset()
+    return job.metrics
+
+
+def _measure(job: Job, phase: Phase, batch: Batch) -> tuple[Tensor, Any]:
+    with parallel.autocast(job.precision, job.world.device):
+        found: tuple[Tensor, Any] = parallel.inside(
+            phase.wrapped, job.model, job.task.loss, batch, *phase.words
+        )
+    return found
+
+
+def _add(
+    job: Job, metrics: dict[str, Any], found: Sequence[tuple[Tensor, Any]], batch: Batch
+) -> None:
+    """Add what the phases found of a batch to the metrics."""
+    losses = {phase.key("loss"): loss for phase, (loss, _) in zip(job.phases, found, strict=True)}
+    if "loss" not in losses:
+        losses = {"loss": torch.stack(list(losses.values())).sum(), **losses}
+    for name, loss in losses.items():
+        metrics[name].update(loss, weight=_weight(job.task, batch))
+    for phase, (_, outputs) in zip(job.phases, found, strict=True):
+        job.task.update(metrics, outputs, batch, *phase.words)
+
+
+def _to_training(job: Job) -> None:
+    for phase in job.phases:
+        phase.wrapped.train()
 
 
 def _evaluate_if_due(job: Job, state: State, stop: Stop) -> bool:
@@ -305,8 +412,9 @@ def _evaluate_if_due(job: Job, state: State, stop: Stop) -> bool:
             + closest(job.metric, figures)
         )
     state.evaluated(figures, metric=job.metric, mode=job.metric_mode)
-    if isinstance(job.scheduler, ReduceLROnPlateau):
-        job.scheduler.step(figures[job.metric or "loss"])
+    for phase in job.phases:
+        if isinstance(phase.scheduler, ReduceLROnPlateau):
+            phase.scheduler.step(figures[job.metric or "loss"])
     _log(job, state, "eval", {**figures, "eval_s": time.monotonic() - began})
     return True
 
@@ -321,12 +429,18 @@ def _due(every: Every, state: State, job: Job) -> str | None:
     )
 
 
-def _schedule(job: Job, state: State, applied: bool) -> None:
-    if job.scheduler is None or isinstance(job.scheduler, ReduceLROnPlateau):
-        return  # a plateau is judged after each evaluation
+def _schedule(job: Job, state: State, applied: Sequence[bool]) -> None:
     epoch_ended = state.cursor["batch"] == 0
-    if epoch_ended if job.scheduler_interval == "epoch" else applied:
-        job.scheduler.step()
+    for phase, was_applied in zip(job.phases, applied, strict=True):
+        if phase.scheduler is None or isinstance(phase.scheduler, ReduceLROnPlateau):
+            continue  # a plateau is judged after each evaluation
+        if epoch_ended if job.scheduler_interval == "epoch" else was_applied:
+            phase.scheduler.step()
+
+
+def _lrs(job: Job, lrs: Sequence[float]) -> dict[str, float]:
+    named = zip(job.phases, lrs, strict=True)
+    return {f"lr_{phase.name}": lr for phase, lr in named if phase.name}
 
 
 def _mean(job: Job, figures: Mapping[str, Tensor]) -> dict[str, float]:
@@ -369,15 +483,21 @@ def collect(job: Job, state: State) -> Content:
     """Return what this rank brings to a checkpoint: live tensors by name, and plain values."""
     content = Content()
     tree.add_model(content, job.model, with_buffers=job.world.rank == 0)
-    tree.add_optimizer(content, job.model, job.optimizer)
+    tree.add_optimizers(content, job.model, [phase.optimizer for phase in job.phases])
     for name, average in job.ema.averages.items() if job.ema is not None else ():
         content.tensors[PREFIX + name] = average
         content.late.add(PREFIX + name)  # it changes just after the weights
     rank0s = content.own if job.world.rank == 0 else {}
     for name, value in rng.capture().items():
         content.own[f"rng.{job.world.rank}.{name}"] = value
-    if job.scheduler is not None:
-        content.objects["scheduler"] = tree.split(job.scheduler.state_dict(), "scheduler", rank0s)
+    schedules = {
+        phase.name: phase.scheduler.state_dict()
+        for phase in job.phases
+        if phase.scheduler is not None
+    }
+    if schedules:
+        stored = schedules.get("", schedules)  # by the phase's name, if it has one
+        content.objects["scheduler"] = tree.split(stored, "scheduler", rank0s)
     content.objects["scaler"] = tree.split(job.scaler.state_dict(), "scaler", rank0s)
     content.objects["run"] = state.state_dict()
     return content
@@ -386,10 +506,12 @@ def collect(job: Job, state: State) -> Content:
 def warm_up(job: Job) -> None:
     """Bring DDP to its final buckets; call it before state is loaded. Collective."""
 
-    def passes() -> None:
+    def passes(phase: Phase) -> None:
         microbatches, _ = next(replace(job.data, workers=0).batches(State().cursor))
-        with parallel.autocast(job.precision, job.world.device):
-            loss, _ = job.task.loss(job.wrapped, microbatches[0])
-        loss.backward()
+        with phase.alone(job.model):
+            with parallel.autocast(job.precision, job.world.device):
+                loss, _ = phase.loss(job.task, microbatches[0])
+            loss.backward()
 
-    parallel.settle_buckets(job.wrapped, job.model, job.world, passes)
+    for phase in job.phases:
+        parallel.settle_buckets(phase.wrapped, job.model, job.world, partial(passes, phase))

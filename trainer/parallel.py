@@ -1,7 +1,7 @@
 """How the model is spread over ranks: DDP and its warm-up, FSDP2, mixed precision, clipping."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -134,14 +134,85 @@ def wrap(model: nn.Module, world: World, options: DdpOptions | FsdpOptions) -> n
     )
 
 
-def _shard(model: nn.Module, world: World, options: FsdpOptions) -> nn.Module:
+class Inside(nn.Module):
+    """Calls functions of a model in one forward of its own, so that a wrapper sees it as one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+        """Return `compute(model, *arguments)`."""
+        return compute(self.model, *arguments)
+
+
+def wrap_phases(
+    model: nn.Module,
+    world: World,
+    options: DdpOptions | FsdpOptions,
+    phases: Mapping[str, Sequence[str]],
+) -> dict[str, nn.Module]:
+    """Return what the training of each phase calls, as `Inside` is called. Collective.
+
+    DDP is one wrapper for each phase, that reduces the gradients of this phase's parameters alone;
+    FSDP2 is one for all, and changes `model` in place as in `wrap`.
+
+    Args:
+        model: the plain module.
+        world: the ranks.
+        options: whose type decides how.
+        phases: by name, the names of the parameters that are trained in it.
+    """
+    if isinstance(options, FsdpOptions):
+        return dict.fromkeys(phases, _shard(model, world, options, Inside(model)))
+    named = dict(model.named_parameters())
+    wrapped = {}
+    for phase, names in phases.items():
+        with training_only(model, [named[name] for name in names]):  # as its reducer takes them
+            wrapped[phase] = wrap(Inside(model), world, options)
+    return wrapped
+
+
+@contextmanager
+def training_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let a backward reach these parameters only; of the others, no gradient is computed.
+
+    A sharded model computes them all the same: what it gathers is another parameter.
+    """
+    chosen = set(parameters)
+    paused = [p for p in model.parameters() if p.requires_grad and p not in chosen]
+    for parameter in paused:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in paused:
+            parameter.requires_grad_(True)
+
+
+def inside(
+    wrapped: nn.Module, model: nn.Module, compute: Callable[..., Any], *arguments: Any
+) -> Any:
+    """Return `compute(model, *arguments)`, outside of training. Collective where it is sharded.
+
+    Functions that call parts of a sharded model need what its root has gathered.
+    """
+    if isinstance(wrapped, Inside) and is_sharded(wrapped):
+        return wrapped(compute, *arguments)
+    return compute(model, *arguments)
+
+
+def _shard(
+    model: nn.Module, world: World, options: FsdpOptions, root: nn.Module | None = None
+) -> nn.Module:
     """Shard parameters, gradients and optimizer state evenly over all ranks.
 
     Y. Zhao et al., PyTorch FSDP, VLDB 2023; per-parameter sharding as torch's `fully_shard` has it.
     """
+    root = root or model
     blocks = world.together(lambda: _blocks(model, options))
     if world.size == 1:
-        return model
+        return root
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -151,18 +222,18 @@ def _shard(model: nn.Module, world: World, options: FsdpOptions) -> nn.Module:
         policy = MixedPrecisionPolicy(_DTYPES[options.param_dtype], torch.float32)
         norms = [module for module in model.modules() if isinstance(module, _NORMS)]
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for module in dict.fromkeys([*norms, *blocks, model]):
+    for module in dict.fromkeys([*norms, *blocks, root]):
         fully_shard(
             module,
             mesh=mesh,
             mp_policy=plain if module in norms else policy,
-            reshard_after_forward=options.reshard_after_forward and module is not model,
+            reshard_after_forward=options.reshard_after_forward and module is not root,
         )
     if any(True for _ in model.buffers()):  # rank 0's are everybody's, as under DDP
-        model.register_forward_pre_hook(
+        root.register_forward_pre_hook(
             lambda *_: take_rank0_buffers(model, world) if model.training else None
         )
-    return model
+    return root
 
 
 def _blocks(model: nn.Module, options: BlockOptions | FsdpOptions) -> list[nn.Module]:
@@ -207,8 +278,13 @@ def settle_buckets(
     resumed run would differ from its first step on. So every attempt, fresh or resumed, first
     runs `passes` (a forward and a backward on the run's first batch) without an update; then
     buffers, gradients and generators are put back.
+
+    A static graph needs the same on two ranks: its first iteration may not leave out the reduction,
+    as accumulation does.
     """
-    if world.size < 3 or not isinstance(wrapped, DistributedDataParallel):
+    if not isinstance(wrapped, DistributedDataParallel):
+        return
+    if world.size < 3 and not wrapped.static_graph:
         return
     generators = rng.capture()
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -267,12 +343,12 @@ def reshard(module: nn.Module) -> None:
             inner.reshard()  # type: ignore[operator]  # FSDPModule's
 
 
-def clip(model: nn.Module, max_norm: float) -> torch.Tensor:
-    """Clip the gradients to this 2-norm over all parameters of all ranks; return what it was.
+def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Clip the gradients to this 2-norm over these parameters of all ranks; return what it was.
 
-    Collective where the model is sharded. The norm is 0-dim, the same on every rank.
+    Collective where they are sharded. The norm is 0-dim, the same on every rank.
     """
-    norm = clip_grad_norm_(model.parameters(), max_norm)
+    norm = clip_grad_norm_(parameters, max_norm)
     whole: torch.Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return whole
 

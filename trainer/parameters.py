@@ -1,6 +1,6 @@
 """Which parameters are trained, and which with settings of their own: patterns over their names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -70,6 +70,67 @@ def groups(
         made.append({"params": [p for p in model.parameters() if _is_in(p, own)], **settings})
     rest = [{"params": list(left.values())}] if left or not made else []
     return rest + made, lines
+
+
+def phases(
+    model: nn.Module, stated: Mapping[str, str | Sequence[str]]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Divide the parameters that are trained among the phases of a step.
+
+    Args:
+        model: the plain module, after `freeze`.
+        stated: by the phase's name, patterns of the names of the parameters trained in it.
+
+    Returns:
+        By the phase's name, the names of its parameters in the model's order; and a line for each
+        pattern: what it matched.
+
+    Raises:
+        ConfigError: a pattern matches nothing, a phase has nothing to train, or a parameter that
+            is trained is not in exactly one phase.
+    """
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    owner: dict[str, str] = {}
+    lines = []
+    for phase, patterns in stated.items():
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            matched = _matching(model, pattern, f"phase {phase!r} of the task")
+            for name in matched:
+                if owner.setdefault(name, phase) != phase:
+                    raise ConfigError(
+                        f"parameter {name!r} belongs to two phases of the task, {owner[name]!r} "
+                        f"and {phase!r}; each is trained in one of them: change their patterns"
+                    )
+            lines.append(_line(f"phase {phase}", pattern, matched))
+    left = [name for name in trained if name not in owner]
+    if left:
+        raise ConfigError(
+            f"parameter {left[0]!r} belongs to none of the task's phases ({', '.join(stated)}), so "
+            "it would never be trained; let a phase's pattern match it, or freeze it "
+            "(trainer.freeze)"
+        )
+    divided = {phase: [n for n in trained if owner[n] == phase] for phase in stated}
+    idle = next((phase for phase, names in divided.items() if not names), None)
+    if idle is not None:
+        raise ConfigError(f"phase {idle!r} of the task has nothing to train: all of it is frozen")
+    return divided, lines
+
+
+def check_phases(given: Any, stated: Collection[str] | None) -> str:
+    """Return what is wrong with the form of `optimizer.phases`, or an empty text.
+
+    Args:
+        given: settings of the optimizer by the phase's name.
+        stated: the names of the task's phases; None if they are not known yet.
+    """
+    if not (isinstance(given, Mapping) and all(isinstance(v, Mapping) for v in given.values())):
+        return "is not a mapping of phases, each with settings such as {generator: {lr: 0.0001}}"
+    for name in given if stated is not None else ():
+        if not stated:
+            return f"names {name!r}, but the task has no phases"
+        if name not in stated:
+            return f"names {name!r}, which is no phase of the task{closest(str(name), stated)}"
+    return ""
 
 
 def check_rules(rules: Any) -> str:

@@ -22,6 +22,14 @@ class Task(Protocol):
     A task may also have `weight(batch)`: how many items (tokens, say) the mean loss of this batch
     is over, a number or a 0-dim tensor. The loss of a global batch, and of an evaluation, is then
     the mean over all items; without it, all samples count alike.
+
+    A task may have `phases`, a mapping: by the phase's name, a pattern of the names of the
+    parameters that are trained in it, or a list of them. Each step then takes one update for each
+    phase, in this order, with an optimizer and a schedule of its own; gradients are clipped and
+    looked at phase by phase, and reach its own parameters alone. `loss`, `figures` and `update`
+    are told the phase's name as their last argument, and called for each phase; all parts of the
+    model may be called in any of them. Names of figures get the phase's name before them, and
+    `loss` is the sum of the phases' losses, in training and in evaluation.
     """
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:

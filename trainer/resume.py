@@ -318,10 +318,13 @@ def load(
     tree.load_model(job.model, manifest.objects, reader.fetch)
     _load_optimizer(job, manifest, reader)
     _load_ema(job, manifest, reader)
-    lr_changed = _override_hyperparameters(job, start)
     scheduler_changed = any(key.split(".")[0] == "scheduler" for key in changed)
-    if job.scheduler is not None and not lr_changed and not scheduler_changed:
-        job.scheduler.load_state_dict(tree.join(manifest.objects["scheduler"], reader.fetch))
+    for phase in job.phases:
+        lr_changed = _override_hyperparameters(phase, start)
+        if phase.scheduler is not None and not lr_changed and not scheduler_changed:
+            stored = manifest.objects["scheduler"]
+            own = stored[phase.name] if phase.name else stored
+            phase.scheduler.load_state_dict(tree.join(own, reader.fetch))
     if job.scaler.is_enabled() and manifest.objects.get("scaler"):
         job.scaler.load_state_dict(tree.join(manifest.objects["scaler"], reader.fetch))
     if start.is_fork and any(d.moves_data for d in start.differences):
@@ -350,10 +353,11 @@ def _load_optimizer(job: loop.Job, manifest: Manifest, reader: checkpoint.Reader
         for name, entry in manifest.tensors.items()
         if name.startswith("optimizer.")
     }
-    slots = tree.optimizer_slots(job.model, job.optimizer, stored)
+    optimizers = [phase.optimizer for phase in job.phases]
+    slots = tree.optimizer_slots(job.model, optimizers, stored)
     reader.read({name: slot.tensor for name, slot in slots.items()})
     objects = manifest.objects["optimizer"]
-    tree.load_optimizer(job.model, job.optimizer, objects, slots, reader.fetch)
+    tree.load_optimizers(job.model, optimizers, objects, slots, reader.fetch)
 
 
 def _load_ema(job: loop.Job, manifest: Manifest, reader: checkpoint.Reader) -> None:
@@ -366,15 +370,21 @@ def _load_ema(job: loop.Job, manifest: Manifest, reader: checkpoint.Reader) -> N
         job.ema.restart()  # the run has not averaged so far
 
 
-def _override_hyperparameters(job: loop.Job, start: Start) -> bool:
+def _override_hyperparameters(phase: loop.Phase, start: Start) -> bool:
     """In a fork, let hyper-parameters that this configuration changes win; say whether lr did."""
     lr_changed = False
+    own = f"optimizer.phases.{phase.name}."
+    kept = set(flatten(start.manifest.config)) if start.manifest else set()
+    kept -= {difference.key for difference in start.differences}
     for difference in start.differences:
-        head, _, key = difference.key.partition(".")
-        if head != "optimizer" or key not in job.optimizer.param_groups[0]:
+        key = difference.key.removeprefix(own if phase.name else "").removeprefix("optimizer.")
+        is_general = difference.key == f"optimizer.{key}"
+        if not (is_general or difference.key == own + key) or (is_general and own + key in kept):
             continue
-        value = job.optimizer.defaults.get(key, difference.new)  # as the optimizer itself has it
-        for group in job.optimizer.param_groups:
+        if key not in phase.optimizer.param_groups[0]:
+            continue
+        value = phase.optimizer.defaults.get(key, difference.new)  # as the optimizer itself has it
+        for group in phase.optimizer.param_groups:
             group[key] = value
             if key == "lr":
                 group["initial_lr"] = value

@@ -17,7 +17,7 @@ class State:
     step: int = 0
     """Passes of the loop that consumed one global batch."""
     skipped: int = 0
-    """Steps whose update the gradient scaler did not apply."""
+    """Steps with an update left out, in any of their phases: its gradient was not finite."""
     samples: int = 0
     """Samples consumed over all ranks."""
     cursor: Cursor = field(default_factory=lambda: {"epoch": 0, "batch": 0})

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,72 @@ class LanguageModel:
         """Add one batch to the bits per byte."""
         bits = _cross_entropy(outputs, batch[1]) * self._bits
         metrics["bits_per_byte"].update(bits, weight=self.weight(batch))
+
+
+class Adversarial:
+    """A generator against a discriminator: Goodfellow et al., Generative Adversarial Nets, 2014.
+
+    For a model with `.generator`, from noise (N, latent) to samples, and `.discriminator`, from
+    samples to logits (N,) of being real. A batch is of real samples, or begins with them. Each step
+    first trains the discriminator, then the generator with the loss that does not saturate
+    (section 3 of the paper). Noise is normal and comes from torch's own generator.
+
+    Args:
+        label_smoothing: what real samples lack to a target of 1, 0 … 1: it keeps the
+            discriminator from being too sure (T. Salimans et al., Improved Techniques for
+            Training GANs, NeurIPS 2016, section 3.4).
+        latent: size of the noise; default: the generator's own `.latent`.
+    """
+
+    phases: ClassVar[Mapping[str, str]] = {
+        "discriminator": "discriminator.*",
+        "generator": "generator.*",
+    }
+
+    def __init__(self, label_smoothing: float = 0.0, latent: int | None = None) -> None:
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing={label_smoothing} must be >= 0 and < 1")
+        self._real = 1 - label_smoothing
+        self._latent = latent
+
+    def loss(self, model: Any, batch: Any, phase: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the mean loss of the phase (0-dim), and the logits (N,) it is made of."""
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        size = self._latent or model.generator.latent
+        noise = torch.randn(len(images), size, dtype=images.dtype, device=images.device)
+        if phase == "generator":
+            fake = model.discriminator(model.generator(noise))
+            return _judged(fake, 1.0), (fake,)
+        with torch.no_grad():
+            made = model.generator(noise)
+        real, fake = model.discriminator(images), model.discriminator(made)
+        return _judged(real, self._real) + _judged(fake, 0.0), (real, fake)
+
+    def figures(self, outputs: tuple[Tensor, ...], batch: Any, phase: str) -> Mapping[str, Tensor]:
+        """Return how sure the discriminator is, on average, that either kind is real."""
+        if phase == "generator":
+            return {}
+        return dict(zip(_KINDS, (logits.sigmoid().mean() for logits in outputs), strict=True))
+
+    def metrics(self) -> Mapping[str, Any]:
+        """Return the same for samples that it was not trained on: 0.5 when it cannot tell."""
+        from torchmetrics import MeanMetric  # slow to import; at the first evaluation
+
+        return {f"discriminator_{kind}": MeanMetric() for kind in _KINDS}
+
+    def update(
+        self, metrics: Mapping[str, Any], outputs: tuple[Tensor, ...], batch: Any, phase: str
+    ) -> None:
+        """Add one batch."""
+        for kind, logits in zip(_KINDS if phase == "discriminator" else (), outputs, strict=False):
+            metrics[f"discriminator_{kind}"].update(logits.sigmoid())
+
+
+_KINDS = ("real", "fake")
+
+
+def _judged(logits: Tensor, target: float) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
 
 
 _NOT_COUNTED = -100

@@ -48,7 +48,7 @@ def steps(world: World, options: parallel.FsdpOptions | None):
                 assert parallel.is_sharded(wrapped)
             with parallel.reducing(wrapped, last=part == 1):
                 (nn.functional.cross_entropy(wrapped(inputs), labels) / 2).backward()
-        norms.append(parallel.clip(wrapped, 0.5).item())
+        norms.append(parallel.clip(wrapped.parameters(), 0.5).item())
         optimizer.step()
         optimizer.zero_grad()
     whole = {

@@ -65,7 +65,7 @@ def train_and_save(world: World, folder: str, how: str):
         optimizer.zero_grad()
     content = checkpoint.Content(objects={"run": {}})
     tree.add_model(content, model, with_buffers=world.rank == 0)
-    tree.add_optimizer(content, model, optimizer)
+    tree.add_optimizers(content, model, [optimizer])
     checkpoint.save(begin(world, folder), content, step=3)
     return {name: raw(whole(value)) for name, value in state_of(model, optimizer).items()}
 
@@ -73,7 +73,7 @@ def train_and_save(world: World, folder: str, how: str):
 def state_of(model, optimizer):
     content = checkpoint.Content()
     tree.add_model(content, model, with_buffers=True)
-    tree.add_optimizer(content, model, optimizer)
+    tree.add_optimizers(content, model, [optimizer])
     return {**content.tensors, **content.own}
 
 
@@ -89,9 +89,9 @@ def load(world: World, folder: str, how: str):
         for name, entry in manifest.tensors.items()
         if name.startswith("optimizer.")
     }
-    slots = tree.optimizer_slots(model, optimizer, stored)
+    slots = tree.optimizer_slots(model, [optimizer], stored)
     reader.read({name: slot.tensor for name, slot in slots.items()})
-    tree.load_optimizer(model, optimizer, manifest.objects["optimizer"], slots, reader.fetch)
+    tree.load_optimizers(model, [optimizer], manifest.objects["optimizer"], slots, reader.fetch)
     shardings = {isinstance(p, DTensor) for p in model.parameters()}
     assert shardings == {how != "plain"}
     assert isinstance(optimizer.state[next(model.parameters())]["exp_avg"], DTensor) == (

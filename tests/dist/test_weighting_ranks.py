@@ -19,8 +19,9 @@ def steps(world, strategy, accumulate):
     job = masked_job(dataset(), accumulate, world)
     if strategy:
         options = parallel.DdpOptions() if strategy == "ddp" else parallel.FsdpOptions()
-        job.wrapped = parallel.wrap(job.model, world, options)
-        job.optimizer = torch.optim.SGD(job.model.parameters(), lr=0.1, momentum=0.9)
+        wrapped = parallel.wrap(job.model, world, options)
+        optimizer = torch.optim.SGD(job.model.parameters(), lr=0.1, momentum=0.9)
+        job.phases = [loop.Phase(wrapped=wrapped, optimizer=optimizer)]
     batches, losses = job.data.batches({"epoch": 0, "batch": 0}), []
     for _ in range(3):
         figures, _ = loop.train_step(job, next(batches)[0])

@@ -373,12 +373,12 @@ def test_horizon_words_become_the_runs_length():
     }  # fmt: skip
     limits = Trainer(max_epochs=None, max_steps=10, global_batch_size=6)
     job = make_job(a_run(scheduler=scheduler, trainer=limits))
-    assert job.scheduler.T_max == 4  # 10 steps at 3 an epoch
+    assert job.phases[0].scheduler.T_max == 4  # 10 steps at 3 an epoch
     assert job.scheduler_interval == "epoch"
     job = make_job(a_run(scheduler={**scheduler, "T_max": "steps_per_epoch"}))
-    assert job.scheduler.T_max == 3
+    assert job.phases[0].scheduler.T_max == 3
     job = make_job(a_run(scheduler={**scheduler, "T_max": "total_steps"}))
-    assert job.scheduler.T_max == 9
+    assert job.phases[0].scheduler.T_max == 9
 
 
 def test_initial_weights_are_a_function_of_the_seed():
@@ -409,7 +409,7 @@ def test_parameters_that_need_no_gradient_are_not_given_to_the_optimizer(package
         """
     })  # fmt: skip
     job = make_job(a_run(model={"_target_": f"{package}.frozen.make"}))
-    assert [len(group["params"]) for group in job.optimizer.param_groups] == [3]
+    assert [len(group["params"]) for group in job.phases[0].optimizer.param_groups] == [3]
 
 
 def test_a_plain_dataset_is_trained_on_and_nothing_is_evaluated():
@@ -490,4 +490,4 @@ def test_a_users_own_module_trains_like_any_other(package):
     model = {"_target_": f"{package}.nets.make", "width": 3}
     job = make_job(a_run(model=model))
     assert isinstance(job.model, nn.Module)
-    assert job.wrapped is job.model  # one rank needs no wrapper
+    assert job.phases[0].wrapped is job.model  # one rank needs no wrapper

@@ -528,7 +528,7 @@ def test_hyper_parameters_that_a_fork_changes_win(tmp_path):
     new = {**OLD, "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.5, "momentum": 0.8}}
     job = a_job(optimizer=other, schedule=lambda o: lr_scheduler.StepLR(o, 3))
     origin, _, its_state = forked(tmp_path, new, job)
-    (group,) = job.optimizer.param_groups
+    (group,) = job.phases[0].optimizer.param_groups
     assert (group["lr"], group["initial_lr"], group["momentum"]) == (0.5, 0.5, 0.8)
     assert group["nesterov"] is False  # no longer set: the optimizer's own default
     assert its_state.step == 7

@@ -5,7 +5,7 @@ Names are our own walk over model and optimizer: `model.<name>`, `optimizer.<nam
 state it takes a step.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,10 +132,10 @@ def model_targets(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def parameter_names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
-    """Return the name of every parameter that the optimizer holds, by id."""
+def parameter_names(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[int, str]:
+    """Return the name of every parameter that the optimizers hold, by id."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for index, group in enumerate(optimizer.param_groups):
+    for index, group in enumerate(_groups(optimizers)):
         for parameter in group["params"]:
             if id(parameter) not in names:
                 raise CheckpointError(
@@ -146,11 +146,18 @@ def parameter_names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
     return names
 
 
-def add_optimizer(content: Content, model: nn.Module, optimizer: Optimizer) -> None:
-    """Add the optimizer's state and hyper-parameters as they are; never takes a step."""
-    names = parameter_names(model, optimizer)
+def _groups(optimizers: Sequence[Optimizer]) -> list[dict[str, Any]]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def add_optimizers(content: Content, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Add the optimizers' state and hyper-parameters as they are; never takes a step.
+
+    No parameter may be in two of them: their state has the parameters' names.
+    """
+    names = parameter_names(model, optimizers)
     scalars: dict[str, dict[Any, Any]] = {}
-    for parameter, state in optimizer.state.items():
+    for parameter, state in (pair for each in optimizers for pair in each.state.items()):
         name = names[id(parameter)]
         for key, value in state.items():
             if isinstance(value, Tensor):
@@ -160,7 +167,7 @@ def add_optimizer(content: Content, model: nn.Module, optimizer: Optimizer) -> N
                 prefix = f"optimizer_tree.{name}.{key}"
                 scalars.setdefault(name, {})[key] = split(value, prefix, content.tensors)
     groups = []
-    for index, group in enumerate(optimizer.param_groups):
+    for index, group in enumerate(_groups(optimizers)):
         content.late |= {f"model.{names[id(parameter)]}" for parameter in group["params"]}
         values = {
             key: split(value, f"optimizer_group.{index}.{key}", content.tensors)
@@ -176,27 +183,29 @@ class Slot:
     """Where a stored optimizer tensor goes: a new tensor, and the state entry to put it in."""
 
     tensor: Tensor
+    optimizer: Optimizer
     parameter: nn.Parameter
     key: str
 
 
 def optimizer_slots(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizers: Sequence[Optimizer],
     stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
 ) -> dict[str, Slot]:
-    """Allocate what the checkpoint holds for the optimizer.
+    """Allocate what the checkpoint holds for the optimizers.
 
     Driven by the stored names: state that is absent stays absent. dtype and shape are the stored
     ones. A 0-dim `step` lives on the CPU unless the group is capturable or fused, as torch's
     own `Optimizer.load_state_dict` has it; all else lives with its parameter.
     """
-    names = parameter_names(model, optimizer)
+    names = parameter_names(model, optimizers)
     owners = {}
-    for group in optimizer.param_groups:
-        on_device = bool(group.get("capturable") or group.get("fused"))
-        for parameter in group["params"]:
-            owners[names[id(parameter)]] = (parameter, on_device)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            on_device = bool(group.get("capturable") or group.get("fused"))
+            for parameter in group["params"]:
+                owners[names[id(parameter)]] = (optimizer, parameter, on_device)
     slots = {}
     for full, (dtype, shape) in stored.items():
         name, _, key = full.removeprefix("optimizer.").rpartition(".")
@@ -205,52 +214,48 @@ def optimizer_slots(
                 f"the checkpoint has optimizer state for {name!r}, which this model does not "
                 "train; a changed model can start from init.weights=<safetensors>"
             )
-        parameter, on_device = owners[name]
+        optimizer, parameter, on_device = owners[name]
         on_cpu = key == "step" and not on_device
         device = torch.device("cpu") if on_cpu else parameter.device
         if hasattr(parameter, "device_mesh") and shape == tuple(parameter.shape):
             made = torch.empty_like(parameter.detach(), dtype=dtype)  # sharded in the same way
         else:
             made = torch.empty(shape, dtype=dtype, device=device)
-        slots[full] = Slot(made, parameter, key)
+        slots[full] = Slot(made, optimizer, parameter, key)
     return slots
 
 
-def load_optimizer(
+def load_optimizers(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizers: Sequence[Optimizer],
     objects: Mapping[str, Any],
     slots: Mapping[str, Slot],
     fetch: Callable[[str], Tensor],
 ) -> None:
-    """Put stored state and hyper-parameters into the optimizer.
+    """Put stored state and hyper-parameters into the optimizers.
 
     Raises:
         CheckpointError: the parameter groups are not those of the checkpoint.
     """
-    names = parameter_names(model, optimizer)
-    parameters = {name: p for p, name in _by_parameter(optimizer, names)}
+    names = parameter_names(model, optimizers)
     groups = objects["groups"]
-    found = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    found = [[names[id(p)] for p in group["params"]] for group in _groups(optimizers)]
     if found != [group["params"] for group in groups]:
         raise CheckpointError(
             f"the optimizer has {len(found)} groups of {[len(g) for g in found]} parameters, the "
             f"checkpoint {len(groups)} of {[len(g['params']) for g in groups]}, or in another "
             "order; a changed optimizer can start from init.weights=<safetensors>"
         )
-    for group, stored in zip(optimizer.param_groups, groups, strict=True):
+    for group, stored in zip(_groups(optimizers), groups, strict=True):
         values = {key: value for key, value in stored.items() if key != "params"}
         group.update(join(values, fetch))
-    optimizer.state.clear()
+    states = {}
+    for optimizer in optimizers:
+        optimizer.state.clear()
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            states[names[id(parameter)]] = (optimizer.state, parameter)
     for slot in slots.values():
-        optimizer.state[slot.parameter][slot.key] = slot.tensor
+        slot.optimizer.state[slot.parameter][slot.key] = slot.tensor
     for name, values in objects["state"].items():
-        optimizer.state[parameters[name]].update(join(values, fetch))
-
-
-def _by_parameter(
-    optimizer: Optimizer, names: Mapping[int, str]
-) -> Iterable[tuple[nn.Parameter, str]]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            yield parameter, names[id(parameter)]
+        state, parameter = states[name]
+        state[parameter].update(join(values, fetch))

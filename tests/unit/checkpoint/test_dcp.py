@@ -368,7 +368,7 @@ def test_a_runs_own_checkpoint_is_read_by_anybodys_loop(tmp_path):
     model, optimizer = trained()
     content = checkpoint.Content(objects={"scheduler": {"last_epoch": 3}})
     tree.add_model(content, model, with_buffers=True)
-    tree.add_optimizer(content, model, optimizer)
+    tree.add_optimizers(content, model, [optimizer])
     store = LocalStore(tmp_path / "run")
     writer = checkpoint.Writer(store, World(), lineage.begin(store, {}))
     checkpoint.save(writer, content, step=5)

@@ -288,9 +288,9 @@ def fetch_optimizer(store: Store, made: Any, model: nn.Module, optimizer: Any) -
         for name, entry in made.tensors.items()
         if name.startswith("optimizer.")
     }
-    slots = tree.optimizer_slots(model, optimizer, stored)
+    slots = tree.optimizer_slots(model, [optimizer], stored)
     reader.read({name: slot.tensor for name, slot in slots.items()})
-    tree.load_optimizer(model, optimizer, made.objects["optimizer"], slots, reader.fetch)
+    tree.load_optimizers(model, [optimizer], made.objects["optimizer"], slots, reader.fetch)
 
 
 def test_saving_an_optimizer_that_has_no_state_takes_no_step(tmp_path):
@@ -301,7 +301,7 @@ def test_saving_an_optimizer_that_has_no_state_takes_no_step(tmp_path):
     before = {name: raw_bytes(value) for name, value in model.named_parameters()}
     content = Content()
     tree.add_model(content, model, with_buffers=True)
-    tree.add_optimizer(content, model, optimizer)
+    tree.add_optimizers(content, model, [optimizer])
     checkpoint.save(writer_on(store), content, step=1)
     assert {name: raw_bytes(value) for name, value in model.named_parameters()} == before
     assert len(optimizer.state) == 0
@@ -333,7 +333,7 @@ def test_an_optimizer_with_state_in_two_groups_comes_back_to_the_bit(tmp_path):
         model(torch.randn(4, 3)).square().mean().backward()
         optimizer.step()
     content = Content()
-    tree.add_optimizer(content, model, optimizer)
+    tree.add_optimizers(content, model, [optimizer])
     checkpoint.save(writer_on(store), content, step=1)
     other, fresh = make()
     fetch_optimizer(store, checkpoint.latest(store), other, fresh)
@@ -349,7 +349,7 @@ def test_an_optimizer_with_other_groups_is_refused(tmp_path):
     store = LocalStore(tmp_path)
     model = nn.Linear(3, 2)
     content = Content()
-    tree.add_optimizer(content, model, torch.optim.SGD(model.parameters()))
+    tree.add_optimizers(content, model, [torch.optim.SGD(model.parameters())])
     made = checkpoint.save(writer_on(store), content, step=1)
     other = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias]}])
     with pytest.raises(CheckpointError, match="2 groups"):
@@ -359,7 +359,7 @@ def test_an_optimizer_with_other_groups_is_refused(tmp_path):
 def test_an_optimizer_of_a_parameter_outside_of_the_model_is_refused():
     stray = nn.Parameter(torch.ones(2, 7))
     with pytest.raises(CheckpointError, match=r"\(2, 7\)"):
-        tree.add_optimizer(Content(), nn.Linear(3, 2), torch.optim.SGD([stray]))
+        tree.add_optimizers(Content(), nn.Linear(3, 2), [torch.optim.SGD([stray])])
 
 
 # --- what cannot be stored ---------------------------------------------------------------------

@@ -318,7 +318,7 @@ def test_an_optimizer_goes_on_as_if_it_had_never_been_stored(name):
     take_step(model, optimizer, 1)
     take_step(model, optimizer, 2)
     content = Content()
-    tree.add_optimizer(content, model, optimizer)
+    tree.add_optimizers(content, model, [optimizer])
     restored = through_json(content.objects)
     assert canonical(restored) == canonical(content.objects)
 
@@ -330,11 +330,11 @@ def test_an_optimizer_goes_on_as_if_it_had_never_been_stored(name):
         for key, tensor in content.tensors.items()
         if key.startswith("optimizer.")
     }
-    slots = tree.optimizer_slots(other_model, other, stored)
+    slots = tree.optimizer_slots(other_model, [other], stored)
     for key, slot in slots.items():
         slot.tensor.copy_(content.tensors[key])
     kept = {key: tensor.clone() for key, tensor in content.tensors.items()}
-    tree.load_optimizer(other_model, other, restored["optimizer"], slots, kept.__getitem__)
+    tree.load_optimizers(other_model, [other], restored["optimizer"], slots, kept.__getitem__)
 
     take_step(model, optimizer, 3)
     take_step(other_model, other, 3)

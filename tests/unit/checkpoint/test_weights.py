@@ -105,7 +105,7 @@ def a_run(folder, models):
     for step, model in models.items():
         content = Content(objects={"run": {}})
         tree.add_model(content, model, with_buffers=True)
-        tree.add_optimizer(content, model, trained(model))
+        tree.add_optimizers(content, model, [trained(model)])
         save(writer, content, step=step)
     return folder
 

@@ -1,0 +1,161 @@
+"""Phases on several ranks: the update of each is the large batch's, and a resume is exact."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+
+def pair_job(world, options=None, accumulate=1):
+    """Two nets without BatchNorm; the noise comes with the batch, so that all ranks have the same.
+
+    Its samples weigh unequally, and both phases call both nets.
+    """
+    import torch
+    from test_phases import phased
+    from test_weighting import dataset, masked_job
+    from torch import nn
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 6)).double()
+            self.b = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+
+    class Duel:
+        phases = {"two": ["b.*"], "one": "a.*"}  # noqa: RUF012
+
+        def loss(self, model, batch, phase):
+            real, noise, wanted = batch
+            weight = wanted.sum(1)
+            if phase == "two":
+                with torch.no_grad():
+                    made = model.a(noise)
+                margin = model.b(made) - model.b(real)  # one net twice in a forward
+            else:
+                margin = -model.b(model.a(noise))
+            loss = nn.functional.softplus(margin).squeeze(1) * weight
+            return loss.sum() / weight.sum().clamp(min=1), margin
+
+        def weight(self, batch):
+            return batch[2].sum()
+
+        def figures(self, outputs, batch, phase):
+            return {}
+
+        def metrics(self):
+            return {}
+
+        def update(self, metrics, outputs, batch, phase):
+            pass
+
+    job = masked_job(dataset(), accumulate, world)
+    torch.manual_seed(0)
+    job.model, job.task = Pair(), Duel()
+    return phased(job, options, stated=Duel.phases, make=lambda phase, params: (
+        torch.optim.SGD(params, lr={"one": 0.3, "two": 0.1}[phase], momentum=0.9)
+    ))  # fmt: skip
+
+
+def steps(world, options, accumulate, clip_norm):
+    """Three steps; return the means of the ranks' losses, and the weights."""
+    from trainer import loop, parallel
+
+    job = pair_job(world, options, accumulate)
+    job.clip_norm = clip_norm
+    loop.warm_up(job)
+    batches, losses = job.data.batches({"epoch": 0, "batch": 0}), []
+    for _ in range(3):
+        figures, _ = loop.train_step(job, next(batches)[0])
+        losses += [world.mean(figures[name]).item() for name in ("loss", "one_loss", "two_loss")]
+    parallel.reshard(job.phases[0].wrapped)
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in job.model.parameters()]
+    return losses, [p.detach().numpy().copy() for p in whole]
+
+
+def runs(world, folder, options):
+    """Train without a stop and with one; return all that moves after either, and an evaluation."""
+    import torch
+    from by_hand import saved_steps
+    from test_phases import gan_job, phased
+
+    from trainer import loop, resume, rng
+    from trainer.checkpoint import lineage
+    from trainer.checkpoint.retention import Retention
+    from trainer.checkpoint.saver import Saver
+    from trainer.checkpoint.tiers import Tiers
+    from trainer.config import Run
+    from trainer.data.source import EvalStream, TrainStream
+    from trainer.ema import Ema
+    from trainer.policy import Every
+    from trainer.preemption import Stop
+    from trainer.storage import open_store
+
+    def go_on(name, max_steps):
+        from test_phases import images
+
+        store = open_store(f"{folder}/{name}")
+        job = gan_job(clip_norm=0.5, max_steps=max_steps, eval_every=Every(steps=3))
+        job.world = world
+        job.data = TrainStream(images(), world, 5, 12, 2)
+        job.evaluation = EvalStream(images(7), world, 2)  # some ranks have more of it
+        phased(job, options, schedule=lambda o: torch.optim.lr_scheduler.StepLR(o, 2))
+        job.ema = Ema(job.model, 0.9, job.phases[0].wrapped)
+        rng.seed_all(world.rank)
+        loop.warm_up(job)
+        run = Run(name="a", run_dir=f"{folder}/{name}")
+        start = world.from_rank0(lambda: resume.choose(Tiers(store), run, {}))
+        state = resume.load(job, start)
+        attempt = world.from_rank0(lambda: lineage.begin(store, {"resume": "auto"}))
+        origin = {"step": start.step, "attempt": None}
+        world.from_rank0(lambda: lineage.amend(store, attempt, {"resumed_from": origin}))
+        retention = Retention(store, attempt, keep_last=9)
+        saver = Saver(store, world, attempt, config={}, every=Every(), retention=retention)
+        assert loop.train(job, state, saver, Stop(world))
+        content = loop.collect(job, state)
+        tensors = {
+            name: (t.to_local() if hasattr(t, "to_local") else t).detach().numpy().tobytes()
+            for name, t in {**content.tensors, **content.own}.items()
+        }
+        return tensors, repr(content.objects)
+
+    whole = go_on("whole", 8)
+    go_on("halves", 4)
+    again = go_on("halves", 8)
+    assert saved_steps(f"{folder}/halves") == [4, 8]
+    return [name for name in whole[0] if whole[0][name] != again[0][name]], whole[1] == again[1]
+
+
+def both(world, folder):
+    """Everything in one start of the ranks, which costs more than all of it."""
+    from trainer import parallel
+
+    fsdp = parallel.FsdpOptions(min_parameters=30)
+    answers = {}
+    for name, options in (
+        ("ddp", parallel.DdpOptions(bucket_cap_mb=0.0005)),
+        ("static", parallel.DdpOptions(static_graph=True, gradient_as_bucket_view=False)),
+        ("fsdp", fsdp),
+    ):
+        answers[name] = [
+            steps(world, options, 1, None), steps(world, options, 2, 0.05),
+        ]  # fmt: skip
+    same = [runs(world, f"{folder}/{type(o).__name__}", o) for o in (parallel.DdpOptions(), fsdp)]
+    return answers, same
+
+
+@pytest.mark.parametrize("size", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_steps_are_those_of_one_process_and_a_resume_is_exact(on_ranks, tmp_path, size):
+    from trainer.distributed import World
+
+    wanted = [steps(World(), None, 1, clip_norm) for clip_norm in (None, 0.05)]
+    for answers, same in on_ranks(size, both, str(tmp_path)):
+        for name, found in answers.items():
+            for (its_losses, its_weights), (losses, weights) in zip(found, wanted, strict=True):
+                np.testing.assert_allclose(its_losses, losses, rtol=1e-6, err_msg=name)
+                for ours, theirs in zip(its_weights, weights, strict=True):
+                    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9, err_msg=name)
+        assert same == [([], True), ([], True)]
