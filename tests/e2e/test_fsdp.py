@@ -3,11 +3,12 @@
 import re
 
 import pytest
-from commands import HARD, committed
+from commands import HARD, ROOT, committed
 
 from scripts.compare_runs import differences
 from trainer.checkpoint import compare
 from trainer.checkpoint.places import open_place
+from trainer.export.source import open_source
 
 FSDP = [*HARD, "task._target_=mine.task.Fragile", "parallel=fsdp", "parallel.min_parameters=50",
         "trainer.accumulate=2", "trainer.clip_norm=0.5"]  # fmt: skip
@@ -26,6 +27,13 @@ def test_killed_in_the_middle_it_ends_with_the_same_bits(command, ranks):
     assert "resuming from step" in done.stdout
     runs = command.folder / "runs"
     assert differences(str(runs / "whole"), str(runs / "broken")) == []
+    names = {"__name__": "read_checkpoint"}  # the documents' own reader, of sharded tensors
+    reader = ROOT / "docs/examples/read_checkpoint.py"
+    exec(compile(reader.read_text(), reader.name, "exec"), names)
+    _, tensors = names["read"](names["newest"](runs / "broken"))
+    weights = open_source(str(runs / "broken"), "latest").weights()
+    for name, weight in weights.items():
+        assert (tensors[f"model.{name}"] == weight.numpy()).all(), name
 
 
 PLAIN = [

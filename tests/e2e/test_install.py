@@ -1,5 +1,6 @@
 """From a clean clone: the two commands of the README, and an ordinary installation."""
 
+import re
 import subprocess
 import sys
 import sysconfig
@@ -31,16 +32,26 @@ def test_make_train_in_a_fresh_clone(clone):
 
 
 @pytest.mark.cluster
-def test_pip_install_works_from_any_directory(clone, tmp_path):
+def test_a_built_wheel_works_from_any_directory(clone, tmp_path):
     """Dependencies come from this environment; the project itself is installed anew."""
     venv, folder = tmp_path / "venv", tmp_path / "elsewhere"
     folder.mkdir()
     assert run(sys.executable, "-m", "venv", str(venv)).returncode == 0
     python = str(venv / "bin/python")
-    installed = run(python, "-m", "pip", "install", "--no-deps", str(clone))
+    built = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(tmp_path), str(clone))
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("perdure-*.whl")
+    installed = run(python, "-m", "pip", "install", "--no-deps", str(wheel))
     assert installed.returncode == 0, installed.stderr
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout
     Path(site.strip(), "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    listed = run(python, "-m", "trainer", cwd=folder)
+    assert listed.returncode == 0, listed.stderr
+    names = re.findall(r"python -m (trainer\.\w+)", listed.stdout)
+    assert len(names) >= 8
+    looked = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
+    imported = run(python, "-c", looked, *names, cwd=folder)
+    assert imported.returncode == 0, imported.stderr
     done = run(python, "-m", "trainer.run", "data=synthetic", "trainer.max_steps=2", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert (folder / "runs/synthetic-cnn/config.yaml").exists()
