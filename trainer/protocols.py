@@ -53,7 +53,9 @@ class DataSource(Protocol):
     """Training data, and what to evaluate on.
 
     A dataset has `__len__` and `__getitem__`. Where it has `tensors` (as TensorDataset does) or
-    `__getitems__`, a batch is fetched whole; otherwise samples are collated one by one.
+    `__getitems__`, a batch is fetched whole; otherwise samples are collated one by one. Where it
+    has `get_seeded(indices, seeds)`, that makes training batches: with a number for each sample,
+    of 63 bits, from which it draws whatever is random in it.
     """
 
     @property

@@ -35,14 +35,17 @@ class Datasets:
 def fetch(dataset: Any, indices: Tensor, *seed: int | str) -> Batch:
     """Return the samples of `indices` as one batch on the CPU.
 
-    Indexes the tensors of a TensorDataset; else asks `__getitems__` once; else collates samples.
-    In the latter two, random choices are a function of `seed` and the samples alone: the same
-    whichever process makes them, on any number of ranks, also after a resume.
+    Asks `get_seeded(indices, seeds)` once, where there is such a method; else indexes the tensors
+    of a TensorDataset; else asks `__getitems__` once; else collates samples. Random choices are a
+    function of `seed` and of the sample alone (for `__getitems__`: of the samples of its batch):
+    the same whichever process makes them, also after a resume.
     """
+    wanted = indices.tolist()
+    if hasattr(dataset, "get_seeded"):
+        return dataset.get_seeded(wanted, [rng.derive(*seed, index) for index in wanted])
     tensors = getattr(dataset, "tensors", None)
     if tensors is not None:
         return tuple(tensor[indices] for tensor in tensors)
-    wanted = indices.tolist()
     with rng.forked(rng.derive(*seed, *wanted)):
         if hasattr(dataset, "__getitems__"):
             batch = dataset.__getitems__(wanted)
