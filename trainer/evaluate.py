@@ -2,22 +2,17 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from trainer import arguments, build, config, loop, trust
-from trainer.checkpoint import tree
-from trainer.config import ObjectStore, Parallel, Run
+from trainer import arguments, build, loop, rebuild
+from trainer.config import ObjectStore
 from trainer.distributed import World
 from trainer.ema import PREFIX
-from trainer.errors import DONE, ConfigError, PerdureError, closest, problems_text
-from trainer.export.source import Source, open_source
+from trainer.errors import DONE, ConfigError, PerdureError, closest
+from trainer.export.source import open_source
 from trainer.preemption import Stop
 from trainer.state import State
 from trainer.terminal import table
@@ -25,8 +20,6 @@ from trainer.tracking.several import Silent
 
 _WEIGHTS = ("auto", "model", "ema")
 _OPTIONS = {"step": "latest", "weights": "auto", "allow": ""}
-_GROUPS = ("model", "data", "task")
-"""Parts of the configuration that an evaluation needs."""
 _USAGE = """usage: python -m trainer.evaluate RUN [step=…] [weights=…] [allow=…] [key=value …]
   RUN      directory of a run, a folder of checkpoints, or one of them; local, s3://… and the like
   step     latest, best, or the number of a step that the run has kept (default latest)
@@ -117,7 +110,7 @@ def evaluate(
     if weights not in _WEIGHTS:
         raise ConfigError(f"weights={weights}: there is no such choice{closest(weights, _WEIGHTS)}")
     source = open_source(place, step, store)
-    run = _configuration(source, settings, allowed)
+    run = rebuild.configuration(source, settings, allowed)
     world = World(device=torch.device("cpu"))
     data = build.build_data(run)
     job = build.build_job(run, world, data, Silent())
@@ -125,7 +118,7 @@ def evaluate(
         raise ConfigError(f"{place}: its data has nothing to evaluate on")
     has_averages = any(name.startswith(PREFIX) for name in source.manifest.tensors)
     chosen = weights if weights != "auto" else "ema" if has_averages else "model"
-    _load(job.model, source, averaged=chosen == "ema")
+    rebuild.fill(job.model, source, averaged=chosen == "ema")
     figures = loop.evaluate(job, State(step=source.commit.step), Stop(world)) or {}
     count = len(job.evaluation.dataset)
     return Evaluation(place, source.commit.step, chosen, count, figures)
@@ -140,62 +133,6 @@ def _sorted(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         is_setting = equals and "/" not in key and not key.startswith(("-", "store."))
         (settings if is_setting and key not in _OPTIONS else mine).append(argument)
     return mine, settings
-
-
-def _configuration(source: Source, settings: Sequence[str], allowed: Sequence[str]) -> Run:
-    """Return the checkpoint's configuration with `settings`, for one process that evaluates."""
-    stored = source.manifest.config
-    if not stored:
-        raise ConfigError(
-            f"{source.place}: step {source.commit.step:,} was not written by a run, so it does not "
-            "say what model and data to measure; export its weights instead"
-        )
-    for setting in settings:
-        key = setting.partition("=")[0]
-        if "." not in key and isinstance(stored.get(key), Mapping):
-            raise ConfigError(
-                f"{setting}: groups are chosen when a run is made; here, change single settings, "
-                f"such as {key}.…=…"
-            )
-    try:
-        typed = OmegaConf.from_dotlist(list(settings))
-        composed = OmegaConf.merge(OmegaConf.create(dict(stored)), typed)
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{' '.join(settings)}: {text}") from None
-    run, problems = config.merge(composed)  # type: ignore[arg-type]
-    if problems:
-        raise ConfigError(problems_text(problems))
-    own = [s.partition("=")[2] for s in settings if s.partition("=")[0].endswith("._target_")]
-    nodes = {group: getattr(run, group) for group in _GROUPS}
-    trust.refuse_targets(nodes, [*allowed, *own])
-    alone = replace(
-        run,
-        parallel=Parallel(strategy="single"),
-        optimizer={"_target_": "torch.optim.SGD"},
-        scheduler={},
-        tracker={},
-        trainer=replace(run.trainer, accumulate=1, freeze=[], ema_decay=None),
-    )
-    problems = build.check(alone)
-    if problems:
-        raise ConfigError(problems_text(problems))
-    return alone
-
-
-def _load(model: torch.nn.Module, source: Source, *, averaged: bool) -> None:
-    tensors: dict[str, Any] = source.weights(averaged=averaged)
-    try:
-        found = model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:  # shapes
-        raise ConfigError(f"{source.place} does not fit its own model: {error}") from None
-    missing = [name for name in found.missing_keys if not name.endswith("_extra_state")]
-    if missing or found.unexpected_keys:
-        raise ConfigError(
-            f"{source.place} does not fit its own model: it lacks {missing[:4] or 'nothing'}, and "
-            f"holds {found.unexpected_keys[:4] or 'nothing'} besides; was the model's code changed?"
-        )
-    tree.load_model(model, source.manifest.objects, source.reader.fetch)
 
 
 if __name__ == "__main__":

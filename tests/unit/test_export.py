@@ -14,7 +14,8 @@ from trainer.checkpoint import Content, DamagedError, Writer, lineage, save, tre
 from trainer.checkpoint.dcp import PerdureStorageWriter
 from trainer.distributed import World
 from trainer.errors import CheckpointError, ConfigError
-from trainer.export.__main__ import export, main
+from trainer.export.__main__ import main
+from trainer.export.exporting import export
 from trainer.export.source import clean_names, open_source
 from trainer.state import State
 from trainer.storage import open_store
@@ -55,18 +56,19 @@ def load(path):
 @pytest.mark.parametrize("form", ["safetensors", "state_dict"])
 def test_an_export_loads_strictly_into_the_plain_model(tmp_path, form):
     run = a_run(tmp_path / "run", {3: net(1)})
-    path, count = export(run, form, "latest", "")
+    done = export(run, form)
+    path = done.path
     assert path.parent == tmp_path / "run" / "exports"
     assert path.stem == "step-00000003"
     weights = load(path)
-    assert count == len(weights) == len(net(0).state_dict())
+    assert done.tensors == len(weights) == len(net(0).state_dict())
     plain = net(2)
     plain.load_state_dict(weights, strict=True)
     same(net(1), plain.state_dict())
 
 
 def test_shared_storage_stays_shared_in_a_state_dict(tmp_path):
-    path, _ = export(a_run(tmp_path / "run", {3: net(1)}), "state_dict", "latest", "")
+    path = export(a_run(tmp_path / "run", {3: net(1)}), "state_dict").path
     weights = torch.load(path, weights_only=True)
     assert weights["head.weight"].data_ptr() == weights["embed.weight"].data_ptr()
 
@@ -74,13 +76,13 @@ def test_shared_storage_stays_shared_in_a_state_dict(tmp_path):
 def test_an_export_is_the_same_bytes_whatever_its_name(tmp_path):
     run = a_run(tmp_path / "run", {3: net(1)})
     for form in ("safetensors", "state_dict"):
-        first, _ = export(run, form, "latest", str(tmp_path / "no_suffix"))
-        second, _ = export(run, form, "latest", str(tmp_path / "other.bin"))
+        first = export(run, form, "latest", str(tmp_path / "no_suffix")).path
+        second = export(run, form, "latest", str(tmp_path / "other.bin")).path
         assert first.read_bytes() == second.read_bytes()
 
 
 def test_safetensors_own_reader_opens_the_file(tmp_path):
-    path, _ = export(a_run(tmp_path / "run", {3: net(1)}), "safetensors", "latest", "")
+    path = export(a_run(tmp_path / "run", {3: net(1)}), "safetensors").path
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == set(net(0).state_dict())
@@ -90,7 +92,7 @@ def test_safetensors_own_reader_opens_the_file(tmp_path):
 def test_the_step_that_was_asked_for_is_exported(tmp_path, step, seed):
     models = {at: net(at) for at in (10, 20, 30)}
     run = a_run(tmp_path / "run", models, accuracy={10: 0.7, 20: 0.9, 30: 0.9})
-    path, _ = export(run, "safetensors", step, "")
+    path = export(run, "safetensors", step, "").path
     assert path.name == f"step-{seed:08d}.safetensors"
     same(models[seed], load(path))
 
@@ -135,10 +137,10 @@ def test_out_chooses_the_file_and_replaces_what_was_there(tmp_path):
     out = tmp_path / "deep" / "weights.bin"
     out.parent.mkdir()
     out.write_text("old")
-    path, _ = export(run, "safetensors", "latest", str(out))
+    path = export(run, "safetensors", "latest", str(out)).path
     assert path == out
     same(net(1), load_file(out))
-    assert [p.name for p in out.parent.iterdir()] == ["weights.bin"]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["weights.bin", "weights.bin.json"]
     assert not (tmp_path / "run" / "exports").exists()
 
 
@@ -239,5 +241,5 @@ def test_real_wrappers_leave_no_trace(tmp_path):
     wrapped.module = torch.compile(
         inner, backend="eager"
     )  # as DDP around a compiled model names it
-    path, _ = export(a_run(tmp_path / "run", {1: wrapped}), "state_dict", "latest", "")
+    path = export(a_run(tmp_path / "run", {1: wrapped}), "state_dict").path
     same(inner, torch.load(path, weights_only=True))

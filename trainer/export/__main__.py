@@ -1,104 +1,118 @@
-"""python -m trainer.export RUN [format=…] [step=…] [weights=…] [out=…]: weights leave a run."""
+"""python -m trainer.export RUN [format=…] [step=…] [weights=…] [out=…]: a model leaves its run."""
 
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
-from trainer.arguments import parse
-from trainer.config import ObjectStore
+from trainer.arguments import Arguments, parse
 from trainer.errors import DONE, ConfigError, PerdureError, closest
-from trainer.export import safetensors, state_dict
-from trainer.export.source import open_source
-from trainer.storage import Store, is_local, open_store
+from trainer.export.exporting import Exported, export
+from trainer.export.formats import FORMATS, find
+from trainer.export.subject import Choices
 
-_FORMATS = {"safetensors": safetensors, "state_dict": state_dict}
 _WEIGHTS = ("model", "ema")
-_OPTIONS = {"format": "safetensors", "step": "latest", "weights": "model", "out": ""}
-_USAGE = f"""usage: python -m trainer.export RUN [format=…] [step=…] [weights=…] [out=…]
-  RUN     directory of a run, a folder of checkpoints, or one of them; local, s3://… and the like
-  format  {" or ".join(_FORMATS)} (default safetensors)
-  step    latest, best, or the number of a step that the run has kept (default latest)
-  weights model, or ema: their moving average, where trainer.ema_decay was set (default model)
-  out     file to write (default RUN/exports/step-N.<suffix of the format>)"""
+_OPTIONS = {
+    "format": "safetensors", "step": "latest", "weights": "model", "out": "", "dtype": "",
+    "part": "", "inputs": "", "device": "cpu", "allow": "", "atol": "", "rtol": "",
+}  # fmt: skip
+_USAGE = f"""usage: python -m trainer.export RUN [format=…] [step=…] [weights=…] [out=…] […]
+  RUN      directory of a run, a folder of checkpoints, or one of them; local, s3://… and the like
+  format   {", ".join(FORMATS)} (default safetensors)
+  step     latest, best, or the number of a step that the run has kept (default latest)
+  weights  model, or ema: their moving average, where trainer.ema_decay was set (default model)
+  out      file or folder to write (default RUN/exports/step-N.<suffix of the format>)
+  dtype    fp32, fp16 or bf16, of what is floating-point (default: as it is)
+  part     submodule that is exported alone, such as generator (default: the whole model)
+  allow    packages or names, with commas between, that the checkpoint's configuration may call
+           besides this project's own and torch.nn
+  x.y      a setting of the run to change, such as data.dir=/elsewhere
+What can be run is compared with the model, and not written where it differs:
+  inputs   what the model takes, as random values, such as 'tokens:int64[128]<50257;mask:bool[128]'
+           (default: evaluation data, as the task hands it to the model)
+  device   cpu or cuda: where the model is traced and compared (default cpu)
+  atol     allowed difference of an output (default by dtype: 1e-5 for fp32)
+  rtol     the same in shares of the output's largest value (default by dtype: 1e-4 for fp32)"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or "--help" in argv or "-h" in argv:
-        print(_USAGE)
+        print(usage())
         return DONE if argv else ConfigError.exit_code
     try:
-        given = parse(argv, _USAGE, options=_OPTIONS)
-        format, step, weights, out = (given.options[key] for key in _OPTIONS)
-        if format not in _FORMATS:
-            raise ConfigError(f"there is no format {format!r}{closest(format, _FORMATS)}")
-        if weights not in _WEIGHTS:
-            raise ConfigError(f"weights={weights} is neither model nor ema")
-        averaged = weights == "ema"
-        path, count = export(given.places[0], format, step, out, given.store, averaged=averaged)
+        settings = [argument for argument in argv if _is_setting(argument)]
+        named = [a.partition("=")[2] for a in argv if a.startswith("format=")]
+        module = find(named[-1] if named else _OPTIONS["format"])
+        mine = [argument for argument in argv if not _is_setting(argument)]
+        given = parse(mine, usage(), options={**_OPTIONS, **module.OPTIONS})
+        done = _export(given, settings)
     except PerdureError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    size = f", {path.stat().st_size:,} bytes" if isinstance(path, Path) else ""
-    print(f"{path}: {count:,} tensors{size}")
+    print(text(done))
     return DONE
 
 
-def export(
-    run_dir: str,
-    format: str,
-    step: str,
-    out: str,
-    settings: ObjectStore = ObjectStore(),  # noqa: B008 (frozen)
-    *,
-    averaged: bool = False,
-) -> tuple[Path | str, int]:
-    """Write the weights of a checkpoint; return the file's place and the number of tensors.
+def usage() -> str:
+    """Return the text of --help, with the options of every format."""
+    lines = [_USAGE]
+    for name, module in FORMATS.items():
+        if module.OPTIONS:
+            lines.append(f"Options of format={name}:")
+        for key, default in module.OPTIONS.items():
+            lines.append(f"  {key:<8} {module.HELP[key]} (default {default or 'empty'})")
+    return "\n".join(lines)
 
-    Needs one CPU process and no process group. The file appears whole and durable, or not at all.
-    """
-    source = open_source(run_dir, step, settings)
-    module = _FORMATS[format]
-    name = f"step-{source.commit.step:08d}{'-ema' if averaged else ''}{module.SUFFIX}"
-    if not out and not is_local(run_dir):
-        with tempfile.TemporaryDirectory(prefix="perdure-") as folder:
-            here = str(Path(folder, name))
-            path, count = export(run_dir, format, step, here, settings, averaged=averaged)
-            return _into_store(path, open_store(run_dir, settings), f"exports/{name}"), count
-    path = Path(out) if out else Path(run_dir.removeprefix("file://")) / "exports" / name
-    weights = source.weights(averaged=averaged)
+
+def text(done: Exported) -> str:
+    """Return what a person reads of an export."""
+    lines = [f"{done.url}: {done.tensors:,} tensors, {done.bytes:,} bytes"]
+    if done.differences is not None:
+        compared = done.record["parity"]
+        sizes = ", ".join(map(str, compared["batch_sizes"]))
+        lines.append(f"compared with the model on {compared['samples']}, batches of {sizes}:")
+        lines += [f"  {difference}" for difference in done.differences]
+    return "\n".join(lines)
+
+
+def _export(given: Arguments, settings: Sequence[str]) -> Exported:
+    options = given.options
+    weights = options["weights"]
+    if weights not in _WEIGHTS:
+        raise ConfigError(f"weights={weights} is neither model nor ema{closest(weights, _WEIGHTS)}")
+    choices = Choices(
+        averaged=weights == "ema",
+        dtype=options["dtype"],
+        device=options["device"],
+        part=options["part"],
+        inputs=options["inputs"],
+        settings=settings,
+        allowed=[name for name in options["allow"].split(",") if name],
+    )
+    return export(
+        given.places[0],
+        options["format"],
+        options["step"],
+        options["out"],
+        choices=choices,
+        options={key: value for key, value in options.items() if key not in _OPTIONS},
+        atol=_number("atol", options["atol"]),
+        rtol=_number("rtol", options["rtol"]),
+        store=given.store,
+    )
+
+
+def _number(key: str, text: str) -> float | None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-        try:
-            module.write(weights, temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out={path} cannot be written: {error.strerror}") from None
-    return path, len(weights)
+        return float(text) if text else None
+    except ValueError:
+        raise ConfigError(f"{key}={text} is no number; write one such as {key}=1e-3") from None
 
 
-def _into_store(path: Path | str, store: Store, key: str) -> str:
-    """Move a file into the run, part by part; what an earlier export left there goes."""
-    store.delete([key])
-    with open(path, "rb") as file:
-        total_bytes = os.fstat(file.fileno()).st_size
-        new = store.open_new(key, total_bytes)
-        try:
-            for start in range(0, total_bytes, new.part_bytes):
-                new.put(start, memoryview(file.read(new.part_bytes)))
-            new.finish()
-        except BaseException:
-            new.abort()
-            raise
-    return f"{store.url}/{key}"
+def _is_setting(argument: str) -> bool:
+    """Whether it changes a setting of the run: a dotted key that is not the store's."""
+    key, equals, _ = argument.partition("=")
+    return bool(equals) and "." in key and "/" not in key and not key.startswith(("-", "store."))
 
 
 if __name__ == "__main__":
