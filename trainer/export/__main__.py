@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     print(text(done))
+    if done.warning:
+        print(done.warning, file=sys.stderr)
     return DONE
 
 

@@ -47,10 +47,13 @@ class Format(Protocol):
 class Runner(Protocol):
     """An export that can be called. Floats that it takes may be given in any precision."""
 
-    inputs: Sequence[str]
-    """Names, in order."""
-    outputs: Sequence[str]
-    """Names, in order."""
+    @property
+    def inputs(self) -> Sequence[str]:
+        """Names of what goes in, in order."""
+
+    @property
+    def outputs(self) -> Sequence[str]:
+        """Names of what comes out, in order."""
 
     def run(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Return the outputs by name; bfloat16, which NumPy has not got, comes as float32."""

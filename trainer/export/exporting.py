@@ -33,6 +33,8 @@ class Exported:
     """Of all its files."""
     tensors: int
     """How many of the checkpoint's are in it, under all their names."""
+    warning: str
+    """What a person should know of this format, or nothing."""
     record: Mapping[str, Any]
     """What the file beside it says."""
     differences: Sequence[Difference] | None
@@ -94,7 +96,12 @@ def export(
         size_bytes = sum(file.stat().st_size for file in files(path))
         target.publish(path, record.to_bytes(found), last=getattr(module, "LAST", ""))
     return Exported(
-        str(target.path or target.url), size_bytes, len(subject.tensor_names()), found, differences
+        str(target.path or target.url),
+        size_bytes,
+        len(subject.tensor_names()),
+        getattr(module, "WARNING", ""),
+        found,
+        differences,
     )
 
 

@@ -5,12 +5,25 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.errors import ConfigError, closest
-from trainer.export import safetensors, state_dict
+from trainer.export import (
+    full_model,
+    onnx,
+    openvino,
+    safetensors,
+    state_dict,
+    torch_export,
+    torchscript,
+)
 from trainer.export.contract import Format, Runnable, Runner
 
 FORMATS: Mapping[str, Format] = {
     "safetensors": safetensors,
     "state_dict": state_dict,
+    "full_model": full_model,
+    "torchscript": torchscript,
+    "torch_export": torch_export,
+    "onnx": onnx,
+    "openvino": openvino,
 }
 RECORD_SUFFIX = ".json"
 """After the name of the export: the name of the file that describes it."""
@@ -43,11 +56,17 @@ def format_of(path: Path) -> str:
     return max(fitting, key=lambda key: len(FORMATS[key].SUFFIX))
 
 
-def open_export(path: Path, device: str = "cpu") -> Runner:
+def open_export(path: Path, device: str = "cpu", *, trusted: bool = False) -> Runner:
     """Open an export to call it.
 
+    Args:
+        path: the file or folder.
+        device: `cpu` or `cuda`.
+        trusted: whether a file may run code of its own when it is opened, as pickles do.
+
     Raises:
-        ConfigError: it cannot be called, or something that it needs is not here.
+        ConfigError: it cannot be called, something that it needs is not here, or it is a pickle
+            and not trusted.
         ExportError: it was altered.
     """
     name = format_of(path)
@@ -57,6 +76,11 @@ def open_export(path: Path, device: str = "cpu") -> Runner:
         raise ConfigError(
             f"{path} is {name}: weights without the model's computation, which cannot be run; "
             f"export the run again as one of {', '.join(can)}"
+        )
+    if name == "full_model" and not trusted:
+        raise ConfigError(
+            f"{path} is a pickled module, which may run any code when it is opened. If you trust "
+            "who wrote it, say so: trusted=true; if not, ask for torch_export, torchscript or onnx"
         )
     return format.open_runner(path, device)
 

@@ -1,0 +1,132 @@
+"""`format=onnx`: a graph of ONNX operators, from torch's exporter, for onnxruntime and others."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from trainer.errors import ConfigError
+from trainer.export.contract import Arrays, ExportError, Runner, is_true, library
+from trainer.export.subject import Subject
+from trainer.export.torch_export import captured
+from trainer.export.tracing import quiet, reason
+
+SUFFIX = ".onnx"
+LIBRARIES = ("onnx", "onnxscript", "onnxruntime", "onnxslim")
+OPTIONS: Mapping[str, str] = {
+    "dynamic": "batch", "opset": "", "simplify": "false", "external_bytes": "1500000000",
+}  # fmt: skip
+HELP: Mapping[str, str] = {
+    "dynamic": "axes of every input that may have other sizes: batch, none, or such as batch,1",
+    "opset": "version of the operators; empty: the one that torch's exporter is written for",
+    "simplify": "true lets onnxslim fold and remove what is not needed",
+    "external_bytes": "weights above this many bytes lie in a file of their own, in a folder",
+}
+MODEL = "model.onnx"
+"""In the folder of a model with external data; the data's name has `.data` besides."""
+_DTYPES = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
+    "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(int16)": np.int16,
+    "tensor(int8)": np.int8, "tensor(uint8)": np.uint8, "tensor(bool)": np.bool_,
+}  # fmt: skip
+
+
+def write(subject: Subject, path: Path, options: Mapping[str, str]) -> None:
+    """Write a checked model with inferred shapes; with external data, a folder of two files."""
+    limit_bytes, opset = _number(options, "external_bytes"), _number(options, "opset")
+    simplify = is_true(options, "simplify")
+    onnx = library("onnx")
+    library("onnxscript")
+    if simplify:
+        library("onnxslim")
+    made = proto(subject, options["dynamic"], opset)
+    if simplify:
+        made = library("onnxslim").slim(made)
+    weights_bytes = sum(len(each.raw_data) for each in made.graph.initializer)
+    is_external = limit_bytes is not None and weights_bytes > limit_bytes
+    file = path / MODEL if is_external else path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save_model(
+        made, str(file), save_as_external_data=is_external, location=f"{MODEL}.data",
+        all_tensors_to_one_file=True, size_threshold=1024,
+    )  # fmt: skip
+    onnx.checker.check_model(os.fspath(file), full_check=True)
+
+
+def proto(subject: Subject, dynamic: str = "batch", opset: int | None = None) -> Any:
+    """Return the model as an onnx.ModelProto with its own names and inferred shapes.
+
+    Raises:
+        ExportError: its graph cannot be captured, or has an operator that ONNX has not.
+    """
+    onnx = library("onnx")
+    program, names = captured(subject, dynamic)
+    try:
+        with quiet():
+            made: Any = torch.onnx.export(
+                program, (), input_names=names.inputs, output_names=names.outputs,
+                opset_version=opset, dynamo=True, verbose=False,
+            )  # fmt: skip
+            found = onnx.shape_inference.infer_shapes(made.model_proto, data_prop=True)
+    except Exception as error:  # of any kind that the exporter raises
+        raise ExportError(
+            f"the model cannot be written in ONNX: {reason(error)}\nformat=torch_export has every "
+            "operator of torch, and format=torchscript too"
+        ) from None
+    del found.metadata_props[:]
+    for node in found.graph.node:
+        del node.metadata_props[:]  # stack traces: paths of this machine
+    return found
+
+
+def open_runner(path: Path, device: str = "cpu") -> Runner:
+    """Open it with onnxruntime."""
+    runtime = library("onnxruntime")
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
+    there = runtime.get_available_providers()
+    if provider not in there:
+        raise ConfigError(
+            f"device={device}: onnxruntime has {', '.join(there)} here, not {provider}; install "
+            "onnxruntime-gpu in its place, or use the CPU"
+        )
+    file = path / MODEL if path.is_dir() else path
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # errors, which are raised too
+    try:
+        session = runtime.InferenceSession(os.fspath(file), options, providers=[provider])
+    except Exception as error:  # onnxruntime's own, which share no base but this
+        raise ExportError(
+            f"onnxruntime cannot open it: {reason(error)}\nIts CPU kernels lack many operators of "
+            "bfloat16; fp32 and fp16 have them"
+        ) from None
+    return _Runner(session)
+
+
+class _Runner:
+    """A session of onnxruntime; see `contract.Runner`."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._dtypes = {each.name: _DTYPES[each.type] for each in session.get_inputs()}
+        self.inputs = list(self._dtypes)
+        self.outputs = [each.name for each in session.get_outputs()]
+
+    def run(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
+        """Return the outputs by name."""
+        given: dict[str, npt.NDArray[Any]] = {
+            name: np.ascontiguousarray(inputs[name], dtype=dtype)
+            for name, dtype in self._dtypes.items()
+        }
+        return dict(zip(self.outputs, self._session.run(self.outputs, given), strict=True))
+
+
+def _number(options: Mapping[str, str], key: str) -> int | None:
+    if not options[key]:
+        return None
+    if not options[key].isdecimal():
+        raise ConfigError(f"{key}={options[key]} is not a whole number")
+    return int(options[key])
