@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -291,8 +290,10 @@ def _load(
                 world.from_rank0(partial(_set_aside, tiers, start, error))
             continue
         if start.manifest is None and run.init.weights:
-            given = partial(resume.load_weights, job.model, run.init.weights, run.store)
-            start = replace(start, skipped=world.together(given))
+            say = job.tracker.say  # of rank 0
+            start = world.together(
+                partial(resume.load_weights, job.model, run.init, run.store, warn=say)
+            )
             if job.ema is not None:
                 job.ema.restart()
         return start, state
@@ -467,7 +468,7 @@ def _resume_lines(
     state: State,
     record: Mapping[str, Any],
 ) -> list[str]:
-    lines = [f"PASSED OVER: {text}" for text in start.skipped]
+    lines = [*(f"PASSED OVER: {text}" for text in start.skipped), *start.filled]
     if start.manifest is None or start.commit is None:
         return lines
     left = _count(job.max_steps - state.step, "step")

@@ -212,7 +212,17 @@ class Init:
     weights: str | None = setting(
         None,
         "Path or URL of the model's weights: a safetensors file or folder, a torch.save file, a "
-        "DCP folder, or a run or checkpoint of ours.",
+        "DCP or OneFlow folder, or a run or checkpoint of ours.",
+    )
+    strict: bool = setting(True, "Refuse weights that do not fit whole; false: take what fits.")
+    skip: list[str] = setting(
+        [], "Patterns of names of the model that stay as they are initialised."
+    )
+    rename: dict[str, str] = setting(
+        {}, "New names by pattern for the weights' names; each * stands for the same in both."
+    )
+    allow_pickle: bool = setting(
+        False, "Load weights that are in a pickle, running any code that is in it."
     )
 
 
@@ -350,10 +360,24 @@ def check(run: Run) -> list[Problem]:
         if not getattr(run, group).get("_target_"):
             text = "has no _target_; choose one, for example with "
             problems.append(Problem(group, text + f"{group}=<name> (see --help)"))
+    problems += _check_init(run.init)
     interval = run.scheduler.get("interval", "step")
     if interval not in ("step", "epoch"):
         text = f"{interval!r} is not step or epoch{closest(str(interval), ('step', 'epoch'))}"
         problems.append(Problem("scheduler.interval", text))
+    return problems
+
+
+def _check_init(init: Init) -> list[Problem]:
+    problems = [
+        Problem(f"init.{key}", "needs init.weights, the place of the weights that are meant")
+        for key in ("skip", "rename")
+        if getattr(init, key) and not init.weights
+    ]
+    for old, new in init.rename.items():
+        if new.count("*") > old.count("*"):
+            text = f"{new!r} has more * than {old!r}, which they stand for"
+            problems.append(Problem("init.rename", text))
     return problems
 
 

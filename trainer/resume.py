@@ -12,7 +12,7 @@ from trainer.checkpoint.lineage import FOLDER, MANIFEST, Commit
 from trainer.checkpoint.manifest import Manifest, parse_folder
 from trainer.checkpoint.plan import TORCH_DTYPES
 from trainer.checkpoint.tiers import Survey, Tiers
-from trainer.config import ObjectStore, Run
+from trainer.config import Init, ObjectStore, Run
 from trainer.ema import PREFIX
 from trainer.errors import CheckpointError, ConfigError
 from trainer.state import State
@@ -22,7 +22,8 @@ from trainer.storage.store import Fallback
 _STATE_KEYS = ("model", "data", "task", "optimizer", "scheduler", "seed")
 _STATE_SETTINGS = ("trainer.global_batch_size",)
 _LOCATIONS = ("dir", "path", "root", "cache_dir")
-_PLACE_KEYS = ("name", "run_dir", "resume", "init.weights")
+_PLACE_KEYS = ("name", "run_dir", "resume")
+_PLACE_GROUPS = ("store.", "init.")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class Start:
     differences: tuple[Difference, ...] = ()
     skipped: tuple[str, ...] = ()
     """Newer checkpoints that were passed over, and why."""
+    filled: tuple[str, ...] = ()
+    """What there is to say of the weights that a run begins with."""
 
     @property
     def step(self) -> int:
@@ -88,10 +91,15 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """Return the settings that differ, sorted by key; where a run lies is not one of them."""
+    """Return the settings that differ, sorted by key.
+
+    Where a run lies, and what it began with, is not one of them.
+    """
     before, after = flatten(old), flatten(new)
     keys = sorted(
-        key for key in {*before, *after} if key not in _PLACE_KEYS and not key.startswith("store.")
+        key
+        for key in {*before, *after}
+        if key not in _PLACE_KEYS and not key.startswith(_PLACE_GROUPS)
     )
     return [
         Difference(key, before.get(key, _ABSENT), after.get(key, _ABSENT))
@@ -405,18 +413,21 @@ def _restore_generators(
 
 def load_weights(
     model: torch.nn.Module,
-    path: str,
+    wanted: Init,
     settings: ObjectStore = ObjectStore(),  # noqa: B008 (frozen)
-) -> tuple[str, ...]:
-    """Fill the model with weights alone, all names exactly. Any rank, no collectives.
+    *,
+    warn: Callable[[str], None] = print,
+) -> Start:
+    """Fill the model with weights alone, as `init` says. Any rank, no collectives.
 
     Returns:
-        Why newer checkpoints of a run were passed over, if any were.
+        A start from scratch, with what there is to say of the weights.
 
     Raises:
-        ConfigError: there are none, or a name, shape or dtype differs.
-        CheckpointError: they are damaged, or in a file that is never read.
+        ConfigError: there are none, or they do not fit.
+        CheckpointError: they are damaged, or in a file that is not read.
     """
     from trainer.checkpoint import weights  # with everything that knows other formats
 
-    return weights.load(model, path, settings)
+    loaded = weights.load(model, wanted, settings, warn=warn)
+    return Start(skipped=tuple(loaded.passed_over), filled=tuple(loaded.lines))

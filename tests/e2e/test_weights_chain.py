@@ -44,7 +44,8 @@ def test_weights_that_do_not_fit_are_one_message_and_exit_code_2(command):
     given = make("torch.save", command.folder)
     wrong = command(*SMALL, "model.hidden=[7]", f"init.weights={given}")
     assert wrong.returncode == 2
-    assert f"init.weights={given} does not fit this model: size mismatch for layers" in wrong.stderr
+    assert f"init.weights={given} does not fit this model" in wrong.stderr
+    assert "layers.0.weight  shape [6, 64] there, [7, 64] in the model" in wrong.stderr
     assert "Traceback" not in wrong.stderr
     absent = command(*SMALL, "init.weights=absent.pt")
     assert absent.returncode == 2

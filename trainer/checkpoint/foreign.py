@@ -1,19 +1,19 @@
-"""Checkpoints of others, tensor by tensor: DCP folders, torch.save files, safetensors."""
+"""Checkpoints of others, tensor by tensor: torch's, safetensors, OneFlow's."""
 
 import json
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import dcp_folder, pickles
+from trainer.checkpoint import dcp_folder, oneflow, pickles
+from trainer.checkpoint.download import local_file
 from trainer.checkpoint.lineage import MANIFEST
 from trainer.checkpoint.manifest import is_shard_name
 from trainer.checkpoint.plan import TORCH_DTYPES
+from trainer.checkpoint.torch_file import TorchFile
 from trainer.config import ObjectStore
 from trainer.errors import CheckpointError, StoreError
 from trainer.storage import Store, is_local, open_store
@@ -66,11 +66,18 @@ class Source(Protocol):
 def open_foreign(
     url: str,
     settings: ObjectStore = ObjectStore(),  # noqa: B008 (frozen)
+    *,
+    on_pickle: Callable[[str], None] | None = None,
 ) -> Source | None:
     """Open what other programs wrote; None where there is nothing that is known here.
 
-    A remote file is downloaded whole, into the folder for temporary files; of a DCP folder only
-    what is asked for is read.
+    A remote file is downloaded whole, into the folder for temporary files; of a DCP or OneFlow
+    folder only what is asked for is read.
+
+    Args:
+        url: of it.
+        settings: of object stores.
+        on_pickle: called with a warning before a pickle is run; without it none is.
 
     Raises:
         CheckpointError: it is known, and damaged, or holds what is never read.
@@ -88,10 +95,14 @@ def open_foreign(
     files = [name for name in names if name.endswith(_SUFFIX)]
     if files:
         return _Safetensors(url, "a folder of safetensors files", files, settings)
-    return None if names else _open_file(url, settings)
+    if oneflow.is_folder(store, names):
+        return oneflow.OneflowFolder(url, store, names)
+    return None if names else _open_file(url, settings, on_pickle)
 
 
-def _open_file(url: str, settings: ObjectStore) -> Source | None:
+def _open_file(
+    url: str, settings: ObjectStore, on_pickle: Callable[[str], None] | None
+) -> Source | None:
     parent, _, name = url.removeprefix("file://").rpartition("/")
     if not name or parent.endswith(":/"):
         return None  # a file system's root, or a bucket
@@ -105,110 +116,11 @@ def _open_file(url: str, settings: ObjectStore) -> Source | None:
     except FileNotFoundError:
         return None
     if head.startswith(_ZIP) or _LEGACY in head:
-        return _TorchFile(url, settings, is_zip=head.startswith(_ZIP))
+        is_zip = head.startswith(_ZIP)
+        return TorchFile(url, settings, is_zip=is_zip, on_pickle=on_pickle)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return _Safetensors(url, "a safetensors file", [""], settings)
     return None
-
-
-@contextmanager
-def _local_file(url: str, settings: ObjectStore) -> Iterator[str]:
-    """Give the path of a file; of a remote one a copy, which has no name afterwards.
-
-    What has it open or mapped by then keeps it.
-    """
-    if is_local(url):
-        yield url.removeprefix("file://")
-        return
-    parent, _, name = url.rpartition("/")
-    store = open_store(parent, settings)
-    with tempfile.NamedTemporaryFile() as file:
-        total, buffer = store.size(name), bytearray(store.read_bytes)
-        for start in range(0, total, len(buffer)):
-            count = store.read_into(name, start, memoryview(buffer))
-            try:
-                file.write(memoryview(buffer)[:count])
-                file.flush()
-            except OSError as error:
-                raise StoreError(
-                    f"{url} ({total:,} bytes) cannot be copied to {file.name}: {error.strerror}; "
-                    "set TMPDIR to a folder with more space"
-                ) from None
-        yield file.name
-
-
-# --- torch.save --------------------------------------------------------------------------------
-
-
-class _TorchFile:
-    """What torch.save wrote: a dict, nested as it likes."""
-
-    kind = "a torch.save file"
-
-    def __init__(self, url: str, settings: ObjectStore, *, is_zip: bool) -> None:
-        self.url = url
-        with _local_file(url, settings) as path:
-            state = pickles.load(path, url, mmap=is_zip)  # the older format cannot be mapped
-        if not isinstance(state, Mapping):
-            raise CheckpointError(
-                f"{url} holds a {type(state).__name__}; a dict of named tensors is needed, such "
-                "as torch.save(model.state_dict(), path) writes"
-            )
-        self.tensors: dict[str, Kind] = {}
-        self.aliases: dict[str, str] = {}
-        self.paths: dict[str, Where] = {}
-        self.objects: dict[str, Any] = {}
-        self._found: dict[str, Tensor] = {}
-        owners: dict[tuple[Any, ...], str] = {}
-        try:
-            for path_, value in _leaves(state, ()):
-                self._add(path_, value, owners)
-        except RecursionError:
-            raise CheckpointError(f"{url} is nested too deeply, or contains itself") from None
-
-    def _add(self, path: Where, value: Any, owners: dict[tuple[Any, ...], str]) -> None:
-        name = ".".join(map(str, path))
-        if name in self.paths:
-            raise CheckpointError(f"{self.url}: two values would both be called {name!r}")
-        self.paths[name] = path
-        if not isinstance(value, Tensor):
-            self.objects[name] = value
-            return
-        pickles.check_plain(value, f"{self.url}: {name!r}")
-        flags = (value.is_conj(), value.is_neg())
-        memory = (value.data_ptr(), value.dtype, value.shape, value.stride(), *flags)
-        owner = owners.setdefault(memory if value.numel() else (name,), name)
-        if owner != name:
-            self.aliases[name] = owner
-        else:
-            self.tensors[name] = (value.dtype, tuple(value.shape))
-            self._found[name] = value
-
-    def fetch(self, name: str) -> Tensor:
-        """Return the tensor where it lies, or a contiguous copy."""
-        found = self._found.get(self.aliases.get(name, name))
-        if found is None:
-            raise CheckpointError(f"{self.url} has no tensor {name!r}")
-        return pickles.plain(found)
-
-
-def _leaves(value: Any, path: Where) -> Iterator[tuple[Where, Any]]:
-    """Yield what torch's own `flatten_state_dict` would, and empty dicts."""
-    if isinstance(value, Mapping) and (value or not path):
-        for key, item in value.items():
-            yield from _leaves(item, (*path, str(key)))  # a number says: index of a list
-    elif _is_nested(value):
-        for index, item in enumerate(value):
-            yield from _leaves(item, (*path, index))
-    else:
-        yield path, value
-
-
-def _is_nested(value: Any) -> bool:
-    """Return whether tensors or dicts are among the items of a list or tuple."""
-    return isinstance(value, (list, tuple)) and any(
-        isinstance(item, (Tensor, Mapping)) or _is_nested(item) for item in value
-    )
 
 
 # --- safetensors -------------------------------------------------------------------------------
@@ -238,7 +150,7 @@ class _Safetensors:
         for name in files:
             where = f"{url}/{name}" if name else url
             try:
-                with _local_file(where, settings) as path:
+                with local_file(where, settings) as path:
                     file = safe_open(path, "pt")
                 self._add(file, where)
             except SafetensorError as error:

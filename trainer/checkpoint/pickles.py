@@ -7,14 +7,19 @@ but inert records, and only for the names that belong there: all of them stand i
 
 import io
 import pickle
+import pickletools
 import re
+import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from trainer.errors import CheckpointError, StoreError
+
+_HEAD_BYTES = 4096
 
 
 class RefusedError(CheckpointError):
@@ -24,8 +29,21 @@ class RefusedError(CheckpointError):
 # --- torch.save --------------------------------------------------------------------------------
 
 
-def load(file: str | io.BytesIO, where: str, *, mmap: bool = False) -> Any:
-    """Load what torch.save wrote; `where` names it in errors.
+def load(
+    file: str | io.BytesIO,
+    where: str,
+    *,
+    mmap: bool = False,
+    on_pickle: Callable[[str], None] | None = None,
+) -> Any:
+    """Load what torch.save wrote.
+
+    Args:
+        file: a path, or bytes.
+        where: names it in errors.
+        mmap: map its tensors rather than reading them.
+        on_pickle: where the file asks for more than tensors and plain values, called with a warning
+            before whatever is pickled in it is run. Without it that is refused.
 
     Raises:
         RefusedError: it asks for more than tensors and plain values.
@@ -38,16 +56,60 @@ def load(file: str | io.BytesIO, where: str, *, mmap: bool = False) -> Any:
         asked = re.search(r"GLOBAL (\S+)", str(error)) or re.search(
             r"(Unsupported \w+ [^\s.]+|Trying to \w+ unsupported [^\n.]+)", str(error)
         )
-        raise RefusedError(
-            f"{where} asks for {asked[1] if asked else 'more than tensors and plain values'}, "
-            "which is not made for it, as that could run anything. In a script that you trust, "
-            "load it and torch.save a dict of plain tensors and values"
-        ) from None
+        what = asked[1] if asked else "more than tensors and plain values"
     except OSError as error:
         raise StoreError(f"cannot read {where}: {error.strerror or error}") from None
     except Exception as error:  # altered bytes may fail in any way
-        text = (str(error) or type(error).__name__).partition("\n")[0].partition(". In PyTorch")[0]
-        raise CheckpointError(f"{where} cannot be read: {text}") from None
+        raise CheckpointError(f"{where} cannot be read: {_first_line(error)}") from None
+    if on_pickle is not None:
+        on_pickle(
+            f"WARNING: {where} asks for {what}; it is now loaded as a pickle, which runs any code "
+            "that is in it"
+        )
+        return _run(file, where, mmap=mmap)
+    if isinstance(file, str) and _first_global(file) == what:
+        raise RefusedError(
+            f"{where} is a whole pickled {what} and no dict of tensors; loading it runs any code "
+            "that is in it. In a script that you trust, load it and save its weights alone: "
+            "torch.save(model.state_dict(), path)"
+        )
+    raise RefusedError(
+        f"{where} asks for {what}, which is not made for it, as that could run anything. In a "
+        "script that you trust, load it and torch.save a dict of plain tensors and values"
+    )
+
+
+def _run(file: str | io.BytesIO, where: str, *, mmap: bool) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=False, mmap=mmap)
+    except OSError as error:
+        raise StoreError(f"cannot read {where}: {error.strerror or error}") from None
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(
+            f"{where} cannot be loaded: {_first_line(error)}. The code that it was made with has "
+            "to be on Python's path"
+        ) from None
+    except Exception as error:  # it runs anything
+        raise CheckpointError(f"{where} cannot be loaded: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).partition("\n")[0].partition(". In PyTorch")[0]
+
+
+def _first_global(path: str) -> str:
+    """Return the class or function with which a pickle begins, if it begins with one.
+
+    Nothing is run. A dict begins otherwise.
+    """
+    with suppress(Exception), zipfile.ZipFile(path) as archive:  # it may be anything
+        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        with archive.open(name) as file:
+            operations = pickletools.genops(file.read(_HEAD_BYTES))
+            first = next(found for found in operations if found[0].name != "PROTO")
+        if first[0].name == "GLOBAL":
+            return str(first[1]).replace(" ", ".")
+    return ""
 
 
 def check_plain(tensor: Any, where: str) -> None:

@@ -7,8 +7,8 @@ from torch import Tensor
 from trainer.checkpoint import Reader
 from trainer.checkpoint.lineage import Commit
 from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.names import clean_names
 from trainer.checkpoint.places import open_place
-from trainer.checkpoint.weights import clean_names
 from trainer.config import ObjectStore
 from trainer.ema import PREFIX
 from trainer.errors import ConfigError
