@@ -9,6 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from trainer.checkpoint import oneflow
 from trainer.storage import open_store
 
 
@@ -63,6 +64,20 @@ def save_dcp(folder, state, **options):
 def save_torch(path, state, **options):
     torch.save(state, path, **options)
     return str(path)
+
+
+def oneflow_folder(folder, tensors):
+    """Write tensors as OneFlow does."""
+    kinds = {dtype: name for name, (_, dtype) in oneflow.KINDS.items()}
+    for name, tensor in tensors.items():
+        (folder / name).mkdir(parents=True)
+        flat = tensor.detach().contiguous().reshape(-1)
+        (folder / name / "out").write_bytes(flat.view(torch.uint8).numpy().tobytes())
+        dims = " ".join(f"dim: {dim}" for dim in tensor.shape)
+        meta = f"shape {{ {dims} }} data_type: {kinds[tensor.dtype]}"
+        (folder / name / "meta").write_text(meta)
+    (folder / "snapshot_done").touch()
+    return folder
 
 
 def to_memory(path):

@@ -45,8 +45,14 @@ def test_weights_that_do_not_fit_are_one_message_and_exit_code_2(command):
     wrong = command(*SMALL, "model.hidden=[7]", f"init.weights={given}")
     assert wrong.returncode == 2
     assert f"init.weights={given} does not fit this model" in wrong.stderr
-    assert "layers.0.weight  shape [6, 64] there, [7, 64] in the model" in wrong.stderr
+    assert "layers.1.weight  shape [6, 64] there, [7, 64] in the model" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+    fits = command(
+        *SMALL, "model.hidden=[7]", f"init.weights={given}", "init.strict=false",
+        "init.rename={layers.*.bias:layers.*.bias}", "init.skip=[layers.1.*]",
+    )  # fmt: skip
+    assert fits.returncode == 0, fits.stderr
+    assert "loaded       1 of 4 tensors, 10 numbers\n  skipped      2 tensors" in fits.stdout
     absent = command(*SMALL, "init.weights=absent.pt")
     assert absent.returncode == 2
     assert "'absent.pt' is not a file or folder" in absent.stderr

@@ -89,6 +89,17 @@ def test_an_unknown_key_is_named_in_full_with_the_closest_one(key, near):
     assert found == {key.replace("__", "."): f"no such key (did you mean '{near}'?)"}
 
 
+def test_how_weights_are_taken_needs_weights_and_stars_that_stand_for_something():
+    assert problems_of(init={"skip": ["fc.*"]}) == {
+        "init.skip": "needs init.weights, the place of the weights that are meant"
+    }
+    given = {"weights": "a.pt", "rename": {"a.*": "b.*.*", "c.*": "d", "e": ""}, "skip": ["x"]}
+    assert problems_of(init=given) == {
+        "init.rename": "'b.*.*' has more * than 'a.*', which they stand for"
+    }
+    assert merge(composed(init=given))[0].init.rename == given["rename"]
+
+
 def test_an_unknown_key_like_no_other_is_answered_with_the_valid_ones():
     found = problems_of(init__zzz=1)
     assert found == {"init.zzz": "no such key (valid: allow_pickle, rename, skip, strict, weights)"}

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import combinations
 
@@ -233,7 +234,9 @@ class _Rules:
         tails = {tail for name in names for tail in _tails(name)} if rename else set()
         for (pattern, _), old in zip(self._rules, rename, strict=True):
             if not any(pattern.fullmatch(tail) for tail in tails):
-                raise ConfigError(f"init.rename: nothing is called {old!r}{closest(old, names)}")
+                near = get_close_matches(old, tails, n=1)
+                hint = f" (did you mean '{near[0]}'?)" if near else ""
+                raise ConfigError(f"init.rename: nothing there is called {old!r}{hint}")
 
     def __call__(self, name: str) -> str:
         for pattern, new in self._rules:

@@ -50,6 +50,11 @@ def load(
         CheckpointError: it is damaged, or something else.
         StoreError: it could not be read.
     """
+    if isinstance(file, str) and _is_program(file):
+        raise CheckpointError(
+            f"{where} is a program (TorchScript or torch.export); only weights are read: save "
+            "those of the model that it was made of"
+        )
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
@@ -95,6 +100,13 @@ def _run(file: str | io.BytesIO, where: str, *, mmap: bool) -> Any:
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).partition("\n")[0].partition(". In PyTorch")[0]
+
+
+def _is_program(path: str) -> bool:
+    with suppress(OSError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        return any(name.endswith(("/constants.pkl", "/archive_format")) for name in names)
+    return False
 
 
 def _first_global(path: str) -> str:

@@ -180,7 +180,7 @@ def test_names_are_changed_below_any_prefix(rename, theirs, prefix):
 def test_the_first_pattern_that_fits_counts_and_one_that_fits_nothing_is_refused():
     rename = {"a.*": "fc.*", "a.bias": "other"}
     assert find_weights(["a.weight", "a.bias"], NAMES, rename=rename).missing == []
-    with pytest.raises(ConfigError, match=r"init.rename: nothing is called 'b\.\*'"):
+    with pytest.raises(ConfigError, match=r"init.rename: nothing there is called 'b\.\*'"):
         find_weights(NAMES, NAMES, rename={"b.*": "fc.*"})
     with pytest.raises(ConfigError, match=r'"fc\.bias", "a\.bias" would both be "fc\.bias"'):
         find_weights([*NAMES, "a.bias"], NAMES, rename={"a.*": "fc.*"})
