@@ -498,6 +498,8 @@ def collect(job: Job, state: State) -> Content:
     if schedules:
         stored = schedules.get("", schedules)  # by the phase's name, if it has one
         content.objects["scheduler"] = tree.split(stored, "scheduler", rank0s)
+    if job.phases[0].name:
+        content.objects["phases"] = [[p.name, len(p.optimizer.param_groups)] for p in job.phases]
     content.objects["scaler"] = tree.split(job.scaler.state_dict(), "scaler", rank0s)
     content.objects["run"] = state.state_dict()
     return content

@@ -119,6 +119,11 @@ def find_weights(
         looser, more = _prefix(loose, groups, needed)
         if _count(loose[looser], groups, needed) > _count(found[prefix], groups, needed):
             found, prefix, others = loose, looser, more
+    bundled = _bundled(theirs, ours)
+    if not _is_whole(found[prefix], groups, needed) and bundled:
+        parts = _found(bundled, lambda name: _known(rules(name), ours))
+        if _is_whole(parts[""], groups, needed):
+            found, prefix, others, theirs = parts, "", [], bundled
     taken = _each_once(found[prefix])
     chosen = {name: taken[name] for name in groups if name in taken and name not in skipped}
     there = {groups[name] for name in chosen}
@@ -148,6 +153,17 @@ def _shortened(name: str) -> Iterator[str]:
     for count in counts:
         for removed in combinations(places, count):
             yield ".".join(part for at, part in enumerate(parts) if at not in removed)
+
+
+def _bundled(theirs: Mapping[str, str], ours: Iterable[str]) -> dict[str, str]:
+    """Return names of a file that has a state dict for each part of the model, as in the model."""
+    tops = {name.partition(".")[0] for name in ours if "." in name}
+    bundled = {}
+    for name, clean in theirs.items():
+        part = re.fullmatch(r"(\w+)_state_dict\.(.+)", clean)
+        if part and (part[1] in tops or part[1] == "model"):
+            bundled[name] = f"{part[1]}.{part[2]}" if part[1] in tops else part[2]
+    return bundled
 
 
 def _found(theirs: Mapping[str, str], known: Callable[[str], str | None]) -> _Found:

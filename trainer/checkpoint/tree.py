@@ -166,8 +166,9 @@ def add_optimizers(content: Content, model: nn.Module, optimizers: Sequence[Opti
             else:
                 prefix = f"optimizer_tree.{name}.{key}"
                 scalars.setdefault(name, {})[key] = split(value, prefix, content.tensors)
-    groups = []
+    groups, held = [], set()
     for index, group in enumerate(_groups(optimizers)):
+        held |= {id(parameter) for parameter in group["params"]}
         content.late |= {f"model.{names[id(parameter)]}" for parameter in group["params"]}
         values = {
             key: split(value, f"optimizer_group.{index}.{key}", content.tensors)
@@ -175,7 +176,14 @@ def add_optimizers(content: Content, model: nn.Module, optimizers: Sequence[Opti
             if key != "params"
         }
         groups.append({**values, "params": [names[id(p)] for p in group["params"]]})
+    frozen = [
+        [place, name]
+        for place, (name, parameter) in enumerate(model.named_parameters())
+        if id(parameter) not in held
+    ]
     content.objects["optimizer"] = {"groups": groups, "state": scalars}
+    if frozen:  # for exports: what else is in model.parameters(), and where
+        content.objects["optimizer"]["frozen"] = frozen
 
 
 @dataclass(frozen=True)

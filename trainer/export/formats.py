@@ -6,7 +6,10 @@ from pathlib import Path
 
 from trainer.errors import ConfigError, closest
 from trainer.export import (
+    bundle,
+    checkpoint,
     full_model,
+    oneflow,
     onnx,
     openvino,
     safetensors,
@@ -24,6 +27,9 @@ FORMATS: Mapping[str, Format] = {
     "torch_export": torch_export,
     "onnx": onnx,
     "openvino": openvino,
+    "checkpoint": checkpoint,
+    "bundle": bundle,
+    "oneflow": oneflow,
 }
 RECORD_SUFFIX = ".json"
 """After the name of the export: the name of the file that describes it."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import rebuild
-from trainer.checkpoint.weights import clean_names
+from trainer.checkpoint.names import clean_names
 from trainer.config import Run
 from trainer.errors import ConfigError, closest
 from trainer.export import samples
