@@ -51,9 +51,9 @@ def progress(source: Source) -> dict[str, Any]:
     state = source.manifest.objects["run"]
     scaler = source.manifest.objects.get("scaler", {})
     return {
-        "epoch": source.manifest.epoch,
-        "global_step": source.manifest.step,
-        "samples": source.manifest.samples,
+        "epoch": state["cursor"]["epoch"],
+        "global_step": state["step"],
+        "samples": state["samples"],
         "loss": state["metrics"].get("loss"),
         "metrics": dict(state["metrics"]),
         "scaler_state_dict": tree.join(scaler, source.reader.fetch),
