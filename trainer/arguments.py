@@ -63,7 +63,9 @@ def parse(
         else:
             found.options[key] = value
     if len(found.places) not in places:
-        wanted = " or ".join(map(str, sorted(places))) + (" path" if max(places) == 1 else " paths")
+        counts = [str(count) for count in sorted(places)]
+        few = " or ".join(counts) if len(counts) < 4 else f"{counts[0]} to {counts[-1]}"
+        wanted = few + (" path" if max(places) == 1 else " paths")
         raise ConfigError(f"{wanted} needed, {len(found.places)} given\n{usage}")
     return Arguments(found.places, found.options, found.flags, _object_store(store))
 

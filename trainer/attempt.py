@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from trainer import build, config, history, launch, loop, resume, sharing
+from trainer import build, config, history, launch, loop, reporting, resume, sharing
 from trainer import watchdog as watchdog_
 from trainer.checkpoint import DamagedError, lineage
 from trainer.checkpoint.lineage import Attempt, Commit
@@ -40,6 +40,8 @@ _LAST_WORDS_S = 5.0
 """How long the mirror may take to note how an attempt ended."""
 _END_SPARE_S = 15.0
 """What leaving takes besides two saves, before a scheduler ends the job."""
+_REPORT_S = 120.0
+"""How long a finished run waits for its report."""
 
 
 def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
@@ -115,12 +117,34 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
     if world.rank == 0:
         seconds = time.monotonic() - trained
         print(_end_text(run, state, saver, stop, done, seconds), flush=True)
-        records = lineage.records(store)
-        if len(records) > 1:
-            print(history.goodput(records, state.step), flush=True)
+        _look_back(run, lineage.records(store), state.step, done)
     if not done:
         return RUN_AGAIN
     return DONE if saver.committed_step == state.step else FAILURE
+
+
+def _look_back(run: Run, records: Sequence[history.Record], step: int, done: bool) -> None:
+    """Say what all attempts did together; at the run's end, make its page. Rank 0 only."""
+    if len(records) > 1:
+        print(history.goodput(records, step), flush=True)
+    if run.report and done:
+        _report(run)
+
+
+def _report(run: Run) -> None:
+    """Write the run's page; whatever becomes of it, the run is as it is. Rank 0 only."""
+    said = [f"NO REPORT: not written within {_REPORT_S:.0f} s; python -m trainer.report writes it"]
+
+    def write() -> None:
+        try:
+            said[:] = [f"  report    {reporting.write([run.run_dir], settings=run.store)}"]
+        except Exception as error:  # a bug in what only looks at a run must not end it either
+            said[:] = [f"NO REPORT: {type(error).__name__}: {error}"]
+
+    writing = threading.Thread(target=write, name="report", daemon=True)
+    writing.start()
+    writing.join(_REPORT_S)
+    print(said[0], flush=True)
 
 
 def _record_end(tiers: Tiers, attempt: Attempt, facts: Mapping[str, Any]) -> None:
@@ -418,7 +442,12 @@ def _record_start(
             store.replace(jsonl.FILE_NAME, tiers.mirror.read(jsonl.FILE_NAME))
     own = None if start.is_fork else start.commit
     origin = {"step": own.step if own else 0, "attempt": own.attempt if own else None}
-    tiers.amend(attempt, {"resumed_from": origin, "first_step": state.step})
+    plan = {"max_steps": job.max_steps, "steps_per_epoch": job.data.steps_per_epoch}
+    changed = [str(difference) for difference in start.differences]
+    tiers.amend(
+        attempt,
+        {"resumed_from": origin, "first_step": state.step, **plan, "changed": changed},
+    )
     store.replace("config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(stored))).encode())
     job.tracker.start(
         {

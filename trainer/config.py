@@ -247,6 +247,7 @@ class Run:
     checkpoint: Checkpoint = setting(Checkpoint, "When to save and what to keep.")
     preemption: Preemption = setting(Preemption, "Signals that mean save and leave.")
     tracker: dict[str, Any] = setting({}, "Trackers by name, each by _target_.")
+    report: bool = setting(False, "Write report.html into the run when it is finished.")
     init: Init = setting(Init, "What a fresh run begins with.")
 
 

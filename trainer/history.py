@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from trainer.errors import CrashLoopError
@@ -102,3 +103,50 @@ def goodput(records: Sequence[Record], step: int) -> Goodput:
         starting_s=sum(record.get("starting_s", 0.0) for record in records),
         training_s=sum(record.get("training_s", 0.0) for record in records),
     )
+
+
+_QUIET_S = 90.0
+"""An attempt that lives says something of itself at least every 30 s."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a run is, from outside."""
+
+    state: str
+    """finished, running, starting, stopped (it can go on), died, silent (it said no end, and
+    nothing for a while), or unknown (there is no record)."""
+    since_s: float | None = None
+    """When it was heard of last, in seconds since 1970."""
+    why: str = ""
+
+
+def standing(newest: Record | None, *, heard_s: float | None, now_s: float) -> Standing:
+    """Return how a run is.
+
+    Args:
+        newest: record of its newest attempt.
+        heard_s: when its newest figures are from, in seconds since 1970.
+        now_s: the time.
+    """
+    if newest is None:
+        return Standing("unknown", heard_s, "no attempt has left a record")
+    ended_s = moment_s(newest.get("ended"))
+    if "ended" in newest:
+        outcome = newest.get("outcome")
+        state = {"done": "finished", "preempted": "stopped"}.get(str(outcome), "died")
+        why = newest.get("error") if state == "died" else newest.get("reason")
+        return Standing(state, ended_s, str(why or ""))
+    times = [moment_s(newest.get(key)) for key in ("told", "started")]
+    since_s = max((at for at in [*times, heard_s] if at is not None), default=None)
+    if since_s is None or now_s - since_s > _QUIET_S:
+        return Standing("silent", since_s, "killed without a word, or it hangs")
+    return Standing("running" if "first_step" in newest else "starting", since_s)
+
+
+def moment_s(text: object) -> float | None:
+    """Return seconds since 1970 of a time as records have it, if it is one."""
+    try:
+        return datetime.fromisoformat(str(text)).timestamp()
+    except (ValueError, OverflowError):
+        return None

@@ -12,7 +12,7 @@ from trainer.errors import ConfigError
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Align columns; the first row has their titles. Columns of numbers go to the right."""
-    rows = [[_plain(cell) for cell in row] for row in rows]
+    rows = [[plain(cell) for cell in row] for row in rows]
     columns = range(len(rows[0]))
     widths = [max(len(row[i]) for row in rows) for i in columns]
     is_number = [
@@ -29,7 +29,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Return a name from a file without what would move the cursor or change colours."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

@@ -74,7 +74,7 @@ def begin(store: Store, facts: Mapping[str, Any], *, above: int = 0) -> Attempt:
     """
     token, number = secrets.token_hex(4), above
     while True:
-        number = max(max(_numbers(store), default=0), number) + 1
+        number = max(max(attempts(store), default=0), number) + 1
         attempt = Attempt(number, token)
         try:
             begin_as(store, attempt, facts)
@@ -106,7 +106,12 @@ def tell(store: Store, attempt: Attempt, facts: Mapping[str, Any]) -> None:
 
 def records(store: Store) -> list[dict[str, Any]]:
     """Return the records of all attempts, oldest first."""
-    return [{**_last_words(store, number), **_read(store, number)} for number in _numbers(store)]
+    return [record(store, number) for number in attempts(store)]
+
+
+def record(store: Store, number: int) -> dict[str, Any]:
+    """Return the record of one attempt, with what it told last where it does not say more."""
+    return {**_last_words(store, number), **_read(store, number)}
 
 
 def restore_record(store: Store, record: Mapping[str, Any]) -> None:
@@ -130,7 +135,8 @@ def _record_bytes(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _numbers(store: Store) -> list[int]:
+def attempts(store: Store) -> list[int]:
+    """Return the numbers of all attempts, rising."""
     matches = [_RECORD_KEY.fullmatch(key) for key in store.list("attempts")]
     return sorted(int(match[1]) for match in matches if match)
 
@@ -156,7 +162,7 @@ def _read(store: Store, number: int) -> dict[str, Any]:
 
 def refuse_if_superseded(store: Store, attempt: Attempt) -> None:
     """Raise SupersededError if a newer attempt exists. Rank 0 only, before every commit."""
-    newest = max(_numbers(store), default=0)
+    newest = max(attempts(store), default=0)
     if newest > attempt.number:
         record = _read(store, newest)
         raise SupersededError(

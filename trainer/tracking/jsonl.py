@@ -9,6 +9,8 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -129,6 +131,68 @@ def read(store: Store) -> list[dict[str, Any]]:
             found = _lines(store.read(key))
             lines += [line for line in found if line["step"] > last[line["split"]]]
     return lines
+
+
+@dataclass
+class Salvage:
+    """What can be read of a run's figures, for people to look at."""
+
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    damaged: int = 0
+    """Lines that were skipped."""
+
+
+def salvage(store: Store) -> Salvage:
+    """Return every line that can be read, with those after a damaged one. For no decision.
+
+    `read` ends at the first damaged line, since what follows it cannot be trusted to belong to the
+    run's timeline.
+    """
+    found = Salvage()
+    with suppress(FileNotFoundError):
+        _salvage(store.read(FILE_NAME), found)
+    _salvage_parts(store, found)
+    return found
+
+
+def newest(store: Store, most_bytes: int = 1 << 17) -> Salvage:
+    """Return the lines in about the last `most_bytes`, of any run at little cost."""
+    found = Salvage()
+    with suppress(FileNotFoundError):
+        size_bytes = store.size(FILE_NAME)
+        start = max(size_bytes - most_bytes, 0)
+        data = bytearray(size_bytes - start)
+        count = store.read_into(FILE_NAME, start, memoryview(data))
+        tail = bytes(data[:count])
+        _salvage(tail.partition(b"\n")[2] if start else tail, found)
+    _salvage_parts(store, found, most=3)
+    return found
+
+
+def _salvage_parts(store: Store, found: Salvage, most: int | None = None) -> None:
+    parts = _parts(store)
+    newest_attempt = max((number for number, _ in parts), default=0)
+    last = {line["split"]: line["step"] for line in found.lines}
+    keys = [key for number, key in parts if number == newest_attempt]
+    for key in keys if most is None else keys[-most:]:
+        with suppress(FileNotFoundError):  # joined meanwhile
+            _salvage(store.read(key), found, after=last)
+
+
+def _salvage(data: bytes, found: Salvage, after: Mapping[str, int] | None = None) -> None:
+    for text in data.split(b"\n"):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            step, split = line["step"], line["split"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            found.damaged += 1
+            continue
+        if type(step) is not int or not 0 <= step < 1 << 63 or type(split) is not str:
+            found.damaged += 1
+        elif step > (after or {}).get(split, -1):
+            found.lines.append(line)
 
 
 def read_text(store: Store) -> bytes:

@@ -1,0 +1,34 @@
+"""python -m trainer.report RUN [A B …] [out=…]: one HTML page of a run, or of several together."""
+
+import sys
+from collections.abc import Sequence
+
+from trainer import arguments, reporting
+from trainer.errors import DONE, ConfigError, PerdureError
+
+_MOST_RUNS = 40
+_USAGE = """usage: python -m trainer.report RUN [RUN …] [out=…]
+  RUN   directory of a run; local, s3://… and the like. Several runs are compared
+  out   file to write (default: report.html in the run; of several, compare.html here)
+  store.endpoint_url=… and the other store.* settings as trainer.run has them
+The page is one file that needs no network; open it in a browser, or send it to somebody."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or "--help" in argv or "-h" in argv:
+        print(_USAGE)
+        return DONE if argv else ConfigError.exit_code
+    try:
+        given = arguments.parse(argv, _USAGE, options={"out": ""}, places=range(1, _MOST_RUNS + 1))
+        place = reporting.write(given.places, given.options["out"] or None, given.store)
+    except PerdureError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"wrote {place}")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Curves: what is drawn of a run's figures. Pure."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from trainer.reporting.scales import SIZE, Scale
+
+MOST_POINTS = 800
+"""More than these cannot be told apart on a page; of more, the extremes are drawn."""
+
+Points = Sequence[tuple[int, float]]
+"""(step, finite value), steps rising."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart."""
+
+    name: str
+    points: Points
+    colour: int
+    """Number of a colour of the page, from 1."""
+    style: str = "line"
+    """line, faint (what was smoothed), or dots (a few measurements, joined)."""
+
+
+def points(lines: Iterable[Mapping[str, Any]], split: str, key: str) -> Points:
+    """Return the finite values of one figure, by step."""
+    found = [
+        (line["step"], float(line[key]))
+        for line in lines
+        if line["split"] == split and is_number(line.get(key))
+    ]
+    return sorted(found, key=lambda point: point[0])
+
+
+def is_number(value: object) -> bool:
+    """Return whether this is a number that can be drawn."""
+    if type(value) is int:
+        return abs(value) < 1 << 1000
+    return type(value) is float and math.isfinite(value)
+
+
+def smoothed(raw: Points) -> Points:
+    """Return at each point the mean of its neighbours: a fiftieth of all on either side."""
+    reach = len(raw) // 50
+    if reach == 0:
+        return raw
+    sums = [0.0, *accumulate(value for _, value in raw)]
+    if not math.isfinite(sums[-1]):
+        return raw
+    found = []
+    for index, (step, _) in enumerate(raw):
+        first, end = max(index - reach, 0), min(index + reach + 1, len(raw))
+        found.append((step, (sums[end] - sums[first]) / (end - first)))
+    return found
+
+
+def thinned(all_points: Points, most: int = MOST_POINTS) -> Points:
+    """Return at most about `most` points: of each stretch the lowest and the highest."""
+    if len(all_points) <= most:
+        return all_points
+    kept = {0, len(all_points) - 1}
+    stretches = max((most - 2) // 2, 1)
+    for number in range(stretches):
+        first = number * len(all_points) // stretches
+        end = (number + 1) * len(all_points) // stretches
+        indices = range(first, end)
+        kept.add(min(indices, key=lambda i: all_points[i][1]))
+        kept.add(max(indices, key=lambda i: all_points[i][1]))
+    return [all_points[i] for i in sorted(kept)]
+
+
+def path(drawn: Points, x: Scale, y: Scale) -> str:
+    """Return the `d` of an SVG path through the points; y grows downwards there."""
+    places = [f"{_short(x(step))} {_short(SIZE - y(value))}" for step, value in drawn]
+    return "M" + "L".join(places) if places else ""
+
+
+def dots(drawn: Points, x: Scale, y: Scale) -> str:
+    """Return the `d` of a path of dots: lines of no length, whose round ends stay round."""
+    return "".join(f"M{_short(x(s))} {_short(SIZE - y(v))}h0" for s, v in drawn)
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def steps_per_epoch(lines: Iterable[Mapping[str, Any]]) -> int | None:
+    """Return how long an epoch is, where the lines say it almost exactly."""
+    lower, upper = 0, None
+    for line in lines:
+        step, epoch = line["step"], line.get("epoch")
+        if type(epoch) is not int or epoch < 0:
+            continue
+        lower = max(lower, step // (epoch + 1) + 1)
+        if epoch:
+            upper = min(upper or step, step // epoch)
+    return upper if upper and abs(upper - lower) <= upper // 50 + 1 else None

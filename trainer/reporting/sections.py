@@ -1,0 +1,270 @@
+"""The parts of a run's page that are tables and tiles."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainer.checkpoint.places import Found
+from trainer.reporting import figures, timeline
+from trainer.reporting.curves import is_number, points
+from trainer.reporting.facts import Facts
+from trainer.reporting.markup import Html, joined, listing, tag
+from trainer.reporting.scales import duration, number, quantity
+from trainer.terminal import age, iso, size
+
+_KNOWN = frozenset(
+    {
+        "attempt", "token", "started", "ended", "told", "first_step", "last_step", "outcome",
+        "reason", "error", "resumed_from", "save_s", "starting_s", "training_s", "resume", "pid",
+        "max_steps", "steps_per_epoch", "changed",
+    }
+)  # fmt: skip
+"""What is shown of an attempt's record in other places, or tells a person nothing."""
+
+
+# --- head --------------------------------------------------------------------------------------
+
+
+def pill(run: Facts) -> Html:
+    """Return how the run is, as a badge."""
+    state = run.standing.state
+    return tag("span", state, class_=f"pill {state}")
+
+
+def since(run: Facts) -> str:
+    """Return since when the run is as it is, in words."""
+    standing = run.standing
+    if standing.since_s is None:
+        return standing.why
+    ago = f"{age(standing.since_s)} ago"
+    words = {
+        "running": f"heard of {ago}",
+        "silent": f"not heard of since {ago.removesuffix(' ago')}",
+    }
+    text = words.get(standing.state, ago)
+    return f"{text}: {standing.why}" if standing.why else text
+
+
+def tiles(run: Facts) -> Html:
+    """Return the figures that one looks for first."""
+    newest = max((run.last("train"), run.last("eval")), key=lambda line: line.get("step", -1))
+    good, best = run.goodput, run.best
+    took_s = good.starting_s + good.training_s
+    shown = [
+        _tile("step", number(run.step), _of(run.step, run.max_steps), share=_share(run)),
+        _tile("epoch", _plain(newest.get("epoch")), f"{_plain(newest.get('samples'))} samples"),
+    ]
+    if best is not None:
+        shown.append(_tile(f"best {best.metric}", number(best.value), f"at step {best.step:,}"))
+    for split, key in (("eval", "loss"), ("train", "loss")):
+        line = run.last(split)
+        if is_number(line.get(key)) and (best is None or (split, key) != ("eval", best.metric)):
+            name = "eval loss" if split == "eval" else "train loss"
+            shown.append(_tile(name, number(line[key]), f"at step {line['step']:,}"))
+    if took_s:
+        parts = f"{duration(good.training_s)} training"
+        shown.append(_tile("time", duration(took_s), parts))
+    if run.records:
+        lost = good.all_steps - good.useful_steps
+        text = f"{lost:,} {'step' if lost == 1 else 'steps'} repeated"
+        shown.append(_tile("goodput", f"{100 * good.share:.1f} %", text))
+    rates = sorted(value for _, value in points(run.lines, "train", "samples_per_s"))
+    if rates:
+        median = f"{number(rates[len(rates) // 2], 3)}/s"
+        shown.append(_tile("throughput", median, "samples; median"))
+    return tag("div", *shown, class_="tiles")
+
+
+def _plain(value: object) -> str:
+    return f"{value:,}" if type(value) is int else "–"
+
+
+def _of(step: int, most: int | None) -> str:
+    return "" if most is None else f"of {most:,}"
+
+
+def _share(run: Facts) -> float | None:
+    return min(run.step / run.max_steps, 1.0) if run.max_steps else None
+
+
+def _tile(name: str, value: str, more: str, share: float | None = None) -> Html:
+    bar = None
+    if share is not None:
+        bar = tag("i", tag("i", style=f"width:{100 * share:.2f}%"), class_="meter")
+    head = tag("span", name, class_="what")
+    return tag("div", head, tag("b", value), bar, tag("small", more), class_="tile")
+
+
+# --- attempts ----------------------------------------------------------------------------------
+
+
+def attempts(run: Facts) -> Html:
+    """Return the time line, and a table of the attempts."""
+    rows = [_attempt(run, record) for record in run.records]
+    titles = ["", "began (UTC)", "where", "steps", "took", "how it ended"]
+    summary = _saving(run)
+    table = listing(titles, rows, numbers=(0, 4), plain=(1, 3), class_="attempts") if rows else None
+    return joined([timeline.draw(run), summary, table])
+
+
+def _attempt(run: Facts, record: Mapping[str, Any]) -> list[object]:
+    is_newest = record is run.records[-1]
+    state = run.standing.state if is_newest else timeline.outcome(record)
+    ranks, device = record.get("world_size"), record.get("device")
+    where = f"{record.get('host', '?')}, {ranks} × {device}" if ranks else record.get("host", "?")
+    last = run.step if is_newest else _last_step(run, record)
+    began = str(record.get("started", "")).removesuffix("+00:00").replace("T", " ")
+    took = _took_s(run, record)
+    changed = record.get("changed")
+    lines = [str(one) for one in changed] if isinstance(changed, list) else []
+    how = [tag("span", state, class_=f"pill {state}"), " ", _reason(run, record, is_newest)]
+    if lines:
+        how.append(tag("div", "changed: ", joined((tag("code", one) for one in lines), ", ")))
+    steps = f"{_plain(record.get('first_step'))} … {_plain(last)}"
+    return [record.get("attempt"), began, where, steps, took, joined(how)]
+
+
+def _last_step(run: Facts, record: Mapping[str, Any]) -> int | None:
+    """Return the last step that is known of an attempt: told, or gone on from."""
+    known = [record.get("last_step")]
+    for later in run.records:
+        origin = later.get("resumed_from")
+        if isinstance(origin, Mapping) and origin.get("attempt") == record.get("attempt"):
+            known.append(origin.get("step"))
+    return max((step for step in known if type(step) is int), default=None)
+
+
+def _took_s(run: Facts, record: Mapping[str, Any]) -> str:
+    found = next((span for span in timeline.spans(run) if span.record is record), None)
+    return duration(found.end_s - found.begin_s) if found else "–"
+
+
+def _reason(run: Facts, record: Mapping[str, Any], is_newest: bool) -> str:
+    if is_newest and "ended" not in record:
+        return run.standing.why
+    if "ended" not in record:
+        return "without a word: SIGKILL, lack of memory or of power"
+    return str(record.get("error") or record.get("reason") or "")
+
+
+def _saving(run: Facts) -> Html | None:
+    """Return what saves took, where the run has noted it."""
+    parts = []
+    for key, name in (("save_s", "a save took"), ("stall_s", "training stood still for")):
+        found = sorted(float(save[key]) for save in run.saves if is_number(save.get(key)))
+        if found:
+            middle, most = found[len(found) // 2], found[-1]
+            parts.append(f"{name} {duration(middle)} (median; longest {duration(most)})")
+    speeds = sorted(
+        save["bytes"] / save["save_s"]
+        for save in run.saves
+        if is_number(save.get("bytes")) and is_number(save.get("save_s")) and save["save_s"] > 0
+    )
+    if speeds:
+        parts.append(f"{size(speeds[len(speeds) // 2])}/s")
+    if not parts:
+        return None
+    return tag("p", f"{len(run.saves):,} saves: " + "; ".join(parts) + ".", class_="hint")
+
+
+# --- system ------------------------------------------------------------------------------------
+
+
+def system(run: Facts) -> Html:
+    """Return what the attempts ran on; what was not the same for all is marked."""
+    if not run.records:
+        return tag("p", "No attempt has left a record of what it ran on.", class_="none")
+    facts: dict[str, list[Any]] = {}
+    for record in run.records:
+        for key, value in _flat(record).items():
+            facts.setdefault(key, []).append(value)
+    rows = []
+    for key, values in facts.items():
+        counts = Counter(map(str, values))
+        newest = quantity(key, values[-1]) if _is_measured(key, values[-1]) else str(values[-1])
+        others = [text for text in counts if text != str(values[-1])]
+        more = tag("span", "earlier: " + ", ".join(others), class_="before") if others else None
+        rows.append([key.replace("_", " "), joined([newest, more])])
+    return listing(["", f"attempt {run.records[-1].get('attempt')}"], rows, class_="facts")
+
+
+def _is_measured(key: str, value: object) -> bool:
+    return is_number(value) and key.endswith(("_s", "_bytes"))
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in record.items():
+        if key in _KNOWN:
+            continue
+        inner = value.items() if isinstance(value, Mapping) else [("", value)]
+        found |= {f"{key}: {name}" if name else key: one for name, one in inner}
+    return {key.removeprefix("versions: "): value for key, value in found.items()}
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+
+
+def checkpoints(run: Facts) -> Html:
+    """Return a table of the checkpoints, the newest first, the best one marked."""
+    if not run.checkpoints:
+        return tag("p", "There is no checkpoint.", class_="none")
+    best = _best_step(run)
+    rows = [_checkpoint(found, found.commit.step == best) for found in reversed(run.checkpoints)]
+    titles = ["step", "attempt", "saved (UTC)", "age", "size", "ranks", "state", "metrics"]
+    return listing(titles, rows, numbers=(0, 1, 3, 4, 5), plain=(2,))
+
+
+def _best_step(run: Facts) -> int | None:
+    """Return the step of the best checkpoint that is still there."""
+    best = run.best
+    if best is None:
+        return None
+    kept = [
+        (found.metrics[best.metric], -found.commit.step)
+        for found in run.checkpoints
+        if found.state == "whole" and is_number(found.metrics.get(best.metric))
+    ]
+    sign = -1 if best.mode == "min" else 1
+    return -max(kept, key=lambda one: (sign * one[0], one[1]))[1] if kept else None
+
+
+def _checkpoint(found: Found, is_best: bool) -> Sequence[object]:
+    saved = "–"
+    if found.saved_s is not None:
+        saved = iso(found.saved_s).removesuffix("+00:00").replace("T", " ")
+    shown = [f"{name} {number(value)}" for name, value in found.metrics.items()]
+    state = joined([tag("span", found.state, class_=f"pill {found.state}"), " ", found.why or None])
+    badge = tag("span", "best", class_="pill best") if is_best else None
+    return [
+        f"{found.commit.step:,}",
+        found.commit.attempt,
+        saved,
+        "" if found.saved_s is None else age(found.saved_s),
+        size(found.size_bytes),
+        found.manifest.world_size if found.manifest else "",
+        state,
+        joined([badge, " " if is_best else None, ", ".join(shown)]),
+    ]
+
+
+# --- runs beside one another -------------------------------------------------------------------
+
+
+def summary(runs: Sequence[Facts], names: Sequence[str]) -> Html:
+    """Return one line a run: how it is, and its final and best figures."""
+    keys = list(dict.fromkeys(key for run in runs for key in figures.ordered(run)))
+    measured = [key for key in keys if any(points(run.lines, "eval", key) for run in runs)]
+    titles = ["run", "state", "step", "time", *(f"{key}, last" for key in measured)]
+    titles += ["best", "at step"]
+    rows = []
+    for index, (run, name) in enumerate(zip(runs, names, strict=True)):
+        good, best = run.goodput, run.best
+        swatch = tag("i", class_=f"key c{index % 8 + 1} line")
+        last = [number(run.last("eval").get(key)) for key in measured]
+        chosen = ["–", "–"]
+        if best is not None:
+            chosen = [f"{best.metric} {number(best.value)}", f"{best.step:,}"]
+        took = duration(good.starting_s + good.training_s)
+        rows.append([joined([swatch, name]), pill(run), f"{run.step:,}", took, *last, *chosen])
+    return listing(titles, rows, numbers=range(2, len(titles)))

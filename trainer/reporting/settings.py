@@ -1,0 +1,113 @@
+"""The configuration as a table that can be searched, and how configurations differ."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainer.reporting.facts import Facts
+from trainer.reporting.markup import Html, joined, listing, tag
+
+_ABSENT = object()
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested configuration as {dotted key: value}."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def shown(value: object) -> str:
+    """Return a setting as one would type it."""
+    if value is _ABSENT:
+        return "(not set)"
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def by_attempt(run: Facts) -> dict[int, dict[str, Any]]:
+    """Return the settings of each attempt of which a checkpoint, or config.yaml, still tells."""
+    found = {
+        each.commit.attempt: flat(each.manifest.config)
+        for each in run.checkpoints
+        if each.manifest is not None and each.manifest.config
+    }
+    if run.config and run.records:
+        found[run.records[-1]["attempt"]] = flat(run.config)
+    return dict(sorted(found.items()))
+
+
+def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys that do not have the same value in all flat configurations, sorted."""
+    keys = {key for config in configs for key in config}
+    return sorted(
+        key
+        for key in keys
+        if any(config.get(key, _ABSENT) != configs[0].get(key, _ABSENT) for config in configs)
+    )
+
+
+def table(run: Facts) -> Html:
+    """Return the newest configuration; what differed in earlier attempts is marked."""
+    if not run.config:
+        return tag("p", "The run has no config.yaml; it is written when an attempt starts.",
+                   class_="none")  # fmt: skip
+    attempts = by_attempt(run)
+    changed = set(differing(list(attempts.values()))) if attempts else set()
+    rows: list[Html] = []
+    newest = flat(run.config)
+    group = None
+    for key in [*newest, *sorted(changed - newest.keys())]:
+        top, dot, rest = key.partition(".")
+        if dot and top != group:
+            rows.append(tag("tr", tag("th", top, colspan=2), class_="group"))
+        group = top if dot else None
+        now = tag("code", shown(newest.get(key, _ABSENT)))
+        before = _before(attempts, key, newest) if key in changed else None
+        name = tag("td", rest if dot else key, class_="inner" if dot else None)
+        mark = "changed" if key in changed else None
+        rows.append(tag("tr", name, tag("td", now, before), class_=mark, data_key=key))
+    search = tag(
+        "input", type="search", placeholder="search settings", aria_label="search settings",
+        class_="search",
+    )  # fmt: skip
+    count = tag("span", class_="found", aria_live="polite")
+    head = tag("div", search, count, _intro(attempts, changed), class_="searching")
+    body = tag("table", tag("tbody", *rows), class_="settings")
+    return joined([head, tag("div", body, class_="scroll tall")])
+
+
+def _intro(attempts: Mapping[int, Any], changed: set[str]) -> Html | None:
+    if len(attempts) < 2:
+        return None
+    numbers = ", ".join(map(str, attempts))
+    text = f"{len(changed)} changed" if changed else "no setting changed"
+    return tag("span", f"{text} between attempts {numbers}, as far as files tell", class_="hint")
+
+
+def _before(attempts: Mapping[int, Mapping[str, Any]], key: str, newest: Mapping[str, Any]) -> Html:
+    value = newest.get(key, _ABSENT)
+    others = [
+        tag("span", f"attempt {number}: ", tag("code", shown(config.get(key, _ABSENT))))
+        for number, config in attempts.items()
+        if config.get(key, _ABSENT) != value
+    ]
+    return tag("span", *others, class_="before")
+
+
+def differences(runs: Sequence[Facts], names: Sequence[str]) -> Html:
+    """Return the settings in which runs differ, one column a run."""
+    configs = [flat(run.config) for run in runs]
+    found = [key for key in differing(configs) if key not in ("name", "run_dir")]
+    if not found:
+        return tag("p", "All settings are the same.", class_="none")
+    rows = [
+        [key, *(tag("code", shown(config.get(key, _ABSENT))) for config in configs)]
+        for key in found
+    ]
+    return listing(["setting", *names], rows)
