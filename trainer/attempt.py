@@ -485,8 +485,17 @@ def _banner(run: Run, job: loop.Job, record: Mapping[str, Any]) -> list[str]:
         f"attempt {record['attempt']}",
         f"{run.trainer.global_batch_size:,} samples a step = {_count(ranks, 'rank')} x "
         f"{_count(accumulate, 'microbatch').replace('batchs', 'batches')} x {share:,}; "
-        f"{_count(job.data.steps_per_epoch, 'step')} an epoch, {job.max_steps:,} in all",
+        f"{_length_text(job)}",
     ]
+
+
+def _length_text(job: loop.Job) -> str:
+    if job.data.steps_per_epoch is not None:
+        return f"{_count(job.data.steps_per_epoch, 'step')} an epoch, {job.max_steps:,} in all"
+    epochs = (
+        "" if job.max_epochs is None else f" or {_count(job.max_epochs, 'epoch')} of the stream"
+    )
+    return f"{_count(job.max_steps, 'step')}{epochs} in all"
 
 
 def _resume_lines(
@@ -504,6 +513,7 @@ def _resume_lines(
     how = f"forking {start.urls[0]}/{start.commit.folder}" if start.is_fork else "resuming"
     copy = "" if start.is_fork or _is_own(tiers, start) else f" of {run.checkpoint.mirror}"
     lines.append(f"{how} from step {state.step:,}{copy}; {left} left")
+    lines += filter(None, [job.data.rereads(state.cursor)])
     if start.differences:
         lines.append("settings that changed since then:")
         lines += [f"  {difference}" for difference in start.differences]

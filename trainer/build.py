@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from trainer import parallel, parameters, preemption, rng
 from trainer.config import Run
 from trainer.data.source import Datasets, EvalStream, TrainStream
+from trainer.data.streams import Streamed, is_stream
 from trainer.distributed import World
 from trainer.ema import Ema
 from trainer.errors import ConfigError, DataError, PerdureError, Problem, closest
@@ -305,14 +306,39 @@ def make(node: Mapping[str, Any], key: str, *provided: Any) -> Any:
 
 def build_data(run: Run) -> DataSource:
     """Build the data; a plain dataset is trained on and nothing is evaluated."""
+    rng.seed_all(rng.derive("data", run.seed))  # whatever it draws, every attempt draws it
     made = make(run.data, "data")
     source: DataSource = made if _is_source(made) else Datasets(train=made)
-    if not hasattr(source.train, "__len__"):
+    if is_stream(source.train):
+        _check_stream(run, source)
+    elif not hasattr(source.train, "__len__"):
         raise DataError(
             f"data: {run.data['_target_']} gives training data without a length; a dataset needs "
-            "__len__ and __getitem__"
+            "__len__ and __getitem__, a stream __iter__"
         )
     return source
+
+
+def _check_stream(run: Run, source: DataSource) -> None:
+    """Refuse what needs to know how long a stream is."""
+    what = f"data: {run.data['_target_']} gives a stream, whose length is not known"
+    if run.trainer.max_steps is None:
+        raise ConfigError(f"{what}; set trainer.max_steps: where the run ends")
+    words = [
+        f"scheduler.{key}={value}"
+        for key, value in run.scheduler.items()
+        if value in ("total_epochs", "steps_per_epoch")
+    ]
+    if words:
+        raise ConfigError(
+            f"{what}, so {' and '.join(words)} cannot be counted; give numbers, or a schedule by "
+            "total_steps"
+        )
+    if source.eval is not None and (is_stream(source.eval) or not hasattr(source.eval, "__len__")):
+        raise DataError(
+            f"data: {run.data['_target_']} gives a stream to evaluate on; that data needs __len__ "
+            "and __getitem__, since every sample is measured once whatever the number of ranks"
+        )
 
 
 def _is_source(made: Any) -> bool:
@@ -352,30 +378,39 @@ def _options(run: Run, kind: Callable[..., T]) -> T:
     return kind(**{name: getattr(run.parallel, name) for name in names})
 
 
-def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> Job:
-    """Build everything that training needs, before any state is loaded. Collective."""
-    _check_shape(run, source)
+def _build_training_data(run: Run, world: World, source: DataSource) -> TrainStream | Streamed:
     settings = run.trainer
-    data = TrainStream(
+    kind = Streamed if is_stream(source.train) else TrainStream
+    return kind(
         dataset=source.train,
         world=world,
         seed=run.seed,
         global_batch_size=settings.global_batch_size,
         accumulate=settings.accumulate,
         workers=settings.data_workers,
+        skip_damaged=settings.on_damaged == "skip",
     )
-    limits = [settings.max_steps, (settings.max_epochs or 0) * data.steps_per_epoch or None]
+
+
+def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> Job:
+    """Build everything that training needs, before any state is loaded. Collective."""
+    _check_shape(run, source)
+    settings = run.trainer
+    data = _build_training_data(run, world, source)
+    per_epoch = data.steps_per_epoch or 0
+    limits = [settings.max_steps, (settings.max_epochs or 0) * per_epoch or None]
     max_steps = min(limit for limit in limits if limit is not None)
     model = build_model(run).to(world.device)
     notes = parameters.freeze(model, settings.freeze)
     parallel.modify(model, _options(run, parallel.BlockOptions))
     task = make(run.task, "task")
-    phases, matched = _build_phases(run, world, model, task, max_steps, data.steps_per_epoch)
+    phases, matched = _build_phases(run, world, model, task, max_steps, per_epoch)
     share = settings.global_batch_size // world.size // settings.accumulate
     evaluation = None
     if source.eval is not None:
         batch_size = settings.eval_batch_size or max(share, 1)
-        evaluation = EvalStream(source.eval, world, batch_size, settings.data_workers)
+        skip = settings.on_damaged == "skip"
+        evaluation = EvalStream(source.eval, world, batch_size, settings.data_workers, skip)
     rng.seed_all(rng.derive("rank", run.seed, 0, world.rank))
     return Job(
         world=world,
@@ -389,6 +424,7 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
         evaluation=evaluation,
         tracker=tracker,
         max_steps=max_steps,
+        max_epochs=None if per_epoch else settings.max_epochs,
         eval_every=Every(steps=settings.eval_every_steps, epochs=settings.eval_every_epochs),
         log_every_steps=settings.log_every_steps,
         clip_norm=settings.clip_norm,
@@ -447,7 +483,7 @@ def _build_scheduler(
 ) -> LRScheduler | None:
     if not run.scheduler:
         return None
-    epochs = -(-max_steps // steps_per_epoch)
+    epochs = -(-max_steps // max(steps_per_epoch, 1))  # of a stream, nobody asks
     horizon = dict(zip(_HORIZON_WORDS, (max_steps, epochs, steps_per_epoch), strict=True))
     node = {
         key: horizon.get(value, value) if isinstance(value, str) else value

@@ -65,6 +65,11 @@ class Trainer:
         "the step (looks at every gradient).",
         choices=("stop", "skip"),
     )
+    on_damaged: str = setting(
+        "stop",
+        "A sample cannot be read: stop and name it, or skip and count it.",
+        choices=("stop", "skip"),
+    )
     ema_decay: float | None = setting(
         None, "Average the weights, keeping this share at each step; evaluated and kept.", above=0
     )

@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,8 @@ from trainer import parallel, policy, rng
 from trainer.checkpoint import tree
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.tree import Content
-from trainer.data.source import EvalStream, TrainStream
+from trainer.data.source import EvalStream, Feed, TrainStream
+from trainer.data.streams import Streamed
 from trainer.distributed import World
 from trainer.ema import PREFIX, Ema
 from trainer.errors import ConfigError, TrainingError, closest
@@ -26,6 +27,8 @@ from trainer.preemption import Stop
 from trainer.protocols import Batch, Task, Tracker
 from trainer.state import State
 
+_NAMED = 5
+"""Damaged samples that are named; the others are only counted."""
 _SPARE_S = 1.0
 """What leaving takes after the last save, of the time between a signal and SIGKILL."""
 
@@ -89,10 +92,12 @@ class Job:
         default_factory=lambda: torch.amp.GradScaler(enabled=False)
     )
     precision: str = "fp32"
-    data: TrainStream
+    data: TrainStream | Streamed
     evaluation: EvalStream | None = None
     tracker: Tracker
     max_steps: int
+    max_epochs: int | None = None
+    """Also the end, where it is not known how many steps an epoch has."""
     eval_every: Every
     log_every_steps: int = 10
     clip_norm: float | None = None
@@ -116,7 +121,8 @@ class Job:
     def is_over(self, state: State) -> bool:
         """Return whether the run is at its end: of its steps, or of the patience with it."""
         is_stale = self.patience_evals is not None and state.stale_evals >= self.patience_evals
-        return state.step >= self.max_steps or is_stale
+        is_through = self.max_epochs is not None and state.epoch >= self.max_epochs
+        return state.step >= self.max_steps or is_stale or is_through
 
 
 def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
@@ -133,6 +139,8 @@ def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
     if state.last_eval_step != evaluated:
         saver.committed_step = None  # the checkpoint of this step has not got its evaluation
     batches = job.data.batches(state.cursor)
+    look = partial(_look, job, state, losses, saver, batches)
+    content = partial(_content, job, state, look)
     while not job.is_over(state) and not interrupted:
         vote = stop.agree(batches.has)
         if stop.reason:
@@ -146,19 +154,19 @@ def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
         losses.add(state.step, lrs, figures, applied)
         save_due = vote.save_due or _due(saver.every, state, job) is not None
         if log_due or save_due or _due(job.eval_every, state, job) or losses.are_many:
-            losses.look(saver)
+            look()
         if log_due:
             counted = {"skipped": float(state.skipped)} if job.may_skip else {}
+            if job.data.skip_damaged:
+                counted["damaged"] = float(state.damaged_samples)
             lap = {"lr": lrs[0], **_lrs(job, lrs), **counted, **pace.lap(state)}
             _log(job, state, "train", {**_mean(job, figures), **lap})
         interrupted = not _evaluate_if_due(job, state, stop)
         if not interrupted:
-            content = partial(collect, job, state)
             saver.at_boundary(state, content, due=save_due, ended=vote.saves_ended)
-    losses.look(saver)
+    look()
     stop.settle()
     finished = job.is_over(state) and not interrupted
-    content = partial(collect, job, state)
     within_s = None if finished else _least(job.world.gather(stop.left_s))
     if not saver.save(state, content, within_s=within_s) and finished:
         saver.save(state, content)  # the last one is worth another try
@@ -319,6 +327,26 @@ class _Losses:
             )
 
         world.from_rank0(refuse)
+
+
+def _look(job: Job, state: State, losses: _Losses, saver: Saver, batches: "Feed[Any]") -> None:
+    """Look at what the steps since the last look left behind. Collective."""
+    losses.look(saver)
+    if job.data.skip_damaged:
+        state.damaged_samples += _count_damaged(job, batches, named=state.damaged_samples)
+
+
+def _content(job: Job, state: State, look: Callable[[], None]) -> Content:
+    look()  # a save may begin at any boundary, once the one before it has ended
+    return collect(job, state)
+
+
+def _count_damaged(job: Job, batches: "Feed[Any]", *, named: int) -> int:
+    """Return how many samples were skipped on all ranks; name the first few. Collective."""
+    found = [text for texts in job.world.gather(batches.take_damaged()) for text in texts]
+    for text in found[: max(_NAMED - named, 0)]:
+        job.tracker.say(f"SKIPPED {text}")
+    return len(found)
 
 
 def evaluate(job: Job, state: State, stop: Stop) -> dict[str, float] | None:
@@ -509,7 +537,7 @@ def warm_up(job: Job) -> None:
     """Bring DDP to its final buckets; call it before state is loaded. Collective."""
 
     def passes(phase: Phase) -> None:
-        microbatches, _ = next(replace(job.data, workers=0).batches(State().cursor))
+        microbatches = job.data.first()
         with phase.alone(job.model):
             with parallel.autocast(job.precision, job.world.device):
                 loss, _ = phase.loss(job.task, microbatches[0])

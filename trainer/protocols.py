@@ -52,15 +52,18 @@ class Task(Protocol):
 class DataSource(Protocol):
     """Training data, and what to evaluate on.
 
-    A dataset has `__len__` and `__getitem__`. Where it has `tensors` (as TensorDataset does) or
-    `__getitems__`, a batch is fetched whole; otherwise samples are collated one by one. Where it
-    has `get_seeded(indices, seeds)`, that makes training batches: with a number for each sample,
-    of 63 bits, from which it draws whatever is random in it.
+    Training data is a dataset or a stream, evaluation data a dataset. A stream has `__iter__`, and
+    is read once an epoch by every rank (docs/data.md). A dataset has `__len__` and `__getitem__`.
+    Where it has `tensors` (as TensorDataset does) or `__getitems__`, a batch is fetched whole;
+    otherwise samples are collated one by one. Where it has `get_seeded(indices, seeds)`, that
+    makes the batches: with a number for each sample, of 63 bits, from which it draws whatever is
+    random in it. `describe(index)` says where a sample comes from, for messages about one that
+    cannot be read.
     """
 
     @property
     def train(self) -> Any:
-        """The dataset to train on."""
+        """The dataset or stream to train on."""
 
     @property
     def eval(self) -> Any | None:

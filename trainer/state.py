@@ -6,8 +6,11 @@ from typing import Any
 
 from trainer.errors import CheckpointError
 
-Cursor = dict[str, int]
-"""Position in the data: `epoch`, and `batch`, the number of global batches consumed in it."""
+Cursor = dict[str, Any]
+"""Position in the data: `epoch`, and `batch`, the number of global batches consumed in it.
+
+A stream may add `source`, the state of where it reads from, as strict JSON.
+"""
 
 
 @dataclass
@@ -30,11 +33,13 @@ class State:
     """`value` and `step` of the best metric so far, where one is tracked; the earliest such."""
     stale_evals: int = 0
     """Evaluations since then."""
+    damaged_samples: int = 0
+    """Training samples that could not be read and were skipped, over all ranks."""
 
     @property
     def epoch(self) -> int:
         """Complete passes over the data."""
-        return self.cursor["epoch"]
+        return int(self.cursor["epoch"])
 
     def advance(self, cursor: Cursor, *, samples: int, applied: bool) -> None:
         """Take note that one global batch was consumed."""

@@ -1,27 +1,33 @@
 """Where batches come from: datasets fetched whole, placed on the device, with a cursor."""
 
+import atexit
 import queue
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Generic, TypeVar
+from multiprocessing import active_children
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from trainer import processes, rng
-from trainer.data import order
+from trainer.data import damage, order
 from trainer.distributed import World
-from trainer.errors import DataError
+from trainer.errors import DataError, PerdureError
 from trainer.protocols import Batch
-from trainer.state import Cursor
+from trainer.state import Cursor, State
 
 T = TypeVar("T")
 _AHEAD = 2
 """Items that are taken from the workers before they are asked for."""
+_LEAVING_S = 2.0
+"""What workers have for their last item when the process ends."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,41 @@ def fetch(dataset: Any, indices: Tensor, *seed: int | str) -> Batch:
         return default_collate(samples)
 
 
+class Made(NamedTuple):
+    """An item as it comes from where it was made."""
+
+    item: Any
+    damaged: tuple[str, ...] = ()
+    """A text for each sample in it that could not be read."""
+
+
+def fetch_whole(
+    dataset: Any, indices: Tensor, *seed: int | str, skip: bool, replace: bool
+) -> tuple[Batch | None, tuple[str, ...]]:
+    """As `fetch`, but samples that cannot be read are refused by name, or skipped.
+
+    Returns the batch, None if nothing is left of it, and a text for each damaged sample.
+
+    Args:
+        dataset: the samples.
+        indices: which ones.
+        seed: as for `fetch`.
+        skip: go on without the damaged ones; otherwise the first is a DataError.
+        replace: with `skip`, take the next sample instead; otherwise the batch becomes smaller.
+    """
+    try:
+        return fetch(dataset, indices, *seed), ()
+    except Exception as error:
+        if not damage.is_damage(error):
+            raise
+
+    def read(index: int) -> object:
+        return fetch(dataset, torch.tensor([index]), *seed)
+
+    chosen, texts = damage.whole(dataset, indices.tolist(), read, skip=skip, replace=replace)
+    return (fetch(dataset, torch.tensor(chosen), *seed) if chosen else None), texts
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return `batch` with every tensor on `device`; tuples, lists and dicts keep their form."""
     if isinstance(batch, Tensor):
@@ -66,7 +107,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(value, device) for value in batch)
+        placed = [to_device(value, device) for value in batch]
+        return type(batch)(*placed) if hasattr(batch, "_fields") else type(batch)(placed)
     return batch
 
 
@@ -84,75 +126,137 @@ class Feed(Generic[T]):
     """
 
     def __init__(
-        self, make: Callable[[Any], T], keys: Iterator[Any], *, device: torch.device, workers: int
+        self,
+        make: Callable[[Any], Made],
+        keys: Iterator[Any],
+        *,
+        device: torch.device,
+        workers: int,
+        begin: Callable[[int], None] | None = None,
     ) -> None:
         self._device = device
-        self._items: Iterator[T] = map(make, keys)
-        self._queue: queue.SimpleQueue[T | BaseException] | None = None
-        self._is_over = False
+        self.damaged: list[str] = []
+        """A text for each sample that could not be read, of the items that were handed out."""
+        self._items: Iterator[Made] = map(make, keys)
+        self._ahead: _Ahead | None = None
         if not workers:
             return
         loader = DataLoader(
-            _Made(make),
+            _OfKeys(make),
             sampler=keys,
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_begin_worker,
+            worker_init_fn=begin or begin_worker,
             generator=torch.Generator(),  # not the global one, of which checkpoints know
         )
-        self._items = iter(loader)
-        self._queue = queue.SimpleQueue()
-        self._wanted = threading.Semaphore(_AHEAD)
-        threading.Thread(target=self._take, name="data", daemon=True).start()
-
-    def _take(self) -> None:
-        assert self._queue is not None  # noqa: S101 (for the type checker)
-        try:
-            while self._wanted.acquire():
-                self._queue.put(next(self._items))
-        except BaseException as error:  # the end among them; raised where the item is asked for
-            self._queue.put(error)
-            self._is_over = True
+        self._ahead = _Ahead(loader)
+        weakref.finalize(self, self._ahead.leave)
 
     def has(self, count: int) -> bool:
         """Return whether the next `count` items are there, or the end."""
-        return self._queue is None or self._queue.qsize() >= count or self._is_over
+        ahead = self._ahead
+        return ahead is None or ahead.queue.qsize() >= count or ahead.is_over
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
-        if self._queue is None:
-            return _placed(next(self._items), self._device)
-        item = self._queue.get()
+        made = next(self._items) if self._ahead is None else self._ahead.take()
+        self.damaged += made.damaged
+        item: T = to_device(made.item, self._device)
+        return item
+
+    def take_damaged(self) -> list[str]:
+        """Return the texts that came since the last call."""
+        taken, self.damaged = self.damaged, []
+        return taken
+
+
+class _Ahead:
+    """A thread that takes items from worker processes before they are asked for.
+
+    It knows nothing of the feed, so that it ends with it. The workers ignore SIGTERM, with which
+    Python ends such processes when it ends itself: they are ended before that.
+    """
+
+    def __init__(self, loader: "DataLoader[Any]") -> None:
+        others = set(active_children())
+        self._items = iter(loader)
+        self._workers = [child for child in active_children() if child not in others]
+        self._wanted = threading.Semaphore(_AHEAD)
+        self._is_left = False
+        self.queue: queue.SimpleQueue[Made | BaseException] = queue.SimpleQueue()
+        self.is_over = False
+        if not _living:
+            atexit.unregister(_end_all)
+            atexit.register(_end_all)
+        _living.add(self)
+        self._thread = threading.Thread(target=self._run, name="data", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while self._wanted.acquire() and not self._is_left:
+                made = next(self._items)
+                if isinstance(made, PerdureError):
+                    raise made
+                self.queue.put(made)
+        except BaseException as error:  # the end among them; raised where the item is asked for
+            self.queue.put(error)
+            self.is_over = True
+        del self._items  # and with it go the workers
+
+    def take(self) -> Made:
+        """Return the next item, or raise what came instead."""
+        made = self.queue.get()
         self._wanted.release()
-        if isinstance(item, BaseException):
-            raise item
-        return _placed(item, self._device)
+        if isinstance(made, BaseException):
+            raise made
+        return made
+
+    def leave(self) -> None:
+        """Let thread and workers end when they have done what they are at."""
+        self._is_left = True
+        self._wanted.release()
+
+    def end(self) -> None:
+        """End thread and workers."""
+        self.leave()
+        self._thread.join(_LEAVING_S)
+        for worker in self._workers:
+            with suppress(RuntimeError):  # torch's handler wonders at a worker that was killed
+                worker.kill()
 
 
-def _placed(item: T, device: torch.device) -> T:
-    placed: T = to_device(item, device)
-    return placed
+_living: "weakref.WeakSet[_Ahead]" = weakref.WeakSet()
 
 
-class _Made(torch.utils.data.Dataset[Any]):
-    """A dataset of what is made of keys."""
+def _end_all() -> None:
+    for ahead in list(_living):
+        ahead.end()
+
+
+class _OfKeys(torch.utils.data.Dataset[Any]):
+    """A dataset of what is made of keys; an error that a person can act on is an item, too."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         self._make = make
 
     def __getitem__(self, key: Any) -> Any:
-        return self._make(key)
+        try:
+            return self._make(key)
+        except PerdureError as error:  # torch would wrap it in a traceback
+            return error
 
 
 def _as_it_is(item: T) -> T:
     return item
 
 
-def _begin_worker(number: int) -> None:
+def begin_worker(number: int) -> None:
+    """Begin a process that fetches data: it ends with its parent, not by the parent's signals."""
     for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     processes.die_with_parent()
@@ -168,6 +272,8 @@ class TrainStream:
     global_batch_size: int
     accumulate: int = 1
     workers: int = 0
+    skip_damaged: bool = False
+    """Take the next sample for one that cannot be read; otherwise, stop."""
 
     def __post_init__(self) -> None:
         if len(self.dataset) < self.global_batch_size:
@@ -196,19 +302,30 @@ class TrainStream:
             accumulate=self.accumulate,
         )
         return Feed(
-            partial(_microbatches, self.dataset, self.seed),
+            partial(_microbatches, self.dataset, self.seed, self.skip_damaged),
             ((share(indices), after) for indices, after in everything),
             device=self.world.device,
             workers=self.workers,
         )
 
+    def first(self) -> list[Batch]:
+        """Return this rank's microbatches of the first global batch, fetched here and now."""
+        return next(replace(self, workers=0).batches(State().cursor))[0]
 
-def _microbatches(
-    dataset: Any, seed: int, key: tuple[list[Tensor], Cursor]
-) -> tuple[list[Batch], Cursor]:
+    def rereads(self, cursor: Cursor) -> str:
+        """Return what to say of going on from `cursor`: nothing, it is done at once."""
+        return ""
+
+
+def _microbatches(dataset: Any, seed: int, skip: bool, key: tuple[list[Tensor], Cursor]) -> Made:
     pieces, after = key
     epoch = after["epoch"] - (after["batch"] == 0)
-    return [fetch(dataset, piece, "train", seed, epoch) for piece in pieces], after
+    fetched = [
+        fetch_whole(dataset, piece, "train", seed, epoch, skip=skip, replace=True)
+        for piece in pieces
+    ]
+    damaged = tuple(text for _, texts in fetched for text in texts)
+    return Made(([batch for batch, _ in fetched], after), damaged)
 
 
 @dataclass(frozen=True)
@@ -221,6 +338,8 @@ class EvalStream:
     """Samples per rank and batch."""
 
     workers: int = 0
+    skip_damaged: bool = False
+    """Leave out samples that cannot be read; otherwise, stop."""
 
     def __len__(self) -> int:
         """Return the number of batches, the same on every rank."""
@@ -228,7 +347,10 @@ class EvalStream:
 
     def one(self) -> Batch:
         """Return a batch of one sample, for a rank that has none of its own left."""
-        return to_device(fetch(self.dataset, torch.tensor([0]), "eval"), self.world.device)
+        first = torch.tensor([0])
+        skip = self.skip_damaged
+        batch, _ = fetch_whole(self.dataset, first, "eval", skip=skip, replace=True)
+        return to_device(batch, self.world.device)
 
     def batches(self) -> "Feed[Batch | None]":
         """Return this rank's batches; None where other ranks still have one and this has not.
@@ -239,12 +361,14 @@ class EvalStream:
         mine = torch.arange(size)[world.rank :: world.size]
         starts = range(0, len(self) * self.batch_size, self.batch_size)
         return Feed(
-            partial(_eval_batch, self.dataset),
+            partial(_eval_batch, self.dataset, self.skip_damaged),
             (mine[start : start + self.batch_size] for start in starts),
             device=world.device,
             workers=self.workers,
         )
 
 
-def _eval_batch(dataset: Any, indices: Tensor) -> Batch | None:
-    return fetch(dataset, indices, "eval") if len(indices) else None
+def _eval_batch(dataset: Any, skip: bool, indices: Tensor) -> Made:
+    if not len(indices):
+        return Made(None)
+    return Made(*fetch_whole(dataset, indices, "eval", skip=skip, replace=False))

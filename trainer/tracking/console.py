@@ -81,6 +81,8 @@ class Console:
 
 def _epoch_text(facts: Mapping[str, Any], step: int) -> str:
     per_epoch = facts["steps_per_epoch"]
+    if per_epoch is None:  # a stream
+        return "steps"
     current = min(step, facts["max_steps"] - 1) // per_epoch + 1
     return f"epoch {current}/{-(-facts['max_steps'] // per_epoch)}"
 
