@@ -1,0 +1,98 @@
+"""An export's answers, and how those of two differ."""
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.errors import DataError, PerdureError
+from trainer.export.contract import Runner
+from trainer.export.inputs import Batch
+from trainer.terminal import table
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the export said to one input."""
+
+    name: str
+    label: int | None
+    """What it is, where that is known."""
+    outputs: dict[str, npt.NDArray[Any]]
+
+    @property
+    def chances(self) -> npt.NDArray[Any] | None:
+        """Probabilities of the classes, (classes,); None where the answer is none of a classifier.
+
+        A single output of one axis with two numbers or more is taken for logits.
+        """
+        values = next(iter(self.outputs.values()))
+        is_logits = len(self.outputs) == 1 and values.ndim == 1 and len(values) > 1
+        if not (is_logits and np.issubdtype(values.dtype, np.floating)):
+            return None
+        raised = np.exp(values.astype(np.float64) - values.max())
+        shares: npt.NDArray[Any] = raised / raised.sum()
+        return shares
+
+
+def predict(model: Runner, batches: Iterator[Batch]) -> Iterator[Answer]:
+    """Yield the answer of an export to each input.
+
+    Raises:
+        DataError: an input does not fit the export.
+    """
+    for batch in batches:
+        outputs = _run(model, batch)
+        labels: Sequence[int | None] = batch.labels or [None] * len(batch.names)
+        for index, (name, label) in enumerate(zip(batch.names, labels, strict=True)):
+            yield Answer(name, label, {key: values[index] for key, values in outputs.items()})
+
+
+def _run(model: Runner, batch: Batch) -> dict[str, npt.NDArray[Any]]:
+    try:
+        return model.run(batch.arrays)
+    except PerdureError:
+        raise
+    except Exception as error:  # each library has its own
+        shapes = ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in batch.arrays.items())
+        line = next((text for text in str(error).splitlines() if text.strip()), "")
+        raise DataError(f"the export does not take {shapes}: {line}") from None
+
+
+def compare(first: Runner, second: Runner, batches: Iterator[Batch], names: Sequence[str]) -> str:
+    """Run two exports on the same inputs, in turn; return how they differ, and how fast each is."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    counted, agreed, compared, largest = 0, 0, 0, 0.0
+    for batch in batches:
+        outputs = []
+        for model, times in zip((first, second), seconds, strict=True):
+            began = time.perf_counter()
+            outputs.append(_run(model, batch))
+            times.append((time.perf_counter() - began) / len(batch.names))
+        counted += len(batch.names)
+        one, other = (list(each.values()) for each in outputs)
+        for left, right in zip(one, other, strict=False):
+            if left.shape != right.shape:
+                raise DataError(f"outputs have other shapes: {left.shape} and {right.shape}")
+            difference = np.abs(left.astype(np.float64) - right.astype(np.float64))
+            largest = max(largest, float(difference.max(initial=0.0)))
+        if one[0].ndim == 2 and one[0].shape[1] > 1:
+            compared += len(batch.names)
+            agreed += int((one[0].argmax(1) == other[0].argmax(1)).sum())
+    if not counted:
+        raise DataError("there are no inputs")
+    rates = [1 / statistics.median(times[1:] or times) for times in seconds]
+    rows = [
+        ["export", "inputs/s"],
+        *([n, f"{rate:,.0f}"] for n, rate in zip(names, rates, strict=True)),
+    ]
+    lines = [table(rows), f"largest difference of an output: {largest:.3g}"]
+    if compared:
+        lines.append(f"same class for {agreed:,} of {compared:,} inputs ({agreed / compared:.2%})")
+    return "\n".join(
+        [*lines, f"the second is {rates[1] / rates[0]:.2f} times as fast as the first"]
+    )

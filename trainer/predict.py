@@ -1,0 +1,252 @@
+"""python -m trainer.predict EXPORT input=… [compare=…] [out=…]: run what was exported."""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from trainer import build
+from trainer.arguments import Arguments, parse
+from trainer.compose import compose
+from trainer.config import ObjectStore
+from trainer.errors import DONE, FAILURE, ConfigError, PerdureError, problems_text
+from trainer.export import inputs
+from trainer.export.formats import open_export, record_path
+from trainer.export.inputs import Batch, Interface
+from trainer.export.predicting import Answer, compare, predict
+from trainer.storage import Store, is_local, open_store
+from trainer.terminal import table
+
+_OPTIONS = {"model": "", "input": "", "out": "", "device": "cpu", "batch_size": "64", "top": "1"}
+_RUN_KEYS = ("data", "sample")
+_USAGE = """usage: python -m trainer.predict EXPORT input=… [out=…] [device=…] [top=…]
+       python -m trainer.predict EXPORT data=… [data.x=…]
+       python -m trainer.predict EXPORT OTHER --compare input=…
+  EXPORT      what python -m trainer.export wrote in a form that can be run (also model=EXPORT)
+  input       pictures (a file, a folder, a pattern), .npy, .npz, or an IDX file
+  data        a data group, as trainer.run has it: its evaluation part, with the accuracy
+  out         a file for one JSON object an input; .npz: the outputs themselves
+  device      cpu or cuda (default cpu)
+  batch_size  inputs at a time (default 64)
+  top         classes to show of each input (default 1)
+  --compare   run two exports on the same inputs: how often they agree, and how fast each is"""
+_FLAGS = ("--compare",)
+_SHOWN = 40
+"""Inputs that are shown when nobody asked for a file; the rest are counted."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or "--help" in argv or "-h" in argv:
+        print(_USAGE)
+        return DONE if argv else ConfigError.exit_code
+    try:
+        settings = [a for a in argv if a.partition("=")[0].partition(".")[0] in _RUN_KEYS]
+        mine = [a for a in argv if a not in settings]
+        given = parse(mine, _USAGE, options=_OPTIONS, flags=_FLAGS, places=(0, 1, 2))
+        places = [*given.places, *filter(None, [given.options["model"]])]
+        wanted = 2 if "--compare" in given.flags else 1
+        if len(places) != wanted:
+            text = f"{wanted} export{'s' * (wanted > 1)} needed, {len(places)} given"
+            raise ConfigError(f"{text}\n{_USAGE}")
+        return _predict(places, given, settings)
+    except PerdureError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+
+
+def _predict(places: Sequence[str], given: Arguments, settings: Sequence[str]) -> int:
+    device, batch_size = given.options["device"], _count(given, "batch_size")
+    with _here(places[0], given.store) as first:
+        interface = _interface(first)
+        batches = _batches(given, settings, interface, interface.batch_size or batch_size)
+        model = open_export(first, device)
+        if len(places) == 2:
+            with _here(places[1], given.store) as second:
+                print(compare(model, open_export(second, device), batches, places))
+            return DONE
+        _tell(predict(model, batches), interface, given)
+    return DONE
+
+
+def _count(given: Arguments, key: str) -> int:
+    text = given.options[key]
+    if not (text.isdecimal() and int(text) >= 1):
+        raise ConfigError(f"{key}={text} is not a number from 1 on")
+    return int(text)
+
+
+def _batches(
+    given: Arguments, settings: Sequence[str], interface: Interface, batch_size: int
+) -> Iterator[Batch]:
+    place = given.options["input"]
+    if bool(place) == bool(settings):
+        raise ConfigError(f"give either input=… or data=…\n{_USAGE}")
+    if place:
+        return inputs.read(place, interface, batch_size)
+    run, problems = compose(settings, _USAGE)
+    problems += build.check_target(run.data, "data")
+    if problems:
+        raise ConfigError(problems_text(problems))
+    return inputs.evaluation(build.build_data(run), interface, batch_size)
+
+
+def _interface(path: Path) -> Interface:
+    """Return what the record beside an export says of its inputs."""
+    record = record_path(path)
+    try:
+        found = json.loads(record.read_bytes())
+        made = Interface(found["inputs"], found["preprocessing"])
+        made.first, made.batch_size  # noqa: B018 (that they are there)
+    except FileNotFoundError:
+        what = "there" if path.exists() else "there, nor the export itself"
+        raise ConfigError(
+            f"{record} is not {what}: it says what the export takes; python -m trainer.export "
+            "writes both, so copy both"
+        ) from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"{record} does not describe an export that can be run ({type(error).__name__}: "
+            f"{error}); export the run again"
+        ) from None
+    return made
+
+
+@contextmanager
+def _here(place: str, settings: ObjectStore) -> Iterator[Path]:
+    """Give an export's path on this machine; of one in a store, that of a copy."""
+    if is_local(place):
+        yield Path(place.removeprefix("file://"))
+        return
+    parent, _, name = place.rstrip("/").rpartition("/")
+    store = open_store(parent, settings)
+    with tempfile.TemporaryDirectory(prefix="perdure-") as folder:
+        for key in [*(store.list(name) or [name]), record_path(Path(name)).name]:
+            _download(store, key, Path(folder, key))
+        yield Path(folder, name)
+
+
+def _download(store: Store, key: str, path: Path) -> None:
+    try:
+        total = store.size(key)
+    except FileNotFoundError:
+        raise ConfigError(f"{store.url}/{key}: there is no such export") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = bytearray(min(store.read_bytes, max(total, 1)))
+    with open(path, "wb") as file:
+        for start in range(0, total, len(buffer)):
+            count = store.read_into(key, start, memoryview(buffer))
+            file.write(memoryview(buffer)[:count])
+
+
+# --- what is told --------------------------------------------------------------------------------
+
+
+def _tell(answers: Iterator[Answer], interface: Interface, given: Arguments) -> None:
+    out, top = given.options["out"], _count(given, "top")
+    if out.endswith(".npz"):
+        _save(list(answers), Path(out))
+        return
+    counted, right, labelled, rows = 0, 0, 0, list[list[str]]()
+    with _lines(out) as file:
+        for answer in answers:
+            counted += 1
+            line = _described(answer, interface.classes, top)
+            if answer.label is not None and answer.chances is not None:
+                labelled += 1
+                right += int(answer.chances.argmax()) == answer.label
+            if file is not None:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            elif counted <= _SHOWN:
+                rows.append(_row(line))
+    if rows:
+        print(table([["input", *(["class", "probability"] * top)[: len(rows[0]) - 1]], *rows]))
+    if counted > len(rows):
+        print(f"{counted:,} inputs, {out or f'the first {len(rows)} shown; out=FILE has all'}")
+    if labelled:
+        print(f"accuracy {right / labelled:.4f} of {labelled:,}")
+
+
+@contextmanager
+def _lines(out: str) -> Iterator[TextIO | None]:
+    """Give a file for lines that appears whole, or not at all; None without a name."""
+    if not out:
+        yield None
+        return
+    temporary = Path(out).with_name(f".tmp-{os.getpid()}-{Path(out).name}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yield file
+        temporary.replace(out)
+    except OSError as error:
+        raise ConfigError(f"out={out} cannot be written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _save(answers: Sequence[Answer], path: Path) -> None:
+    arrays = {key: np.stack([a.outputs[key] for a in answers]) for key in answers[0].outputs}
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with open(temporary, "wb") as file:  # by its name, NumPy would add a suffix to it
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"out={path} cannot be written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    shapes = ", ".join(f"{key} {list(array.shape)}" for key, array in arrays.items())
+    print(f"{path}: {shapes}")
+
+
+def _described(answer: Answer, classes: list[str] | None, top: int) -> dict[str, Any]:
+    """Return what is told of an answer: the likeliest classes, or the outputs as they are."""
+    found: dict[str, Any] = {"input": answer.name}
+    chances = answer.chances
+    if chances is None:
+        return {**found, **{key: values.tolist() for key, values in answer.outputs.items()}}
+    likely = [int(index) for index in np.argsort(-chances)[:top]]
+    named = [_name(index, classes, len(chances)) for index in likely]
+    found |= {"class": named[0], "probability": round(float(chances[likely[0]]), 6)}
+    if top > 1:
+        rest = zip(named, likely, strict=True)
+        found["top"] = [{"class": n, "probability": round(float(chances[i]), 6)} for n, i in rest]
+    if answer.label is not None:
+        found["label"] = _name(answer.label, classes, len(chances))
+    return found
+
+
+def _name(index: int, classes: list[str] | None, count: int) -> str | int:
+    return classes[index] if classes is not None and len(classes) == count else index
+
+
+def _row(line: dict[str, Any]) -> list[str]:
+    if "class" not in line:
+        return [
+            str(line["input"]),
+            *(f"{key} {_short(line[key])}" for key in line if key != "input"),
+        ]
+    shown = line.get("top", [line])
+    return [
+        str(line["input"]),
+        *(cell for each in shown for cell in (str(each["class"]), f"{each['probability']:.4f}")),
+    ]
+
+
+def _short(values: Any) -> str:
+    text = json.dumps(values)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+if __name__ == "__main__":
+    sys.exit(main())
