@@ -68,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _predict(places: Sequence[str], given: Arguments, settings: Sequence[str]) -> int:
     device, batch_size = given.options["device"], _count(given, "batch_size")
     with _here(places[0], given.store) as first:
+        model = open_export(first, device)
         interface = _interface(first)
         batches = _batches(given, settings, interface, interface.batch_size or batch_size)
-        model = open_export(first, device)
         if len(places) == 2:
             with _here(places[1], given.store) as second:
                 print(compare(model, open_export(second, device), batches, places))

@@ -1,0 +1,162 @@
+"""Exports are run on pictures, arrays, IDX files and data groups, and compared with each other."""
+
+import json
+import shutil
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from trained import a_trained_run
+
+from trainer import predict
+from trainer.data.digits import Digits
+from trainer.export.exporting import export
+from trainer.export.formats import record_path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on the digits, trained for some steps."""
+    folder = tmp_path_factory.mktemp("run")
+    return a_trained_run(folder, "model=mlp", steps=60)
+
+
+@pytest.fixture(scope="module")
+def exported(run):
+    return str(export(run, "torchscript").path)
+
+
+@pytest.fixture(scope="module")
+def module(exported):
+    """The oracle: the export as torch itself opens it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch.jit is deprecated
+        return torch.jit.load(exported)
+
+
+def told(capsys, *arguments, code=0):
+    assert predict.main(list(arguments)) == code
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return said.out if code == 0 else said.err
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_of_a_data_group_it_tells_class_probability_and_accuracy(
+    capsys, exported, module, tmp_path
+):
+    out = told(capsys, exported, "data=digits", f"out={tmp_path}/a.jsonl")
+    images, labels = Digits().eval.tensors
+    with torch.no_grad():
+        chances = module(images).softmax(1)
+    found = lines(tmp_path / "a.jsonl")
+    assert [line["class"] for line in found] == chances.argmax(1).tolist()
+    assert [line["label"] for line in found] == labels.tolist()
+    np.testing.assert_allclose(
+        [line["probability"] for line in found], chances.max(1).values, atol=2e-6
+    )
+    right = (chances.argmax(1) == labels).float().mean()
+    assert f"accuracy {right:.4f} of 359" in out
+    assert right > 0.5  # and so it has learnt something
+
+
+def test_pictures_are_brought_to_the_form_that_the_run_evaluated_on(
+    capsys, exported, module, tmp_path
+):
+    images, _ = Digits().eval.tensors
+    pixels = (images[:3] * 255).round().to(torch.uint8)
+    (tmp_path / "in").mkdir()
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture[0].numpy()).save(tmp_path / "in" / f"{number}.png")
+    told(capsys, exported, f"input={tmp_path}/in", f"out={tmp_path}/a.jsonl", "top=3")
+    with torch.no_grad():
+        chances = module(pixels.float() / 255).softmax(1)
+    found = lines(tmp_path / "a.jsonl")
+    assert [line["input"] for line in found] == [f"{tmp_path}/in/{n}.png" for n in range(3)]
+    assert [line["class"] for line in found] == chances.argmax(1).tolist()
+    likeliest = [each["class"] for each in found[0]["top"]]
+    assert likeliest == chances[0].argsort(descending=True)[:3].tolist()
+    shown = told(capsys, exported, f"input={tmp_path}/in/*.png")
+    assert f"{tmp_path}/in/0.png" in shown
+    large = Image.fromarray(pixels[0, 0].numpy()).resize((80, 80)).convert("RGB")
+    large.save(tmp_path / "large.jpg")
+    assert str(chances[0].argmax().item()) in told(capsys, exported, f"input={tmp_path}/large.jpg")
+
+
+def test_arrays_and_idx_files(capsys, exported, module, tmp_path):
+    images, _ = Digits().eval.tensors
+    np.save(tmp_path / "a.npy", images[:5].numpy())
+    told(capsys, exported, f"input={tmp_path}/a.npy", f"out={tmp_path}/o.npz", "batch_size=2")
+    with torch.no_grad():
+        wanted = module(images[:5]).numpy()
+    (found,) = np.load(tmp_path / "o.npz").values()
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    np.savez(tmp_path / "a.npz", images=images[:5].numpy())
+    told(capsys, exported, f"input={tmp_path}/a.npz", f"out={tmp_path}/o2.npz")
+    (again,) = np.load(tmp_path / "o2.npz").values()
+    np.testing.assert_allclose(again, wanted, atol=1e-5)
+    pixels = (images[:4] * 255).round().to(torch.uint8).numpy()
+    data = bytes([0, 0, 8, 3]) + struct.pack(">III", 4, 8, 8) + pixels.tobytes()
+    (tmp_path / "t-idx3-ubyte").write_bytes(data)
+    told(capsys, exported, f"input={tmp_path}/t-idx3-ubyte", f"out={tmp_path}/o3.npz")
+    (idx,) = np.load(tmp_path / "o3.npz").values()
+    with torch.no_grad():
+        wanted = module(torch.from_numpy(pixels).float() / 255).numpy()
+    np.testing.assert_allclose(idx, wanted, atol=1e-5)
+
+
+def test_two_exports_are_compared_on_the_same_inputs(capsys, run, exported, tmp_path):
+    other = str(export(run, "torch_export").path)
+    said = told(capsys, exported, other, "--compare", "data=digits")
+    assert "same class for 359 of 359 inputs (100.00%)" in said
+    assert "times as fast as the first" in said
+    worse = a_trained_run(tmp_path / "worse", "model=mlp", "seed=5", steps=1)
+    said = told(
+        capsys, exported, str(export(worse, "torchscript").path), "--compare", "data=digits"
+    )
+    assert "same class for 359 of 359" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("input=nowhere.png",), "there is no such file"),
+        ((), "give either input=… or data=…"),
+        (("input=a.png", "data=digits"), "give either input=… or data=…"),
+        (("data=digitz",), "did you mean 'digits'?"),
+        (("input={here}/text.txt",), "files of this kind are not known"),
+        (("input={here}/broken.png",), "is no picture that can be read"),
+        (("input={here}/broken.npy",), "cannot be read"),
+        (("input={here}/wide.npy",), "the export does not take"),
+        (("data=digits", "device=tpu"), "tpu"),
+        (("data=digits", "top=0"), "top=0 is not a number from 1 on"),
+        (("data=digits", "--compare"), "2 exports needed, 1 given"),
+    ],
+)
+def test_bad_input_is_one_message(capsys, exported, tmp_path, arguments, says):
+    (tmp_path / "text.txt").write_text("a")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
+    (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY no")
+    np.save(tmp_path / "wide.npy", np.zeros((2, 77), np.float32))
+    given = [argument.format(here=tmp_path) for argument in arguments]
+    assert predict.main([exported, *given]) in (1, 2)
+    said = capsys.readouterr()
+    assert says in said.err
+    assert "Traceback" not in said.err
+
+
+def test_weights_and_exports_without_a_record_are_refused(capsys, run, exported, tmp_path):
+    weights = str(export(run, "safetensors").path)
+    assert "which cannot be run" in told(capsys, weights, "data=digits", code=2)
+    alone = tmp_path / Path(exported).name
+    shutil.copy(exported, alone)
+    assert "copy both" in told(capsys, str(alone), "data=digits", code=2)
+    record_path(alone).write_text("{}")
+    assert "does not describe an export" in told(capsys, str(alone), "data=digits", code=2)
