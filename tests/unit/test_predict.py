@@ -90,6 +90,36 @@ def test_pictures_are_brought_to_the_form_that_the_run_evaluated_on(
     assert str(chances[0].argmax().item()) in told(capsys, exported, f"input={tmp_path}/large.jpg")
 
 
+def test_a_picture_is_standardised_as_in_training(capsys, tmp_path):
+    colours = ((255, 0, 0), (0, 0, 255))
+    for part in ("train", "eval"):
+        for name, colour in zip(("blue", "red"), reversed(colours), strict=True):
+            folder = tmp_path / "data" / part / name
+            folder.mkdir(parents=True)
+            for number in range(8):
+                Image.new("RGB", (20, 16), colour).save(folder / f"{number}.png")
+    folder = a_trained_run(
+        tmp_path / "run", "data=image_folder", f"data.dir={tmp_path}/data", "model=mlp",
+        "sample.shape=[3,8,8]", "sample.classes=2", "data.mean=[0.2,0.3,0.4]", "data.std=0.25",
+        steps=30,
+    )  # fmt: skip
+    exported = str(export(folder, "torchscript").path)
+    kept = json.loads(record_path(Path(exported)).read_text())["preprocessing"]
+    assert (kept["mean"], kept["std"], kept["classes"]) == ([0.2, 0.3, 0.4], 0.25, ["blue", "red"])
+    Image.new("RGB", (31, 17), colours[0]).save(tmp_path / "red.png")
+    told(capsys, exported, f"input={tmp_path}/red.png", f"out={tmp_path}/o.jsonl")
+    (line,) = lines(tmp_path / "o.jsonl")
+    assert line["class"] == "red"
+    pixel = torch.tensor([1.0, 0.0, 0.0]) - torch.tensor(kept["mean"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.jit.load(exported)
+    picture = (pixel / 0.25)[:, None, None].expand(3, 8, 8)[None]
+    with torch.no_grad():
+        chance = model(picture).softmax(1)[0, 1]
+    assert line["probability"] == pytest.approx(float(chance), abs=1e-5)
+
+
 def test_arrays_and_idx_files(capsys, exported, module, tmp_path):
     images, _ = Digits().eval.tensors
     np.save(tmp_path / "a.npy", images[:5].numpy())

@@ -78,6 +78,7 @@ class HuggingFace:
         self._count, self._label_names = classes, label_names
         self._transform = transform
         self._picture = (shape, mean, std, crop_share, augment, flip)
+        self.mean, self.std, self.crop_share = mean, std, crop_share  # an export tells them
         if shuffle_buffer < 0 or (shuffle_buffer and not streaming):
             raise ConfigError(
                 f"data.shuffle_buffer={shuffle_buffer} is for data.streaming=true, and at least 0; "

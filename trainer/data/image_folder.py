@@ -89,6 +89,7 @@ class ImageFolder:
             raise ConfigError(f"data.eval_share={eval_share} must be at least 0, and below 1")
         self._dir, self._count, self._eval_share = Path(dir), classes, eval_share
         self._transform = Transform(shape, mean, std, crop_share, augment, flip)
+        self.mean, self.std, self.crop_share = mean, std, crop_share  # an export tells them
         images.need_pillow("data=image_folder")
         if not self._dir.is_dir():
             near = self._dir.parent

@@ -48,7 +48,7 @@ class Mnist:
         classes: int = 10,
         augment: bool = False,
     ) -> None:
-        self._dir, self._mean, self._std, self._classes = Path(dir), mean, std, classes
+        self._dir, self.mean, self.std, self._classes = Path(dir), mean, std, classes
         self._augment = augment
         self._paths = {part: tuple(map(self._find, names)) for part, names in _FILES.items()}
 
@@ -58,7 +58,7 @@ class Mnist:
         plain = self._load("train")
         if not self._augment:
             return plain
-        return ShiftedAndFlipped(*plain.tensors, fill=-self._mean / self._std)
+        return ShiftedAndFlipped(*plain.tensors, fill=-self.mean / self.std)
 
     @cached_property
     def eval(self) -> TensorDataset:
@@ -95,9 +95,7 @@ class Mnist:
                 f"{labels_path} has the label {int(labels.max())}, data.classes is {self._classes}"
             )
         scaled = torch.from_numpy(images).unsqueeze(1).float().div_(255)
-        return TensorDataset(
-            scaled.sub_(self._mean).div_(self._std), torch.from_numpy(labels).long()
-        )
+        return TensorDataset(scaled.sub_(self.mean).div_(self.std), torch.from_numpy(labels).long())
 
 
 def read_idx(path: Path, *, dims: int) -> np.ndarray:

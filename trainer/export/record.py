@@ -17,7 +17,7 @@ from trainer.export.target import files
 
 VERSION = 1
 _LIBRARIES = ("perdure", "torch", "numpy", "safetensors")
-_PREPROCESSING = ("mean", "std", "size", "classes")
+_PREPROCESSING = ("mean", "std", "crop_share", "classes")
 """Attributes of a data source that say how its inputs were made, and what its labels are."""
 
 
