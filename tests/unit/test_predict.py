@@ -100,7 +100,7 @@ def test_a_picture_is_standardised_as_in_training(capsys, tmp_path):
                 Image.new("RGB", (20, 16), colour).save(folder / f"{number}.png")
     folder = a_trained_run(
         tmp_path / "run", "data=image_folder", f"data.dir={tmp_path}/data", "model=mlp",
-        "sample.shape=[3,8,8]", "sample.classes=2", "data.mean=[0.2,0.3,0.4]", "data.std=0.25",
+        "sample.shape=[3,8,8]", "sample.classes=2", "++data.mean=[0.2,0.3,0.4]", "++data.std=0.25",
         steps=30,
     )  # fmt: skip
     exported = str(export(folder, "torchscript").path)
