@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from trainer import build, config, history, launch, loop, reporting, resume, sharing
+from trainer import build, config, history, launch, loop, reporting, resume, samples, sharing
 from trainer import watchdog as watchdog_
 from trainer.checkpoint import DamagedError, lineage
 from trainer.checkpoint.lineage import Attempt, Commit
@@ -93,7 +93,10 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
                 notes.keep(state, saver, stop, began)
             trained = time.monotonic()
             done = loop.train(job, state, saver, stop)
+            seconds = time.monotonic() - trained
             ending = {"outcome": "done" if done else "preempted"}
+            is_safe = done and saver.committed_step == state.step
+            shown = samples.show(job, state.step, store) if is_safe else []
             if not done:
                 ending["reason"] = reason_text(stop.reason)
         except BaseException as error:
@@ -115,8 +118,7 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
             if notes is not None:
                 _record_end(tiers, attempt, {"ended": lineage.now(), **notes.end(), **ending})
     if world.rank == 0:
-        seconds = time.monotonic() - trained
-        print(_end_text(run, state, saver, stop, done, seconds), flush=True)
+        print("\n".join([_end_text(run, state, saver, stop, done, seconds), *shown]), flush=True)
         _look_back(run, lineage.records(store), state.step, done)
     if not done:
         return RUN_AGAIN

@@ -30,6 +30,16 @@ class Task(Protocol):
     are told the phase's name as their last argument, and called for each phase; all parts of the
     model may be called in any of them. Names of figures get the phase's name before them, and
     `loss` is the sum of the phases' losses, in training and in evaluation.
+
+    A task may have `samples(model, dataset)`: what to show a person of the trained model, by name:
+    a text (str), an image (uint8, (C, H, W)), several as a grid (N, C, H, W), or what JSON can
+    hold. It is asked once, when the run is finished, on every rank alike: with the model in
+    evaluation, the averaged weights if there are any, and the dataset that is evaluated on, or
+    trained on if there is no other. Files `samples/<name>.txt|png|json` in the run hold them, and
+    `samples/index.json` their names and the step. `trainer.task.Classification` has
+    `predictions.json`: `{"samples": [{"index", "label", "prediction", "probability"}, …],
+    "confusion": [[…], …], "confusion_samples": n, "classes": [names or numbers]}`, where row i of
+    the confusion counts the predictions for class i; it is empty for more than 100 classes.
     """
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:

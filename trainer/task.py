@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Mapping
+from inspect import signature
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from trainer.data.source import fetch, to_device
 
 
 class Classification:
@@ -46,6 +50,35 @@ class Classification:
     ) -> None:
         """Add one batch to the accuracy."""
         metrics["accuracy"].update((outputs.argmax(1) == batch[1]).double())
+
+    def samples(self, model: nn.Module, dataset: Any) -> Mapping[str, Any]:
+        """Return predictions of the first samples, and what is mistaken for what among more."""
+        count = min(len(dataset), _CONFUSED) if hasattr(dataset, "__len__") else 0
+        if not count:
+            return {}
+        device = next(model.parameters()).device
+        shown, logits, labels = None, [], []
+        for part in torch.arange(count).split(_AT_ONCE):
+            batch = to_device(fetch(dataset, part, "samples"), device)
+            logits.append(self.loss(model, batch)[1].float().cpu())
+            labels.append(batch[1].cpu())
+            shown = batch[0][:_SHOWN].cpu() if shown is None else shown
+        chances, predicted = torch.cat(logits).softmax(1).max(1)
+        label = torch.cat(labels)
+        size = max(logits[0].shape[1], int(label.max()) + 1)
+        confusion = torch.zeros(size, size, dtype=torch.int64)
+        confusion.index_put_((label, predicted), torch.ones_like(label), accumulate=True)
+        rows = zip(label.tolist(), predicted.tolist(), chances.tolist(), strict=True)
+        predictions = {
+            "samples": [
+                {"index": i, "label": row[0], "prediction": row[1], "probability": row[2]}
+                for i, row in enumerate(islice(rows, _SHOWN))
+            ],
+            "confusion": confusion.tolist() if size <= _CLASSES else [],
+            "confusion_samples": count,
+            "classes": list(getattr(dataset, "classes", range(size))),
+        }
+        return {"predictions": predictions, **_as_images(shown)}
 
 
 class LanguageModel:
@@ -89,6 +122,29 @@ class LanguageModel:
         """Add one batch to the bits per byte."""
         bits = _cross_entropy(outputs, batch[1]) * self._bits
         metrics["bits_per_byte"].update(bits, weight=self.weight(batch))
+
+    def samples(self, model: Any, dataset: Any) -> Mapping[str, Any]:
+        """Return a text: the first tokens of `dataset`, and how the model goes on from them.
+
+        Where the model can `generate`, as models.gpt and transformers' can, and the dataset can
+        `decode`, as trainer.data.text can.
+        """
+        if not (hasattr(model, "generate") and hasattr(dataset, "decode")):
+            return {}
+        window = fetch(dataset, torch.arange(1), "samples")[0]  # (1, T)
+        prompt = window[:, :_PROMPT].to(next(model.parameters()).device)
+        if "count" in signature(model.generate).parameters:
+            tokens = model.generate(prompt, _GENERATED, temperature=_TEMPERATURE)
+        else:  # transformers' models end where their positions do
+            tokens = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=min(_GENERATED, max(window.shape[1] - prompt.shape[1], 1)),
+                do_sample=True,
+                temperature=_TEMPERATURE,
+                pad_token_id=0,
+            )
+        return {"text": dataset.decode(tokens[0].tolist())}
 
 
 class Adversarial:
@@ -149,12 +205,36 @@ class Adversarial:
         for kind, logits in zip(_KINDS if phase == "discriminator" else (), outputs, strict=False):
             metrics[f"discriminator_{kind}"].update(logits.sigmoid())
 
+    def samples(self, model: Any, dataset: Any) -> Mapping[str, Any]:
+        """Return a grid of what is made of the same noise in every run, where that is images."""
+        size = self._latent or model.generator.latent
+        noise = torch.randn(64, size, generator=torch.Generator().manual_seed(0))
+        parameter = next(model.parameters())
+        made = model.generator(noise.to(parameter.device, parameter.dtype))
+        return _as_images(made, between=(-1.0, 1.0))
+
 
 _KINDS = ("real", "fake")
 
 
 def _judged(logits: Tensor, target: float) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+
+
+_SHOWN, _CONFUSED, _AT_ONCE, _CLASSES = 24, 2000, 100, 100
+"""Samples whose prediction is shown, that are in the confusion, in a batch; classes at most."""
+_PROMPT, _GENERATED, _TEMPERATURE = 32, 400, 0.8
+"""Tokens that a text begins with, tokens that the model adds, and how boldly."""
+
+
+def _as_images(samples: Any, between: tuple[float, float] | None = None) -> dict[str, Tensor]:
+    """Return images for a person, scaled from their own range unless told; else nothing."""
+    if not (isinstance(samples, Tensor) and samples.ndim == 4 and samples.shape[1] in (1, 3)):
+        return {}
+    samples = samples.float()
+    low, high = between or (samples.min().item(), samples.max().item())
+    scaled = (samples - low) / max(high - low, 1e-6) * 255
+    return {"images": scaled.round().clamp(0, 255).to(torch.uint8)}
 
 
 _NOT_COUNTED = -100

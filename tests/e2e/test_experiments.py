@@ -1,6 +1,7 @@
 """Every recipe of conf/experiment runs two steps."""
 
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -32,4 +33,6 @@ def test_it_runs_two_steps(command, idx, recipe):
     done = command(f"experiment={recipe.stem}", "trainer.max_steps=2", *data, **cache)
     assert done.returncode == 0, done.stderr
     assert "Finished at step 2" in done.stdout
-    assert (command.folder / "runs" / recipe.stem / "checkpoints").is_dir()
+    run = command.folder / "runs" / recipe.stem
+    assert (run / "checkpoints").is_dir()
+    assert json.loads((run / "samples/index.json").read_text())["step"] == 2

@@ -557,6 +557,23 @@ def test_a_tokenizer_json_has_its_end_or_gets_one(
     assert small(f"{tmp_path}/words/*.txt", tokenizer=str(path)).prepare() != prepared
 
 
+def test_tokens_are_text_again(files, tmp_path):
+    windows = small(files).train
+    tokens = [token for index in range(len(windows)) for token in windows[index][0].tolist()]
+    known = b"".join(DOCUMENTS.values()).decode(errors="replace")
+    assert windows.decode([*b"caf\xc3\xa9", 256, 999, *b"\xff"]) == "café\ufffd"
+    assert all(line in known for line in windows.decode(tokens).splitlines()[1:3])
+    library = pytest.importorskip("tokenizers")
+    words = library.Tokenizer(library.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "words.json"))
+    documents = {f"{number}.txt": b"a b b c" for number in range(12)}
+    source = small(
+        write(tmp_path / "some", documents), tokenizer=str(tmp_path / "words.json"), context=4
+    )
+    assert source.train.decode([0, 1, 2, 3, 9]) == "a b ?"  # 3 ends a document, 9 is no token
+
+
 @pytest.mark.parametrize("name", ["tokenizers", "tiktoken"])
 def test_a_missing_package_is_named(files, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
@@ -588,5 +605,7 @@ def test_tiktoken_is_asked_for_local_files_only(files, monkeypatch):
     assert load.read_file is download
     with pytest.raises(ConfigError, match=r"no such encoding \(valid: absent, here\)"):
         small(files, tokenizer="tiktoken:other").prepare()
+    encoding.decode_single_token_bytes = {7: b"so ", 8: b"\xc3", 9: b"\xa9"}.__getitem__
+    assert small(files, tokenizer="tiktoken:here").eval.decode([7, 55, 8, 9]) == "so é"
     prepared = small(files, tokenizer="tiktoken:here").prepare()
     assert tokens_of(prepared, "eval")[1::2] == [299] * prepared.parts["eval"].documents

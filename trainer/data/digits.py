@@ -3,15 +3,24 @@
 from functools import cached_property
 
 import torch
+from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 
 class Digits:
-    """Images (N, 1, 8, 8) float32 in 0 … 1 with labels (N,) int64 in 0 … 9.
+    """Images (N, 1, size, size) float32 with labels (N,) int64 in 0 … 9.
 
     Every fifth sample is for evaluation: 1,438 to train on, 359 to evaluate.
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
+
+    Args:
+        mean: subtracted from the pixels after scaling them to 0 … 1.
+        std: then divided by; with 0.5 for both they lie in -1 … 1.
+        size: height and width; other than 8, between the pixels is interpolated.
     """
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0, size: int = 8) -> None:
+        self._mean, self._std, self._size = mean, std, size
 
     @cached_property
     def _all(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,6 +28,9 @@ class Digits:
 
         images, labels = load_digits(return_X_y=True)
         scaled = torch.from_numpy(images).float().div_(16).reshape(-1, 1, 8, 8)
+        if self._size != 8:
+            scaled = F.interpolate(scaled, size=(self._size, self._size), mode="bilinear")
+        scaled = scaled.sub_(self._mean).div_(self._std)
         return scaled, torch.from_numpy(labels).long()
 
     @cached_property

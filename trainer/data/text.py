@@ -87,7 +87,10 @@ class Windows:
     mapped when a sample is first asked for, in each process by itself.
     """
 
-    def __init__(self, folder: Path, part: Part, dtype: str, context: int) -> None:
+    def __init__(
+        self, folder: Path, part: Part, dtype: str, context: int, tokenizer: str = "bytes"
+    ) -> None:
+        self._tokenizer = tokenizer
         self._paths = [folder / shard.file for shard in part.shards]
         self._starts = np.cumsum([0, *(shard.tokens for shard in part.shards)])
         self._dtype, self._context = np.dtype(dtype).newbyteorder("<"), context
@@ -117,6 +120,15 @@ class Windows:
             )
         tokens = torch.from_numpy(self._take(wanted * self._context, self._context + 1))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens; what is not in the vocabulary is left out.
+
+        Raises:
+            ConfigError: the tokenizer's package or file is not there.
+        """
+        tokenizer = _load_tokenizer(self._tokenizer)
+        return tokenizer.decode([token for token in tokens if 0 <= token < tokenizer.vocabulary])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the mapped files out: a worker maps them itself instead of copying them."""
@@ -273,7 +285,7 @@ class Text:
     def _windows(self, name: str) -> Windows:
         prepared = self.prepare()
         part = prepared.parts[name]
-        windows = Windows(prepared.folder, part, prepared.dtype, self._context)
+        windows = Windows(prepared.folder, part, prepared.dtype, self._context, self._tokenizer)
         if not len(windows):
             change = "raise" if name == "eval" else "lower"
             raise DataError(
@@ -671,13 +683,18 @@ class _Tokenizer:
     end: int
     """Token after each document."""
     encode: Callable[[bytes], npt.NDArray[Any]]
+    decode: Callable[[Sequence[int]], str]
 
 
 def _encode_bytes(data: bytes) -> npt.NDArray[Any]:
     return np.frombuffer(data, dtype=np.uint8)
 
 
-_BYTES = _Tokenizer(vocabulary=257, end=256, encode=_encode_bytes)
+def _decode_bytes(tokens: Sequence[int]) -> str:
+    return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+
+_BYTES = _Tokenizer(vocabulary=257, end=256, encode=_encode_bytes, decode=_decode_bytes)
 
 
 def _identity(name: str) -> str:
@@ -732,7 +749,10 @@ def _load_json(name: str) -> _Tokenizer:
         text = data.decode(errors="replace")
         return np.asarray(inner.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
-    return _Tokenizer(max(size, end + 1), end, encode)
+    def decode(tokens: Sequence[int]) -> str:
+        return str(inner.decode(list(tokens), skip_special_tokens=False))
+
+    return _Tokenizer(max(size, end + 1), end, encode, decode)
 
 
 def _load_tiktoken(name: str) -> _Tokenizer:
@@ -762,4 +782,11 @@ def _load_tiktoken(name: str) -> _Tokenizer:
         text = data.decode(errors="replace")
         return np.asarray(inner.encode_ordinary(text), dtype=np.uint32)
 
-    return _Tokenizer(inner.n_vocab, inner.eot_token, encode)
+    def decode(tokens: Sequence[int]) -> str:
+        pieces = []
+        for token in tokens:
+            with suppress(KeyError):  # a number that no token has
+                pieces.append(inner.decode_single_token_bytes(token))
+        return b"".join(pieces).decode(errors="replace")
+
+    return _Tokenizer(inner.n_vocab, inner.eot_token, encode, decode)
