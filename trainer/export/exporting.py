@@ -85,6 +85,8 @@ def export(
     can_run = runnable(format)
     sizes = () if can_run is None else (1,) if chosen.get("dynamic") == "none" else _SIZES
     with target.temporary() as path:
+        if can_run is not None:
+            parity.refuse_chance(subject)
         module.write(subject, path, chosen)
         differences = None
         if can_run is not None:

@@ -59,7 +59,6 @@ def compare(
     Raises:
         ExportError: they differ by more than is allowed, or one of the batches cannot be run.
     """
-    _refuse_chance(subject)
     found: dict[str, Difference] = {}
     for size in sizes:
         inputs = subject.inputs(size)
@@ -125,7 +124,12 @@ def _difference(
     return Difference(name, error, error / largest if largest else 0.0, max(allowed, 1e-300))
 
 
-def _refuse_chance(subject: Subject) -> None:
+def refuse_chance(subject: Subject) -> None:
+    """Refuse a model that answers the same inputs differently each time.
+
+    Raises:
+        ExportError: it does.
+    """
     inputs = subject.inputs(2)
     first, second = subject.answer(inputs), subject.answer(inputs)
     for name, tensor in first.items():

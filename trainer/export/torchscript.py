@@ -82,16 +82,13 @@ def _scripted(subject: Subject, parts: list[str]) -> tuple[Any, Interface]:
         model = _with_traced_parts(subject, parts)
     try:
         made = torch.jit.script(model)
-        names = interface(subject, call, by_name=bool(call.keywords))
-        # Scripting compiles only; a model may still be unable to take this call.
-        TorchRunner(made, names, subject.choices.device)
-        return made, names
-    except (RuntimeError, TypeError, OSError, ValueError, AttributeError) as error:
+    except Exception as error:  # of any kind that the compiler raises
         raise ExportError(
             f"{type(model).__name__} cannot be scripted: {reason(error)}\nA part that cannot be "
             "scripted may be traced (traced=its.name), or all of it (method=trace); "
             "format=torch_export does not need this"
         ) from None
+    return made, interface(subject, call, by_name=bool(call.keywords))
 
 
 def _with_traced_parts(subject: Subject, parts: list[str]) -> nn.Module:
@@ -125,7 +122,7 @@ def _traced(found: Traceable, why_not: str) -> Any:
     try:
         with quiet() as warned, torch.no_grad():
             made = torch.jit.trace(found.module, found.tensors, check_trace=False)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # of any kind that the model raises when it is traced
         raise ExportError(f"the model cannot be traced: {reason(error)}{why_not}") from None
     lines = {(each.filename, each.lineno) for each in warned} & set(fixed)
     if lines:

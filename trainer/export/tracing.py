@@ -23,8 +23,8 @@ from trainer.export.subject import Subject
 
 INTERFACE = "perdure.json"
 """Name of the extra file in which torch's own formats keep the names of inputs and outputs."""
-_SHOWN = 6
-"""Lines of a reason."""
+_EMPTY = ("Exception from", "Check '", "Failed to ", "## Exception", "- If ", "- Create ")
+"""How lines of libraries' errors begin that say nothing of the model."""
 
 
 class Flat(nn.Module):
@@ -154,20 +154,24 @@ def quiet() -> Iterator[list[warnings.WarningMessage]]:
 def reason(error: BaseException) -> str:
     """Return the lines of a library's error that say what stands against it, and where."""
     text = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip() or type(error).__name__
-    missing = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'[^>]*>", text)
+    missing = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text)
     if missing is not None:
         return f"ONNX has no operator for {missing[1]}{_code_line(error)}"
+    fixed = re.search(r"You marked (\w+) as dynamic but your code specialized it .*\((\d+)\)", text)
+    if fixed is not None:
+        return (
+            f"the size of the axis {fixed[1]!r} is fixed to {fixed[2]}, by len(…), int(….shape[…]) "
+            f"or a number in view or reshape{_code_line(error)}"
+        )
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    chosen = lines[:1]
-    for index, line in enumerate(lines):
-        if re.search(r'File "(?!.*site-packages/torch/)', line):
-            chosen += lines[index : index + 4]
-            break
-    else:
-        chosen += [line for line in lines[1:] if line.lstrip().startswith("- You marked")]
-        chosen += [_code_line(error).strip()] if _code_line(error) else []
-    stop = next((i for i, line in enumerate(chosen) if "error above occurred" in line), None)
-    return "\n".join(chosen[:stop][:_SHOWN])
+    lines = [line for line in lines if not line.startswith(_EMPTY)] or lines
+    first = "a value of a tensor decides here" if "data-dependent" in lines[0] else lines[0]
+    at = [i for i, line in enumerate(lines) if re.search(r'File "(?!.*/site-packages/)', line)]
+    if not at:
+        return first + _code_line(error)
+    shown = lines[at[0] : at[0] + 4]
+    stop = next((i for i, line in enumerate(shown) if "error above occurred" in line), None)
+    return "\n".join([first.removesuffix(":") + ":", *shown[:stop]])
 
 
 def _code_line(error: BaseException) -> str:
