@@ -1,5 +1,7 @@
 """What the records of attempts say together."""
 
+from datetime import UTC, datetime
+
 import pytest
 
 from trainer import history
@@ -88,3 +90,31 @@ def test_a_fork_counts_from_where_it_began():
 
 def test_without_records_nothing_was_done():
     assert history.goodput([], 0).share == 0.0
+
+
+# --- how a run is, from outside ------------------------------------------------------------------
+
+
+def at(seconds):
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+@pytest.mark.parametrize(("more", "heard_s", "state", "since_s"), [
+    ({"ended": at(500), "outcome": "done"}, 990, "finished", 500),
+    ({"ended": at(500), "outcome": "preempted"}, None, "stopped", 500),
+    ({"ended": at(500), "outcome": "error"}, None, "died", 500),
+    ({"ended": at(500)}, None, "died", 500),
+    ({"told": at(950), "first_step": 0}, None, "running", 950),
+    ({"told": at(900), "first_step": 0}, 995, "running", 995),
+    ({"told": at(900), "first_step": 0}, 905, "silent", 905),
+    ({"started": at(950)}, None, "starting", 950),
+    ({"started": "yesterday"}, None, "silent", None),
+])  # fmt: skip
+def test_how_a_run_is_follows_from_its_newest_record(more, heard_s, state, since_s):
+    record = {"attempt": 1, "started": at(800), **more}
+    found = history.standing(record, heard_s=heard_s, now_s=1000)
+    assert (found.state, found.since_s) == (state, since_s)
+
+
+def test_a_run_without_a_record_is_unknown():
+    assert history.standing(None, heard_s=3.0, now_s=1000).state == "unknown"

@@ -106,6 +106,31 @@ def test_a_last_line_that_only_lacks_its_end_is_kept(run):
     assert (run / FILE_NAME).read_bytes() == text
 
 
+@pytest.mark.parametrize("damage", [
+    b"{", b"[1]", b"3", b'"x"', b"\xff\xfe", b'{"step": 1}', b'{"step": -1, "split": "train"}',
+    b'{"step": 1.5, "split": "train"}', b'{"step": true, "split": "train"}',
+    b'{"step": 1, "split": null}', b"[" * 100_000,
+])  # fmt: skip
+@pytest.mark.parametrize("where", [0, 2, 5])
+def test_for_people_damaged_lines_are_passed_over_and_counted(run, damage, where):
+    before = parsed(run)
+    texts = (run / FILE_NAME).read_bytes().splitlines()
+    (run / FILE_NAME).write_bytes(b"\n".join([*texts[:where], damage, *texts[where:], b""]))
+    found = jsonl.salvage(open_store(str(run)))
+    assert (found.lines, found.damaged) == (before, 1)
+    assert jsonl.newest(open_store(str(run))).lines == before
+
+
+@given(st.binary(max_size=300), st.integers(0, 400))
+@settings(max_examples=50)
+def test_no_bytes_break_the_reading_for_people(tmp_path_factory, noise, where):
+    folder = tmp_path_factory.mktemp("noise")
+    data = b"".join(json.dumps(line(step, loss=0.5)).encode() + b"\n" for step in range(1, 5))
+    (folder / FILE_NAME).write_bytes(data[:where] + noise + data[where:])
+    found = jsonl.salvage(open_store(str(folder)))
+    assert len(found.lines) + found.damaged >= 3  # noise can hide the end of one line
+
+
 def test_names_may_hold_any_character(tmp_path):
     odd = line(1, **{"größe\u2028\x85\n": 1.0})
     started(tmp_path, odd)
@@ -306,6 +331,8 @@ def test_parts_of_attempts_are_joined_to_what_a_file_would_hold(tmp_path_factory
                 tracker.close()
         else:  # killed; only what the interpreter would complain of
             trackers[0]._file._file.close()
+        assert jsonl.salvage(store) == jsonl.Salvage(jsonl.read(store))
+        assert jsonl.newest(store).lines[-1:] == jsonl.read(store)[-1:]
     as_file = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert jsonl.read(store) == as_file
     assert store.list("") == ["metrics.jsonl"]

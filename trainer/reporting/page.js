@@ -103,4 +103,5 @@
       section.querySelector(".found").textContent = words.length ? `${count} found` : "";
     });
   }
+  document.documentElement.dataset.ready = document.querySelectorAll(".chart").length;
 })();

@@ -8,7 +8,8 @@ from trainer.terminal import size
 
 SIZE = 1000.0
 """Side of the square that everything is drawn in; the page stretches it."""
-_DECADES = 100.0
+_HUGE = 1e300
+_WIDE = 30.0
 """A ratio of the largest to the smallest value from which on a logarithm shows more."""
 
 
@@ -23,11 +24,11 @@ class Scale:
     def __call__(self, value: float) -> float:
         """Return the place of a value."""
         low, high = self._bent(self.low), self._bent(self.high)
-        # halves, as the difference of two large numbers can be too large for a float
-        share = (self._bent(value) / 2 - low / 2) / (high / 2 - low / 2) if high > low else 0.5
+        share = (self._bent(value) - low) / (high - low) if high > low else 0.5
         return SIZE * min(max(share, 0.0), 1.0)
 
     def _bent(self, value: float) -> float:
+        value = _within(value)
         return math.log10(max(value, 5e-324)) if self.is_log else value
 
     def ticks(self, most: int = 5) -> list[float]:
@@ -46,17 +47,22 @@ def fitting(values: Sequence[float], *, may_log: bool = False) -> Scale:
     """
     if not values:
         return Scale(0.0, 1.0)
-    ordered = sorted(values)
+    ordered = sorted(map(_within, values))
     low, high = ordered[0], ordered[-1]
-    if may_log and low > 0 and high / low >= _DECADES:
+    if may_log and low > 0 and high / low >= _WIDE:
         rare = ordered[len(ordered) // 100] / 3  # one tiny value must not squeeze all others
-        return Scale(max(low, rare) / 1.2, min(high, 1e300) * 1.2, is_log=True)
+        return Scale(max(low, rare) / 1.2, high * 1.2, is_log=True)
     if low == high:
         return Scale(low - (abs(low) / 2 or 1.0), high + (abs(high) / 2 or 1.0))
-    air = 0.04 * (high / 2 - low / 2) * 2
+    air = 0.04 * (high - low)
     is_share = low >= 0 and high <= 1 and high > 0.2
-    padded = Scale(max(low - air, -1e300), min(high + air, 1e300))
-    return Scale(max(padded.low, 0.0), min(padded.high, 1.0)) if is_share else padded
+    low, high = low - air, high + air
+    return Scale(max(low, 0.0), min(high, 1.0)) if is_share else Scale(low, high)
+
+
+def _within(value: float) -> float:
+    """Return a value with which sums and differences stay finite."""
+    return min(max(value, -_HUGE), _HUGE)
 
 
 def _log_values(low: float, high: float, most: int) -> list[float]:
@@ -70,7 +76,7 @@ def _log_values(low: float, high: float, most: int) -> list[float]:
 
 
 def _round_values(low: float, high: float, most: int) -> list[float]:
-    span = high / most - low / most
+    span = (high - low) / most
     if not (span > 0 and math.isfinite(span)):
         return [low]
     unit = 10.0 ** math.floor(math.log10(span))

@@ -257,14 +257,30 @@ def summary(runs: Sequence[Facts], names: Sequence[str]) -> Html:
     measured = [key for key in keys if any(points(run.lines, "eval", key) for run in runs)]
     titles = ["run", "state", "step", "time", *(f"{key}, last" for key in measured)]
     titles += ["best", "at step"]
+    winner = _winner(runs)
     rows = []
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
         good, best = run.goodput, run.best
         swatch = tag("i", class_=f"key c{index % 8 + 1} line")
         last = [number(run.last("eval").get(key)) for key in measured]
-        chosen = ["–", "–"]
+        chosen: list[object] = ["–", "–"]
         if best is not None:
-            chosen = [f"{best.metric} {number(best.value)}", f"{best.step:,}"]
+            text = f"{best.metric} {number(best.value)}"
+            chosen = [tag("b", text) if index == winner else text, f"{best.step:,}"]
         took = duration(good.starting_s + good.training_s)
         rows.append([joined([swatch, name]), pill(run), f"{run.step:,}", took, *last, *chosen])
     return listing(titles, rows, numbers=range(2, len(titles)))
+
+
+def _winner(runs: Sequence[Facts]) -> int | None:
+    """Return which run is best, where all are judged by the same figure and none is as good."""
+    best = [run.best for run in runs]
+    if len({(one.metric, one.mode) for one in best if one}) != 1:
+        return None
+    signed = {
+        index: -one.value if one.mode == "min" else one.value
+        for index, one in enumerate(best)
+        if one
+    }
+    top = [index for index, value in signed.items() if value == max(signed.values())]
+    return top[0] if len(top) == 1 else None

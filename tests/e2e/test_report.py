@@ -1,0 +1,142 @@
+"""The page of a real run, preempted and finished; in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+import threading
+
+import pytest
+from commands import HARD, in_folder
+from handmade import HOSTILE, hostile_run
+from pages import charts, curve, parsed, tiles
+
+from trainer import attempt, reporting
+from trainer.checkpoint import lineage
+from trainer.config import Run
+from trainer.reporting import board
+from trainer.storage import LocalStore
+
+FRAGILE = [
+    *HARD, "task._target_=mine.task.Fragile", "name=a", "checkpoint.metric=accuracy", "report=true",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The directory of a run that was preempted in step 9 and went on."""
+    command = in_folder(tmp_path_factory.mktemp("real"))
+    run = command.folder / "runs/a"
+    stopped = command(*FRAGILE, SIGNAL_IN_STEP="SIGTERM")
+    assert stopped.returncode == 75, stopped.stderr
+    assert not (run / "report.html").exists()  # the run is not finished
+    done = command(*FRAGILE, "trainer.clip_norm=2.0")
+    assert done.returncode == 0, done.stderr
+    assert "report    runs/a/report.html" in done.stdout
+    return run
+
+
+def test_the_page_says_what_the_runs_own_files_say(folder):
+    page = parsed((folder / "report.html").read_text())
+    written = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = charts(page)
+    for split, name in (("train", "training"), ("eval", "evaluation")):
+        wanted = [
+            (o["step"], pytest.approx(o["loss"], 1e-5)) for o in written if o["split"] == split
+        ]
+        assert curve(found["Loss"], name) == wanted
+    best = max(one["accuracy"] for one in written if one["split"] == "eval")
+    assert float(tiles(page)["best accuracy"]) == pytest.approx(best, rel=1e-3)
+    assert tiles(page)["step"] == "40"
+    assert page.all("h1")[0].text == "a finished"
+    first, second = page.all("table", "attempts")[0].all("tr")[1:]
+    assert "SIGTERM" in first.text
+    assert "changed: trainer.clip_norm: 1.0 -> 2.0" in second.text
+    stopped, done = lineage.records(LocalStore(folder))
+    assert f"{stopped['last_step']} … 40" in second.text
+    assert (done["max_steps"], done["steps_per_epoch"]) == (40, 20)
+    kept = [int(row.all("td")[0].text) for row in page.all("section")[3].all("tr")[1:]]
+    assert kept == [commit.step for commit in reversed(lineage.commits(LocalStore(folder)))]
+    assert [one.text for one in page.all("span", "best")] == ["best"]
+    changed = page.all("tr", "changed")
+    assert [row.attributes["data-key"] for row in changed] in ([], ["trainer.clip_norm"])
+
+
+def test_the_table_of_runs_knows_it_too(folder):
+    row = board.look(str(folder), reporting.ObjectStore())
+    assert (row.state, row.step, row.max_steps, len(row.attempts)) == ("finished", 40, 40, 2)
+    assert row.checkpoint_step == 40
+    assert row.metric == "accuracy"
+
+
+# --- at the end of a run -------------------------------------------------------------------------
+
+
+def hangs(*arguments, **settings):
+    threading.Event().wait(30)
+
+
+def fails(*arguments, **settings):
+    raise ZeroDivisionError("a bug of ours")
+
+
+@pytest.mark.parametrize(("write", "text"), [
+    (None, "NO REPORT: ConfigError: "),
+    (fails, "NO REPORT: ZeroDivisionError: a bug of ours"),
+    (hangs, "NO REPORT: not written within"),
+])  # fmt: skip
+def test_a_report_that_fails_is_said_and_nothing_more(tmp_path, capsys, monkeypatch, write, text):
+    if write is not None:
+        monkeypatch.setattr(reporting, "write", write)
+    monkeypatch.setattr(attempt, "_REPORT_S", 0.05 if write is hangs else 30.0)
+    attempt._report(Run(name="a", run_dir=str(tmp_path / "nowhere")))
+    assert text in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- in a browser --------------------------------------------------------------------------------
+
+
+def shown(page, profile, *flags):
+    """Return the page as a browser has it after its script, and what the browser complained of."""
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("needs chromium: apt-get install chromium")
+    done = subprocess.run(
+        [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+            "--no-first-run", "--disable-background-networking", "--disable-component-update",
+            "--disable-sync", f"--user-data-dir={profile}", "--enable-logging=stderr",
+            "--host-resolver-rules=MAP * ~NOTFOUND", *flags, "--dump-dom", page.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout, re.findall(r".*CONSOLE.*", done.stderr)
+
+
+@pytest.mark.slow
+def test_a_browser_has_nothing_to_complain_of(folder, tmp_path):
+    dark = "--blink-settings=preferredColorScheme=0"
+    for name, flags in (("light", []), ("dark", [dark]), ("narrow", ["--window-size=400,900"])):
+        text, complaints = shown(folder / "report.html", tmp_path / name, *flags)
+        assert complaints == []
+        page = parsed(text.removeprefix("<!DOCTYPE html>"))
+        drawn = page.all("figure", "chart")
+        ready = page.all("html")[0].attributes["data-ready"]  # the script has come to its end
+        assert int(ready) == len(drawn) >= 4
+        assert all(figure.all("path", "curve") for figure in drawn)
+
+
+@pytest.mark.slow
+def test_a_browser_runs_nothing_that_stands_in_a_runs_files(tmp_path):
+    hostile_run(tmp_path / "run")
+    place = reporting.write([str(tmp_path / "run")], str(tmp_path / "page.html"))
+    text, complaints = shown(tmp_path / "page.html", tmp_path / "profile")
+    assert place == str(tmp_path / "page.html")
+    assert complaints == []
+    page = parsed(text.removeprefix("<!DOCTYPE html>"))
+    assert HOSTILE in page.all("h1")[0].text
+    assert page.all("img") == []
+    assert all(one.attributes for one in page.all("script") if "alert" in one.text)  # only data
+    assert "data-hacked" not in page.all("html")[0].attributes

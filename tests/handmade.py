@@ -1,0 +1,95 @@
+"""Directories of runs, written by hand."""
+
+import json
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+NOW_S = datetime.now(UTC).timestamp()
+CONFIG = {
+    "name": "mine",
+    "trainer": {"max_epochs": 4, "max_steps": None},
+    "optimizer": {"lr": 0.1},
+    "checkpoint": {"metric": "accuracy", "mode": "max"},
+}
+
+
+def moment(before_s: float) -> str:
+    """A time before now as records have it."""
+    return datetime.fromtimestamp(NOW_S - before_s, UTC).isoformat(timespec="seconds")
+
+
+FIRST = {
+    "started": moment(1000), "host": "n1", "world_size": 2, "device": "cpu", "threads": 1,
+    "versions": {"torch": "2.1"}, "first_step": 0, "last_step": 20, "ended": moment(979),
+    "outcome": "preempted", "reason": "SIGTERM", "starting_s": 2.0, "training_s": 19.0,
+    "resumed_from": {"step": 0, "attempt": None},
+}  # fmt: skip
+SECOND = {
+    **FIRST, "started": moment(600), "ended": moment(570), "outcome": "done", "first_step": 18,
+    "last_step": 40, "world_size": 4, "resumed_from": {"step": 18, "attempt": 1}, "reason": None,
+    "changed": ["optimizer.lr: 0.2 -> 0.1"],
+}  # fmt: skip
+
+
+def lines(last: int = 40, began_s: float = 1000.0, per_epoch: int = 10) -> list[dict[str, Any]]:
+    """A training line of every step, one a second; an evaluation at each epoch's end."""
+    found = []
+    for step in range(1, last + 1):
+        at = {"step": step, "epoch": step // per_epoch, "samples": 8 * step}
+        at["time"] = NOW_S - began_s + step
+        speed = {"lr": 0.1 / step, "samples_per_s": 100.0 + step}
+        found.append({**at, "split": "train", "loss": 3.0 / step, "accuracy": 0.5, **speed})
+        if step % per_epoch == 0:
+            accuracy = 0.9 - abs(step - 30) / 100  # the best is at 30
+            found.append({**at, "split": "eval", "loss": 3.5 / step, "accuracy": accuracy})
+    return found
+
+
+def write(
+    folder: Path,
+    figures: Iterable[Mapping[str, Any]] = (),
+    config: Mapping[str, Any] | None = CONFIG,
+    records: Iterable[Mapping[str, Any]] = (),
+) -> Path:
+    """Write a run's directory."""
+    (folder / "attempts").mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in figures))
+    if config is not None:
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    for number, record in enumerate(records, 1):
+        whole = {"attempt": number, "token": "aaaaaaaa", **record}
+        (folder / f"attempts/{number:04d}.json").write_text(json.dumps(whole))
+    return folder
+
+
+HOSTILE = (
+    "</script><script>document.documentElement.dataset.hacked=alert(1)</script>"
+    "<img src=x onerror=alert(2)>\" onload='alert(3)"
+)
+
+
+def hostile_run(folder: Path) -> Path:
+    """Write a run whose names, values and texts try to become part of a page."""
+    bad = lines()
+    for line in bad:
+        line[HOSTILE] = 0.5
+    bad[0]["loss"] = HOSTILE
+    record = {
+        **SECOND, "host": HOSTILE, "outcome": "error", "error": HOSTILE, "changed": [HOSTILE],
+        HOSTILE: HOSTILE, "versions": {HOSTILE: HOSTILE},
+    }  # fmt: skip
+    config = {**CONFIG, "name": HOSTILE, HOSTILE: {HOSTILE: HOSTILE}}
+    write(folder, bad, config, [FIRST, record])
+    samples = folder / "samples"
+    samples.mkdir()
+    (samples / "a.txt").write_text(HOSTILE)
+    told = {
+        "samples": [{"index": HOSTILE, "label": HOSTILE, "prediction": 0, "probability": 2.0}],
+        "confusion": [[1, 2], [3, 4]], "classes": [HOSTILE, "b"], "confusion_samples": HOSTILE,
+    }  # fmt: skip
+    (samples / "predictions.json").write_text(json.dumps(told))
+    return folder

@@ -1,0 +1,347 @@
+"""The page of a run that was written by hand: what it says, whatever the files hold."""
+
+import base64
+import json
+import shutil
+import struct
+import zlib
+
+import pytest
+from handmade import CONFIG, FIRST, NOW_S, SECOND, hostile_run, lines, moment, write
+from pages import charts, curve, parsed, tiles
+
+from trainer import report, reporting
+from trainer.checkpoint import lineage
+from trainer.errors import ConfigError
+from trainer.reporting import facts, settings, timeline
+from trainer.storage import LocalStore
+from trainer.tracking.jsonl import FILE_NAME
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Two attempts, 40 steps, finished; nothing of it was ever a checkpoint."""
+    return write(tmp_path / "run", lines(), records=[FIRST, SECOND])
+
+
+def page_of(folder, *more):
+    return parsed(reporting.render([str(folder), *map(str, more)]))
+
+
+# --- the figures are those of the file ---------------------------------------------------------
+
+
+def test_the_curves_are_the_lines_of_the_file(run):
+    found = charts(page_of(run))
+    written = [json.loads(text) for text in (run / FILE_NAME).read_text().splitlines()]
+    for key, heading in (("loss", "Loss"), ("accuracy", "Accuracy")):
+        for split, name in (("train", "training"), ("eval", "evaluation")):
+            wanted = [(o["step"], o[key]) for o in written if o["split"] == split]
+            assert curve(found[heading], name) == [(s, pytest.approx(v, 1e-5)) for s, v in wanted]
+    assert curve(found["Learning rate"], "lr")[9] == (10, 0.01)
+    assert curve(found["Throughput"], "measured")[0] == (1, 101.0)
+
+
+def test_the_tiles_say_where_it_is_and_what_is_best(run):
+    found = tiles(page_of(run))
+    assert found["step"] == "40"
+    assert found["epoch"] == "4"
+    assert found["best accuracy"] == "0.9"
+    assert found["eval loss"] == "0.0875"
+    assert found["train loss"] == "0.075"
+    assert found["goodput"] == "95.2 %"  # 40 of 42 steps
+    assert found["time"] == "42 s"
+    text = page_of(run).all("div", "tiles")[0].text
+    assert "of 40" in text  # four epochs of ten steps, as the lines show
+    assert "at step 30" in text
+    assert "2 steps repeated" in text
+
+
+def test_attempts_are_told_with_their_ends_and_what_changed(run):
+    page = page_of(run)
+    rows = [
+        [cell.text for cell in row.all("td")] for row in page.all("table", "attempts")[0].all("tr")
+    ]
+    assert rows[1][2:5] == ["n1, 2 × cpu", "0 … 20", "21 s"]
+    assert rows[1][5] == "stopped SIGTERM"
+    assert rows[2][5] == "finished changed: optimizer.lr: 0.2 -> 0.1"
+    bars = page.all("i", "bar")
+    assert [bar.text for bar in bars if "training" in bar.kinds][:2] == ["1", "2"]
+    assert "nothing ran for 6 min" in page.all("i", "idle")[0].attributes["title"]
+    facts_table = page.all("table", "facts")[0].text
+    assert "world size4earlier: 2" in facts_table
+
+
+def test_what_other_parts_note_is_drawn_when_it_is_there(run):
+    extended = [
+        {**line, "step_p50_s": 0.1, "step_p95_s": 0.2, "data_wait_s": 0.01, "tokens_per_s": 5.0,
+         "peak_memory_bytes": 1e9, "skipped": 1.0}
+        if line["split"] == "train" else line
+        for line in lines()
+    ]  # fmt: skip
+    write(run, extended)
+    saves = [{"step": s, "time": NOW_S - 990 + s, "save_s": 2.0, "stall_s": 0.01, "bytes": 4e9}
+             for s in (10, 20)]  # fmt: skip
+    (run / "saves.jsonl").write_text("".join(json.dumps(one) + "\n" for one in saves) + "{\n")
+    page = page_of(run)
+    found = charts(page)
+    assert [one["name"] for one in found["Step time"]["curves"]] == [
+        "median", "95th percentile", "wait for data",
+    ]  # fmt: skip
+    assert curve(found["Saves"], "training stands still") == [(10, 0.01), (20, 0.01)]
+    assert {"Tokens per second", "Peak memory", "Skipped"} <= set(found)
+    assert "a save took 2 s (median; longest 2 s)" in page.text
+    assert "2 GB/s" in page.text
+    assert "1 damaged line was skipped in saves.jsonl" in page.text
+    assert len(page.all("i", "save")) == 2
+
+
+def test_a_loss_that_spans_decades_has_a_logarithm_and_others_have_none(run):
+    found = charts(page_of(run))
+    assert found["Loss"]["log"]
+    assert not found["Accuracy"]["log"]
+    assert not found["Learning rate"]["log"]
+
+
+def test_values_that_were_not_finite_are_counted(run):
+    broken = lines()
+    broken[3]["loss"] = broken[5]["loss"] = None
+    write(run, broken)
+    page = page_of(run)
+    assert "2 not finite" in page.all("figure", "chart")[0].text
+    assert len(curve(charts(page)["Loss"], "training")) == 38
+
+
+# --- whatever the files hold -------------------------------------------------------------------
+
+
+def test_damaged_lines_are_skipped_and_counted_wherever_they_are(run):
+    texts = (run / FILE_NAME).read_text().splitlines()
+    texts[4:4] = ['{"step": 5, "spl', "[]", '{"step": "x", "split": "train"}', "\0\0"]
+    (run / FILE_NAME).write_bytes("\n".join([*texts, '{"step": 41, "tra']).encode() + b"\xff")
+    page = page_of(run)
+    assert "5 damaged lines were skipped in metrics.jsonl" in page.all("ul", "notes")[0].text
+    assert len(curve(charts(page)["Loss"], "training")) == 40
+
+
+@pytest.mark.parametrize("records", [[], [{"started": moment(5), "host": "n1"}]])
+def test_a_run_without_figures_is_a_page(tmp_path, records):
+    page = page_of(write(tmp_path / "run", config=None, records=records))
+    assert "There are no figures yet" in page.text
+    assert "There is no checkpoint." in page.text
+    assert "no config.yaml" in page.text
+    assert "This run has left no samples" in page.text
+    assert page.all("span", "pill")[0].text == ("starting" if records else "unknown")
+
+
+def test_what_cannot_be_read_is_said_and_the_rest_is_shown(run):
+    (run / "attempts/0001.json").write_text("{")
+    (run / "config.yaml").write_text("a: [")
+    page = page_of(run)
+    notes = page.all("ul", "notes")[0].text
+    assert "The attempts cannot be read" in notes
+    assert "config.yaml is not YAML" in notes
+    assert len(curve(charts(page)["Loss"], "training")) == 40
+
+
+@pytest.mark.parametrize(("newest", "state", "text"), [
+    ({"told": moment(10), "first_step": 0}, "running", "heard of"),
+    ({"told": moment(500), "first_step": 0}, "silent", "killed without a word, or it hangs"),
+    ({"ended": moment(100), "outcome": "preempted", "reason": "SIGUSR1"}, "stopped", "SIGUSR1"),
+    ({"ended": moment(100), "outcome": "error", "error": "ValueError: x"}, "died", "ValueError: x"),
+])  # fmt: skip
+def test_how_the_run_is_stands_at_the_head(tmp_path, newest, state, text):
+    record = {"started": moment(600), "host": "n1", **newest}
+    page = page_of(write(tmp_path / "run", lines(began_s=600), records=[record]))
+    assert page.all("h1")[0].text == f"mine {state}"
+    assert text in page.all("p", "since")[0].text
+    assert state in page.all("i", "training")[0].kinds
+
+
+def test_an_attempt_without_a_word_of_its_end_lived_as_long_as_its_lines(tmp_path):
+    silent = {"started": moment(1000), "first_step": 0, "told": moment(998)}
+    folder = write(tmp_path / "run", lines(), records=[silent, SECOND])
+    first, second = timeline.spans(facts.gather(str(folder), reporting.ObjectStore()))
+    assert first.end_s == pytest.approx(NOW_S - 1000 + 40)
+    assert second.has_ended
+    assert "without a word" in page_of(folder).all("table", "attempts")[0].text
+
+
+def test_no_name_value_or_text_of_a_file_becomes_markup(tmp_path):
+    folder = hostile_run(tmp_path / "run")
+    for page in (page_of(folder), page_of(folder, hostile_run(tmp_path / "other"))):
+        assert page.text.count("alert(1)") > 2  # it is there, as text
+        scripts = page.all("script")
+        assert [one.attributes for one in scripts[:-1]] == [{"type": "application/json"}] * (
+            len(scripts) - 1
+        )
+        assert "alert" not in scripts[-1].text
+        elements = [one for name in ("img", "a", "link", "iframe", "i") for one in page.all(name)]
+        for one in elements:
+            assert not any(key.startswith("on") for key in one.attributes)
+            assert one.attributes.get("src", "data:").startswith("data:")
+            assert one.attributes.get("href", "#").startswith("#")
+
+
+def test_the_page_is_one_file_that_asks_nobody_for_anything(run):
+    text = reporting.render([str(run)])
+    assert "http://" not in text
+    assert "https://" not in text
+    (policy,) = [
+        one.attributes["content"]
+        for one in parsed(text).all("meta")
+        if "http-equiv" in one.attributes
+    ]
+    assert policy.startswith("default-src 'none'")
+    assert "script-src 'sha256-" in policy
+
+
+# --- samples -----------------------------------------------------------------------------------
+
+
+def png(side=4):
+    def chunk(kind, content):
+        summed = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + summed
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    rows = zlib.compress((b"\0" + bytes(side)) * side)
+    parts = chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+@pytest.fixture
+def samples(run):
+    folder = run / "samples"
+    folder.mkdir()
+    for name in ("0007.png", "grid.png"):
+        (folder / name).write_bytes(png())
+    (folder / "evil.png").write_bytes(b"<svg onload=alert(1)>")
+    (folder / "one.txt").write_text("To be, or <not> to be")
+    (folder / "index.json").write_text(
+        json.dumps({"step": 40, "files": ["0007.png", "grid.png", "one.txt", "../config.yaml", 3]})
+    )
+    told = {
+        "samples": [
+            {"index": 7, "label": 1, "prediction": 1, "probability": 0.875},
+            {"index": 8, "label": 0, "prediction": 1, "probability": 0.6},
+        ],
+        "confusion": [[5, 1], [0, 4]], "confusion_samples": 10, "classes": ["cat", "dog"],
+    }  # fmt: skip
+    (folder / "predictions.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_samples_are_embedded(run, samples):
+    page = page_of(run)
+    source = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
+    assert [image.attributes["src"] for image in page.all("img")] == [source, source]
+    right, wrong = page.all("div", "card")
+    assert right.text == "dog87.5 %"
+    assert right.all("img")  # the image whose name has the sample's number
+    assert wrong.text == "dog60.0 %is cat"
+    assert "wrong" in wrong.kinds
+    assert "To be, or <not> to be" in page.all("pre")[0].text
+    matrix = [
+        [cell.text for cell in row.all("td")] for row in page.all("table", "confusion")[0].all("tr")
+    ]
+    assert matrix[1:] == [["5", "1"], ["", "4"]]
+    assert "10 samples" in page.text
+    assert "Taken at step 40" in page.text
+
+
+@pytest.mark.parametrize("content", [
+    "{", "[]", "[1]", '{"samples": 3, "confusion": [[1, 2]], "classes": 4}', '{"samples": [3]}',
+    '{"samples": [{}], "confusion": [["a"]]}', '{"confusion": [[-1]]}', "\0",
+])  # fmt: skip
+def test_samples_that_make_no_sense_do_not_break_the_page(run, samples, content):
+    (samples / "predictions.json").write_text(content)
+    (samples / "index.json").write_text(content)
+    page = page_of(run)
+    assert page.all("table", "confusion") == []
+    assert "To be, or <not> to be" in page.text
+
+
+# --- settings ----------------------------------------------------------------------------------
+
+
+def test_settings_that_differ_between_runs_are_found():
+    one, other = settings.flat(CONFIG), settings.flat({**CONFIG, "optimizer": {"lr": 0.2}})
+    assert settings.differing([one, one]) == []
+    assert settings.differing([one, other]) == ["optimizer.lr"]
+    assert settings.differing([one, {}]) == sorted(one)
+
+
+def test_runs_are_compared(run, tmp_path):
+    slow = [{**line, "loss": line["loss"] * 2} for line in lines()]
+    for line in slow:
+        line["accuracy"] = line["accuracy"] / 2
+    config = {**CONFIG, "name": "slow", "optimizer": {"lr": 0.2}}
+    other = write(tmp_path / "other", slow, config, [FIRST])
+    page = page_of(run, other)
+    found = charts(page)
+    assert [one["name"] for one in found["Loss, evaluation"]["curves"]] == ["mine", "slow"]
+    assert curve(found["Loss, training"], "slow")[0] == (1, 6.0)
+    tables = page.all("table")
+    rows = [[cell.text for cell in row.all("td")] for row in tables[0].all("tr")[1:]]
+    assert [row[0] for row in rows] == ["mine", "slow"]
+    assert rows[0][-2:] == ["accuracy 0.9", "30"]
+    assert [cell.text for cell in tables[0].all("b")] == ["accuracy 0.9"]
+    assert [cell.text for cell in tables[1].all("td")] == ["optimizer.lr", "0.1", "0.2"]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_places(run, tmp_path):
+    shutil.copytree(run, tmp_path / "copy")
+    found = charts(page_of(run, tmp_path / "copy"))
+    assert [one["name"] for one in found["Loss, evaluation"]["curves"]] == [
+        str(run), str(tmp_path / "copy"),
+    ]  # fmt: skip
+    assert (
+        len({one["name"] for one in charts(page_of(run, run))["Accuracy, evaluation"]["curves"]})
+        == 2
+    )
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def test_the_command_writes_into_the_run_or_where_it_is_told(run, tmp_path, capsys, monkeypatch):
+    assert report.main([str(run)]) == 0
+    assert capsys.readouterr().out == f"wrote {run}/report.html\n"
+    assert parsed((run / "report.html").read_text()).all("h1")[0].text == "mine finished"
+    assert report.main([str(run), f"out={tmp_path}/x.html"]) == 0
+    assert (tmp_path / "x.html").exists()
+    monkeypatch.chdir(tmp_path)
+    assert report.main([str(run), "./run", "out="]) == 0
+    assert "2 runs" in (tmp_path / "compare.html").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.html", "run", "x.html"]
+
+
+@pytest.mark.parametrize(("arguments", "text"), [
+    (["{}/nope"], "does not exist, or is empty"),
+    (["{}"], "holds no run (there is run/)"),
+    (["{}/run", "{}/nope"], "nope does not exist"),
+    (["{}/run", "out=/proc/x/report.html"], "give another place with out="),
+    (["{}/run", "out={}/"], "give the name of a file"),
+    (["{}/run", "outt=x"], "did you mean 'out'?"),
+    (["out=x"], "1 to 40 paths needed, 0 given"),
+])  # fmt: skip
+def test_what_is_not_understood_is_said_and_nothing_is_written(
+    run, tmp_path, capsys, arguments, text
+):
+    assert report.main([one.replace("{}", str(tmp_path)) for one in arguments]) == 2
+    assert text in capsys.readouterr().err
+    assert not (run / "report.html").exists()
+
+
+def test_a_place_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: 1")  # a folder of configurations, for one
+    with pytest.raises(ConfigError, match="holds no run"):
+        facts.gather(str(tmp_path), reporting.ObjectStore())
+
+
+def test_nothing_is_changed_by_looking(run):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    reporting.render([str(run)])
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert lineage.attempts(LocalStore(run)) == [1, 2]

@@ -1,0 +1,237 @@
+"""python -m trainer.top: runs are found, read cheaply, ordered; a table, JSON, a way out."""
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from handmade import FIRST, NOW_S, SECOND, lines, moment, write
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer import checkpoint, top
+from trainer.checkpoint import Content, lineage
+from trainer.config import ObjectStore
+from trainer.distributed import World
+from trainer.errors import StoreError
+from trainer.reporting import board
+from trainer.storage import LocalStore
+from trainer.tracking import jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = ObjectStore()
+LIVING = {
+    "started": moment(20), "told": moment(1), "host": "n1", "first_step": 0, "max_steps": 200,
+    "steps_per_epoch": 10,
+}  # fmt: skip
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """One that is finished, one that runs, one that was killed; and what is no run."""
+    folder = tmp_path / "runs"
+    write(folder / "done", lines(), records=[FIRST, SECOND])
+    write(folder / "lab/alive", lines(began_s=42), records=[LIVING])
+    write(
+        folder / "killed",
+        lines(),
+        records=[{**LIVING, "started": moment(900), "told": moment(800)}],
+    )
+    (folder / "exports").mkdir()
+    (folder / "notes.txt").touch()
+    return folder
+
+
+def shown(capsys, *arguments):
+    code = top.main(list(map(str, arguments)))
+    found = capsys.readouterr()
+    return code, found.out, found.err
+
+
+def test_runs_are_found_in_folders_and_below(runs):
+    wanted = ["done", "killed", "lab/alive"]
+    assert board.find(str(runs), HERE) == [f"{runs}/{name}" for name in wanted]
+    assert board.find(f"{runs}/done/", HERE) == [f"{runs}/done"]
+
+
+def test_json_says_how_each_run_is(runs, capsys):
+    code, out, _ = shown(capsys, runs, "--once", "--json")
+    assert code == 0
+    alive, killed, done = json.loads(out)["runs"]
+    assert [one["state"] for one in (alive, killed, done)] == ["running", "silent", "finished"]
+    assert alive["step"] == 40
+    assert alive["max_steps"] == 200
+    assert alive["eta_s"] == pytest.approx(160, rel=1e-6)  # a step a second
+    assert alive["loss"] == 3.0 / 40
+    assert (alive["metric"], alive["value"], alive["eval_step"]) == ("accuracy", 0.8, 40)
+    assert (alive["checkpoint_step"], alive["attempts"]) == (None, 1)
+    assert done["attempts"] == 2
+    assert done["max_steps"] == 40
+    assert done["eta_s"] is killed["eta_s"] is None
+    assert done["since_s"] == pytest.approx(NOW_S - 570, abs=1)
+
+
+def test_the_table_says_the_same_once(runs, capsys):
+    code, out, _ = shown(capsys, runs, "--once")
+    assert code == 0
+    head, alive, killed, done = out.splitlines()
+    assert head.split()[:3] == ["run", "state", "step"]
+    assert alive.split()[1:5] == ["running", "40/200", "20", "%"]
+    assert "2 min 40 s" in alive
+    assert "silent 13 min ago" in killed
+    assert "finished" in done
+    assert "accuracy 0.8" in done
+    assert "█" in done
+
+
+def test_names_of_runs_cannot_move_the_cursor(tmp_path, capsys):
+    write(tmp_path / "a\x1b[2Jb", lines(), records=[FIRST])
+    _, out, _ = shown(capsys, tmp_path)
+    assert "\x1b" not in out
+    assert "a\\x1b[2Jb" in out
+
+
+def test_damaged_files_do_not_hide_the_other_runs(runs, capsys):
+    (runs / "done/attempts/0002.json").write_text("{")
+    (runs / "killed/config.yaml").write_text("a: [")
+    with open(runs / "lab/alive/metrics.jsonl", "ab") as file:
+        file.write(b"\xff\xff\n[]\n{")
+    code, out, _ = shown(capsys, runs, "--json")
+    assert code == 0
+    found = {Path(one["run"]).name: one for one in json.loads(out)["runs"]}
+    assert found["done"]["state"] == "unreadable"
+    assert "0002.json" in found["done"]["why"]
+    assert found["killed"]["state"] == "silent"
+    assert found["alive"]["step"] == 40
+
+
+def test_the_newest_checkpoint_is_that_of_the_surviving_timeline(tmp_path):
+    store = LocalStore(tmp_path)
+
+    def save(attempt, *steps):
+        writer = checkpoint.Writer(store, World(), attempt)
+        for step in steps:
+            content = Content(tensors={"w": torch.ones(3)}, objects={"run": {}})
+            checkpoint.save(writer, content, step=step, epoch=0, samples=step)
+
+    first = lineage.begin(store, {"host": "a"})
+    save(first, 10, 20, 30)
+    assert board.look(str(tmp_path), HERE).checkpoint_step == 30
+    second = lineage.begin(store, {"host": "b"})
+    lineage.amend(store, second, {"resumed_from": {"step": 10, "attempt": 1}, "first_step": 10})
+    assert board.look(str(tmp_path), HERE).checkpoint_step == 10
+    save(second, 15)
+    (tmp_path / "checkpoints/step-00000018.0002").mkdir()
+    row = board.look(str(tmp_path), HERE)
+    assert row.checkpoint_step == 15
+    assert row.checkpoint_s == pytest.approx(time.time(), abs=60)
+
+
+def test_a_run_that_is_over_is_not_read_again_until_it_goes_on(runs, monkeypatch):
+    url = f"{runs}/done"
+    before = board.look(url, HERE)
+    with monkeypatch.context() as patched:
+        patched.setattr(jsonl, "newest", lambda store: pytest.fail("it was read"))
+        assert board.look(url, HERE, before) is before
+    write(runs / "done", lines(), records=[FIRST, SECOND, LIVING])
+    assert board.look(url, HERE, before).state == "running"
+
+
+def test_a_long_file_is_read_from_its_end(tmp_path):
+    written = [{**line, "pad": "x" * 500} for line in lines(last=3000, per_epoch=100)]
+    write(tmp_path, written)
+    found = jsonl.newest(LocalStore(tmp_path)).lines
+    assert 100 < len(found) < 400
+    assert found == written[-len(found) :]
+    assert board.look(str(tmp_path), HERE).step == 3000
+
+
+def test_a_store_that_is_away_is_a_line_of_the_table(runs, monkeypatch):
+    def away(store):
+        raise StoreError("the server does not answer")
+
+    monkeypatch.setattr(lineage, "attempts", away)
+    row = board.look(f"{runs}/done", HERE)
+    assert (row.state, row.why) == ("unreadable", "the server does not answer")
+    assert top.cells(row)[1] == "unreadable"
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=300))
+def test_a_sparkline_is_short_and_ends_at_the_edges(values):
+    text = top.sparkline(values)
+    assert len(text) == min(len(values), 16)
+    assert set(text) <= set("▁▂▃▄▅▆▇█")
+
+
+def test_a_sparkline_shows_the_way_down():
+    assert top.sparkline([float(8 - i) for i in range(8)]) == "█▇▆▅▄▃▂▁"
+    assert top.sparkline([1.0, 1.0]) == "▅▅"
+
+
+@pytest.mark.parametrize(("arguments", "text"), [
+    (["{}/nope"], "does not exist, or is empty"), (["{}/exports"], "does not exist, or is empty"),
+    (["{}", "every_s=0"], "every_s=0: give seconds"), (["{}", "every_s=x"], "every_s=x"),
+    (["{}", "--onc"], "did you mean '--once'?"), (["--once"], "1 to 1000 paths needed"),
+])  # fmt: skip
+def test_what_is_not_understood_is_said(runs, capsys, arguments, text):
+    code, out, err = shown(capsys, *(one.replace("{}", str(runs)) for one in arguments))
+    assert (code, out) == (2, "")
+    assert text in err
+    assert "Traceback" not in err
+
+
+def test_on_a_terminal_it_refreshes_until_ctrl_c(runs):
+    main, other = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer.top", str(runs), "every_s=0.1"],
+        cwd=runs, stdout=other, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(other)
+    seen, came = b"", False
+    try:
+        while b"later" not in seen:  # a run that began meanwhile
+            seen += os.read(main, 65536)
+            if b"alive" in seen and not came:
+                shutil.copytree(runs / "done", runs / "later")
+                came = True
+        process.send_signal(signal.SIGINT)
+        while True:
+            try:
+                if not os.read(main, 65536):
+                    break
+            except OSError:  # a terminal whose other side is closed
+                break
+        assert process.wait(60) == 0
+        assert process.stderr.read() == b""
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        os.close(main)
+
+
+def test_rows_are_ordered_by_who_needs_a_look():
+    states = (
+        "finished",
+        "silent",
+        "running",
+        "unreadable",
+        "stopped",
+        "starting",
+        "died",
+        "unknown",
+    )
+    rows = [board.Row(f"r{i}", state) for i, state in enumerate(states)]
+    assert [row.state for row in board.ordered(rows)] == [
+        "running", "starting", "unreadable", "silent", "died", "stopped", "unknown", "finished",
+    ]  # fmt: skip
+    assert board.ordered([replace(rows[0], run="b"), replace(rows[0], run="a")])[0].run == "a"
