@@ -105,6 +105,8 @@ def open_weights(
     try:
         found = open_foreign(place, settings, on_pickle=on_pickle)
     except RefusedError as error:
+        if names:  # of a folder no pickle is run in any case
+            raise
         raise RefusedError(
             f"{error}. Or, if you trust whoever made it, init.allow_pickle=true runs it"
         ) from None

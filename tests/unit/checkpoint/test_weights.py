@@ -1,6 +1,7 @@
 """Weights into a model: from any kind of place, under any prefix, exactly or not at all."""
 
 import json
+import pickle
 import shutil
 import sys
 import types
@@ -367,6 +368,15 @@ def test_a_pickle_is_run_only_where_that_is_said_and_after_a_warning(tmp_path):
     assert len(said) == 1
     assert "runs any code that is in it" in said[0]
     same(model, Classifier(10, seed=1))
+
+
+def test_the_pickle_of_a_folder_is_never_run(tmp_path):
+    folder = save_dcp(tmp_path / "dcp", Classifier(10).state_dict())
+    (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "bomb")))
+    with pytest.raises(CheckpointError, match=r"posix\.system, which no DCP") as caught:
+        load(Classifier(10), folder, allow_pickle=True)
+    assert "allow_pickle" not in str(caught.value)
+    assert not (tmp_path / "bomb").exists()
 
 
 def test_nobody_is_warned_of_a_file_that_needs_no_pickle(tmp_path):
