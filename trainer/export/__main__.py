@@ -42,9 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = [argument for argument in argv if _is_setting(argument)]
         named = [a.partition("=")[2] for a in argv if a.startswith("format=")]
-        module = find(named[-1] if named else _OPTIONS["format"])
+        find(named[-1] if named else _OPTIONS["format"])
+        unset = {key: "" for each in FORMATS.values() for key in each.OPTIONS}
         mine = [argument for argument in argv if not _is_setting(argument)]
-        given = parse(mine, usage(), options={**_OPTIONS, **module.OPTIONS})
+        given = parse(mine, usage(), options={**_OPTIONS, **unset})
         done = _export(given, settings)
     except PerdureError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -97,7 +98,7 @@ def _export(given: Arguments, settings: Sequence[str]) -> Exported:
         options["step"],
         options["out"],
         choices=choices,
-        options={key: value for key, value in options.items() if key not in _OPTIONS},
+        options={key: value for key, value in options.items() if key not in _OPTIONS and value},
         atol=_number("atol", options["atol"]),
         rtol=_number("rtol", options["rtol"]),
         store=given.store,

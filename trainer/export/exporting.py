@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainer.config import ObjectStore
 from trainer.errors import ConfigError, closest
 from trainer.export import parity, record
 from trainer.export.contract import Format
-from trainer.export.formats import find, runnable
+from trainer.export.formats import FORMATS, find, runnable
 from trainer.export.parity import Difference
 from trainer.export.source import open_source
 from trainer.export.subject import DTYPES, Choices, Subject
 from trainer.export.target import Target, files
+from trainer.export.torch_export import axes_of
 from trainer.storage import is_local
 
 _DEVICES = ("cpu", "cuda")
@@ -91,7 +93,9 @@ def export(
         differences = None
         if can_run is not None:
             runner = can_run.open_runner(path, choices.device)
-            differences = parity.compare(subject, runner, sizes, atol=atol, rtol=rtol)
+            differences = parity.compare(
+                subject, runner, _batches(subject, sizes, chosen), atol=atol, rtol=rtol
+            )
         found = record.describe(
             subject, path, format, chosen, differences, sizes, getattr(module, "LIBRARIES", ())
         )
@@ -110,8 +114,28 @@ def export(
 def _options(name: str, module: Format, given: Mapping[str, str]) -> dict[str, str]:
     for key in given:
         if key not in module.OPTIONS:
-            raise ConfigError(f"format={name} has no option {key!r}{closest(key, module.OPTIONS)}")
+            others = [other for other, each in FORMATS.items() if key in each.OPTIONS]
+            of = f"; it is one of format={' and '.join(others)}" if others else ""
+            raise ConfigError(
+                f"format={name} has no option {key!r}{of or closest(key, module.OPTIONS)}"
+            )
     return {**module.OPTIONS, **given}
+
+
+def _batches(
+    subject: Subject, sizes: Sequence[int], options: Mapping[str, str]
+) -> list[dict[str, Tensor]]:
+    """Return batches of these sizes, and one that is shorter along every other dynamic axis."""
+    batches = [subject.inputs(size) for size in sizes]
+    others = [axis for axis in axes_of(options.get("dynamic", "none")) if axis]
+    if others:
+        shorter = dict(batches[-1])
+        for axis in others:
+            for name, tensor in shorter.items():
+                if axis < tensor.ndim:
+                    shorter[name] = tensor.narrow(axis, 0, max(tensor.shape[axis] // 2, 1))
+        batches.append(shorter)
+    return batches
 
 
 def _check(choices: Choices) -> None:

@@ -12,7 +12,7 @@ import torch
 from trainer.errors import ConfigError
 from trainer.export.contract import Arrays, ExportError, Runner, is_true, library
 from trainer.export.subject import Subject
-from trainer.export.torch_export import captured
+from trainer.export.torch_export import axis_name, captured
 from trainer.export.tracing import quiet, reason
 
 SUFFIX = ".onnx"
@@ -54,7 +54,13 @@ def write(subject: Subject, path: Path, options: Mapping[str, str]) -> None:
         made, str(file), save_as_external_data=is_external, location=f"{MODEL}.data",
         all_tensors_to_one_file=True, size_threshold=1024,
     )  # fmt: skip
-    onnx.checker.check_model(os.fspath(file), full_check=True)
+    try:
+        onnx.checker.check_model(os.fspath(file), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            f"ONNX's own checker refuses the model: {reason(error)}\nA newer version of the "
+            "operators may allow it, such as opset=22 for bfloat16; format=torch_export does"
+        ) from None
 
 
 def proto(subject: Subject, dynamic: str = "batch", opset: int | None = None) -> Any:
@@ -77,10 +83,30 @@ def proto(subject: Subject, dynamic: str = "batch", opset: int | None = None) ->
             f"the model cannot be written in ONNX: {reason(error)}\nformat=torch_export has every "
             "operator of torch, and format=torchscript too"
         ) from None
-    del found.metadata_props[:]
-    for node in found.graph.node:
-        del node.metadata_props[:]  # stack traces: paths of this machine
+    written = next(each.version for each in found.opset_import if not each.domain)
+    if opset not in (None, written):
+        raise ConfigError(
+            f"opset={opset} cannot be written, but {written} can; torch's exporter knows 18 and "
+            "some later ones, and lower ones as far as this model's operators allow"
+        )
+    _tidy(found)
     return found
+
+
+def _tidy(found: Any) -> None:
+    """Name the dynamic axes, and remove notes, which hold paths of this machine."""
+    names: dict[str, str] = {}
+    for each in found.graph.input:
+        for axis, dim in enumerate(each.type.tensor_type.shape.dim):
+            if dim.dim_param:
+                names.setdefault(dim.dim_param, axis_name(axis))
+    described = (*found.graph.input, *found.graph.output, *found.graph.value_info)
+    for each in described:
+        for dim in each.type.tensor_type.shape.dim:
+            if dim.dim_param in names:
+                dim.dim_param = names[dim.dim_param]
+    for noted in (found, found.graph, *found.graph.node, *described):
+        del noted.metadata_props[:]
 
 
 def open_runner(path: Path, device: str = "cpu") -> Runner:

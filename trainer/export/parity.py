@@ -1,6 +1,6 @@
 """Whether an export answers as its model does, on the same samples."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,17 +42,17 @@ class Difference:
 def compare(
     subject: Subject,
     runner: Runner,
-    sizes: Sequence[int],
+    batches: Sequence[Mapping[str, Tensor]],
     *,
     atol: float | None = None,
     rtol: float | None = None,
 ) -> list[Difference]:
-    """Run an export and the model in eval mode on batches of these sizes.
+    """Run an export and the model in eval mode on the same inputs.
 
     Args:
         subject: what was exported.
         runner: the export.
-        sizes: of the batches.
+        batches: inputs by name, as `Subject.inputs` gives them.
         atol: allowed difference; None: by the output's dtype, `TOLERANCES`.
         rtol: the same in shares of an output's largest magnitude.
 
@@ -60,8 +60,8 @@ def compare(
         ExportError: they differ by more than is allowed, or one of the batches cannot be run.
     """
     found: dict[str, Difference] = {}
-    for size in sizes:
-        inputs = subject.inputs(size)
+    for inputs in batches:
+        size = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
         wanted = subject.answer(inputs)
         try:
             given = runner.run({name: as_array(tensor) for name, tensor in inputs.items()})
@@ -70,7 +70,7 @@ def compare(
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise ExportError(
-                f"the export does not run with {size} samples, but the model does: "
+                f"the export does not run with {size}, but the model does: "
                 f"{lines[0] if len(lines[0]) > 20 else lines[-1]}\nSizes that were seen when it "
                 "was traced may be fixed in it: look for int(…), len(…) or view(2, …) in forward"
             ) from None
@@ -95,14 +95,14 @@ def _difference(
     name: str,
     tensor: Tensor,
     given: npt.NDArray[Any],
-    size: int,
+    size: str,
     atol: float | None,
     rtol: float | None,
 ) -> Difference:
     wanted = as_array(tensor)
     if given.shape != wanted.shape or given.dtype != wanted.dtype:
         raise ExportError(
-            f"with {size} samples, {name} of the export is {given.dtype}{list(given.shape)}, the "
+            f"with {size}, {name} of the export is {given.dtype}{list(given.shape)}, the "
             f"model's {wanted.dtype}{list(wanted.shape)}: sizes or types that were seen when it "
             "was traced are fixed in it"
         )
@@ -116,7 +116,7 @@ def _difference(
     allowed = exact + share * largest
     if not error <= allowed:
         raise ExportError(
-            f"the export does not answer as the model does: with {size} samples, {name} differs "
+            f"the export does not answer as the model does: with {size}, {name} differs "
             f"by {error:.3g} at most, and {allowed:.3g} is allowed (its largest value is "
             f"{largest:.3g}). Data-dependent branches that a trace fixes do this, and lower "
             "precision; atol=… and rtol=… allow more"

@@ -22,7 +22,8 @@ _KINDS = {
     "bool": torch.bool,
 }  # fmt: skip
 _ITEM = re.compile(r"(\w+):(\w+)\[([\d,]*)\](?:<(\d+))?")
-_GRAMMAR = "inputs=NAME:DTYPE[SIZES WITHOUT THE BATCH];…, such as inputs='tokens:int64[128]<50257'"
+GRAMMAR = "inputs=NAME:DTYPE[SIZES WITHOUT THE BATCH];…, such as inputs='tokens:int64[128]<50257'"
+"""How a person describes inputs."""
 
 
 class Sampler:
@@ -118,7 +119,7 @@ class Sampler:
         raise ConfigError(
             f"nothing is known that {type(self._model).__name__} takes: {self._why_not}, and with "
             f"random values of sample.shape={list(sample.shape)} it says: {problems[0]}\n"
-            f"Say what it takes: {_GRAMMAR}\nOr export a part of it: part=… (it has {parts})"
+            f"Say what it takes: {GRAMMAR}\nOr export a part of it: part=… (it has {parts})"
         )
 
 
@@ -135,7 +136,7 @@ def described(text: str, count: int, classes: int) -> dict[str, Tensor]:
         match = _ITEM.fullmatch(item.strip())
         if match is None or match[2] not in _KINDS:
             raise ConfigError(
-                f"inputs={text}: {item!r} is no description of an input; write {_GRAMMAR}, with "
+                f"inputs={text}: {item!r} is no description of an input; write {GRAMMAR}, with "
                 f"the dtypes {', '.join(_KINDS)}"
             )
         dtype = _KINDS[match[2]]

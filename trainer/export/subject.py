@@ -70,7 +70,7 @@ class Subject:
             if name.startswith(prefix)
         }
         if not chosen:
-            raise _no_part(self.choices.part, {name.rpartition(".")[0] for name in tensors})
+            raise _no_part(self.choices.part, {name.partition(".")[0] for name in tensors})
         cast = {id(tensor): self.cast(tensor) for tensor in chosen.values()}
         return {name: cast[id(tensor)] for name, tensor in chosen.items()}
 
@@ -103,8 +103,15 @@ class Subject:
     def answer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what the model itself says to these inputs, by the names of `outputs`."""
         arguments, keywords = self._layout.filled(iter([inputs[n] for n in self._layout.names]))
-        with torch.no_grad():
-            return self.named(outputs_of(self._model(*arguments, **keywords)))
+        try:
+            with torch.no_grad():
+                return self.named(outputs_of(self._model(*arguments, **keywords)))
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            given = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+            raise ConfigError(
+                f"{type(self._model).__name__} cannot be called with {given} ({self.origin}): "
+                f"{error}\nSay what it takes: {samples.GRAMMAR}"
+            ) from error
 
     @property
     def names(self) -> tuple[str, ...]:

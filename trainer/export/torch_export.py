@@ -1,5 +1,6 @@
 """`format=torch_export`: a `.pt2` file that `torch.export.load` reads, without this code."""
 
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from trainer.export.contract import ExportError, Runner
 from trainer.export.subject import Subject
 from trainer.export.tracing import (
     INTERFACE,
+    Flat,
     Interface,
     TorchRunner,
     Traceable,
@@ -25,6 +27,8 @@ OPTIONS: Mapping[str, str] = {"dynamic": "batch"}
 HELP: Mapping[str, str] = {
     "dynamic": "axes of every input that may have other sizes: batch, none, or such as batch,1",
 }
+_LIMIT = re.compile(r"(\w+) = Dim\('\w+', (?:min=\d+, )?max=(\d+)\)")
+"""A suggestion of torch.export's errors."""
 _COUNT = 3
 """Samples of the call that is captured; 0 and 1 would be taken for constants."""
 
@@ -59,12 +63,22 @@ def captured(subject: Subject, dynamic: str) -> tuple[torch.export.ExportedProgr
         ConfigError: `dynamic` is no list of axes.
         ExportError: the computation depends on values, or on the size of a dynamic axis.
     """
-    axes = _axes(dynamic)
+    axes = axes_of(dynamic)
     found = traceable(subject, _COUNT if 0 in axes else 1)
     return _program(found, axes), found.interface
 
 
-def _axes(text: str) -> list[int]:
+def axis_name(axis: int) -> str:
+    """Return what a dynamic axis is called."""
+    return f"axis{axis}" if axis else "batch"
+
+
+def axes_of(text: str) -> list[int]:
+    """Return the axes that `dynamic=` names.
+
+    Raises:
+        ConfigError: it is no list of axes.
+    """
     if text == "none":
         return []
     try:
@@ -77,25 +91,35 @@ def _axes(text: str) -> list[int]:
 
 
 def _program(found: Traceable, axes: list[int]) -> torch.export.ExportedProgram:
-    count = len(found.tensors[0]) if found.tensors[0].ndim else 0
+    """Capture the graph; where the code itself limits an axis, again within that limit."""
+    limits: dict[str, int] = {}
+    while True:
+        try:
+            with quiet(), torch.no_grad():
+                return torch.export.export(
+                    found.module, found.tensors, dynamic_shapes=_shapes(found, axes, limits)
+                )
+        except Exception as error:  # of any kind that the compiler, or the model under it, raises
+            suggested = {name: int(most) for name, most in _LIMIT.findall(str(error))}
+            if suggested.items() <= limits.items():
+                raise ExportError(
+                    f"the model's graph cannot be captured: {reason(error)}\nWhere values of "
+                    "tensors decide, format=torchscript method=script keeps the branch; where a "
+                    "size is fixed, dynamic=none exports for one sample; format=full_model needs "
+                    "neither"
+                ) from None
+            limits |= suggested
 
-    def shape(tensor: Any) -> dict[int, Any]:
-        names = {0: "batch"} | {axis: f"axis{axis}" for axis in axes if axis}
-        return {
-            axis: torch.export.Dim(names[axis])
+
+def _shapes(found: Traceable, axes: list[int], limits: Mapping[str, int]) -> Any:
+    """Return which axes of each input may have any size; 0 only where it counts the samples."""
+    count = max((len(tensor) for tensor in found.tensors if tensor.ndim), default=0)
+    shapes = tuple(
+        {
+            axis: torch.export.Dim(axis_name(axis), max=limits.get(axis_name(axis)))
             for axis in axes
             if axis < tensor.ndim and (axis or len(tensor) == count)
         }
-
-    shapes: Any = tuple(shape(tensor) for tensor in found.tensors)
-    if type(found.module).__name__ == "Flat":
-        shapes = (shapes,)  # of `*tensors`
-    try:
-        with quiet(), torch.no_grad():
-            return torch.export.export(found.module, found.tensors, dynamic_shapes=shapes)
-    except Exception as error:  # of any kind that the compiler, or the model under it, raises
-        raise ExportError(
-            f"the model's graph cannot be captured: {reason(error)}\nWhere values of tensors "
-            "decide, format=torchscript method=script keeps the branch; where a size is fixed, "
-            "dynamic=none exports for one sample; format=full_model needs neither"
-        ) from None
+        for tensor in found.tensors
+    )
+    return (shapes,) if isinstance(found.module, Flat) else shapes  # of `*tensors`

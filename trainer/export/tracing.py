@@ -23,7 +23,10 @@ from trainer.export.subject import Subject
 
 INTERFACE = "perdure.json"
 """Name of the extra file in which torch's own formats keep the names of inputs and outputs."""
-_EMPTY = ("Exception from", "Check '", "Failed to ", "## Exception", "- If ", "- Create ")
+_EMPTY = (
+    "Exception from", "Check '", "FrontEnd API", "Model wasn't", "While validating", "Failed to ",
+    "## Exception", "- If ", "- Create ",
+)  # fmt: skip
 """How lines of libraries' errors begin that say nothing of the model."""
 
 
@@ -157,7 +160,7 @@ def reason(error: BaseException) -> str:
     missing = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text)
     if missing is not None:
         return f"ONNX has no operator for {missing[1]}{_code_line(error)}"
-    fixed = re.search(r"You marked (\w+) as dynamic but your code specialized it .*\((\d+)\)", text)
+    fixed = re.search(r"Suggested fixes:\s+(\w+) = (\d+)", text)
     if fixed is not None:
         return (
             f"the size of the axis {fixed[1]!r} is fixed to {fixed[2]}, by len(…), int(….shape[…]) "
@@ -165,7 +168,11 @@ def reason(error: BaseException) -> str:
         )
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(_EMPTY)] or lines
-    first = "a value of a tensor decides here" if "data-dependent" in lines[0] else lines[0]
+    first = lines[0]
+    if "data-dependent" in first:
+        first = "a value of a tensor decides here"
+    elif first.endswith(":") and len(lines) > 1 and 'File "' not in lines[1]:
+        first = f"{first.lstrip('- ')} {lines[1].strip()}"
     at = [i for i, line in enumerate(lines) if re.search(r'File "(?!.*/site-packages/)', line)]
     if not at:
         return first + _code_line(error)
