@@ -450,6 +450,10 @@ def _check_numbers(run: Run) -> list[Problem]:
     if run.trainer.patience_evals is not None and run.checkpoint.metric is None:
         text = "needs checkpoint.metric: the figure that is to become better"
         problems.append(Problem("trainer.patience_evals", text))
+    halves = run.parallel.strategy == "fsdp" and run.parallel.param_dtype == "fp16"
+    if halves and run.trainer.precision != "fp16":
+        text = "'fp16' loses small gradients unless the loss is scaled; set trainer.precision=fp16"
+        problems.append(Problem("parallel.param_dtype", text))
     if run.preemption.grace_s is not None and math.isinf(run.preemption.grace_s):
         problems.append(Problem("preemption.grace_s", "inf is not a number of seconds"))
     return problems

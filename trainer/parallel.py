@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,8 +57,9 @@ class FsdpOptions:
     reshard_after_forward: bool = True
     """Free a block's parameters after its forward, and gather them again in the backward."""
     param_dtype: str = "fp32"
-    """In which blocks are gathered and computed: `fp32` or `bf16`. Gradients are summed in fp32;
-    what is stored and updated is fp32, and so is all of BatchNorm."""
+    """In which blocks are gathered and computed: `fp32`, `bf16` or `fp16`. Gradients are summed in
+    fp32; what is stored and updated is fp32, and so are all of BatchNorm and what the model
+    returns, of which the loss is made."""
 
 
 def modify(model: nn.Module, options: BlockOptions) -> None:
@@ -216,17 +217,18 @@ def _shard(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    plain = policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    plain = policy = whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     norms: list[nn.Module] = []
     if options.param_dtype != "fp32":
         policy = MixedPrecisionPolicy(_DTYPES[options.param_dtype], torch.float32)
+        whole = replace(policy, output_dtype=torch.float32)
         norms = [module for module in model.modules() if isinstance(module, _NORMS)]
     mesh = init_device_mesh(world.device.type, (world.size,))
     for module in dict.fromkeys([*norms, *blocks, root]):
         fully_shard(
             module,
             mesh=mesh,
-            mp_policy=plain if module in norms else policy,
+            mp_policy=whole if module is root else plain if module in norms else policy,
             reshard_after_forward=options.reshard_after_forward and module is not root,
         )
     if any(True for _ in model.buffers()):  # rank 0's are everybody's, as under DDP

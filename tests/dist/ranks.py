@@ -2,11 +2,39 @@
 
 import multiprocessing
 import os
+import queue
 import socket
 import traceback
 
 import pytest
 import torch
+import torch.distributed as dist
+
+
+def free_ports(count):
+    """Return ports on which nothing listens."""
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def joined(rank, size, port):
+    """Leave the world this process is in, and join one of the first `size` ranks of it.
+
+    Returns None on the ranks that have no part in it.
+    """
+    from trainer.distributed import World, connect
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_PORT": str(port)}
+    if size == 1:
+        return World() if rank == 0 else None
+    return connect(torch.device("cpu"), timeout_s=60) if rank < size else None
 
 
 def _rank(function, arguments, rank, size, port, results):
@@ -21,7 +49,8 @@ def _rank(function, arguments, rank, size, port, results):
     try:
         world = connect(torch.device("cpu"), timeout_s=60)
         results.put((rank, function(world, *arguments), None))
-        world.close()
+        if dist.is_initialized():
+            world.close()
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
 
@@ -33,10 +62,8 @@ def on_ranks():
     Ranks in `dying` give none.
     """
 
-    def call(size, function, *arguments, dying=()):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    def call(size, function, *arguments, dying=(), timeout_s=120):
+        (port,) = free_ports(1)
         context = multiprocessing.get_context("spawn")
         results = context.Queue()
         processes = [
@@ -47,7 +74,10 @@ def on_ranks():
             process.start()
         answers = {}
         for _ in range(size - len(dying)):
-            rank, answer, error = results.get(timeout=120)
+            try:
+                rank, answer, error = results.get(timeout=timeout_s)
+            except queue.Empty:
+                rank, error = "?", f"no rank has answered for {timeout_s} s"
             if error:
                 for process in processes:
                     process.kill()

@@ -136,6 +136,12 @@ def test_what_loses_nothing_in_the_conversion_is_accepted(key, value, kept):
     assert (run, type(run)) == (kept, type(kept))
 
 
+def test_half_precision_shards_need_a_scaled_loss():
+    given = {"parallel__strategy": "fsdp", "parallel__param_dtype": "fp16"}
+    assert "set trainer.precision=fp16" in problems_of(**given)["parallel.param_dtype"]
+    assert problems_of(**given, trainer__precision="fp16") == {}
+
+
 @pytest.mark.parametrize("group", ["scheduler", "tracker"])
 def test_an_optional_group_may_be_null(group):
     run, problems = merge(composed(**{group: None}))
