@@ -91,9 +91,9 @@ def _look(given: Arguments, known: Mapping[str, Row]) -> list[Row]:
 def _live(given: Arguments, rows: list[Row], every_s: float) -> None:
     from rich.live import Live  # only where there is a terminal
 
-    with Live(_table(rows), auto_refresh=False) as live:
+    with Live(auto_refresh=False) as live:
         while True:
-            live.update(_table(rows), refresh=True)
+            live.update(_table(rows, live.console.width), refresh=True)
             time.sleep(every_s)
             try:
                 rows = _look(given, {row.run: row for row in rows})
@@ -137,19 +137,24 @@ def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
     return "".join(_BLOCKS[min(int(scale(mean) / SIZE * 8), 7)] for mean in means)
 
 
-def _table(rows: Sequence[Row]) -> Any:
+_NARROW = {"lately": 130, "attempts": 115, "loss": 105, "saved": 95, "evaluation": 75}
+"""Columns that a terminal of fewer characters does without."""
+
+
+def _table(rows: Sequence[Row], width: int) -> Any:
     from rich.table import Table
     from rich.text import Text
 
     made = Table(box=None, pad_edge=False, header_style="dim")
-    for title in _TITLES:
+    shown = [title for title in _TITLES if width >= _NARROW.get(title, 0)]
+    for title in shown:
         right = title in ("step", "left", "loss", "attempts")
         made.add_column(title, justify="right" if right else "left", no_wrap=title != "run")
     for row in rows:
-        texts = [Text(cell) for cell in cells(row)]
-        texts[1].stylize(_STYLES.get(row.state, ""))
-        texts[5].stylize("blue")
-        made.add_row(*texts)
+        texts = dict(zip(_TITLES, map(Text, cells(row)), strict=True))
+        texts["state"].stylize(_STYLES.get(row.state, ""))
+        texts["lately"].stylize("blue")
+        made.add_row(*(texts[title] for title in shown))
     return made
 
 

@@ -49,7 +49,7 @@ def test_the_page_says_what_the_runs_own_files_say(folder):
     assert float(tiles(page)["best accuracy"]) == pytest.approx(best, rel=1e-3)
     assert tiles(page)["step"] == "40"
     assert page.all("h1")[0].text == "a finished"
-    first, second = page.all("table", "attempts")[0].all("tr")[1:]
+    second, first = page.all("table", "attempts")[0].all("tr")[1:]
     assert "SIGTERM" in first.text
     assert "changed: trainer.clip_norm: 1.0 -> 2.0" in second.text
     stopped, done = lineage.records(LocalStore(folder))

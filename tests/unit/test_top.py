@@ -1,5 +1,6 @@
 """python -m trainer.top: runs are found, read cheaply, ordered; a table, JSON, a way out."""
 
+import io
 import json
 import os
 import pty
@@ -16,6 +17,7 @@ import torch
 from handmade import FIRST, NOW_S, SECOND, lines, moment, write
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from trainer import checkpoint, top
 from trainer.checkpoint import Content, lineage
@@ -235,3 +237,16 @@ def test_rows_are_ordered_by_who_needs_a_look():
         "running", "starting", "unreadable", "silent", "died", "stopped", "unknown", "finished",
     ]  # fmt: skip
     assert board.ordered([replace(rows[0], run="b"), replace(rows[0], run="a")])[0].run == "a"
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 160])
+def test_a_narrow_terminal_shows_fewer_columns_on_one_line_each(width):
+    row = board.Row("runs/a", "silent", "", time.time() - 800, 2640, 2640, None, [1e-5] * 20,
+                    "accuracy", 0.9916, 40, 2640, time.time() - 800, [1, 2])  # fmt: skip
+    screen = Console(width=width, file=io.StringIO(), color_system=None)
+    screen.print(top._table([row], width))
+    head, *below = screen.file.getvalue().rstrip().splitlines()
+    assert len(below) == 1
+    assert "silent 13 min ago" in below[0]
+    assert "…" not in below[0]
+    assert ("evaluation" in head) == (width >= 75)

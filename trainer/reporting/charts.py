@@ -53,7 +53,7 @@ def draw(chart: Chart, axis: Axis) -> Html:
             "figcaption",
             tag("h3", chart.title),
             tag("span", ", ".join([*hints, *filter(None, [chart.note])]), class_="hint"),
-            _legend(drawn) if len(drawn) > 1 else None,
+            _legend(drawn) if len(chart.curves) > 1 else None,
         ),
         tag("div", _y_axis(chart.key, y), _picture(chart, drawn, axis, x, y), class_="plot"),
         _x_axis(axis, x),
@@ -105,7 +105,7 @@ def _y_axis(key: str, y: Scale) -> Html:
 
 def _x_axis(axis: Axis, x: Scale) -> Html:
     steps = whole_ticks(axis.low, axis.high, _X_TICKS)
-    rows = [_x_labels("step", [(number(step), step) for step in steps], x)]
+    rows = [_x_labels("step", list(zip(labels("step", steps), steps, strict=True)), x)]
     if axis.steps_per_epoch:
         each = axis.steps_per_epoch
         epochs = whole_ticks(-(-axis.low // each), axis.high // each, _X_TICKS)

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,7 +63,7 @@ class Facts:
         found = (path.resolve() if is_local(self.url) else path).name
         return name if isinstance(name, str) and name else found or self.url
 
-    @property
+    @cached_property
     def standing(self) -> Standing:
         """Return whether it runs, and if not, how it ended."""
         newest = self.records[-1] if self.records else None
@@ -73,7 +74,7 @@ class Facts:
         """Return the newest step that is known of."""
         return newest_step(self.lines, self.records[-1] if self.records else {})
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int | None:
         """Return how long an epoch is, if it is known."""
         told = self.records[-1].get("steps_per_epoch") if self.records else None
@@ -90,7 +91,7 @@ class Facts:
         """Return what all attempts have done together."""
         return history.goodput(self.records, self.step)
 
-    @property
+    @cached_property
     def best(self) -> Best | None:
         """Return the best evaluation: of the metric that decides, else of the loss."""
         chosen = self.config.get("checkpoint")

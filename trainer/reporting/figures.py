@@ -17,6 +17,8 @@ _STEP_TIMES = {
     "data_wait_s": "wait for data",
 }
 _COLOURS = 8
+_MOST_RESUMED = 24
+"""More lines than these would hide the curves."""
 MOST_FIGURES = 24
 
 
@@ -30,7 +32,7 @@ def axis(runs: Sequence[Facts]) -> Axis:
         0,
         max(steps, default=1),
         lengths.pop() if len(lengths) == 1 else None,
-        resumed if len(runs) == 1 else (),
+        resumed if len(runs) == 1 and len(resumed) <= _MOST_RESUMED else (),
     )
 
 

@@ -9,6 +9,10 @@ _VOID = frozenset({"img", "input", "meta"})
 _SELF_CLOSING = frozenset({"path"})
 
 
+_MANY_ROWS = 14
+"""More than these scroll in their frame."""
+
+
 class Html(str):
     """Markup that was made here; every other string came from outside."""
 
@@ -63,6 +67,7 @@ def listing(
 
     `plain` are columns that are not to be broken into lines.
     """
+    rows = list(rows)
     kinds = {**dict.fromkeys(plain, "plain"), **dict.fromkeys(numbers, "number")}
 
     def cells(kind: str, row: Iterable[object]) -> Html:
@@ -70,4 +75,5 @@ def listing(
 
     head = tag("thead", tag("tr", cells("th", titles)))
     body = tag("tbody", *(tag("tr", cells("td", row)) for row in rows))
-    return tag("div", tag("table", head, body, class_=class_), class_="scroll")
+    frame = "scroll tall" if len(rows) > _MANY_ROWS else "scroll"
+    return tag("div", tag("table", head, body, class_=class_), class_=frame)

@@ -23,8 +23,8 @@ _MOST_TEXT = 4000
 _MOST_PREDICTIONS = 48
 _MOST_CLASSES = 40
 _ABSENT = (
-    "This run has left no samples. Evaluations leave some in samples/ when they are asked to; "
-    "see docs/report.md."
+    "This run has left no samples. What lies in its samples/ is shown here: images, texts and "
+    "predictions, as docs/report.md describes them."
 )
 
 

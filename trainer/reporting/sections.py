@@ -100,21 +100,25 @@ def _tile(name: str, value: str, more: str, share: float | None = None) -> Html:
 
 def attempts(run: Facts) -> Html:
     """Return the time line, and a table of the attempts."""
-    rows = [_attempt(run, record) for record in run.records]
+    spans = timeline.spans(run)
+    took_s = {span.record["attempt"]: span.end_s - span.begin_s for span in spans}
+    rows = [
+        _attempt(run, record, duration(took_s.get(record["attempt"])))
+        for record in reversed(run.records)
+    ]
     titles = ["", "began (UTC)", "where", "steps", "took", "how it ended"]
     summary = _saving(run)
     table = listing(titles, rows, numbers=(0, 4), plain=(1, 3), class_="attempts") if rows else None
-    return joined([timeline.draw(run), summary, table])
+    return joined([timeline.draw(run, spans), summary, table])
 
 
-def _attempt(run: Facts, record: Mapping[str, Any]) -> list[object]:
+def _attempt(run: Facts, record: Mapping[str, Any], took: str) -> list[object]:
     is_newest = record is run.records[-1]
     state = run.standing.state if is_newest else timeline.outcome(record)
     ranks, device = record.get("world_size"), record.get("device")
     where = f"{record.get('host', '?')}, {ranks} × {device}" if ranks else record.get("host", "?")
     last = run.step if is_newest else _last_step(run, record)
     began = str(record.get("started", "")).removesuffix("+00:00").replace("T", " ")
-    took = _took_s(run, record)
     changed = record.get("changed")
     lines = [str(one) for one in changed] if isinstance(changed, list) else []
     how = [tag("span", state, class_=f"pill {state}"), " ", _reason(run, record, is_newest)]
@@ -132,11 +136,6 @@ def _last_step(run: Facts, record: Mapping[str, Any]) -> int | None:
         if isinstance(origin, Mapping) and origin.get("attempt") == record.get("attempt"):
             known.append(origin.get("step"))
     return max((step for step in known if type(step) is int), default=None)
-
-
-def _took_s(run: Facts, record: Mapping[str, Any]) -> str:
-    found = next((span for span in timeline.spans(run) if span.record is record), None)
-    return duration(found.end_s - found.begin_s) if found else "–"
 
 
 def _reason(run: Facts, record: Mapping[str, Any], is_newest: bool) -> str:

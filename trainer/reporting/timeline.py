@@ -1,7 +1,9 @@
 """A time line of a run: its attempts, saves and evaluations, idle times cut short."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -34,13 +36,14 @@ class Span:
 def spans(run: Facts) -> list[Span]:
     """Return when each attempt began, trained and ended, as far as it has said."""
     found = []
+    times = sorted(float(line["time"]) for line in run.lines if is_number(line.get("time")))
     for index, record in enumerate(run.records):
         begin_s = moment_s(record.get("started"))
         if begin_s is None:
             continue
         end_s = moment_s(record.get("ended"))
         if end_s is None:  # what it told last, or wrote last
-            end_s = _last_sign_s(run, index, begin_s)
+            end_s = _last_sign_s(run, index, begin_s, times)
         end_s = max(end_s, begin_s)
         starting_s = record.get("starting_s")
         first = float(starting_s) if is_number(starting_s) else 0.0  # type: ignore[arg-type]
@@ -49,19 +52,17 @@ def spans(run: Facts) -> list[Span]:
     return sorted(found, key=lambda span: span.begin_s)
 
 
-def _last_sign_s(run: Facts, index: int, begin_s: float) -> float:
-    """Return when an attempt that told no end was alive for certain."""
+def _last_sign_s(run: Facts, index: int, begin_s: float, times: Sequence[float]) -> float:
+    """Return when an attempt that told no end was alive for certain; `times` are of all lines."""
     told_s = moment_s(run.records[index].get("told"))
     known = [begin_s, *([] if told_s is None else [told_s])]
+    until_s = run.read_s
     if index + 1 < len(run.records):
         until_s = moment_s(run.records[index + 1].get("started")) or begin_s
-    else:
-        until_s = run.read_s
-        if run.standing.state in ("running", "starting"):
-            known.append(run.read_s)
-    times = [line.get("time") for line in run.lines]
-    known += [float(at) for at in times if is_number(at) and begin_s <= at <= until_s]  # type: ignore[operator, arg-type]
-    return max(known)
+    elif run.standing.state in ("running", "starting"):
+        known.append(run.read_s)
+    before = bisect_right(times, until_s)
+    return max([*known, *times[max(before - 1, 0) : before]])
 
 
 @dataclass(frozen=True)
@@ -75,26 +76,35 @@ class Clock:
         """Return the idle times, each as begin and end."""
         return [(before[1], after[0]) for before, after in pairwise(self.busy)]
 
-    def _shown_s(self, gap: tuple[float, float]) -> float:
-        work_s = sum(end - begin for begin, end in self.busy)
-        return min(gap[1] - gap[0], _GAP_SHARE * work_s)
-
     def is_cut(self, gap: tuple[float, float]) -> bool:
         """Return whether an idle time is drawn shorter than it was."""
-        return self._shown_s(gap) < gap[1] - gap[0]
+        return self._most_idle_s < gap[1] - gap[0]
 
     def __call__(self, at_s: float) -> float:
         """Return the place of a moment."""
-        total = passed = 0.0
-        for index, (begin, end) in enumerate(self.busy):
-            if index:
-                gap = (self.busy[index - 1][1], begin)
-                total += self._shown_s(gap)
-                share = (at_s - gap[0]) / (gap[1] - gap[0])
-                passed += self._shown_s(gap) * min(max(share, 0.0), 1.0)
-            total += end - begin
-            passed += min(max(at_s - begin, 0.0), end - begin)
-        return 100 * passed / total if total > 0 else 0.0
+        moments, places = self._knots
+        index = min(max(bisect_right(moments, at_s), 1), len(moments) - 1)
+        before_s, after_s = moments[index - 1], moments[index]
+        share = (at_s - before_s) / (after_s - before_s) if after_s > before_s else 0.0
+        left, right = places[index - 1], places[index]
+        whole = places[-1] or 1.0
+        return 100 * (left + (right - left) * min(max(share, 0.0), 1.0)) / whole
+
+    @cached_property
+    def _most_idle_s(self) -> float:
+        return _GAP_SHARE * sum(end - begin for begin, end in self.busy)
+
+    @cached_property
+    def _knots(self) -> tuple[list[float], list[float]]:
+        """Return begins and ends, and the seconds that are drawn before each."""
+        moments, places, drawn_s = list[float](), list[float](), 0.0
+        for begin, end in self.busy:
+            if moments:
+                drawn_s += min(begin - moments[-1], self._most_idle_s)
+            moments += [begin, end]
+            places += [drawn_s, drawn_s + end - begin]
+            drawn_s = places[-1]
+        return moments, places
 
 
 def clock(found: Sequence[Span]) -> Clock:
@@ -108,9 +118,8 @@ def clock(found: Sequence[Span]) -> Clock:
     return Clock(busy)
 
 
-def draw(run: Facts) -> Html:
+def draw(run: Facts, found: Sequence[Span]) -> Html:
     """Return the time line; one sentence where no attempt left a record."""
-    found = spans(run)
     if not found:
         return tag("p", "No attempt has left a record, so there is no time line.", class_="none")
     place = clock(found)

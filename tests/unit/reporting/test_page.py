@@ -62,9 +62,9 @@ def test_attempts_are_told_with_their_ends_and_what_changed(run):
     rows = [
         [cell.text for cell in row.all("td")] for row in page.all("table", "attempts")[0].all("tr")
     ]
-    assert rows[1][2:5] == ["n1, 2 × cpu", "0 … 20", "21 s"]
-    assert rows[1][5] == "stopped SIGTERM"
-    assert rows[2][5] == "finished changed: optimizer.lr: 0.2 -> 0.1"
+    assert rows[2][2:5] == ["n1, 2 × cpu", "0 … 20", "21 s"]
+    assert rows[2][5] == "stopped SIGTERM"
+    assert rows[1][5] == "finished changed: optimizer.lr: 0.2 -> 0.1"
     bars = page.all("i", "bar")
     assert [bar.text for bar in bars if "training" in bar.kinds][:2] == ["1", "2"]
     assert "nothing ran for 6 min" in page.all("i", "idle")[0].attributes["title"]
