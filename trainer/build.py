@@ -314,7 +314,7 @@ def build_data(run: Run) -> DataSource:
     elif not hasattr(source.train, "__len__"):
         raise DataError(
             f"data: {run.data['_target_']} gives training data without a length; a dataset needs "
-            "__len__ and __getitem__, a stream __iter__"
+            "__len__ and __getitem__, a stream an __iter__ that begins anew for each epoch"
         )
     return source
 

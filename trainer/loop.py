@@ -378,7 +378,11 @@ def evaluate(job: Job, state: State, stop: Stop) -> dict[str, float] | None:
                 found = [_measure(job, phase, given) for phase in job.phases]
                 if batch is not None:
                     _add(job, metrics, found, batch)
-            return {name: float(metric.compute()) for name, metric in metrics.items()}
+            figures = {name: float(metric.compute()) for name, metric in metrics.items()}
+            if job.evaluation.skip_damaged:
+                named = _NAMED if state.last_eval_step else 0  # the first one names them
+                figures["damaged"] = float(_count_damaged(job, batches, named=named))
+            return figures
     finally:
         _to_training(job)
 

@@ -23,7 +23,10 @@ CONF = ROOT / "conf"
 YAMLS = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
 CHOICES = [path.removesuffix(".yaml") for path in YAMLS if "/" in path]
 SOURCES = sorted(path for folder in ("trainer", "models") for path in (ROOT / folder).rglob("*.py"))
-HEAVY = ("wandb", "torchmetrics", "sklearn", "scipy", "s3fs", "onnx", "matplotlib", "rich")
+HEAVY = (
+    "wandb", "torchmetrics", "sklearn", "scipy", "s3fs", "onnx", "matplotlib", "rich", "PIL",
+    "datasets", "pandas", "torchdata",
+)  # fmt: skip
 
 
 # --- configuration -----------------------------------------------------------------------------

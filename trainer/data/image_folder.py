@@ -131,13 +131,14 @@ class ImageFolder:
                 f"data.dir={self._dir} has no folder for any class ({_held(self._dir)}); put the "
                 "pictures of each class into a folder of its name"
             )
-        train = self._list(root, classes)
         where = next((name for name in _EVAL_NAMES if is_divided and self._has(name)), None)
-        if where is None:
-            train, evaluated = self._divide(train, classes)
-        else:
+        if where is not None:
             self._compare(classes, where)
+        train = self._list(root, classes)
+        if where is not None:
             evaluated = self._list(where, classes)
+        else:
+            train, evaluated = self._divide(train, classes)
         if self._count is not None and len(classes) != self._count:
             raise ConfigError(
                 f"{self._dir / root} has {len(classes):,} classes ({_some(classes)}), data.classes "

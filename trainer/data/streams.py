@@ -23,10 +23,11 @@ from trainer.state import Cursor, State
 
 
 def is_stream(dataset: Any) -> bool:
-    """Return whether samples can only be had one after the other, without a number."""
+    """Return whether samples can only be had one after the other, again and again."""
     if isinstance(dataset, (IterableDataset, DataLoader)):
         return True
-    return hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")
+    is_spent = isinstance(dataset, Iterator)  # after one epoch
+    return hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__") and not is_spent
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ class _Reading:
         if batch:
             return DataError(
                 f"epoch {epoch:,} of the stream ends after {self._samples:,} samples, and this run "
-                f"was at batch {batch:,} of it already; the data has changed"
+                f"was at batch {self._cursor['batch']:,} of it already; the data has changed"
             )
         return DataError(
             f"epoch {epoch:,} of the stream has {self._samples:,} samples, fewer than one global "
