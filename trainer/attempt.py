@@ -15,7 +15,19 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from trainer import build, config, history, launch, loop, reporting, resume, samples, sharing
+from trainer import (
+    build,
+    config,
+    history,
+    launch,
+    loop,
+    reporting,
+    resume,
+    samples,
+    sharing,
+    shortage,
+    summary,
+)
 from trainer import watchdog as watchdog_
 from trainer.checkpoint import DamagedError, lineage
 from trainer.checkpoint.lineage import Attempt, Commit
@@ -27,8 +39,10 @@ from trainer.checkpoint.tiers import Tiers
 from trainer.config import Run
 from trainer.distributed import World
 from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError, StoreError
+from trainer.pace import Pace
 from trainer.policy import Every
 from trainer.preemption import Stop, reason_text
+from trainer.profiling import Profiler
 from trainer.resume import Start
 from trainer.state import State
 from trainer.storage import Store, open_store
@@ -89,8 +103,9 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
             stop.deadline = _deadline(run, saver, mirror, began)
             world.from_rank0(lambda: _record_start(run, stored, job, tiers, attempt, start, state))
             saver.compare_with_grace()
+            job.profiler = _profiler(run, job, store, attempt)
             if notes is not None:
-                notes.keep(state, saver, stop, began)
+                notes.keep(state, saver, stop, job, began)
             trained = time.monotonic()
             done = loop.train(job, state, saver, stop)
             seconds = time.monotonic() - trained
@@ -99,17 +114,17 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
             shown = samples.show(job, state.step, store) if is_safe else []
             if not done:
                 ending["reason"] = reason_text(stop.reason)
-        except BaseException as error:
-            peer = watchdog.explain(error)
-            why = f"{type(peer or error).__name__}: {peer or error}"[:2000]
-            ending["error"] = why
-            if peer is not None:
-                raise peer from None
-            if launch.is_rank() and not getattr(error, "agreed", False):
+        except BaseException as raised:
+            peer = watchdog.explain(raised)
+            error = peer or shortage.explain(raised, run, world) or raised
+            ending["error"] = why = f"{type(error).__name__}: {error}"[:2000]
+            if peer is None and launch.is_rank() and not getattr(error, "agreed", False):
                 launch.report_crash(error)  # the launcher shows it, once
                 watchdog.failed(why)
                 at_last.callback(watchdog.gone)
                 raise SystemExit(FAILURE) from None
+            if error is not raised:
+                raise error from None
             raise
         finally:
             stop.restore_handlers()
@@ -118,7 +133,8 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
             if notes is not None:
                 _record_end(tiers, attempt, {"ended": lineage.now(), **notes.end(), **ending})
     if world.rank == 0:
-        print("\n".join([_end_text(run, state, saver, stop, done, seconds), *shown]), flush=True)
+        text = _end_text(run, state, saver, stop, job.pace, done, seconds)
+        print("\n".join([text, *shown]), flush=True)
         _look_back(run, lineage.records(store), state.step, done)
     if not done:
         return RUN_AGAIN
@@ -185,7 +201,7 @@ class _Notes:
         self._facts: Callable[[], dict[str, Any]] = dict
         self._over = threading.Event()
 
-    def keep(self, state: State, saver: Saver, stop: Stop, began: float) -> None:
+    def keep(self, state: State, saver: Saver, stop: Stop, job: loop.Job, began: float) -> None:
         """Begin to note where the attempt is."""
         first_step, first_s = state.step, 0.0
 
@@ -199,6 +215,7 @@ class _Notes:
                 "save_s": saver.save_s,
                 "starting_s": round(first_s, 3),
                 "training_s": round(now - began - first_s, 3),
+                **(_totals(job.pace) if job.pace is not None and job.pace.is_started else {}),
             }
 
         self._facts = facts
@@ -217,6 +234,34 @@ class _Notes:
         """Stop; return what there is to say at the end."""
         self._over.set()
         return self._facts()
+
+
+def _totals(pace: Pace) -> dict[str, Any]:
+    """Return what the record of an attempt says of its steps."""
+    totals = pace.totals()
+    return {
+        "peak_bytes": list(totals.peak_bytes),
+        "samples_per_s": round(totals.samples / max(totals.seconds, 1e-9), 1),
+        "step_p50_s": round(totals.step_p50_s, 6),
+        "step_p95_s": round(totals.step_p95_s, 6),
+        "data_wait_s": round(totals.data_wait_s, 3),
+        "eval_s": round(totals.eval_s, 3),
+        "save_stall_s": round(totals.save_stall_s, 3),
+        **({"mfu": round(totals.mfu, 4)} if totals.mfu is not None else {}),
+    }
+
+
+def _profiler(run: Run, job: loop.Job, store: Store, attempt: Attempt) -> Profiler | None:
+    if not run.profile or job.world.rank != 0:
+        return None
+    return Profiler(
+        f"attempt-{attempt.number:04d}",
+        store.replace,
+        first=run.trainer.profile_first_step,
+        count=run.trainer.profile_steps,
+        on_gpu=job.world.device.type == "cuda",
+        say=job.tracker.say,
+    )
 
 
 def _watchdog(
@@ -462,42 +507,16 @@ def _record_start(
             "steps_per_epoch": job.data.steps_per_epoch,
             "world_size": job.world.size,
             "config": stored,
+            "peak_flops_per_s": job.pace.peak_flops_per_s if job.pace is not None else None,
         }
     )
     record = lineage.records(store)[-1]
-    banner = [*_banner(run, job, record), *job.notes]
+    banner = [*summary.banner(run, job, record), *job.notes]
     for line in [*banner, *_resume_lines(run, job, tiers, start, state, record)]:
         job.tracker.say(line)
 
 
 # --- what a person reads -----------------------------------------------------------------------
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def _banner(run: Run, job: loop.Job, record: Mapping[str, Any]) -> list[str]:
-    parameters = sum(p.numel() for p in job.model.parameters())
-    ranks, accumulate = job.world.size, run.trainer.accumulate
-    share = run.trainer.global_batch_size // ranks // accumulate
-    return [
-        f"{run.name}: {parameters:,} parameters on {_count(ranks, 'rank')} "
-        f"({job.world.device.type}, {_count(record['threads'], 'thread')}), "
-        f"attempt {record['attempt']}",
-        f"{run.trainer.global_batch_size:,} samples a step = {_count(ranks, 'rank')} x "
-        f"{_count(accumulate, 'microbatch').replace('batchs', 'batches')} x {share:,}; "
-        f"{_length_text(job)}",
-    ]
-
-
-def _length_text(job: loop.Job) -> str:
-    if job.data.steps_per_epoch is not None:
-        return f"{_count(job.data.steps_per_epoch, 'step')} an epoch, {job.max_steps:,} in all"
-    epochs = (
-        "" if job.max_epochs is None else f" or {_count(job.max_epochs, 'epoch')} of the stream"
-    )
-    return f"{_count(job.max_steps, 'step')}{epochs} in all"
 
 
 def _resume_lines(
@@ -511,7 +530,7 @@ def _resume_lines(
     lines = [*(f"PASSED OVER: {text}" for text in start.skipped), *start.filled]
     if start.manifest is None or start.commit is None:
         return lines
-    left = _count(job.max_steps - state.step, "step")
+    left = summary.count(job.max_steps - state.step, "step")
     how = f"forking {start.urls[0]}/{start.commit.folder}" if start.is_fork else "resuming"
     copy = "" if start.is_fork or _is_own(tiers, start) else f" of {run.checkpoint.mirror}"
     lines.append(f"{how} from step {state.step:,}{copy}; {left} left")
@@ -531,7 +550,15 @@ def _resume_lines(
     return lines
 
 
-def _end_text(run: Run, state: State, saver: Saver, stop: Stop, done: bool, seconds: float) -> str:
+def _end_text(
+    run: Run,
+    state: State,
+    saver: Saver,
+    stop: Stop,
+    pace: Pace | None,
+    done: bool,
+    seconds: float,
+) -> str:
     newest = "none" if saver.committed_step is None else f"step {saver.committed_step:,}"
     if not done:
         return (
@@ -545,6 +572,7 @@ def _end_text(run: Run, state: State, saver: Saver, stop: Stop, done: bool, seco
             f"The last step could NOT be saved; newest checkpoint: {newest}. Run the same command "
             "again to repeat what is missing."
         )
+    lines += summary.end_lines(pace.totals()) if pace is not None else []
     return "\n".join([*lines, *_next_steps(run, state.step)])
 
 

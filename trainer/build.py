@@ -7,14 +7,16 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from trainer import parallel, parameters, preemption, rng
+from trainer import flops, parallel, parameters, preemption, rng
 from trainer.config import Run
 from trainer.data.source import Datasets, EvalStream, TrainStream
 from trainer.data.streams import Streamed, is_stream
@@ -22,8 +24,9 @@ from trainer.distributed import World
 from trainer.ema import Ema
 from trainer.errors import ConfigError, DataError, PerdureError, Problem, closest
 from trainer.loop import Job, Phase
+from trainer.pace import Pace
 from trainer.policy import Every
-from trainer.protocols import DataSource, Task, Tracker
+from trainer.protocols import Batch, DataSource, Task, Tracker
 from trainer.storage import is_local
 from trainer.tracking.jsonl import Jsonl
 from trainer.tracking.several import Several, Silent
@@ -402,6 +405,8 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
     max_steps = min(limit for limit in limits if limit is not None)
     model = build_model(run).to(world.device)
     notes = parameters.freeze(model, settings.freeze)
+    peak = settings.peak_flops_per_s or _peak_flops_per_s(run, world)
+    twin, uncounted = _twin(model) if peak is not None and world.rank == 0 else (None, [])
     parallel.modify(model, _options(run, parallel.BlockOptions))
     task = make(run.task, "task")
     phases, matched = _build_phases(run, world, model, task, max_steps, per_epoch)
@@ -411,6 +416,9 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
         batch_size = settings.eval_batch_size or max(share, 1)
         skip = settings.on_damaged == "skip"
         evaluation = EvalStream(source.eval, world, batch_size, settings.data_workers, skip)
+    counted = None
+    if twin is not None:
+        counted, uncounted = _count_flops(twin, model, task, phases, data)
     rng.seed_all(rng.derive("rank", run.seed, 0, world.rank))
     return Job(
         world=world,
@@ -435,11 +443,59 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
             else None
         ),
         patience_evals=settings.patience_evals,
-        notes=[*notes, *matched],
+        notes=[*notes, *matched, *uncounted],
         metric=run.checkpoint.metric,
         metric_mode=run.checkpoint.mode,
         seed=run.seed,
+        pace=Pace(world, flops_per_step=counted, peak_flops_per_s=peak),
     )
+
+
+def _peak_flops_per_s(run: Run, world: World) -> float | None:
+    if world.device.type != "cuda":
+        return None
+    gathered = run.parallel.param_dtype if run.parallel.strategy == "fsdp" else "fp32"
+    arithmetic = run.trainer.precision if gathered == "fp32" else gathered
+    return flops.peak_flops_per_s(torch.cuda.get_device_name(world.device), arithmetic)
+
+
+def _twin(model: nn.Module) -> tuple[nn.Module | None, list[str]]:
+    try:
+        return flops.on_meta(model), []
+    except Exception as error:  # other people's models may not be copied
+        return None, [_uncounted(error)]
+
+
+def _uncounted(error: Exception) -> str:
+    why = str(error).partition("\n")[0][:200]
+    return f"no MFU: the FLOPs of the model cannot be counted: {type(error).__name__}: {why}"
+
+
+def _count_flops(
+    twin: nn.Module,
+    model: nn.Module,
+    task: Task,
+    phases: Sequence[Phase],
+    data: TrainStream | Streamed,
+) -> tuple[int | None, list[str]]:
+    """Return the model's FLOPs of a step on this rank, or why there are none. Rank 0 only."""
+    named, found = dict(twin.named_parameters()), 0
+    try:
+        microbatches = data.first()
+        for phase in phases:
+            own = {id(parameter) for parameter in phase.parameters(model)}
+            names = [name for name, parameter in model.named_parameters() if id(parameter) in own]
+            trained = [named[name] for name in names if named[name].requires_grad]
+            with parallel.training_only(twin, trained):
+                loss = partial(_phase_loss, task, phase)
+                found += flops.count(twin, loss, microbatches[0])
+    except Exception as error:  # other people's code may do anything where there is no data
+        return None, [_uncounted(error)]
+    return found * len(microbatches), []
+
+
+def _phase_loss(task: Task, phase: Phase, model: nn.Module, batch: Batch) -> Tensor:
+    return task.loss(model, batch, *phase.words)[0]
 
 
 def _build_phases(

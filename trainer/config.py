@@ -85,6 +85,13 @@ class Trainer:
         0, "Processes per rank that fetch data ahead; 0: the rank itself.", at_least=0
     )
     log_every_steps: int = setting(10, "Log the training loss every N steps.", at_least=1)
+    peak_flops_per_s: float | None = setting(
+        None, "Peak of one device, for the MFU; default: of the GPUs that we know.", above=0
+    )
+    profile_first_step: int = setting(
+        10, "With profile=true: the first step of the attempt that is traced.", at_least=1
+    )
+    profile_steps: int = setting(5, "With profile=true: steps that are traced.", at_least=1)
     deterministic: bool = setting(True, "Choose deterministic kernels on GPUs.")
 
 
@@ -253,6 +260,9 @@ class Run:
     preemption: Preemption = setting(Preemption, "Signals that mean save and leave.")
     tracker: dict[str, Any] = setting({}, "Trackers by name, each by _target_.")
     report: bool = setting(False, "Write report.html into the run when it is finished.")
+    profile: bool = setting(
+        False, "Trace a few steps into <run_dir>/profile, and show what takes longest."
+    )
     init: Init = setting(Init, "What a fresh run begins with.")
 
 

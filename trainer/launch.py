@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from trainer.config import Launch
-from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError
+from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError, PerdureError
 
 _OUTCOME = "PERDURE_OUTCOME"
 """Names the file in which rank 0 leaves the exit code for whoever started it all."""
@@ -181,9 +182,16 @@ def leave_at_once(code: int, text: str = "") -> NoReturn:
 
 def report_crash(error: BaseException) -> None:
     """Leave an error where the elastic agent finds it, so that it is shown once; else print it."""
+    told = f"{type(error).__name__}: {error}" if isinstance(error, PerdureError) else ""
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        print(f"rank {os.environ.get('RANK')} failed:", file=sys.stderr)
-        traceback.print_exception(error)
+        print(f"rank {os.environ.get('RANK')} failed: {told}", file=sys.stderr, flush=True)
+        if not told:
+            traceback.print_exception(error)
+        return
+    if told:  # what a person can act on; where it came from says no more
+        extra = {"py_callstack": told, "timestamp": str(int(time.time()))}
+        text = json.dumps({"message": {"message": told, "extraInfo": extra}})
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(text)
         return
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

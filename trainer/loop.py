@@ -22,8 +22,10 @@ from trainer.data.streams import Streamed
 from trainer.distributed import World
 from trainer.ema import PREFIX, Ema
 from trainer.errors import ConfigError, TrainingError, closest
+from trainer.pace import Pace
 from trainer.policy import Every
 from trainer.preemption import Stop
+from trainer.profiling import Profiler
 from trainer.protocols import Batch, Task, Tracker
 from trainer.state import State
 
@@ -112,6 +114,10 @@ class Job:
     seed: int = 0
     metrics: dict[str, Any] | None = None
     """torchmetrics of the evaluation, made when it is first needed."""
+    pace: Pace | None = None
+    """What times the steps; `train` makes one, if need be."""
+    profiler: Profiler | None = None
+    """What traces some steps."""
 
     @property
     def may_skip(self) -> bool:
@@ -133,19 +139,23 @@ def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
     """
     stop.save_due, stop.saves_ended = saver.due_by_clock, saver.ended
     _to_training(job)
-    pace, losses = _Pace(state), _Losses(job)
+    pace, losses = _start_pace(job, state, saver, stop), _Losses(job)
     evaluated = state.last_eval_step
-    interrupted = not _evaluate_if_due(job, state, stop)  # an evaluation that a stop cut short
+    interrupted = not _evaluate_if_due(job, state, stop, pace)  # an evaluation, cut short by a stop
     if state.last_eval_step != evaluated:
         saver.committed_step = None  # the checkpoint of this step has not got its evaluation
-    batches = job.data.batches(state.cursor)
+    batches = pace.feed = job.data.batches(state.cursor)
     look = partial(_look, job, state, losses, saver, batches)
     content = partial(_content, job, state, look)
     while not job.is_over(state) and not interrupted:
         vote = stop.agree(batches.has)
         if stop.reason:
             break
+        if job.profiler is not None:
+            job.profiler.boundary(state.step)
+        pace.begin()
         microbatches, cursor = next(batches)
+        pace.fed()
         log_due = (state.step + 1) % job.log_every_steps == 0 or state.step + 1 == job.max_steps
         lrs = [float(phase.optimizer.param_groups[0]["lr"]) for phase in job.phases]
         figures, applied = train_step(job, microbatches, want_figures=log_due)
@@ -159,18 +169,35 @@ def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
             counted = {"skipped": float(state.skipped)} if job.may_skip else {}
             if job.data.skip_damaged:
                 counted["damaged"] = float(state.damaged_samples)
-            lap = {"lr": lrs[0], **_lrs(job, lrs), **counted, **pace.lap(state)}
-            _log(job, state, "train", {**_mean(job, figures), **lap})
-        interrupted = not _evaluate_if_due(job, state, stop)
+            means, told = _mean(job, figures, pace.own())
+            given = {"lr": lrs[0], **_lrs(job, lrs), **counted}
+            _log(job, state, "train", {**means, **given, **pace.lap(state.samples, told)})
+        interrupted = not _evaluate_if_due(job, state, stop, pace)
         if not interrupted:
             saver.at_boundary(state, content, due=save_due, ended=vote.saves_ended)
     look()
     stop.settle()
+    pace.close(state.samples)
+    if job.profiler is not None:
+        job.profiler.close(state.step)
     finished = job.is_over(state) and not interrupted
     within_s = None if finished else _least(job.world.gather(stop.left_s))
     if not saver.save(state, content, within_s=within_s) and finished:
         saver.save(state, content)  # the last one is worth another try
     return finished
+
+
+def _start_pace(job: Job, state: State, saver: Saver, stop: Stop) -> Pace:
+    pace = job.pace = job.pace or Pace(job.world)
+    pace.start(
+        state.samples,
+        saver,
+        stop,
+        wrapped=[phase.wrapped for phase in job.phases],
+        say=job.tracker.say,
+        items=getattr(job.task, "items", "items"),
+    )
+    return pace
 
 
 def _least(seconds: list[float | None]) -> float | None:
@@ -219,8 +246,12 @@ def _backward(
     last = len(microbatches) - 1
     for index, (batch, share) in enumerate(zip(microbatches, shares, strict=True)):
         with parallel.reducing(phase.wrapped, last=index == last):
+            if job.pace is not None:
+                job.pace.forward_begins()
             with parallel.autocast(job.precision, job.world.device):
                 loss, outputs = phase.loss(job.task, batch)
+            if job.pace is not None:
+                job.pace.forward_ends()
             job.scaler.scale(loss if share is None else loss * share).backward()
         with torch.no_grad():
             named = {"loss": loss.detach()}
@@ -255,6 +286,8 @@ def _shares(job: Job, microbatches: list[Batch]) -> Sequence[float | Tensor | No
     numbers = [torch.as_tensor(weigh(batch), dtype=torch.float64) for batch in microbatches]
     weights = torch.stack([number.to(job.world.device) for number in numbers])
     mean = job.world.mean(weights.sum())
+    if job.pace is not None:
+        job.pace.weighed(mean)
     return list((weights / mean.clamp(min=torch.finfo(torch.float64).tiny)).float())
 
 
@@ -425,7 +458,7 @@ def _to_training(job: Job) -> None:
         phase.wrapped.train()
 
 
-def _evaluate_if_due(job: Job, state: State, stop: Stop) -> bool:
+def _evaluate_if_due(job: Job, state: State, stop: Stop, pace: Pace) -> bool:
     """Evaluate if this step is due and not done yet; return False if a stop interrupted it."""
     if state.step == 0 or state.last_eval_step == state.step:
         return True
@@ -435,7 +468,8 @@ def _evaluate_if_due(job: Job, state: State, stop: Stop) -> bool:
         state.last_eval_step = state.step  # all that there is to measure
         return True
     began = time.monotonic()
-    figures = evaluate(job, state, stop)
+    with pace.evaluating():
+        figures = evaluate(job, state, stop)
     if figures is None:
         return False
     if job.metric is not None and job.metric not in figures:
@@ -475,27 +509,21 @@ def _lrs(job: Job, lrs: Sequence[float]) -> dict[str, float]:
     return {f"lr_{phase.name}": lr for phase, lr in named if phase.name}
 
 
-def _mean(job: Job, figures: Mapping[str, Tensor]) -> dict[str, float]:
-    values = job.world.mean(torch.stack([value.double() for value in figures.values()]))
-    return dict(zip(figures, values.tolist(), strict=True))
+def _mean(
+    job: Job, figures: Mapping[str, Tensor], own: Sequence[float]
+) -> tuple[dict[str, float], list[float]]:
+    """Return the means over the ranks, and what each rank has of its own. Collective, once."""
+    world, first = job.world, job.world.rank * len(own)
+    slots = torch.zeros(world.size * len(own), dtype=torch.float64)
+    slots[first : first + len(own)] = torch.tensor(own, dtype=torch.float64) * world.size
+    values = torch.stack([value.double() for value in figures.values()])
+    means = world.mean(torch.cat([values, slots.to(values.device)])).tolist()
+    return dict(zip(figures, means, strict=False)), means[len(figures) :]
 
 
 def _log(job: Job, state: State, split: str, figures: Mapping[str, float]) -> None:
     position = {"step": state.step, "epoch": state.epoch, "samples": state.samples}
     job.tracker.log({**position, "time": round(time.time(), 3), "split": split, **figures})
-
-
-class _Pace:
-    """Samples per second since the last lap."""
-
-    def __init__(self, state: State) -> None:
-        self._samples, self._at = state.samples, time.monotonic()
-
-    def lap(self, state: State) -> dict[str, float]:
-        now = time.monotonic()
-        rate = (state.samples - self._samples) / max(now - self._at, 1e-9)
-        self._samples, self._at = state.samples, now
-        return {"samples_per_s": round(rate, 1)}
 
 
 def _weight(task: Task, batch: Batch) -> float:

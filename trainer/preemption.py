@@ -39,6 +39,8 @@ class Stop:
         """Asked on rank 0 at every boundary: whether it is time to leave."""
         self.reason = 0
         """Number of the signal that the ranks agreed on, `DEADLINE`, or 0."""
+        self.waited_s = 0.0
+        """Seconds in which some rank had not got the data that was asked for."""
         self.boundaries = 0
         """How often the ranks have agreed: what moves as long as the training does."""
         self._received = 0
@@ -105,12 +107,22 @@ class Stop:
         alone = self._world.size == 1  # and told at once
         agreed = None if alone else self._take()
         if agreed is None or has != self._asked:  # that vote was of other data, if of any
-            self._asked, agreed = has, self._now(has)
-        while not agreed.ready and not agreed.reason:
-            agreed = self._now(has)
+            self._asked = has
+            agreed = None if alone and not has(1) else self._now(has)
+        if agreed is None or not (agreed.ready or agreed.reason):
+            agreed = self._wait(has)
         self.reason = self.reason or agreed.reason
         if not alone:
             self._send(has(2))
+        return agreed
+
+    def _wait(self, has: Callable[[int], bool]) -> Vote:
+        """Agree again and again, until every rank has its data or the ranks stop."""
+        began = time.monotonic()
+        agreed = self._now(has)
+        while not agreed.ready and not agreed.reason:
+            agreed = self._now(has)
+        self.waited_s += time.monotonic() - began
         return agreed
 
     def _now(self, has: Callable[[int], bool]) -> Vote:

@@ -21,7 +21,8 @@ class Task(Protocol):
 
     A task may also have `weight(batch)`: how many items (tokens, say) the mean loss of this batch
     is over, a number or a 0-dim tensor. The loss of a global batch, and of an evaluation, is then
-    the mean over all items; without it, all samples count alike.
+    the mean over all items; without it, all samples count alike. `items` names them, in the
+    plural, for the figure of how many a second.
 
     A task may have `phases`, a mapping: by the phase's name, a pattern of the names of the
     parameters that are trained in it, or a list of them. Each step then takes one update for each
@@ -87,7 +88,8 @@ class Tracker(Protocol):
         """Begin an attempt.
 
         `facts` has `run_dir`, `store` (the run's), `attempt` (its number), `step` (where it starts
-        from), `last_eval_step`, `max_steps`, `steps_per_epoch`, `world_size`, `config`. Training
+        from), `last_eval_step`, `max_steps`, `steps_per_epoch`, `world_size`, `config`, and
+        `peak_flops_per_s`, of one device, None if unknown. Training
         figures of later steps than `step` and evaluations of later steps than `last_eval_step` are
         void: they will come again.
         """

@@ -91,6 +91,9 @@ class LanguageModel:
         bytes_per_token: of the text that is evaluated on, for its bits per byte; 1 for bytes.
     """
 
+    items = "tokens"
+    """What `weight` counts."""
+
     def __init__(self, bytes_per_token: float = 1.0) -> None:
         if not bytes_per_token > 0:
             raise ValueError(f"bytes_per_token={bytes_per_token} must be larger than 0")

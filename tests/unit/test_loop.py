@@ -327,7 +327,7 @@ def test_lines_come_when_they_should_and_say_where_they_are(tmp_path):
     assert [line["lr"] for line in job.tracker.of("train")] == pytest.approx([0.1, 0.01, 0.001])
     assert list(lines[1]) == [
         "step", "epoch", "samples", "time", "split", "loss", "accuracy", "grad_norm", "lr",
-        "samples_per_s",
+        "samples_per_s", "step_p50_s", "step_p95_s", "step_max_s", "data_wait_s", "save_stall_s",
     ]  # fmt: skip
     assert list(lines[0]) == [
         "step", "epoch", "samples", "time", "split", "loss", "accuracy", "eval_s",

@@ -196,6 +196,14 @@ def test_in_a_log_file_every_evaluation_and_now_and_then_training_is_a_line(tmp_
     ]
 
 
+def test_what_the_clock_measured_is_no_clutter_and_known_peaks_give_a_share(tmp_path, capsys):
+    console = Console(every_s=0.0)
+    console.start({**facts(tmp_path), "peak_flops_per_s": 1e12})
+    clocked = {"step_p50_s": 0.1, "data_wait_s": 1.0, "tokens_per_s": 9e9, "save_stall_s": 0.0}
+    console.log(line(5, loss=0.5, samples_per_s=20.0, flops_per_s=4.125e11, **clocked))
+    assert capsys.readouterr().out == "train  step 5/30  loss 0.5000  20 samples/s  MFU 41.2 %\n"
+
+
 def test_training_lines_keep_their_distance_and_evaluations_do_not(tmp_path, capsys):
     console = Console(every_s=1e9)
     console.start(facts(tmp_path))

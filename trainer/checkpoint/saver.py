@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,8 @@ class Saver:
         """The step of the newest checkpoint that this attempt committed or resumed from."""
         self.save_s: float | None = None
         """How long the last save took, or those of an earlier attempt; None: unknown."""
+        self.stall_s = 0.0
+        """For how long saves held the thread that trains between steps, all together."""
         self._store, self._world, self._attempt = store, world, attempt
         self._writer = Writer(store, world, attempt)
         self._config = config
@@ -99,6 +102,19 @@ class Saver:
         self._begun = 0
         self._is_due = False
         self._notes: list[str] = []  # from the save's thread, for a person
+
+    @property
+    def update_stall_s(self) -> float:
+        """For how long updates waited until what they change was copied, all together."""
+        return self._writer.stall_s
+
+    @contextmanager
+    def _stalling(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.stall_s += time.monotonic() - began
 
     def due_by_clock(self) -> bool:
         """Return whether `every_s` has passed since the last save. Rank 0's answer counts."""
@@ -129,12 +145,14 @@ class Saver:
             SupersededError: a newer attempt owns the run.
         """
         if self._flight is not None and ended == self._begun:
-            self._settle(self._flight)
+            with self._stalling():
+                self._settle(self._flight)
         elif self._mirror is not None and self._mirror.notes:
             self._tell()
         self._is_due = self._is_due or due
         if self._is_due and self._flight is None:
-            self._begin(state, collect())
+            with self._stalling():
+                self._begin(state, collect())
 
     def save(
         self, state: State, collect: Callable[[], Content], *, within_s: float | None = None
@@ -148,6 +166,13 @@ class Saver:
                 be done in time is not begun. None: as long as it takes.
         """
         until_s = None if within_s is None else self._clock() + within_s
+        with self._stalling():
+            self._save_now(state, collect, until_s)
+        return self.committed_step == state.step
+
+    def _save_now(
+        self, state: State, collect: Callable[[], Content], until_s: float | None
+    ) -> None:
         try:
             if self._flight is not None:
                 self._settle(self._flight, until_s)
@@ -159,7 +184,6 @@ class Saver:
         except _OutOfTime as error:
             if self._world.rank == 0:
                 self._say(str(error))
-        return self.committed_step == state.step
 
     def finish(self) -> None:
         """Wait for the save that is under way, if there is one. Collective; raises as above."""

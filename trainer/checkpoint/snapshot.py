@@ -6,6 +6,7 @@ copied at once. The copy can be written while it is still being made.
 """
 
 import threading
+import time
 import weakref
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
@@ -41,6 +42,8 @@ class Snapshot:
         self._error: BaseException | None = None
         self._restless: set[str] = set()  # names that were found to change before an update
         self._hooked = False
+        self.stall_s = 0.0
+        """For how long updates waited for copies, all together."""
 
     def begin(self, plan: Plan, tensors: Mapping[str, Tensor], late: Collection[str]) -> None:
         """Copy what may change at any moment, and let a thread copy the rest.
@@ -80,7 +83,10 @@ class Snapshot:
 
         def wait(*_: Any) -> None:
             if (alive := snapshot()) is not None:
+                began = None if alive._finished else time.monotonic()
                 alive.wait()
+                if began is not None:
+                    alive.stall_s += time.monotonic() - began
 
         weakref.finalize(self, register_optimizer_step_pre_hook(wait).remove)
 

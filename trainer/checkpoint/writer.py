@@ -84,6 +84,11 @@ class Writer:
         self._save: Save | None = None
         self._unsure: Commit | None = None  # the last commit that was answered by an error
 
+    @property
+    def stall_s(self) -> float:
+        """For how long updates waited until what they change was copied, all together."""
+        return self._snapshot.stall_s
+
     def begin(
         self,
         content: Content,

@@ -4,6 +4,7 @@ import atexit
 import queue
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -103,6 +104,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch, Tensor):
         if device.type == "cpu":
             return batch
+        if device.type != "cuda":
+            return batch.to(device)
         return batch.pin_memory().to(device, non_blocking=True)
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
@@ -137,6 +140,9 @@ class Feed(Generic[T]):
         self._device = device
         self.damaged: list[str] = []
         """A text for each sample that could not be read, of the items that were handed out."""
+        self.starved_s = 0.0
+        """Seconds in which an item was asked for that was not there yet."""
+        self._starved_since: float | None = None
         self._items: Iterator[Made] = map(make, keys)
         self._ahead: _Ahead | None = None
         if not workers:
@@ -157,7 +163,16 @@ class Feed(Generic[T]):
     def has(self, count: int) -> bool:
         """Return whether the next `count` items are there, or the end."""
         ahead = self._ahead
-        return ahead is None or ahead.queue.qsize() >= count or ahead.is_over
+        has = ahead is None or ahead.queue.qsize() >= count or ahead.is_over
+        if count == 1 and (not has or self._starved_since is not None):
+            self._starve(has)
+        return has
+
+    def _starve(self, has: bool) -> None:
+        now = time.monotonic()
+        if self._starved_since is not None:
+            self.starved_s += now - self._starved_since
+        self._starved_since = None if has else now
 
     def __iter__(self) -> Iterator[T]:
         return self

@@ -5,7 +5,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-_HIDDEN = ("step", "epoch", "samples", "time", "split", "lr", "eval_s", "samples_per_s")
+_HIDDEN = ("step", "epoch", "samples", "time", "split", "lr")
+"""And all that is measured by the clock, but for the rate."""
 
 
 class Console:
@@ -88,11 +89,15 @@ def _epoch_text(facts: Mapping[str, Any], step: int) -> str:
 
 
 def _figures_text(line: Mapping[str, Any]) -> str:
-    return "  ".join(f"{key} {value:.4f}" for key, value in line.items() if key not in _HIDDEN)
+    shown = [key for key in line if key not in _HIDDEN and not key.endswith("_s")]
+    return "  ".join(f"{key} {line[key]:.4f}" for key in shown)
 
 
 def _line_text(line: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     position = f"step {line['step']:,}/{facts['max_steps']:,}"
     rate = line.get("samples_per_s")
     tail = f"  {rate:,.0f} samples/s" if rate else ""
+    peak = facts.get("peak_flops_per_s")
+    if peak and "flops_per_s" in line:
+        tail += f"  MFU {100 * line['flops_per_s'] / peak:.1f} %"
     return f"{line['split']:<5}  {position}  {_figures_text(line)}{tail}"

@@ -1,0 +1,90 @@
+"""A rank that keeps the others waiting is named, whatever it does meanwhile."""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+SLOW_S = 0.05
+
+
+def trained(world, folder, slow_rank, what, strategy):
+    """Train 30 steps, one rank of which is slow; return what was said, and its memory figures."""
+    import torch
+    import torch.distributed as dist
+    from by_hand import DATA, Lines, Net, a_saver
+    from torch.utils.data import TensorDataset
+
+    from trainer import loop, parallel
+    from trainer.checkpoint import lineage
+    from trainer.checkpoint.saver import Saver
+    from trainer.data.source import TrainStream
+    from trainer.policy import Every
+    from trainer.preemption import Stop
+    from trainer.state import State
+    from trainer.storage import open_store
+    from trainer.task import Classification
+
+    is_slow = world.rank == slow_rank
+
+    class Sleepy(Classification):
+        def loss(self, model, batch):
+            if is_slow and what == "forward":
+                time.sleep(SLOW_S)
+            return super().loss(model, batch)
+
+    class SleepyData:
+        def __len__(self):
+            return len(DATA.train)
+
+        def __getitems__(self, indices):
+            if is_slow and what == "data":
+                time.sleep(SLOW_S)
+            inputs, labels = DATA.train.tensors
+            return inputs[indices], labels[indices]
+
+    class Says(Lines):
+        def __init__(self):
+            super().__init__()
+            self.said = []
+
+        def say(self, text):
+            self.said.append(text)
+
+    torch.manual_seed(0)
+    model = Net()
+    options = parallel.DdpOptions() if strategy == "ddp" else parallel.FsdpOptions()
+    wrapped = parallel.wrap(model, world, options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    tracker = Says()
+    job = loop.Job(
+        world=world, model=model, task=Sleepy(), tracker=tracker, max_steps=30,
+        phases=[loop.Phase(wrapped=wrapped, optimizer=optimizer)],
+        data=TrainStream(SleepyData(), world, 5, 6), eval_every=Every(), log_every_steps=10,
+    )  # fmt: skip
+    store = open_store(folder)
+    attempt = world.from_rank0(lambda: lineage.begin(store, {}))
+    world.from_rank0(lambda: lineage.amend(store, attempt, {"resumed_from": {"step": 0}}))
+    saver = Saver(store, world, attempt, config={}, every=Every())
+    loop.train(job, State(), saver, Stop(world))
+    return tracker.said, job.pace.totals().peak_bytes
+
+
+CASES = [(1, "forward", "ddp"), (0, "data", "ddp"), (1, "forward", "fsdp")]
+
+
+def all_cases(world, folder):
+    return [trained(world, f"{folder}/{index}", *case) for index, case in enumerate(CASES)]
+
+
+def test_the_slow_rank_is_named_once(on_ranks, tmp_path):
+    for answers in on_ranks(2, all_cases, str(tmp_path)):
+        for (slow_rank, what, _), (said, peaks) in zip(CASES, answers, strict=True):
+            (text,) = said  # on rank 0 it is heard
+            assert text.startswith(f"rank {slow_rank} (")
+            data_s = float(text.partition("its data takes ")[2].split()[0])
+            forward_s = float(text.partition("its forward ")[2].split()[0])
+            assert (data_s if what == "data" else forward_s) >= SLOW_S
+            assert len(peaks) == 2
+            assert min(peaks) > 10_000_000
