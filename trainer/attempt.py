@@ -43,6 +43,7 @@ from trainer.pace import Pace
 from trainer.policy import Every
 from trainer.preemption import Stop, reason_text
 from trainer.profiling import Profiler
+from trainer.protocols import Tracker
 from trainer.resume import Start
 from trainer.state import State
 from trainer.storage import Store, open_store
@@ -56,6 +57,8 @@ _END_SPARE_S = 15.0
 """What leaving takes besides two saves, before a scheduler ends the job."""
 _REPORT_S = 120.0
 """How long a finished run waits for its report."""
+_LINES = (jsonl.FILE_NAME, jsonl.SAVES_NAME)
+"""What trackers keep that goes on with the timeline."""
 
 
 def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
@@ -129,7 +132,7 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
         finally:
             stop.restore_handlers()
             watchdog.stop()
-            tracker.close()
+            _close(tracker, ending["outcome"])
             if notes is not None:
                 _record_end(tiers, attempt, {"ended": lineage.now(), **notes.end(), **ending})
     if world.rank == 0:
@@ -163,6 +166,12 @@ def _report(run: Run) -> None:
     writing.start()
     writing.join(_REPORT_S)
     print(said[0], flush=True)
+
+
+def _close(tracker: Tracker, outcome: str) -> None:
+    if act := getattr(tracker, "ended", None):
+        act(outcome)
+    tracker.close()
 
 
 def _record_end(tiers: Tiers, attempt: Attempt, facts: Mapping[str, Any]) -> None:
@@ -425,7 +434,7 @@ def _is_own(tiers: Tiers, start: Start) -> bool:
 
 def _history(store: Store) -> dict[str, bytes]:
     """Return what a run has besides checkpoints that must not be lost with its store."""
-    found = {jsonl.FILE_NAME: jsonl.read_text(store)}
+    found = {name: jsonl.read_text(store, name) for name in _LINES}
     with suppress(FileNotFoundError):
         found["config.yaml"] = store.read("config.yaml")
     return found
@@ -467,6 +476,7 @@ def _saver(
         stop_on_error=wanted.on_error == "stop",
         before_commit=job.tracker.flush,
         say=job.tracker.say,
+        saved=getattr(job.tracker, "saved", lambda save: None),
     )
     if start.manifest is not None and not start.is_fork:
         saver.committed_step = start.step
@@ -485,8 +495,9 @@ def _record_start(
     """Write where the attempt starts from, before it saves anything. Rank 0 only."""
     store = tiers.run
     if tiers.mirror is not None and start.manifest is not None and not _is_own(tiers, start):
-        with suppress(FileNotFoundError):  # the figures of the timeline that goes on
-            store.replace(jsonl.FILE_NAME, tiers.mirror.read(jsonl.FILE_NAME))
+        for name in _LINES:  # the figures of the timeline that goes on
+            with suppress(FileNotFoundError):
+                store.replace(name, tiers.mirror.read(name))
     own = None if start.is_fork else start.commit
     origin = {"step": own.step if own else 0, "attempt": own.attempt if own else None}
     plan = {"max_steps": job.max_steps, "steps_per_epoch": job.data.steps_per_epoch}
@@ -508,6 +519,12 @@ def _record_start(
             "world_size": job.world.size,
             "config": stored,
             "peak_flops_per_s": job.pace.peak_flops_per_s if job.pace is not None else None,
+            "run_id": history.run_id(tiers.records()),
+            "eval_every": job.eval_every if job.evaluation is not None else None,
+            "save_every": Every(
+                steps=run.checkpoint.every_steps, epochs=run.checkpoint.every_epochs
+            ),
+            "save_every_s": run.checkpoint.every_s,
         }
     )
     record = lineage.records(store)[-1]

@@ -28,6 +28,7 @@ from trainer.pace import Pace
 from trainer.policy import Every
 from trainer.protocols import Batch, DataSource, Task, Tracker
 from trainer.storage import is_local
+from trainer.tracking.guarded import Guarded
 from trainer.tracking.jsonl import Jsonl
 from trainer.tracking.several import Several, Silent
 
@@ -60,7 +61,7 @@ def check(run: Run) -> list[Problem]:
         words = {k: 1 if v in _HORIZON_WORDS else v for k, v in known.items() if _hashable(v)}
         problems += check_target({**known, **words}, "scheduler", 1)
     for name, node in run.tracker.items():
-        problems += check_target(node, f"tracker.{name}", 0)
+        problems += check_target(node, f"tracker.{name}", 0) or _check_tracker(name, node)
     weights = run.init.weights or ""
     if weights and is_local(weights) and not Path(weights.removeprefix("file://")).exists():
         problems.append(Problem("init.weights", f"{weights!r} is not a file or folder"))
@@ -89,6 +90,14 @@ def _check_phases(run: Run) -> list[Problem]:
             node = {"_partial_": True, **changes, "_target_": run.optimizer["_target_"]}
             problems += check_target(node, key, 1)
     return problems
+
+
+def _check_tracker(name: str, node: Mapping[str, Any]) -> list[Problem]:
+    """Ask a tracker that can tell, whether its library is there, say."""
+    target, _ = find(str(node["_target_"]))
+    tell = getattr(target, "problem", None)
+    text = tell({k: v for k, v in node.items() if k not in _HYDRA_WORDS}) if tell else ""
+    return [Problem(f"tracker.{name}", text)] if text else []
 
 
 def _signal_names() -> list[str]:
@@ -369,10 +378,14 @@ def build_model(run: Run) -> nn.Module:
 
 
 def build_tracker(run: Run, world: World) -> Tracker:
-    """Build rank 0's trackers, `metrics.jsonl` always among them; other ranks are silent."""
+    """Build rank 0's trackers, `metrics.jsonl` always among them; other ranks are silent.
+
+    The others may fail, and training goes on; `metrics.jsonl` is part of the run.
+    """
     if world.rank != 0:
         return Silent()
-    return Several([Jsonl(), *(make(node, f"tracker.{n}") for n, node in run.tracker.items())])
+    made = {name: make(node, f"tracker.{name}") for name, node in run.tracker.items()}
+    return Several([Jsonl(), *(Guarded(name, tracker) for name, tracker in made.items())])
 
 
 def _options(run: Run, kind: Callable[..., T]) -> T:

@@ -14,6 +14,12 @@ _INNOCENT = ("done", "preempted")
 Record = Mapping[str, Any]
 
 
+def run_id(records: Sequence[Record]) -> str:
+    """Return a name of the run that all of its attempts share, and no other run has."""
+    started = "".join(filter(str.isdigit, records[0]["started"][:19]))
+    return f"{started}-{records[0]['token']}"
+
+
 def refuse_crash_loop(records: Sequence[Record], saved_by: set[int], most: int, run: str) -> None:
     """Raise CrashLoopError if the last `most` attempts died and none of them saved anything.
 

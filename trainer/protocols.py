@@ -82,16 +82,29 @@ class DataSource(Protocol):
 
 
 class Tracker(Protocol):
-    """Where figures go. Rank 0 only; the other ranks have none."""
+    """Where figures go. Rank 0 only; the other ranks have none.
+
+    One that raises is dropped, and training goes on; it must not be slow. A tracker may also have
+
+    - `saved(save)`: a checkpoint is committed. `save` has `step`, `attempt`, `time` (when the save
+      began, in seconds since 1970), `save_s` (how long it took), `stall_s` (how long the training
+      waited for it) and `bytes`;
+    - `ended(outcome)`: just before `close`; `done`, `preempted` or `error`;
+    - as a class method, `problem(arguments)`: what is wrong with its arguments, or an empty text.
+      It is asked before anything starts, whether a library is there, say.
+    """
 
     def start(self, facts: Mapping[str, Any]) -> None:
         """Begin an attempt.
 
         `facts` has `run_dir`, `store` (the run's), `attempt` (its number), `step` (where it starts
-        from), `last_eval_step`, `max_steps`, `steps_per_epoch`, `world_size`, `config`, and
-        `peak_flops_per_s`, of one device, None if unknown. Training
-        figures of later steps than `step` and evaluations of later steps than `last_eval_step` are
-        void: they will come again.
+        from), `last_eval_step`, `max_steps`, `steps_per_epoch` (None: unknown), `world_size`,
+        `config` (as it is stored, without secrets), `run_id` (the same over all attempts, another
+        one in a fork), `eval_every` and `save_every` (policy.Every; None: never), `save_every_s`,
+        and `peak_flops_per_s` of one device (None: unknown).
+
+        Training figures of later steps than `step` and evaluations of later steps than
+        `last_eval_step` are void: they will come again.
         """
 
     def log(self, line: Mapping[str, Any]) -> None:

@@ -34,6 +34,10 @@ class _Flight:
     step: int
     began_s: float
     save: Save
+    stall_s: float
+    """How long the training had to wait until the save was begun."""
+    updates_s: float
+    """How long updates had waited for earlier saves, all together."""
 
 
 class Saver:
@@ -57,6 +61,8 @@ class Saver:
         grace_s: seconds between a signal and SIGKILL, with which saves are compared.
         before_commit: called on rank 0 before each manifest is written, on the save's thread.
         say: called on rank 0 with what a person should know.
+        saved: called on rank 0 with what a save was, when it is known to be committed: `step`,
+            `attempt`, `time` of its begin (since 1970), `save_s`, `stall_s`, `bytes`.
         clock: seconds, monotonic.
     """
 
@@ -77,6 +83,7 @@ class Saver:
         grace_s: float = math.inf,
         before_commit: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = print,
+        saved: Callable[[Mapping[str, Any]], None] = lambda save: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.every = every
@@ -96,6 +103,7 @@ class Saver:
         self._timeout_s, self._grace_s = timeout_s, grace_s
         self._fitted_grace = True
         self._before_commit, self._say, self._clock = before_commit, say, clock
+        self._saved = saved
         self._last_save_s = clock()
         self._failures = 0
         self._flight: _Flight | None = None
@@ -152,7 +160,7 @@ class Saver:
         self._is_due = self._is_due or due
         if self._is_due and self._flight is None:
             with self._stalling():
-                self._begin(state, collect())
+                self._begin(state, collect)
 
     def save(
         self, state: State, collect: Callable[[], Content], *, within_s: float | None = None
@@ -177,7 +185,7 @@ class Saver:
             if self._flight is not None:
                 self._settle(self._flight, until_s)
             if self.committed_step != state.step and self._fits(until_s):
-                self._begin(state, collect(), is_awaited=True)
+                self._begin(state, collect, is_awaited=True)
                 if self._flight is not None:
                     self._settle(self._flight, until_s)
             self._await_mirror(until_s)
@@ -227,9 +235,12 @@ class Saver:
         self._world.from_rank0(judge)
         return True
 
-    def _begin(self, state: State, content: Content, *, is_awaited: bool = False) -> None:
+    def _begin(
+        self, state: State, collect: Callable[[], Content], *, is_awaited: bool = False
+    ) -> None:
         self._is_due = False
-        self._last_save_s = self._clock()
+        began_s = self._last_save_s = self._clock()
+        content = collect()
         try:
             save = self._writer.begin(
                 content,
@@ -244,14 +255,17 @@ class Saver:
         except (CheckpointError, StoreError) as error:
             self._failed(state.step, error)
             return
-        self._flight = _Flight(state.step, self._last_save_s, save)
+        self._flight = _Flight(
+            state.step, began_s, save, self._clock() - began_s, self._writer.stall_s
+        )
         self._begun += 1
 
     def _settle(self, flight: _Flight, until_s: float | None = None) -> None:
         """Wait for a save to end on every rank; take note of what came of it."""
         self._flight = None
+        waits_from = self._clock()
         try:
-            self._world.together(lambda: self._result(flight, until_s))
+            made = self._world.together(lambda: self._result(flight, until_s))
         except (SaveHangsError, _OutOfTime):
             raise
         except (CheckpointError, StoreError) as error:
@@ -260,8 +274,25 @@ class Saver:
             self.committed_step = flight.step
             self.save_s = flight.save.took_s
             self._failures = 0
+            self._tell_of(flight, made, self._clock() - waits_from)
             self.compare_with_grace()
         self._tell()
+
+    def _tell_of(self, flight: _Flight, made: Manifest, waited_s: float) -> None:
+        """Tell what a save was, and what it has cost. Any rank; rank 0 speaks."""
+        if self._world.rank != 0:
+            return
+        stall_s = flight.stall_s + self._writer.stall_s - flight.updates_s + waited_s
+        self._saved(
+            {
+                "step": flight.step,
+                "attempt": self._attempt.number,
+                "time": round(time.time() - (self._clock() - flight.began_s), 3),
+                "save_s": round(flight.save.took_s, 4),
+                "stall_s": round(stall_s, 4),
+                "bytes": sum(file.bytes for file in made.files.values()),
+            }
+        )
 
     def _tell(self) -> None:
         """Say what came up on other threads."""

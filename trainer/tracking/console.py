@@ -1,12 +1,17 @@
-"""What a person sees: a progress bar on a terminal, plain lines in a log file."""
+"""What a person sees: bars on a terminal, plain lines in a log file."""
 
+import os
 import sys
 import time
+import weakref
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
-_HIDDEN = ("step", "epoch", "samples", "time", "split", "lr")
-"""And all that is measured by the clock, but for the rate."""
+from trainer.tracking.estimate import Estimate
+
+_POSITION = ("step", "epoch", "samples", "time", "split", "lr", "skipped")
+_REFRESH_PER_S = 2.0
 
 
 class Console:
@@ -20,53 +25,93 @@ class Console:
     def __init__(self, every_s: float = 10.0) -> None:
         self._every_s = every_s
         self._last_line_s = 0.0
-        self._bar: Any = None
-        self._task: Any = None
         self._facts: Mapping[str, Any] = {}
+        self._estimate: Estimate | None = None
+        self._step = 0
+        self._figures = ""
+        self._saved_s: float | None = None  # when a checkpoint was last known to be committed
+        self._live: Any = None
+        self._bars: Any = None
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        """Show the bar, from the step that the attempt starts from."""
-        self._facts = facts
+        """Show the bars, from the step that the attempt starts from."""
+        self._facts, self._step = facts, facts["step"]
+        self._estimate = Estimate(facts)
         self._last_line_s = time.monotonic()
-        if sys.stdout.isatty():
-            self._open_bar(facts)
+        if sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown"):
+            self._open_bars()
 
-    def _open_bar(self, facts: Mapping[str, Any]) -> None:
+    def _open_bars(self) -> None:
         from rich import progress  # only where there is a terminal
+        from rich.console import Console as Terminal
+        from rich.live import Live
 
-        self._bar = progress.Progress(
-            progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.fields[figures]}", markup=False),
+        self._bars = progress.Progress(
+            progress.TextColumn("{task.description}", markup=False, style="default"),
+            progress.BarColumn(bar_width=None),
+            progress.TextColumn("{task.fields[position]}", justify="right", style="default"),
+            progress.TextColumn("{task.fields[left]}", justify="right", style="default"),
+            expand=True,
         )
-        self._task = self._bar.add_task(
-            _epoch_text(facts, facts["step"]),
-            total=facts["max_steps"],
-            completed=facts["step"],
-            figures="",
+        if self._facts["steps_per_epoch"]:
+            self._bars.add_task("", total=self._facts["steps_per_epoch"], position="", left="")
+        self._bars.add_task("run", total=self._facts["max_steps"], position="", left="")
+        own = sys.stdout, sys.stderr
+        live = self._live = Live(
+            get_renderable=self._screen, refresh_per_second=_REFRESH_PER_S, console=Terminal()
         )
-        self._bar.start()
+        live.start()
+        live.console.show_cursor(True)  # a process that is killed cannot bring it back
+        _let_children_print(live, own)
+
+    def _screen(self) -> Any:
+        """Return what is shown at this moment; called now and then by a thread of the library."""
+        from rich.console import Group
+        from rich.text import Text
+
+        facts, step = self._facts, self._step
+        *epochs, run = self._bars.task_ids
+        for epoch in epochs:
+            per_epoch = facts["steps_per_epoch"]
+            done = step - min(step, facts["max_steps"] - 1) // per_epoch * per_epoch
+            self._bars.update(
+                epoch,
+                completed=done,
+                description=_epoch_text(facts, step),
+                position=f"{done:,}/{per_epoch:,}",
+            )
+        position = f"{step:,}/{facts['max_steps']:,}"
+        self._bars.update(run, completed=step, position=position, left=self._left_text())
+        figures = "  ".join(filter(None, (self._figures, self._saved_text())))
+        return Group(self._bars.get_renderable(), Text(figures, no_wrap=True, overflow="ellipsis"))
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Move the bar, or write a line when one is due."""
+        """Move the bars, or write a line when one is due."""
         is_eval = line["split"] == "eval"
-        if self._bar is not None:
-            description = _epoch_text(self._facts, line["step"])
-            self._bar.update(self._task, completed=line["step"], description=description)
-            if is_eval:
-                self.say(_line_text(line, self._facts))
-            else:
-                self._bar.update(self._task, figures=_figures_text(line))
-        elif is_eval or time.monotonic() - self._last_line_s >= self._every_s:
-            self._last_line_s = time.monotonic()
-            print(_line_text(line, self._facts), flush=True)
+        now_s = time.monotonic()
+        self._step = max(self._step, line["step"])
+        if self._estimate is not None:
+            self._estimate.take(line, now_s)
+        if not is_eval:
+            self._figures = "  ".join(filter(None, (_figures_text(line), _rate_text(line))))
+        if is_eval:
+            self.say(_line_text(line, self._facts))
+        elif self._live is None and now_s - self._last_line_s >= self._every_s:
+            self._last_line_s = now_s
+            parts = (_line_text(line, self._facts), self._left_text(), self._saved_text())
+            self.say("  ".join(filter(None, parts)))
+
+    def saved(self, save: Mapping[str, Any]) -> None:
+        """Remember how old the newest checkpoint is, and what it cost."""
+        age_s = max(time.time() - save["time"], 0.0)
+        self._saved_s = time.monotonic() - age_s  # it has the state of when the save began
+        if self._estimate is not None:
+            self._estimate.saved(save)
 
     def say(self, text: str) -> None:
-        """Write a sentence, above the bar where there is one."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
+        """Write a sentence, above the bars where there are some."""
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False)
         else:
             print(text, flush=True)
 
@@ -74,10 +119,33 @@ class Console:
         """Nothing is held back."""
 
     def close(self) -> None:
-        """Leave the bar as it is."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """Leave the bars as they are."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _left_text(self) -> str:
+        left_s = self._estimate.left_s(self._step) if self._estimate is not None else None
+        return "" if left_s is None else f"{timedelta(seconds=round(left_s))} left"
+
+    def _saved_text(self) -> str:
+        if self._saved_s is None:
+            return ""
+        return f"saved {timedelta(seconds=int(time.monotonic() - self._saved_s))} ago"
+
+
+def _let_children_print(live: Any, own: tuple[Any, Any]) -> None:
+    """Give forked processes (data workers) the streams themselves.
+
+    While bars are shown, `sys.stdout` takes a lock that another thread may hold at a fork.
+    """
+    alive = weakref.ref(live)
+
+    def restore() -> None:
+        if alive() is not None:
+            sys.stdout, sys.stderr = own
+
+    os.register_at_fork(after_in_child=restore)
 
 
 def _epoch_text(facts: Mapping[str, Any], step: int) -> str:
@@ -89,15 +157,37 @@ def _epoch_text(facts: Mapping[str, Any], step: int) -> str:
 
 
 def _figures_text(line: Mapping[str, Any]) -> str:
-    shown = [key for key in line if key not in _HIDDEN and not key.endswith("_s")]
-    return "  ".join(f"{key} {line[key]:.4f}" for key in shown)
+    hidden = {key for key in line if key in _POSITION or key.endswith(("_s", "_per_s"))}
+    parts = [f"{key} {_number(value)}" for key, value in line.items() if key not in hidden]
+    if line["split"] == "train":
+        parts += [f"lr {line['lr']:.3g}"] if "lr" in line else []
+        parts += [f"skipped {line['skipped']:,.0f}"] if line.get("skipped") else []
+    return "  ".join(parts)
+
+
+def _number(value: float) -> str:
+    is_plain = value == 0 or 1e-3 <= abs(value) < 1e5
+    return f"{value:.4f}" if is_plain else f"{value:.3g}"
+
+
+def _rate_text(line: Mapping[str, Any]) -> str:
+    for key, what in (("tokens_per_s", "tokens/s"), ("samples_per_s", "samples/s")):
+        if line.get(key):
+            return f"{line[key]:,.0f} {what}"
+    return ""
 
 
 def _line_text(line: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     position = f"step {line['step']:,}/{facts['max_steps']:,}"
-    rate = line.get("samples_per_s")
-    tail = f"  {rate:,.0f} samples/s" if rate else ""
+    parts = (
+        f"{line['split']:<5}", position, _figures_text(line), _rate_text(line),
+        _share_text(line, facts),
+    )  # fmt: skip
+    return "  ".join(filter(None, parts))
+
+
+def _share_text(line: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     peak = facts.get("peak_flops_per_s")
-    if peak and "flops_per_s" in line:
-        tail += f"  MFU {100 * line['flops_per_s'] / peak:.1f} %"
-    return f"{line['split']:<5}  {position}  {_figures_text(line)}{tail}"
+    if not peak or "flops_per_s" not in line:
+        return ""
+    return f"MFU {100 * line['flops_per_s'] / peak:.1f} %"

@@ -1,14 +1,15 @@
 """`metrics.jsonl`: one JSON object a line, no step twice and none missing, whatever died.
 
-On an object store, where nothing can be appended, an attempt leaves its lines in parts; they are
-joined when the next attempt starts, at the end, and by whoever reads.
+`saves.jsonl` beside it has a line for each checkpoint that was committed, also those of timelines
+that were abandoned. On an object store, where nothing can be appended, an attempt leaves its lines
+in parts; they are joined when the next attempt starts, at the end, and by whoever reads.
 """
 
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,41 +18,55 @@ from typing import Any, TextIO
 from trainer.storage import Store, is_local
 
 FILE_NAME = "metrics.jsonl"
-_PART = re.compile(r"metrics/([0-9]{4,})-[0-9]{6}\.jsonl")
+SAVES_NAME = "saves.jsonl"
+_PART = r"/([0-9]{4,})-[0-9]{6}\.jsonl"
+_Line = Mapping[str, Any]
 
 
 class Jsonl:
-    """Keeps the lines in `<run_dir>/metrics.jsonl`."""
+    """Keeps the lines in `<run_dir>/metrics.jsonl`, and what saves cost in `saves.jsonl`."""
 
     def __init__(self) -> None:
-        self._file: _File | _Parts | None = None
+        self._lines: _File | _Parts | None = None
+        self._saves: _File | _Parts | None = None
 
     def start(self, facts: Mapping[str, Any]) -> None:
         """Drop the lines of later steps than the attempt starts from; begin to add."""
         newest = {"train": facts["step"], "eval": facts["last_eval_step"]}
-        if is_local(facts["run_dir"]):
-            self._file = _File(Path(facts["run_dir"].removeprefix("file://")) / FILE_NAME, newest)
-        else:
-            self._file = _Parts(facts["store"], facts["attempt"], newest)
+        self._lines = _open(facts, FILE_NAME, lambda line: line["step"] <= newest[line["split"]])
+        self._saves = _open(facts, SAVES_NAME, lambda line: True)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line."""
-        if self._file is not None:
-            self._file.append(_format(line))
+        if self._lines is not None:
+            self._lines.append(_format(line))
+
+    def saved(self, save: Mapping[str, Any]) -> None:
+        """Append a line about a save."""
+        if self._saves is not None:
+            self._saves.append(_format(save))
 
     def say(self, text: str) -> None:
         """Ignored: only figures are kept."""
 
     def flush(self) -> None:
         """Make every line durable; lines are whole when `log` returns, so threads cannot mix."""
-        if self._file is not None:
-            self._file.sync()
+        for file in (self._lines, self._saves):
+            if file is not None:
+                file.sync()
 
     def close(self) -> None:
         """Flush and close."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        for file in (self._lines, self._saves):
+            if file is not None:
+                file.close()
+        self._lines = self._saves = None
+
+
+def _open(facts: Mapping[str, Any], name: str, keep: Callable[[_Line], bool]) -> "_File | _Parts":
+    if is_local(facts["run_dir"]):
+        return _File(Path(facts["run_dir"].removeprefix("file://")) / name, keep)
+    return _Parts(facts["store"], name, facts["attempt"], keep)
 
 
 class _File:
@@ -61,12 +76,12 @@ class _File:
     dead but is not goes on writing into a file that no longer has a name.
     """
 
-    def __init__(self, path: Path, newest: Mapping[str, int]) -> None:
+    def __init__(self, path: Path, keep: Callable[[_Line], bool]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         data = path.read_bytes() if path.exists() else b""
-        temporary = path.with_name(f".tmp-{FILE_NAME}")
+        temporary = path.with_name(f".tmp-{path.name}")
         with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(_kept(_lines(data), newest))
+            file.writelines(_kept(_lines(data), keep))
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, path)
@@ -84,15 +99,17 @@ class _File:
 
 
 class _Parts:
-    """Objects `metrics/<attempt>-<number>.jsonl`, each of the lines since the one before."""
+    """Objects such as `metrics/<attempt>-<number>.jsonl`: the lines since the one before."""
 
-    def __init__(self, store: Store, attempt: int, newest: Mapping[str, int]) -> None:
-        self._store, self._attempt = store, attempt
+    def __init__(
+        self, store: Store, name: str, attempt: int, keep: Callable[[_Line], bool]
+    ) -> None:
+        self._store, self._name, self._attempt = store, name, attempt
         self._number = 0
         self._held: list[str] = []
-        kept = "".join(_kept(read(store), newest))
-        store.replace(FILE_NAME, kept.encode())
-        store.delete([key for number, key in _parts(store) if number < attempt])
+        kept = "".join(_kept(read(store, name), keep))
+        store.replace(name, kept.encode())
+        store.delete([key for number, key in _parts(store, name) if number < attempt])
 
     def append(self, text: str) -> None:
         self._held.append(text)
@@ -101,35 +118,33 @@ class _Parts:
         taken = len(self._held)
         if taken:
             self._number += 1
-            key = f"metrics/{self._attempt:04d}-{self._number:06d}.jsonl"
+            key = f"{_folder(self._name)}/{self._attempt:04d}-{self._number:06d}.jsonl"
             self._store.replace(key, "".join(self._held[:taken]).encode())
             del self._held[:taken]
 
     def close(self) -> None:
         self.sync()
-        whole = "".join(_format(line) for line in read(self._store))
-        self._store.replace(FILE_NAME, whole.encode())
-        self._store.delete([key for number, key in _parts(self._store) if number <= self._attempt])
+        whole = "".join(_format(line) for line in read(self._store, self._name))
+        self._store.replace(self._name, whole.encode())
+        parts = _parts(self._store, self._name)
+        self._store.delete([key for number, key in parts if number <= self._attempt])
 
 
-def read(store: Store) -> list[dict[str, Any]]:
+def read(store: Store, name: str = FILE_NAME) -> list[dict[str, Any]]:
     """Return the lines of a run, joined: of parts, the newest attempt's that left any.
 
     Those of attempts before it were joined when it started.
     """
     try:
-        lines = _lines(store.read(FILE_NAME))
+        lines = _lines(store.read(name))
     except FileNotFoundError:
         lines = []
-    parts = _parts(store)
+    parts = _parts(store, name)
     newest = max((number for number, _ in parts), default=0)
-    last = {"train": -1, "eval": -1}
-    for line in lines:
-        last[line["split"]] = line["step"]
+    known = set(map(_identity, lines))  # parts that were joined, and are still there
     for number, key in parts:
         if number == newest:
-            found = _lines(store.read(key))
-            lines += [line for line in found if line["step"] > last[line["split"]]]
+            lines += [line for line in _lines(store.read(key)) if _identity(line) not in known]
     return lines
 
 
@@ -170,7 +185,7 @@ def newest(store: Store, most_bytes: int = 1 << 17) -> Salvage:
 
 
 def _salvage_parts(store: Store, found: Salvage, most: int | None = None) -> None:
-    parts = _parts(store)
+    parts = _parts(store, FILE_NAME)
     newest_attempt = max((number for number, _ in parts), default=0)
     last = {line["split"]: line["step"] for line in found.lines}
     keys = [key for number, key in parts if number == newest_attempt]
@@ -195,27 +210,36 @@ def _salvage(data: bytes, found: Salvage, after: Mapping[str, int] | None = None
             found.lines.append(line)
 
 
-def read_text(store: Store) -> bytes:
+def read_text(store: Store, name: str = FILE_NAME) -> bytes:
     """Return the whole lines of a run, as they stand in the file."""
-    if _parts(store):
-        return "".join(map(_format, read(store))).encode()
+    if _parts(store, name):
+        return "".join(map(_format, read(store, name))).encode()
     try:
-        data = store.read(FILE_NAME)
+        data = store.read(name)
     except FileNotFoundError:
         return b""
     return data[: data.rfind(b"\n") + 1]
 
 
-def _parts(store: Store) -> list[tuple[int, str]]:
-    keys = store.list("metrics")
-    return [(int(match[1]), key) for key in keys if (match := _PART.fullmatch(key))]
+def _identity(line: _Line) -> tuple[Any, ...]:
+    return line.get("split"), line.get("attempt"), line["step"]
 
 
-def _kept(lines: Iterable[Mapping[str, Any]], newest: Mapping[str, int]) -> list[str]:
-    return [_format(line) for line in lines if line["step"] <= newest[line["split"]]]
+def _folder(name: str) -> str:
+    return name.removesuffix(".jsonl")
 
 
-def _format(line: Mapping[str, Any]) -> str:
+def _parts(store: Store, name: str) -> list[tuple[int, str]]:
+    pattern = re.compile(re.escape(_folder(name)) + _PART)
+    keys = store.list(_folder(name))
+    return [(int(match[1]), key) for key in keys if (match := pattern.fullmatch(key))]
+
+
+def _kept(lines: Iterable[_Line], keep: Callable[[_Line], bool]) -> list[str]:
+    return [_format(line) for line in lines if keep(line)]
+
+
+def _format(line: _Line) -> str:
     values = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in line.items()  # JSON has no NaN and no infinity

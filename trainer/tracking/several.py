@@ -18,6 +18,12 @@ class Silent:
     def say(self, text: str) -> None:
         """Do nothing."""
 
+    def saved(self, save: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def ended(self, outcome: str) -> None:
+        """Do nothing."""
+
     def flush(self) -> None:
         """Do nothing."""
 
@@ -45,6 +51,18 @@ class Several:
         """Tell each."""
         for tracker in self._trackers:
             tracker.say(text)
+
+    def saved(self, save: Mapping[str, Any]) -> None:
+        """Tell each that wants to know of a save."""
+        for tracker in self._trackers:
+            if act := getattr(tracker, "saved", None):
+                act(save)
+
+    def ended(self, outcome: str) -> None:
+        """Tell each that wants to know the outcome."""
+        for tracker in self._trackers:
+            if act := getattr(tracker, "ended", None):
+                act(outcome)
 
     def flush(self) -> None:
         """Flush each."""

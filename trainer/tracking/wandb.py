@@ -1,0 +1,257 @@
+"""Weights & Biases: all attempts of a run are one run there; a dead network is no hindrance.
+
+The library is spoken to by a thread of its own. What is logged goes into a queue, from which that
+thread takes it; the training never waits for it.
+"""
+
+import netrc
+import os
+import queue
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from trainer.errors import ConfigError, closest
+from trainer.storage import Store, is_local
+from trainer.tracking import code, libraries
+from trainer.tracking.artifacts import log_artifacts
+
+_MODES = ("online", "offline", "disabled")
+_ARTIFACTS = ("manifests", "files")
+_SPARE_S = 2.0
+"""What the thread may take to notice that the library has given up."""
+
+
+class Wandb:
+    """Logs to a run of Weights & Biases. `step` is the axis of all figures.
+
+    Args:
+        project: default: WANDB_PROJECT, else `perdure`.
+        entity: team or user; default: the one that is logged in.
+        mode: `online`, `offline` (files in the run, for `wandb sync`) or `disabled`; default:
+            WANDB_MODE, else `online`.
+        id: of the run there; default: derived from the first attempt, so the same for all.
+        options: more arguments of `wandb.init`, such as `group`, `tags`, `notes`.
+        artifacts: at the end of the run, log the newest and the best checkpoint and the exports:
+            `manifests` or `files`, of the checkpoints; None: no artifacts.
+        init_timeout_s: without an answer for this long, the attempt is kept offline.
+        close_timeout_s: how long the end of an attempt waits for what is still to be sent.
+        queue_lines: lines that may wait to be sent; what comes above is left out.
+
+    Raises:
+        ConfigError: the library is not installed, or there is no key for it.
+    """
+
+    def __init__(
+        self,
+        project: str | None = None,
+        entity: str | None = None,
+        mode: str | None = None,
+        id: str | None = None,
+        options: dict[str, Any] | None = None,
+        artifacts: str | None = None,
+        init_timeout_s: float = 60.0,
+        close_timeout_s: float = 15.0,
+        queue_lines: int = 10_000,
+    ) -> None:
+        if text := self.problem({"mode": mode, "artifacts": artifacts}):
+            raise ConfigError(f"tracker.wandb {text}")
+        import wandb  # noqa: F401 (here, and not beside the training)
+
+        self._project = project or os.environ.get("WANDB_PROJECT", "perdure")
+        self._mode = mode or _usual_mode()
+        self._entity, self._id, self._options = entity, id, options or {}
+        self._artifacts = artifacts
+        self._init_timeout_s, self._close_timeout_s = init_timeout_s, close_timeout_s
+        self._queue_lines = queue_lines
+        self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._thread: threading.Thread | None = None
+        self._left_out = 0
+        self._is_over = False  # nothing is logged any more
+        self._outcome = "error"
+        self._folder = Path()
+        self._store: Store | None = None  # where files are copied to, if they must be
+
+    @classmethod
+    def problem(cls, arguments: Mapping[str, Any]) -> str:
+        """Return what is wrong before anything starts."""
+        if text := libraries.missing("wandb", "wandb"):
+            return text
+        mode, artifacts = arguments.get("mode") or _usual_mode(), arguments.get("artifacts")
+        if mode not in _MODES:
+            return f"has mode={mode!r}{closest(mode, _MODES)}"
+        if artifacts is not None and artifacts not in _ARTIFACTS:
+            return f"has artifacts={artifacts!r}{closest(str(artifacts), _ARTIFACTS)}"
+        if mode == "online" and not _has_key():
+            return (
+                "finds no key: log in with `wandb login`, or set WANDB_API_KEY; or keep the run "
+                "on disk with tracker.wandb.mode=offline"
+            )
+        return ""
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        """Begin to log, on a thread of its own."""
+        if is_local(facts["run_dir"]):
+            self._folder = Path(facts["run_dir"].removeprefix("file://"))
+            self._folder.mkdir(parents=True, exist_ok=True)
+        else:
+            self._store = facts["store"]
+            self._folder = Path(tempfile.mkdtemp(prefix="perdure-wandb-"))
+        self._thread = threading.Thread(
+            target=self._work, args=(facts,), name="wandb-tracker", daemon=True
+        )
+        self._thread.start()
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Put one line into the queue."""
+        if self._thread is None or self._is_over:
+            return
+        if self._queue.qsize() >= self._queue_lines:
+            self._left_out += 1
+            if self._left_out == 1:
+                _warn(f"{self._queue_lines:,} lines wait to be sent; what comes now is left out")
+            return
+        position = {key: line[key] for key in ("step", "epoch", "samples")}
+        hidden = {*position, "time", "split"}
+        figures = {f"{line['split']}/{k}": v for k, v in line.items() if k not in hidden}
+        self._queue.put({**position, **figures})
+
+    def say(self, text: str) -> None:
+        """Ignored: only figures are kept."""
+
+    def flush(self) -> None:
+        """Nothing is waited for: what counts is in `metrics.jsonl`."""
+
+    def ended(self, outcome: str) -> None:
+        """Remember how the attempt ended, for its state there."""
+        self._outcome = outcome
+
+    def close(self) -> None:
+        """Send what waits, for `close_timeout_s` at most."""
+        if self._thread is None:
+            return
+        self._queue.put(None)
+        self._thread.join(self._close_timeout_s + _SPARE_S)
+        if self._thread.is_alive() and not self._is_over:
+            _warn(
+                f"did not end in {self._close_timeout_s:g} s (tracker.wandb.close_timeout_s); "
+                "metrics.jsonl has what was not sent"
+            )
+        if self._left_out:
+            _warn(f"{self._left_out:,} lines were left out. metrics.jsonl has them")
+        self._thread = None
+
+    # --- on the thread ---------------------------------------------------------------------------
+
+    def _work(self, facts: Mapping[str, Any]) -> None:
+        try:
+            run = self._begin(facts)
+            while (line := self._queue.get()) is not None:
+                run.log(line)
+            self._end(run, facts)
+        except Exception as error:  # whatever it is, it concerns this tracker alone
+            _warn(f"gets nothing more of this attempt: {type(error).__name__}: {error}")
+        self._is_over = True
+
+    def _begin(self, facts: Mapping[str, Any]) -> Any:
+        """Open the run; if it cannot be reached, open it offline."""
+        import wandb
+
+        try:
+            run = self._init(facts, self._mode)
+        except wandb.errors.Error as error:
+            if self._mode != "online":
+                raise
+            wandb.teardown()
+            run = self._init(facts, "offline")
+            _warn(f"is kept offline for this attempt: {' '.join(str(error).split())}")
+        if not (run.offline or run.disabled):
+            print(f"wandb: {run.url}", flush=True)
+        run.define_metric("step", hidden=True)
+        for split in ("train", "eval"):
+            run.define_metric(f"{split}/*", step_metric="step")
+        wanted = facts["config"].get("checkpoint", {})
+        if wanted.get("metric"):
+            name, mode = f"eval/{wanted['metric']}", wanted.get("mode", "max")
+            run.define_metric(name, step_metric="step", summary=mode)
+        return run
+
+    def _init(self, facts: Mapping[str, Any], mode: str) -> Any:
+        import wandb
+
+        found = code.version(os.getcwd())
+        settings = wandb.Settings(
+            console="off",
+            silent=True,
+            disable_code=True,
+            disable_git=True,  # it would also send what is not committed
+            git_commit=found.get("commit"),
+            init_timeout=self._init_timeout_s,
+            login_timeout=1.0,  # nobody is asked for a key in the middle of a job
+            finish_timeout=self._close_timeout_s,
+            finish_timeout_raises=True,
+        )
+        hooks = sys.exit, sys.excepthook
+        try:
+            return wandb.init(
+                project=self._project,
+                entity=self._entity,
+                id=self._id or facts["run_id"],
+                resume="allow",
+                mode=mode,  # type: ignore[arg-type]
+                dir=str(self._folder),
+                config={**facts["config"], "code": found, "attempt": facts["attempt"]},
+                settings=settings,
+                **{"name": facts["config"].get("name"), **self._options},
+            )
+        finally:
+            sys.exit, sys.excepthook = hooks  # the outcome is told by `ended`
+
+    def _end(self, run: Any, facts: Mapping[str, Any]) -> None:
+        folder = Path(run.settings.sync_dir)
+        is_done = self._outcome == "done"
+        if is_done and self._artifacts is not None:
+            log_artifacts(run, facts, with_files=self._artifacts == "files")
+        if self._outcome == "preempted":
+            run.mark_preempting()
+        is_sent = not run.offline
+        try:
+            run.finish(exit_code=0 if is_done else 1)
+        except TimeoutError:
+            is_sent = False
+        if is_sent or run.disabled:
+            return
+        if self._store is not None:
+            for path in folder.glob("*.wandb"):
+                self._store.replace(f"wandb/{folder.name}/{path.name}", path.read_bytes())
+            where = f"{self._store.url}/wandb/{folder.name} (a copy of it)"
+        else:
+            where = str(folder)
+        print(f"wandb: to send what is on disk alone: wandb sync {where}", flush=True)
+
+
+def _usual_mode() -> str:
+    return os.environ.get("WANDB_MODE", "online")
+
+
+def _has_key() -> bool:
+    """Whether there is a key for the server, in the environment or where `wandb login` puts it."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    server = os.environ.get("WANDB_BASE_URL")
+    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    try:
+        hosts = netrc.netrc(path).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return urlsplit(server).hostname in hosts if server else bool(hosts)
+
+
+def _warn(text: str) -> None:
+    with suppress(OSError):
+        print(f"wandb: {text}", file=sys.stderr, flush=True)
