@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-pytest.register_assert_rewrite("contract", "commands", "states", "stores")
+pytest.register_assert_rewrite("contract", "commands", "event_files", "states", "stores")
 
 
 @pytest.hookimpl(wrapper=True)

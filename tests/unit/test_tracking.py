@@ -1,6 +1,5 @@
-"""Lines that survive a kill, figures that a person can read, and trackers that do nothing."""
+"""Lines that survive a kill, several trackers at once, and trackers that do nothing."""
 
-import io
 import json
 import sys
 
@@ -8,17 +7,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer import build
+from trainer.config import Run
+from trainer.errors import ConfigError
 from trainer.storage import open_store
-from trainer.tracking import jsonl
+from trainer.tracking import jsonl, libraries
 from trainer.tracking.console import Console
-from trainer.tracking.jsonl import FILE_NAME, Jsonl
+from trainer.tracking.guarded import Guarded
+from trainer.tracking.jsonl import FILE_NAME, SAVES_NAME, Jsonl
 from trainer.tracking.several import Several, Silent
+from trainer.tracking.tensorboard import TensorBoard
+from trainer.tracking.wandb import Wandb
 
 
 def facts(folder, *, step=0, last_eval_step=0):
     return {
         "run_dir": str(folder), "step": step, "last_eval_step": last_eval_step, "max_steps": 30,
-        "steps_per_epoch": 10, "world_size": 1, "config": {},
+        "steps_per_epoch": 10, "world_size": 1, "config": {}, "attempt": 1, "run_id": "one",
+        "store": open_store(str(folder)),
     }  # fmt: skip
 
 
@@ -176,78 +182,23 @@ def test_lines_reach_the_file_as_they_come(tmp_path):
 
 def test_no_temporary_file_is_left(run):
     started(run)
-    assert [path.name for path in run.iterdir()] == [FILE_NAME]
+    assert sorted(path.name for path in run.iterdir()) == [FILE_NAME, SAVES_NAME]
 
 
-# --- the console -------------------------------------------------------------------------------
+def a_save(step, attempt):
+    return {"step": step, "attempt": attempt, "time": 1.5, "save_s": 0.5, "stall_s": 0.0,
+            "bytes": 7}  # fmt: skip
 
 
-def test_in_a_log_file_every_evaluation_and_now_and_then_training_is_a_line(tmp_path, capsys):
-    console = Console(every_s=0.0)
-    console.start(facts(tmp_path))
-    console.log(line(5, loss=0.5, accuracy=0.25, lr=0.1, samples_per_s=1234.5))
-    console.log(line(1000, "eval", loss=0.125, eval_s=2.0))
-    console.say("a [sentence]")
-    console.close()
-    assert capsys.readouterr().out.splitlines() == [
-        "train  step 5/30  loss 0.5000  accuracy 0.2500  1,234 samples/s",
-        "eval   step 1,000/30  loss 0.1250",
-        "a [sentence]",
-    ]
-
-
-def test_what_the_clock_measured_is_no_clutter_and_known_peaks_give_a_share(tmp_path, capsys):
-    console = Console(every_s=0.0)
-    console.start({**facts(tmp_path), "peak_flops_per_s": 1e12})
-    clocked = {"step_p50_s": 0.1, "data_wait_s": 1.0, "tokens_per_s": 9e9, "save_stall_s": 0.0}
-    console.log(line(5, loss=0.5, samples_per_s=20.0, flops_per_s=4.125e11, **clocked))
-    assert capsys.readouterr().out == "train  step 5/30  loss 0.5000  20 samples/s  MFU 41.2 %\n"
-
-
-def test_training_lines_keep_their_distance_and_evaluations_do_not(tmp_path, capsys):
-    console = Console(every_s=1e9)
-    console.start(facts(tmp_path))
-    for step in range(1, 9):
-        console.log(line(step, loss=1.0))
-    console.log(line(8, "eval", loss=1.0))
-    assert [text[:4] for text in capsys.readouterr().out.splitlines()] == ["eval"]
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def terminal(monkeypatch):
-    """Make standard output a terminal; call it in the test itself."""
-    made = Terminal()
-    monkeypatch.setattr(sys, "stdout", made)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "160")
-    return made
-
-
-def test_on_a_terminal_a_bar_moves_and_sentences_stand_above_it(tmp_path, monkeypatch):
-    screen = terminal(monkeypatch)
-    console = Console()
-    console.start(facts(tmp_path, step=10))
-    console.log(line(15, **{"loss": 0.5, "top[5]": 0.25}))
-    console.log(line(20, "eval", **{"loss": 0.5, "top[5]": 0.75}))
-    console.say("a [/sentence] in brackets")
-    console.close()
-    shown = screen.getvalue()
-    assert "epoch 2/3" in shown
-    assert "top[5] 0.2500" in shown
-    assert "eval   step 20/30  loss 0.5000  top[5] 0.7500" in shown
-    assert "a [/sentence] in brackets" in shown
-
-
-def test_the_last_step_is_still_in_the_last_epoch(tmp_path, monkeypatch):
-    screen = terminal(monkeypatch)
-    console = Console()
-    console.start(facts(tmp_path, step=30))
-    console.close()
-    assert "epoch 3/3" in screen.getvalue()
+def test_saves_of_abandoned_timelines_stay(tmp_path):
+    for attempt in (1, 2):
+        tracker = Jsonl()
+        tracker.start(facts(tmp_path, step=10, last_eval_step=10))
+        tracker.saved(a_save(20, attempt))
+        tracker.close()
+    text = (tmp_path / SAVES_NAME).read_text()
+    assert [json.loads(one) for one in text.splitlines()] == [a_save(20, 1), a_save(20, 2)]
+    assert parsed(tmp_path) == []
 
 
 # --- several and none --------------------------------------------------------------------------
@@ -267,24 +218,31 @@ def test_several_pass_every_call_on_in_order(tmp_path):
     several.start({"step": 1})
     several.log({"step": 2})
     several.say("hello")
+    several.saved({"step": 3})
     several.flush()
+    several.ended("done")
     several.close()
     expected = [
-        ("start", {"step": 1}), ("log", {"step": 2}), ("say", "hello"), ("flush",), ("close",),
+        ("start", {"step": 1}), ("log", {"step": 2}), ("say", "hello"), ("saved", {"step": 3}),
+        ("flush",), ("ended", "done"), ("close",),
     ]  # fmt: skip
     assert calls == [(name, *call) for call in expected for name in ("a", "b")]
 
 
 @pytest.mark.parametrize("make", [
-    Jsonl, Console, Silent, lambda: Several([]), lambda: Several([Jsonl(), Silent()]),
+    Jsonl, Console, Silent, lambda: Several([]), lambda: Several([Jsonl(), Silent()]), TensorBoard,
+    lambda: Guarded("x", Console()), lambda: Wandb(mode="disabled"),
 ])  # fmt: skip
-def test_every_tracker_takes_every_call_in_any_state(make, tmp_path, capsys):
+def test_every_tracker_takes_every_call_in_any_state(make, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     tracker = make()
     tracker.close()  # an attempt that failed before it began
     tracker.flush()
     tracker.start(facts(tmp_path))
     tracker.log(line(1, loss=1.0))
     tracker.say("hello")
+    for name, argument in (("saved", a_save(1, 1)), ("ended", "done")):
+        getattr(tracker, name, lambda argument: None)(argument)
     tracker.flush()
     tracker.close()
     tracker.close()
@@ -338,9 +296,113 @@ def test_parts_of_attempts_are_joined_to_what_a_file_would_hold(tmp_path_factory
             for tracker in trackers:
                 tracker.close()
         else:  # killed; only what the interpreter would complain of
-            trackers[0]._file._file.close()
-        assert jsonl.salvage(store) == jsonl.Salvage(jsonl.read(store))
-        assert jsonl.newest(store).lines[-1:] == jsonl.read(store)[-1:]
+            trackers[0]._lines._file.close()
+            trackers[0]._saves._file.close()
     as_file = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert jsonl.read(store) == as_file
-    assert store.list("") == ["metrics.jsonl"]
+    assert jsonl.read(store, SAVES_NAME) == []
+    assert store.list("") == [FILE_NAME, SAVES_NAME]
+
+
+@given(attempts=st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=5))
+@settings(max_examples=40, deadline=None)
+def test_saves_that_were_flushed_are_kept_once_on_an_object_store(tmp_path_factory, attempts):
+    """Of each attempt: how many saves it made, and whether it closed."""
+    store = open_store(f"memory:/{tmp_path_factory.mktemp('run')}")
+    expected = []
+    for number, (saves, closes) in enumerate([*attempts, (1, True)], 1):
+        tracker = Jsonl()
+        where = {"step": 0, "last_eval_step": 0, "attempt": number, "store": store}
+        tracker.start({**where, "run_dir": store.url})
+        for step in range(saves):
+            tracker.saved(a_save(step, number))
+            tracker.flush()
+            expected.append(a_save(step, number))
+        if closes:
+            tracker.close()
+        assert jsonl.read(store, SAVES_NAME) == expected
+
+
+# --- trackers that fail ---------------------------------------------------------------------------
+
+METHODS = ["start", "log", "say", "saved", "flush", "ended", "close"]
+
+
+class Fails(Silent):
+    """Raises in one of its methods, and counts the calls of the others."""
+
+    def __init__(self, method, error):
+        self.calls = []
+        for name in METHODS:
+            setattr(self, name, self.fail if name == method else self.counted(name))
+        self.error = error
+
+    def fail(self, *arguments):
+        raise self.error
+
+    def counted(self, name):
+        return lambda *arguments: self.calls.append(name)
+
+
+def an_attempt(tracker, folder):
+    tracker.start(facts(folder))
+    for step in (1, 2):
+        tracker.log(line(step, loss=0.5))
+        tracker.say("hello")
+        tracker.saved(a_save(step, 1))
+        tracker.flush()
+    tracker.ended("done")
+    tracker.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tracker_that_fails_is_left_out_and_told_of_once(method, tmp_path, capsys):
+    bad, good = Fails(method, ZeroDivisionError("its own bug")), Fails(None, None)
+    an_attempt(Several([Jsonl(), Guarded("mine", bad), Guarded("other", good)]), tmp_path)
+    assert [one["step"] for one in parsed(tmp_path)] == [1, 2]
+    assert good.calls == ["start", *METHODS[1:5], *METHODS[1:5], "ended", "close"]
+    before = {"start": [], "ended": good.calls[:-2], "close": good.calls[:-1]}
+    first = METHODS[: METHODS.index(method)]
+    assert bad.calls == before.get(method, first) + ["close"] * (method != "close")
+    told = capsys.readouterr().err
+    assert told.count("TRACKER LOST: tracker.mine") == 1
+    assert f"its {method}() failed: ZeroDivisionError: its own bug ({__file__}:" in told
+    assert told.count("\n") == 1
+
+
+def test_a_tracker_that_asks_for_another_configuration_ends_the_attempt(tmp_path):
+    guarded = Guarded("mine", Fails("start", ConfigError("mine.key is wrong")))
+    with pytest.raises(ConfigError, match=r"mine\.key"):
+        guarded.start(facts(tmp_path))
+
+
+def test_what_is_no_tracker_is_refused_with_what_it_lacks():
+    with pytest.raises(ConfigError, match=r"tracker\.mine: object is no tracker, .* start, log"):
+        Guarded("mine", object())
+
+
+def test_optional_methods_may_be_missing(tmp_path):
+    class Least:
+        start = log = say = staticmethod(lambda given: None)
+        flush = close = staticmethod(lambda: None)
+
+    an_attempt(Several([Guarded("mine", Least())]), tmp_path)
+
+
+def test_a_library_that_is_missing_is_told_and_a_folder_of_its_name_is_none(tmp_path, monkeypatch):
+    (tmp_path / "wandb_of_old").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert libraries.missing("json", "x") == ""
+    for name in ("wandb_of_old", "no_such_library"):
+        assert libraries.missing(name, "x").endswith("pip install 'perdure[x]'")
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_missing_library_is_a_problem_of_the_configuration(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    target = {"wandb": Wandb, "tensorboard": TensorBoard}[name]
+    node = {"_target_": f"{target.__module__}.{target.__name__}"}
+    (problem,) = [p for p in build.check(Run(tracker={name: node})) if p.key == f"tracker.{name}"]
+    assert f"pip install 'perdure[{name}]'" in problem.text
+    with pytest.raises(ConfigError, match="not installed"):
+        target()

@@ -81,17 +81,26 @@ class _File:
         data = path.read_bytes() if path.exists() else b""
         temporary = path.with_name(f".tmp-{path.name}")
         with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(_kept(_lines(data), keep))
+            file.writelines(kept := _kept(_lines(data), keep))
             file.flush()
-            os.fsync(file.fileno())
+            if kept:
+                os.fsync(file.fileno())
         os.rename(temporary, path)
+        self._is_durable = True
         self._file: TextIO = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (close)
 
     def append(self, text: str) -> None:
         self._file.write(text)
+        self._is_durable = False
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        if not self._is_durable:
+            self._is_durable = True  # before, since lines may come meanwhile
+            try:
+                os.fsync(self._file.fileno())
+            except OSError:
+                self._is_durable = False
+                raise
 
     def close(self) -> None:
         self.sync()

@@ -213,6 +213,8 @@ class Wandb:
             sys.exit, sys.excepthook = hooks  # the outcome is told by `ended`
 
     def _end(self, run: Any, facts: Mapping[str, Any]) -> None:
+        import wandb
+
         folder = Path(run.settings.sync_dir)
         is_done = self._outcome == "done"
         if is_done and self._artifacts is not None:
@@ -224,6 +226,7 @@ class Wandb:
             run.finish(exit_code=0 if is_done else 1)
         except TimeoutError:
             is_sent = False
+        wandb.teardown()  # waits for the library's own process, which writes the files
         if is_sent or run.disabled:
             return
         if self._store is not None:
