@@ -254,3 +254,11 @@ def test_saves_by_the_clock_count():
     estimate.take(line(0, step_p50_s=1.0), 0.0)
     estimate.saved({"stall_s": 30.0})
     assert estimate.left_s(600) == 600 + 10 * 30
+
+
+def test_a_known_peak_gives_the_share_of_it_that_is_used(capsys):
+    console = Console(every_s=0.0)
+    console.start(facts(peak_flops_per_s=1e12))
+    clocked = {"step_p50_s": 0.1, "data_wait_s": 1.0, "save_stall_s": 0.0}
+    console.log(line(5, loss=0.5, samples_per_s=20.0, flops_per_s=4.125e11, **clocked))
+    assert capsys.readouterr().out == "train  step 5/1,200  loss 0.5000  20 samples/s  MFU 41.2 %\n"

@@ -1,6 +1,7 @@
 """When a save happens, what follows it, and what a failed one means."""
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,29 @@ def test_the_step_that_an_attempt_resumed_from_is_not_saved_again(store):
     assert steps_on(store) == []
     assert save(saver, 7)
     assert steps_on(store) == [7]
+
+
+def test_what_a_save_was_and_what_it_cost_is_told_once_it_is_committed(store):
+    told: list[dict[str, Any]] = []
+    clock = Clock()
+    saver = saver_on(store, saved=told.append, clock=clock)
+
+    def collect() -> Content:
+        clock.now_s += 3.0  # the training waits for this
+        return Content(tensors={"w": torch.zeros(9)}, objects={"run": {}})
+
+    for step in (6, 7):
+        before_s = time.time() - 3.0
+        store.broken = ("put",) if step == 6 else ()
+        saver.save(State(step=step), collect)
+        assert [save["step"] for save in told] == [7][: step - 6]
+    (save,) = told
+    sizes = [store.size(key) for key in store.list("checkpoints") if "safetensors" in key]
+    assert save.keys() == {"step", "attempt", "time", "save_s", "stall_s", "bytes"}
+    assert (save["attempt"], [save["bytes"]]) == (1, sizes)
+    assert before_s - 0.01 <= save["time"] <= time.time() - 3.0 + 0.01
+    assert save["stall_s"] >= 3.0
+    assert save["save_s"] > 0
 
 
 def test_before_commit_is_called_for_each_save_and_its_failure_is_a_failed_save(store):
