@@ -1,6 +1,7 @@
 """python -m trainer.top RUN… [every_s=2] [--once] [--json]: a live table of runs."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -51,8 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PerdureError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        return DONE
+        print()
     return DONE
 
 
@@ -69,9 +72,9 @@ def _every_s(text: str) -> float:
 def _watch(given: Arguments, every_s: float) -> None:
     rows = _look(given, {})
     if "--json" in given.flags:
-        print(json.dumps({"runs": [row.json() for row in rows]}, indent=1, ensure_ascii=True))
+        print(json.dumps({"runs": [row.json() for row in rows]}, indent=1), flush=True)
     elif "--once" in given.flags or not sys.stdout.isatty():
-        print(table([_TITLES, *map(cells, rows)]))
+        print(table([_TITLES, *map(cells, rows)]), flush=True)
     else:
         _live(given, rows, every_s)
 
