@@ -15,9 +15,10 @@ from trainer import loop
 from trainer.data.source import Feed, TrainStream
 from trainer.distributed import World
 from trainer.errors import TrainingError
-from trainer.pace import Pace, _of_buckets, _quantile, _Slow, peak_bytes
+from trainer.pace import Pace, _of_buckets, _quantile, peak_bytes
 from trainer.policy import Every
 from trainer.preemption import Stop
+from trainer.slow import Slowest
 from trainer.state import State
 from trainer.task import Classification, LanguageModel
 
@@ -168,7 +169,7 @@ def test_without_a_known_peak_or_count_there_is_no_utilisation():
 
 def slow(*, ranks=4):
     clock = Clock()
-    made = _Slow(clock)
+    made = Slowest(clock)
     made.hosts = [f"node{rank}" for rank in range(ranks)]
     return made, clock
 
