@@ -1,6 +1,7 @@
 # make train     install, then train (ARGS="model=mlp trainer.max_epochs=3" passes overrides)
 # make test      install what the tests need, then run them
 # make check     formatting, lint, types, direction of imports
+# make docs      build the site of docs/ into build/site, warnings being errors
 # make bench-loop, bench-checkpoint, bench-dcp, bench-s3   figures against named rivals (docs/benchmarks.md)
 # make chaos     kill a real training at KILLS random instants; nothing may be lost. STORE=s3: in a
 #                bucket, and its server too
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 ARGS ?=
 KILLS ?= 100
 
-.PHONY: train test test-cluster check format chaos clean
+.PHONY: train test test-cluster check docs format chaos clean
 .PHONY: bench-loop bench-checkpoint bench-dcp bench-s3
 .PHONY: s3 slurm slurm-down
 
@@ -31,6 +32,9 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports --no-cache
+
+docs: $(VENV)/.installed-test
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix --quiet .
