@@ -3,7 +3,7 @@
 import json
 import uuid
 
-from handmade import CONFIG, FIRST, SECOND, lines
+from handmade import CONFIG, first, lines, second
 from pages import charts, curve, parsed
 
 from scripts.s3_server import BUCKET
@@ -15,11 +15,11 @@ def test_runs_in_a_bucket_are_read_and_the_page_is_written_beside_them(s3, capsy
     folder = f"s3://{BUCKET}/{uuid.uuid4().hex}"
     store = open_store(f"{folder}/mine")
     figures = lines()
-    first, second = (figures[:20], figures[20:])
-    for key, some in (("metrics.jsonl", first), ("metrics/0002-000001.jsonl", second)):
+    parts = {"metrics.jsonl": figures[:20], "metrics/0002-000001.jsonl": figures[20:]}
+    for key, some in parts.items():
         store.replace(key, "".join(json.dumps(line) + "\n" for line in some).encode())
     store.replace("config.yaml", json.dumps(CONFIG).encode())  # JSON is YAML
-    for number, record in enumerate((FIRST, SECOND), 1):
+    for number, record in enumerate((first(), second()), 1):
         whole = {"attempt": number, "token": "aaaaaaaa", **record}
         store.replace(f"attempts/{number:04d}.json", json.dumps(whole).encode())
     assert report.main([f"{folder}/mine"]) == 0

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from handmade import FIRST, NOW_S, SECOND, lines, moment, write
+from handmade import first, lines, moment, second, write
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -30,22 +31,24 @@ from trainer.tracking import jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ObjectStore()
-LIVING = {
-    "started": moment(20), "told": moment(1), "host": "n1", "first_step": 0, "max_steps": 200,
-    "steps_per_epoch": 10,
-}  # fmt: skip
+
+
+def living(**more):
+    """The record of an attempt that began lately and has not ended."""
+    known = {"host": "n1", "first_step": 0, "max_steps": 200, "steps_per_epoch": 10}
+    return {"started": moment(20), "told": moment(1), **known, **more}
 
 
 @pytest.fixture
 def runs(tmp_path):
     """One that is finished, one that runs, one that was killed; and what is no run."""
     folder = tmp_path / "runs"
-    write(folder / "done", lines(), records=[FIRST, SECOND])
-    write(folder / "lab/alive", lines(began_s=42), records=[LIVING])
+    write(folder / "done", lines(), records=[first(), second()])
+    write(folder / "lab/alive", lines(began_s=42), records=[living()])
     write(
         folder / "killed",
         lines(),
-        records=[{**LIVING, "started": moment(900), "told": moment(800)}],
+        records=[living(started=moment(900), told=moment(800))],
     )
     (folder / "exports").mkdir()
     (folder / "notes.txt").touch()
@@ -78,7 +81,7 @@ def test_json_says_how_each_run_is(runs, capsys):
     assert done["attempts"] == 2
     assert done["max_steps"] == 40
     assert done["eta_s"] is killed["eta_s"] is None
-    assert done["since_s"] == pytest.approx(NOW_S - 570, abs=1)
+    assert done["since_s"] == pytest.approx(time.time() - 570, abs=30)
 
 
 def test_the_table_says_the_same_once(runs, capsys):
@@ -88,14 +91,14 @@ def test_the_table_says_the_same_once(runs, capsys):
     assert head.split()[:3] == ["run", "state", "step"]
     assert alive.split()[1:5] == ["running", "40/200", "20", "%"]
     assert "2 min 40 s" in alive
-    assert "silent 13 min ago" in killed
+    assert re.search("silent 1[34] min ago", killed)
     assert "finished" in done
     assert "accuracy 0.8" in done
     assert "█" in done
 
 
 def test_names_of_runs_cannot_move_the_cursor(tmp_path, capsys):
-    write(tmp_path / "a\x1b[2Jb", lines(), records=[FIRST])
+    write(tmp_path / "a\x1b[2Jb", lines(), records=[first()])
     _, out, _ = shown(capsys, tmp_path)
     assert "\x1b" not in out
     assert "a\\x1b[2Jb" in out
@@ -143,7 +146,7 @@ def test_a_run_that_is_over_is_not_read_again_until_it_goes_on(runs, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr(jsonl, "newest", lambda store: pytest.fail("it was read"))
         assert board.look(url, HERE, before) is before
-    write(runs / "done", lines(), records=[FIRST, SECOND, LIVING])
+    write(runs / "done", lines(), records=[first(), second(), living()])
     assert board.look(url, HERE, before).state == "running"
 
 
@@ -247,6 +250,6 @@ def test_a_narrow_terminal_shows_fewer_columns_on_one_line_each(width):
     screen.print(top._table([row], width))
     head, *below = screen.file.getvalue().rstrip().splitlines()
     assert len(below) == 1
-    assert "silent 13 min ago" in below[0]
+    assert re.search("silent 1[34] min ago", below[0])
     assert "…" not in below[0]
     assert ("evaluation" in head) == (width >= 75)

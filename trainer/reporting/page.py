@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 
-from trainer.reporting import charts, figures, samples, sections, settings
+from trainer.reporting import attempts, charts, figures, samples, sections, settings
 from trainer.reporting.charts import Axis, Chart
 from trainer.reporting.facts import Facts
 from trainer.reporting.markup import Html, joined, tag
@@ -19,7 +19,7 @@ def single(run: Facts) -> str:
     parts = [
         ("curves", "Curves", _charts(figures.measures(run), axis, _NO_FIGURES)),
         ("pace", "Learning rate and pace", _charts(figures.machine(run), axis, _NO_FIGURES)),
-        ("attempts", "Attempts", sections.attempts(run)),
+        ("attempts", "Attempts", attempts.draw(run)),
         ("checkpoints", "Checkpoints", sections.checkpoints(run)),
         ("samples", "Samples", samples.draw(run)),
         ("configuration", "Configuration", settings.table(run)),

@@ -110,6 +110,11 @@ def number(value: float | None, digits: int = 4) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def whole(value: object) -> str:
+    """Return a whole number as a person reads it."""
+    return f"{value:,}" if type(value) is int else "–"
+
+
 def duration(seconds: float | None) -> str:
     """Return seconds as a person reads them: 0.2 ms, 12.3 s, 4 min 5 s, 3 h 20 min, 2 d 4 h."""
     if seconds is None or not math.isfinite(seconds):

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.checkpoint.places import Found
-from trainer.reporting import figures, timeline
+from trainer.reporting import figures
 from trainer.reporting.curves import is_number, points
 from trainer.reporting.facts import Facts
 from trainer.reporting.markup import Html, joined, listing, tag
-from trainer.reporting.scales import duration, number, quantity
+from trainer.reporting.scales import duration, number, quantity, whole
 from trainer.terminal import age, iso, size
 
 _KNOWN = frozenset(
@@ -52,7 +52,7 @@ def tiles(run: Facts) -> Html:
     took_s = good.starting_s + good.training_s
     shown = [
         _tile("step", number(run.step), _of(run.step, run.max_steps), share=_share(run)),
-        _tile("epoch", _plain(newest.get("epoch")), f"{_plain(newest.get('samples'))} samples"),
+        _tile("epoch", whole(newest.get("epoch")), f"{whole(newest.get('samples'))} samples"),
     ]
     if best is not None:
         shown.append(_tile(f"best {best.metric}", number(best.value), f"at step {best.step:,}"))
@@ -75,10 +75,6 @@ def tiles(run: Facts) -> Html:
     return tag("div", *shown, class_="tiles")
 
 
-def _plain(value: object) -> str:
-    return f"{value:,}" if type(value) is int else "–"
-
-
 def _of(step: int, most: int | None) -> str:
     return "" if most is None else f"of {most:,}"
 
@@ -93,77 +89,6 @@ def _tile(name: str, value: str, more: str, share: float | None = None) -> Html:
         bar = tag("i", tag("i", style=f"width:{100 * share:.2f}%"), class_="meter")
     head = tag("span", name, class_="what")
     return tag("div", head, tag("b", value), bar, tag("small", more), class_="tile")
-
-
-# --- attempts ----------------------------------------------------------------------------------
-
-
-def attempts(run: Facts) -> Html:
-    """Return the time line, and a table of the attempts."""
-    spans = timeline.spans(run)
-    took_s = {span.record["attempt"]: span.end_s - span.begin_s for span in spans}
-    rows = [
-        _attempt(run, record, duration(took_s.get(record["attempt"])))
-        for record in reversed(run.records)
-    ]
-    titles = ["", "began (UTC)", "where", "steps", "took", "how it ended"]
-    summary = _saving(run)
-    table = listing(titles, rows, numbers=(0, 4), plain=(1, 3), class_="attempts") if rows else None
-    return joined([timeline.draw(run, spans), summary, table])
-
-
-def _attempt(run: Facts, record: Mapping[str, Any], took: str) -> list[object]:
-    is_newest = record is run.records[-1]
-    state = run.standing.state if is_newest else timeline.outcome(record)
-    ranks, device = record.get("world_size"), record.get("device")
-    where = f"{record.get('host', '?')}, {ranks} × {device}" if ranks else record.get("host", "?")
-    last = run.step if is_newest else _last_step(run, record)
-    began = str(record.get("started", "")).removesuffix("+00:00").replace("T", " ")
-    changed = record.get("changed")
-    lines = [str(one) for one in changed] if isinstance(changed, list) else []
-    how = [tag("span", state, class_=f"pill {state}"), " ", _reason(run, record, is_newest)]
-    if lines:
-        how.append(tag("div", "changed: ", joined((tag("code", one) for one in lines), ", ")))
-    steps = f"{_plain(record.get('first_step'))} … {_plain(last)}"
-    return [record.get("attempt"), began, where, steps, took, joined(how)]
-
-
-def _last_step(run: Facts, record: Mapping[str, Any]) -> int | None:
-    """Return the last step that is known of an attempt: told, or gone on from."""
-    known = [record.get("last_step")]
-    for later in run.records:
-        origin = later.get("resumed_from")
-        if isinstance(origin, Mapping) and origin.get("attempt") == record.get("attempt"):
-            known.append(origin.get("step"))
-    return max((step for step in known if type(step) is int), default=None)
-
-
-def _reason(run: Facts, record: Mapping[str, Any], is_newest: bool) -> str:
-    if is_newest and "ended" not in record:
-        return run.standing.why
-    if "ended" not in record:
-        return "without a word: SIGKILL, lack of memory or of power"
-    return str(record.get("error") or record.get("reason") or "")
-
-
-def _saving(run: Facts) -> Html | None:
-    """Return what saves took, where the run has noted it."""
-    parts = []
-    for key, name in (("save_s", "a save took"), ("stall_s", "training stood still for")):
-        found = sorted(float(save[key]) for save in run.saves if is_number(save.get(key)))
-        if found:
-            middle, most = found[len(found) // 2], found[-1]
-            parts.append(f"{name} {duration(middle)} (median; longest {duration(most)})")
-    speeds = sorted(
-        save["bytes"] / save["save_s"]
-        for save in run.saves
-        if is_number(save.get("bytes")) and is_number(save.get("save_s")) and save["save_s"] > 0
-    )
-    if speeds:
-        parts.append(f"{size(speeds[len(speeds) // 2])}/s")
-    if not parts:
-        return None
-    return tag("p", f"{len(run.saves):,} saves: " + "; ".join(parts) + ".", class_="hint")
 
 
 # --- system ------------------------------------------------------------------------------------

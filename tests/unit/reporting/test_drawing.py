@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from trainer.reporting import charts, curves, scales
 from trainer.reporting.charts import Axis, Chart
+from trainer.reporting.clock import Clock
 from trainer.reporting.curves import Curve
 from trainer.reporting.markup import Html, data, escaped, tag
 from trainer.reporting.scales import SIZE, Scale, fitting
-from trainer.reporting.timeline import Clock
 
 ANY = st.floats(allow_nan=False, allow_infinity=False)
 SANE = st.floats(-1e6, 1e6)

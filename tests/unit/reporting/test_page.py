@@ -4,16 +4,17 @@ import base64
 import json
 import shutil
 import struct
+import time
 import zlib
 
 import pytest
-from handmade import CONFIG, FIRST, NOW_S, SECOND, hostile_run, lines, moment, write
+from handmade import CONFIG, first, hostile_run, lines, moment, second, write
 from pages import charts, curve, parsed, tiles
 
 from trainer import report, reporting
 from trainer.checkpoint import lineage
 from trainer.errors import ConfigError
-from trainer.reporting import facts, settings, timeline
+from trainer.reporting import clock, facts, settings
 from trainer.storage import LocalStore
 from trainer.tracking.jsonl import FILE_NAME
 
@@ -21,7 +22,7 @@ from trainer.tracking.jsonl import FILE_NAME
 @pytest.fixture
 def run(tmp_path):
     """Two attempts, 40 steps, finished; nothing of it was ever a checkpoint."""
-    return write(tmp_path / "run", lines(), records=[FIRST, SECOND])
+    return write(tmp_path / "run", lines(), records=[first(), second()])
 
 
 def page_of(folder, *more):
@@ -80,8 +81,8 @@ def test_what_other_parts_note_is_drawn_when_it_is_there(run):
         for line in lines()
     ]  # fmt: skip
     write(run, extended)
-    saves = [{"step": s, "time": NOW_S - 990 + s, "save_s": 2.0, "stall_s": 0.01, "bytes": 4e9}
-             for s in (10, 20)]  # fmt: skip
+    took = {"save_s": 2.0, "stall_s": 0.01, "bytes": 4e9}
+    saves = [{"step": s, "time": time.time() - 990 + s, **took} for s in (10, 20)]
     (run / "saves.jsonl").write_text("".join(json.dumps(one) + "\n" for one in saves) + "{\n")
     page = page_of(run)
     found = charts(page)
@@ -124,14 +125,15 @@ def test_damaged_lines_are_skipped_and_counted_wherever_they_are(run):
     assert len(curve(charts(page)["Loss"], "training")) == 40
 
 
-@pytest.mark.parametrize("records", [[], [{"started": moment(5), "host": "n1"}]])
-def test_a_run_without_figures_is_a_page(tmp_path, records):
+@pytest.mark.parametrize("attempts", [0, 1])
+def test_a_run_without_figures_is_a_page(tmp_path, attempts):
+    records = [{"started": moment(5), "host": "n1"}] * attempts
     page = page_of(write(tmp_path / "run", config=None, records=records))
     assert "There are no figures yet" in page.text
     assert "There is no checkpoint." in page.text
     assert "no config.yaml" in page.text
     assert "This run has left no samples" in page.text
-    assert page.all("span", "pill")[0].text == ("starting" if records else "unknown")
+    assert page.all("span", "pill")[0].text == ("starting" if attempts else "unknown")
 
 
 def test_what_cannot_be_read_is_said_and_the_rest_is_shown(run):
@@ -145,13 +147,14 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_shown(run):
 
 
 @pytest.mark.parametrize(("newest", "state", "text"), [
-    ({"told": moment(10), "first_step": 0}, "running", "heard of"),
-    ({"told": moment(500), "first_step": 0}, "silent", "killed without a word, or it hangs"),
-    ({"ended": moment(100), "outcome": "preempted", "reason": "SIGUSR1"}, "stopped", "SIGUSR1"),
-    ({"ended": moment(100), "outcome": "error", "error": "ValueError: x"}, "died", "ValueError: x"),
+    ({"told": 10, "first_step": 0}, "running", "heard of"),
+    ({"told": 500, "first_step": 0}, "silent", "killed without a word, or it hangs"),
+    ({"ended": 100, "outcome": "preempted", "reason": "SIGUSR1"}, "stopped", "SIGUSR1"),
+    ({"ended": 100, "outcome": "error", "error": "ValueError: x"}, "died", "ValueError: x"),
 ])  # fmt: skip
 def test_how_the_run_is_stands_at_the_head(tmp_path, newest, state, text):
-    record = {"started": moment(600), "host": "n1", **newest}
+    ago = {key: moment(value) for key, value in newest.items() if key in ("told", "ended")}
+    record = {"started": moment(600), "host": "n1", **newest, **ago}
     page = page_of(write(tmp_path / "run", lines(began_s=600), records=[record]))
     assert page.all("h1")[0].text == f"mine {state}"
     assert text in page.all("p", "since")[0].text
@@ -160,10 +163,11 @@ def test_how_the_run_is_stands_at_the_head(tmp_path, newest, state, text):
 
 def test_an_attempt_without_a_word_of_its_end_lived_as_long_as_its_lines(tmp_path):
     silent = {"started": moment(1000), "first_step": 0, "told": moment(998)}
-    folder = write(tmp_path / "run", lines(), records=[silent, SECOND])
-    first, second = timeline.spans(facts.gather(str(folder), reporting.ObjectStore()))
-    assert first.end_s == pytest.approx(NOW_S - 1000 + 40)
-    assert second.has_ended
+    folder = write(tmp_path / "run", lines(), records=[silent, second()])
+    run = facts.gather(str(folder), reporting.ObjectStore())
+    killed, finished = clock.spans(run)
+    assert killed.end_s == run.lines[-1]["time"]
+    assert finished.has_ended
     assert "without a word" in page_of(folder).all("table", "attempts")[0].text
 
 
@@ -277,7 +281,7 @@ def test_runs_are_compared(run, tmp_path):
     for line in slow:
         line["accuracy"] = line["accuracy"] / 2
     config = {**CONFIG, "name": "slow", "optimizer": {"lr": 0.2}}
-    other = write(tmp_path / "other", slow, config, [FIRST])
+    other = write(tmp_path / "other", slow, config, [first()])
     page = page_of(run, other)
     found = charts(page)
     assert [one["name"] for one in found["Loss, evaluation"]["curves"]] == ["mine", "slow"]
