@@ -122,7 +122,7 @@ def duration(seconds: float | None) -> str:
     if seconds < 0.1:
         return f"{number(1000 * seconds, 3)} ms"
     if seconds < 60:
-        return f"{number(round(seconds, 1))} s"
+        return f"{number(round(seconds, 1 if seconds >= 10 else 2))} s"
     for unit, length, smaller, part in (
         ("d", 86400, "h", 3600),
         ("h", 3600, "min", 60),

@@ -104,16 +104,20 @@ def system(run: Facts) -> Html:
             facts.setdefault(key, []).append(value)
     rows = []
     for key, values in facts.items():
-        counts = Counter(map(str, values))
-        newest = quantity(key, values[-1]) if _is_measured(key, values[-1]) else str(values[-1])
-        others = [text for text in counts if text != str(values[-1])]
+        counts = Counter(_fact(key, value) for value in values)
+        newest = _fact(key, values[-1])
+        others = [text for text in counts if text != newest]
         more = tag("span", "earlier: " + ", ".join(others), class_="before") if others else None
         rows.append([key.replace("_", " "), joined([newest, more])])
     return listing(["", f"attempt {run.records[-1].get('attempt')}"], rows, class_="facts")
 
 
-def _is_measured(key: str, value: object) -> bool:
-    return is_number(value) and key.endswith(("_s", "_bytes"))
+def _fact(key: str, value: Any) -> str:
+    """Return a fact with its unit; of one that each rank has of its own, the largest."""
+    if isinstance(value, list) and value and all(map(is_number, value)):
+        return f"{_fact(key, max(value))} (the largest of {len(value):,})"
+    is_measured = is_number(value) and key.endswith(("_s", "_bytes"))
+    return quantity(key, value) if is_measured else str(value)
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:

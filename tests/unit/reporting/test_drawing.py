@@ -70,7 +70,7 @@ def test_a_number_says_four_digits_of_itself(value):
 
 
 @pytest.mark.parametrize(("seconds", "text"), [
-    (0.00024, "0.24 ms"), (0.5, "0.5 s"), (12.34, "12.3 s"), (245, "4 min 5 s"),
+    (0.00024, "0.24 ms"), (0.5, "0.5 s"), (0.15, "0.15 s"), (12.34, "12.3 s"), (245, "4 min 5 s"),
     (12000, "3 h 20 min"), (187200, "2 d 4 h"), (3600, "1 h"), (None, "–"),
 ])  # fmt: skip
 def test_times_are_told_in_two_units(seconds, text):

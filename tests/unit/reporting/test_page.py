@@ -80,7 +80,7 @@ def test_what_other_parts_note_is_drawn_when_it_is_there(run):
         if line["split"] == "train" else line
         for line in lines()
     ]  # fmt: skip
-    write(run, extended)
+    write(run, extended, records=[first(), second(peak_bytes=[2e9, 3e9])])
     took = {"save_s": 2.0, "stall_s": 0.01, "bytes": 4e9}
     saves = [{"step": s, "time": time.time() - 990 + s, **took} for s in (10, 20)]
     (run / "saves.jsonl").write_text("".join(json.dumps(one) + "\n" for one in saves) + "{\n")
@@ -93,6 +93,7 @@ def test_what_other_parts_note_is_drawn_when_it_is_there(run):
     assert {"Tokens per second", "Peak memory", "Skipped"} <= set(found)
     assert "a save took 2 s (median; longest 2 s)" in page.text
     assert "2 GB/s" in page.text
+    assert "peak bytes3 GB (the largest of 2)" in page.text
     assert "1 damaged line was skipped in saves.jsonl" in page.text
     assert len(page.all("i", "save")) == 2
 
