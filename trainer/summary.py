@@ -71,12 +71,14 @@ def _length(run: Run, job: loop.Job) -> str:
     limit = f", or {run.trainer.max_time} an attempt" if run.trainer.max_time else ""
     stale = f", or {run.trainer.patience_evals} evaluations without a better one"
     if per_epoch is None:
-        of_stream = f" or {count(job.max_epochs, 'epoch')} of the stream" if job.max_epochs else ""
+        of_epochs = f" or {count(job.max_epochs, 'epoch')} of the stream" if job.max_epochs else ""
+    elif job.max_steps < per_epoch:
+        of_epochs = f", less than an epoch of {per_epoch:,}"
     else:
         noun = "epoch" if job.max_steps == per_epoch else "epochs"
-        of_stream = f" = {job.max_steps / per_epoch:.4g} {noun} of {per_epoch:,}"
+        of_epochs = f" = {job.max_steps / per_epoch:.4g} {noun} of {per_epoch:,}"
     return (
-        f"{count(job.max_steps, 'step')}{of_stream}{limit}"
+        f"{count(job.max_steps, 'step')}{of_epochs}{limit}"
         f"{stale if run.trainer.patience_evals else ''}"
     )
 

@@ -62,6 +62,7 @@ def test_how_often_it_is_saved_and_what_is_kept(checkpoint, text):
 
 def test_the_length_has_all_that_can_end_it():
     assert shown(a_job(max_steps=5))[4] == "  length      5 steps = 1 epoch of 5"
+    assert shown(a_job(max_steps=2))[4] == "  length      2 steps, less than an epoch of 5"
     lines = shown(a_job(max_steps=12), max_time="1:00:00", patience_evals=4)
     assert lines[4] == (
         "  length      12 steps = 2.4 epochs of 5, or 1:00:00 an attempt, or 4 evaluations without "
