@@ -20,7 +20,7 @@ class Digits:
     """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0, size: int = 8) -> None:
-        self._mean, self._std, self._size = mean, std, size
+        self.mean, self.std, self._size = mean, std, size
 
     @cached_property
     def _all(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,7 +30,7 @@ class Digits:
         scaled = torch.from_numpy(images).float().div_(16).reshape(-1, 1, 8, 8)
         if self._size != 8:
             scaled = F.interpolate(scaled, size=(self._size, self._size), mode="bilinear")
-        scaled = scaled.sub_(self._mean).div_(self._std)
+        scaled = scaled.sub_(self.mean).div_(self.std)
         return scaled, torch.from_numpy(labels).long()
 
     @cached_property

@@ -72,7 +72,7 @@ class Sampler:
         try:
             return build.build_data(self._run)
         except PerdureError as error:
-            self._why_not = str(error).splitlines()[0]
+            self._why_not = str(error).splitlines()[0].partition(". ")[0]
             return None
 
     def _shown(self, count: int) -> Call | None:
