@@ -1,100 +1,101 @@
-"""Our loop against a hand-written one: the same data, order and mathematics, in turn, in one run.
+"""Our loop against hand-written ones: the same data, order and mathematics, in turn, in one run.
 
-python scripts/bench_loop.py [--rounds 5] [--epochs 4] [--threads 1] [--data DIR]
+python scripts/bench_loop.py [--case mlp|cnn_ddp|gpt] [--rounds 5] [--steps N] [--threads 1]
+                             [--data DIR]
 
-Prints steps per second of both, their ratio, microseconds added per step, and the time from the
-start of the process to the end of the first optimizer step. The final weights of both must be
-equal bit for bit, or the comparison means nothing. DIR holds Fashion-MNIST's IDX files (Debian:
-dataset-fashion-mnist); both loops read the same bytes.
+Prints steps per second of both, their ratio and microseconds added per step; for mlp also the time
+from the start of the process to the end of the first optimizer step. The final weights of both must
+be equal bit for bit, or the comparison means nothing. DIR holds Fashion-MNIST's IDX files (Debian:
+dataset-fashion-mnist); the text is the source of Python's library. Both loops read the same bytes.
 """
 
 import argparse
-import hashlib
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-BATCH = 128
-LR = 0.05
-MEAN, STD = 0.2860, 0.3530
-WARM_UP_STEPS = 200
-LOG_EVERY = 50
+from bare_loops import MEAN, STD, digest
+
+RIVAL = Path(__file__).with_name("bare_loops.py")
 
 
-def bare(arguments: argparse.Namespace) -> None:
-    """The rival: what a person writes without any framework. Imports nothing of ours."""
-    import gzip
+@dataclass(frozen=True)
+class Case:
+    """What is trained, for how many steps, and how near to the bare loop we want to be."""
 
-    import numpy as np
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
-
-    torch.set_num_threads(arguments.threads)
-    folder = Path(arguments.data)
-    raw = gzip.decompress((folder / "train-images-idx3-ubyte.gz").read_bytes())
-    images = np.frombuffer(bytearray(raw), np.uint8, offset=16).reshape(-1, 1, 28, 28)
-    raw = gzip.decompress((folder / "train-labels-idx1-ubyte.gz").read_bytes())
-    labels = torch.from_numpy(np.frombuffer(bytearray(raw), np.uint8, offset=8)).long()
-    inputs = torch.from_numpy(images).float().div_(255).sub_(MEAN).div_(STD)
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(784, 128), nn.ReLU(),
-        nn.Linear(128, 64), nn.ReLU(),
-        nn.Linear(64, 10),
-    )  # fmt: skip
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
-    step, per_epoch = 0, len(labels) // BATCH
-    for seed in json.loads(arguments.order_seeds):
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-        for batch in range(per_epoch):
-            chosen = order[batch * BATCH : (batch + 1) * BATCH]
-            loss = F.cross_entropy(model(inputs[chosen]), labels[chosen])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            if step == 1:
-                first = time.time()
-            elif step == WARM_UP_STEPS:
-                begun = time.time()
-            if step == arguments.max_steps:
-                break
-    ended = time.time()
-    result = {"first": first, "weights": _digest(model.state_dict())}
-    if step > WARM_UP_STEPS:
-        result["steps_per_s"] = (step - WARM_UP_STEPS) / (ended - begun)
-    print(json.dumps(result))
+    name: str
+    settings: tuple[str, ...]
+    target: float
+    steps: int
+    warm_up_steps: int
+    log_every: int
+    """Divides `steps` and `warm_up_steps`: our times are those of the lines in metrics.jsonl."""
+    batch: int
+    lr: float
+    ranks: int = 1
+    accumulate: int = 1
+    context: int = 128
+    times_start: bool = False
 
 
-def run_bare(arguments: argparse.Namespace, max_steps: int, seeds: list[int]) -> dict:
-    """Run the rival in a process of its own."""
-    command = [sys.executable, __file__, "--bare", "--data", arguments.data]
-    command += ["--threads", str(arguments.threads), "--order-seeds", json.dumps(seeds)]
+CASES = {
+    case.name: case
+    for case in (
+        Case("mlp", ("data=mnist", "model=mlp", "optimizer=sgd"), 0.97, steps=1850,
+             warm_up_steps=200, log_every=50, batch=128, lr=0.05, times_start=True),
+        Case("cnn_ddp", ("data=mnist", "model=cnn", "optimizer=sgd"), 0.98, steps=150,
+             warm_up_steps=25, log_every=25, batch=128, lr=0.05, ranks=2),
+        Case("gpt", ("data=text", "task=language_model", "model=gpt", "optimizer=adamw",
+                     "sample.shape=[128]", "trainer.clip_norm=1.0"), 0.99, steps=25,
+             warm_up_steps=5, log_every=5, batch=8, lr=0.001, accumulate=4),
+    )
+}  # fmt: skip
+
+
+def run_bare(case: Case, arguments: argparse.Namespace) -> dict:
+    """Run the rival in processes of its own."""
+    from trainer.rng import derive
+
+    given = {
+        "case": case.name, "steps": case.steps, "warm_up_steps": case.warm_up_steps,
+        "batch": case.batch, "lr": case.lr, "accumulate": case.accumulate,
+        "context": case.context, "threads": arguments.threads, "data": arguments.data,
+        "text": arguments.text, "order_seeds": [derive("order", 0, n) for n in range(4)],
+        "rank_seeds": [derive("rank", 0, 0, rank) for rank in range(case.ranks)],
+    }  # fmt: skip
+    launcher = [] if case.ranks == 1 else [
+        "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"
+    ]  # fmt: skip
     began = time.time()
     done = subprocess.run(
-        [*command, "--max-steps", str(max_steps)], check=True, capture_output=True, text=True
-    )
+        [sys.executable, *launcher, str(RIVAL), json.dumps(given)],
+        check=True, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(arguments.threads)},
+    )  # fmt: skip
     result = json.loads(done.stdout)
     return {**result, "start_s": result["first"] - began}
 
 
-def run_ours(arguments: argparse.Namespace, max_steps: int, folder: str) -> dict:
-    """Run `python -m trainer.run` in a process of its own and read its records."""
+def run_ours(case: Case, arguments: argparse.Namespace, folder: str) -> dict:
+    """Run `python -m trainer.run` in processes of its own and read its records."""
     run_dir = Path(tempfile.mkdtemp(dir=folder)) / "run"
-    log_every = LOG_EVERY if max_steps > 1 else 1
+    own = [f"data.dir={arguments.text}"] if case.name == "gpt" else [
+        f"data.dir={arguments.data}", f"data.mean={MEAN}", f"data.std={STD}"
+    ]  # fmt: skip
     settings = [
-        "data=mnist", f"data.dir={arguments.data}", f"data.mean={MEAN}", f"data.std={STD}",
-        "model=mlp", "optimizer=sgd", f"optimizer.lr={LR}", f"run_dir={run_dir}",
-        f"trainer.global_batch_size={BATCH}", f"trainer.max_steps={max_steps}",
-        "trainer.max_epochs=null", f"trainer.log_every_steps={log_every}",
+        *case.settings, *own, f"optimizer.lr={case.lr}", f"run_dir={run_dir}",
+        f"trainer.global_batch_size={case.batch}", f"trainer.accumulate={case.accumulate}",
+        f"trainer.max_steps={case.steps}", "trainer.max_epochs=null",
+        f"trainer.log_every_steps={min(case.log_every, case.steps)}",
         "trainer.eval_every_epochs=null", "checkpoint.every_epochs=null",
-        f"launch.threads={arguments.threads}", "tracker.console.every_s=0.001",
+        f"launch.nproc={case.ranks}", f"launch.threads={arguments.threads}",
+        "tracker.console.every_s=0.001",
     ]  # fmt: skip
     began = time.time()
     subprocess.run(
@@ -104,69 +105,81 @@ def run_ours(arguments: argparse.Namespace, max_steps: int, folder: str) -> dict
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     times = {line["step"]: line["time"] for line in lines if line["split"] == "train"}
     result = {"start_s": min(times.values()) - began, "weights": _our_weights(run_dir)}
-    if max_steps > 1:
-        last = max(times)
-        result["steps_per_s"] = (last - WARM_UP_STEPS) / (times[last] - times[WARM_UP_STEPS])
+    if case.steps > case.warm_up_steps:
+        counted = case.steps - case.warm_up_steps
+        result["steps_per_s"] = counted / (times[case.steps] - times[case.warm_up_steps])
     return result
 
 
 def _our_weights(run_dir: Path) -> str:
     from trainer.export.source import open_source
 
-    return _digest(open_source(str(run_dir), "latest").weights())
+    return digest(open_source(str(run_dir), "latest").weights())
 
 
-def _digest(weights: dict) -> str:
-    tensors = [weights[name].numpy().tobytes() for name in sorted(weights)]
-    return hashlib.sha256(b"".join(tensors)).hexdigest()
+def prepare_text(folder: str) -> None:
+    """Cut the source of Python's library into tokens, once for both."""
+    subprocess.run(
+        [sys.executable, "-m", "trainer.prepare", "data=text", f"data.dir={folder}"],
+        check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def measure(case: Case, arguments: argparse.Namespace, folder: str) -> bool:
+    """Measure in turn, and print; return whether the final weights were equal each time."""
+    pairs, starts = [], []
+    began = time.time()
+    for number in range(arguments.rounds):
+        bare, ours = run_bare(case, arguments), run_ours(case, arguments, folder)
+        if ours["weights"] != bare["weights"]:
+            print(f"{case.name}: the final weights differ: not the same mathematics")
+            return False
+        pairs.append((ours["steps_per_s"], bare["steps_per_s"]))
+        print(f"  round {number + 1}  {pairs[-1][0] / pairs[-1][1]:.3f}", file=sys.stderr)
+        if case.times_start:
+            one = replace(case, steps=1)
+            starts.append(
+                (run_ours(one, arguments, folder)["start_s"], run_bare(one, arguments)["start_s"])
+            )
+    rate, bare_rate = (statistics.median(values) for values in zip(*pairs, strict=True))
+    ratios = [ours / theirs for ours, theirs in pairs]
+    print(f"{case.name}: final weights equal in all {len(pairs)} rounds of {case.steps:,} steps")
+    print(f"  bare loop      {bare_rate:9.2f} steps/s")
+    print(f"  trainer.run    {rate:9.2f} steps/s")
+    print(
+        f"  ratio          {statistics.median(ratios):9.3f}  (median of pairs; "
+        f"{min(ratios):.3f} to {max(ratios):.3f})   target >= {case.target}"
+    )
+    print(f"  added          {1e6 / rate - 1e6 / bare_rate:9.0f} µs a step")
+    if starts:
+        start, bare_start = (statistics.median(values) for values in zip(*starts, strict=True))
+        print(
+            f"  first step after {start:7.2f} s, bare {bare_start:.2f} s, ratio "
+            f"{start / bare_start:.2f}   target <= 1.3"
+        )
+    print(f"  measured in    {time.time() - began:9.0f} s", flush=True)
+    return True
 
 
 def main() -> int:
-    """Measure, in turn, and print."""
+    """Measure one case, or each after the other."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=list(CASES), help="default: each")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, help="default: enough for a figure")
+    parser.add_argument("--threads", type=int, default=1, help="of each rank")
     parser.add_argument("--data", default="/usr/share/datasets/fashion-mnist")
-    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--max-steps", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--order-seeds", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.bare:
-        bare(arguments)
-        return 0
-    from trainer.rng import derive
-
-    seeds = [derive("order", 0, epoch) for epoch in range(arguments.epochs)]
-    steps = 60_000 // BATCH * arguments.epochs // LOG_EVERY * LOG_EVERY
-    rates: dict[str, list[float]] = {"ours": [], "bare": []}
-    starts: dict[str, list[float]] = {"ours": [], "bare": []}
+    cases = [CASES[arguments.case]] if arguments.case else list(CASES.values())
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(arguments.rounds):
-            theirs = run_bare(arguments, steps, seeds)
-            ours = run_ours(arguments, steps, folder)
-            if ours["weights"] != theirs["weights"]:
-                print("the final weights differ: not the same mathematics", file=sys.stderr)
+        arguments.text = f"{folder}/text"
+        if CASES["gpt"] in cases:
+            prepare_text(arguments.text)
+        for case in cases:
+            steps = arguments.steps or case.steps
+            chosen = replace(case, steps=max(steps, case.warm_up_steps + case.log_every))
+            if not measure(chosen, arguments, folder):
                 return 1
-            rates["ours"].append(ours["steps_per_s"])
-            rates["bare"].append(theirs["steps_per_s"])
-            starts["bare"].append(run_bare(arguments, 1, seeds)["start_s"])
-            starts["ours"].append(run_ours(arguments, 1, folder)["start_s"])
-    rate = {name: statistics.median(values) for name, values in rates.items()}
-    start = {name: statistics.median(values) for name, values in starts.items()}
-    spread = [ours / theirs for ours, theirs in zip(rates["ours"], rates["bare"], strict=True)]
-    print(f"final weights equal in all {arguments.rounds} rounds of {steps:,} steps")
-    print(f"bare loop        {rate['bare']:8.1f} steps/s")
-    print(f"python -m trainer.run {rate['ours']:3.1f} steps/s")
-    print(
-        f"ratio            {statistics.median(spread):8.3f}  (median of pairs; "
-        f"{min(spread):.3f} to {max(spread):.3f})   target >= 0.97"
-    )
-    print(f"added            {1e6 / rate['ours'] - 1e6 / rate['bare']:8.1f} µs a step")
-    print(
-        f"first step after {start['ours']:8.2f} s, bare {start['bare']:.2f} s, ratio "
-        f"{start['ours'] / start['bare']:.2f}   target <= 1.3"
-    )
     return 0
 
 
