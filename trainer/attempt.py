@@ -603,11 +603,12 @@ def finished_text(run: Run, step: int) -> str:
 
 
 def _next_steps(run: Run, step: int) -> list[str]:
-    epochs = run.trainer.max_epochs
-    further = f"trainer.max_epochs={2 * epochs}" if epochs else f"trainer.max_steps={2 * step}"
+    limits = run.trainer
+    by_steps = limits.max_epochs is None or (limits.max_steps or step + 1) <= step
+    further = f"max_steps={2 * step}" if by_steps else f"max_epochs={2 * (limits.max_epochs or 0)}"
     return [
         f"  the run   {run.run_dir}",
-        f"  go on     the same command with {further}",
+        f"  go on     the same command with trainer.{further}",
         *([f"  mirror    {run.checkpoint.mirror}"] if run.checkpoint.mirror else []),
         f"  look      {run.run_dir}/metrics.jsonl",
         f"  export    python -m trainer.export {run.run_dir} format=safetensors",

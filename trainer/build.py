@@ -328,6 +328,11 @@ def build_data(run: Run) -> DataSource:
             f"data: {run.data['_target_']} gives training data without a length; a dataset needs "
             "__len__ and __getitem__, a stream an __iter__ that begins anew for each epoch"
         )
+    if is_stream(source.eval):
+        raise DataError(
+            f"data: {run.data['_target_']} gives a stream to evaluate on; that data needs __len__ "
+            "and __getitem__, since every sample is measured once whatever the number of ranks"
+        )
     return source
 
 
@@ -345,11 +350,6 @@ def _check_stream(run: Run, source: DataSource) -> None:
         raise ConfigError(
             f"{what}, so {' and '.join(words)} cannot be counted; give numbers, or a schedule by "
             "total_steps"
-        )
-    if source.eval is not None and (is_stream(source.eval) or not hasattr(source.eval, "__len__")):
-        raise DataError(
-            f"data: {run.data['_target_']} gives a stream to evaluate on; that data needs __len__ "
-            "and __getitem__, since every sample is measured once whatever the number of ranks"
         )
 
 

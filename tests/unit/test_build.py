@@ -76,6 +76,12 @@ PACKAGE = {
             return width, depth
 
 
+        def drawn():
+            import torch
+
+            return torch.rand(6).tolist()
+
+
         def buggy(width: int):
             return {}["a bug"]
     ''',
@@ -468,6 +474,44 @@ def test_a_model_that_is_no_module_is_refused(package):
 def test_data_without_a_length_is_refused(package):
     with pytest.raises(DataError, match="without a length"):
         build.build_data(a_run(data={"_target_": "builtins.iter", "_args_": [[1]]}))
+
+
+def a_stream(**settings):
+    data = {"_target_": "torch.utils.data.DataLoader", "dataset": [1, 2, 3]}
+    return a_run(data=data, **settings)
+
+
+def test_a_stream_needs_to_be_told_where_the_run_ends():
+    with pytest.raises(ConfigError, match=r"gives a stream, .* set trainer\.max_steps"):
+        build.build_data(a_stream())
+    job = make_job(a_stream(trainer=Trainer(max_steps=7, max_epochs=2, global_batch_size=1)))
+    assert (job.max_steps, job.max_epochs, job.data.steps_per_epoch) == (7, 2, None)
+    assert make_job(a_run(trainer=Trainer(max_epochs=2, global_batch_size=5))).max_epochs is None
+
+
+@pytest.mark.parametrize("word", ["total_epochs", "steps_per_epoch"])
+def test_words_that_count_the_epochs_of_a_stream_are_refused(word):
+    scheduler = {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": word}
+    with pytest.raises(ConfigError, match=rf"scheduler\.step_size={word} cannot be counted"):
+        build.build_data(a_stream(scheduler=scheduler, trainer=Trainer(max_steps=7)))
+    scheduler["step_size"] = "total_steps"
+    build.build_data(a_stream(scheduler=scheduler, trainer=Trainer(max_steps=7)))
+
+
+def test_a_stream_to_evaluate_on_is_refused():
+    part = {"_target_": "torch.utils.data.DataLoader", "dataset": [1, 2, 3]}
+    data = {"_target_": "trainer.data.source.Datasets", "train": [1], "eval": part}
+    for train in ([1, 2], part):
+        with pytest.raises(DataError, match="gives a stream to evaluate on"):
+            build.build_data(a_run(data={**data, "train": train}, trainer=Trainer(max_steps=7)))
+
+
+def test_what_the_data_draws_when_it_is_made_is_a_function_of_the_seed(package):
+    run = a_run(data={"_target_": f"{package}.nets.drawn"})
+    first = build.build_data(run).train
+    torch.manual_seed(5)
+    assert build.build_data(run).train == first
+    assert build.build_data(a_run(data=run.data, seed=1)).train != first
 
 
 def test_a_shape_that_is_not_the_datas_is_refused_with_the_right_one():

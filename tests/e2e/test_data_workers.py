@@ -1,0 +1,50 @@
+"""Workers that fetch pictures are killed in the middle of an epoch; the run ends as if not."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import HARD, committed
+from PIL import Image
+
+from scripts.compare_runs import differences
+
+PICTURES = [
+    *(each for each in HARD if not each.startswith(("data", "sample", "trainer.max_epochs"))),
+    "data=image_folder", "data.dir=pictures", "sample.shape=[3,8,8]", "sample.classes=3",
+    "data.augment=resized_crop", "data.flip=true", "trainer.max_epochs=12",
+    "trainer.data_workers=2", "trainer.on_damaged=skip",
+]  # fmt: skip
+
+
+def children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+@pytest.mark.slow
+def test_with_its_workers_killed_it_ends_with_the_same_bits(command, wait_for):
+    for n in range(90):
+        pixels = np.random.default_rng(n).integers(0, 256, (20, 24, 3)).astype(np.uint8)
+        path = command.folder / "pictures" / "abc"[n % 3] / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    (command.folder / "pictures/b/40.png").write_bytes(b"no picture")
+    undisturbed = command(*PICTURES, "name=a")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    assert "SKIPPED sample" in undisturbed.stdout
+    run = command.folder / "runs/b"
+    disturbed = command.start(*PICTURES, "name=b")
+    wait_for(lambda: any(step >= 10 for step in committed(run)), disturbed)
+    for child in children(disturbed.pid):
+        os.kill(child, signal.SIGKILL)
+    _, err = disturbed.communicate(timeout=120)
+    assert disturbed.returncode != 0
+    assert "DataLoader worker" in err
+    assert max(committed(run)) < max(committed(command.folder / "runs/a"))
+    again = command(*PICTURES, "name=b")
+    assert again.returncode == 0, again.stderr
+    assert "resuming from step" in again.stdout
+    assert differences(str(command.folder / "runs/a"), str(run)) == []
