@@ -17,13 +17,17 @@ from trainer.compose import compose
 from trainer.config import ObjectStore
 from trainer.errors import DONE, FAILURE, ConfigError, PerdureError, problems_text
 from trainer.export import inputs
+from trainer.export.contract import is_true
 from trainer.export.formats import open_export, record_path
 from trainer.export.inputs import Batch, Interface
 from trainer.export.predicting import Answer, compare, predict
 from trainer.storage import Store, is_local, open_store
 from trainer.terminal import table
 
-_OPTIONS = {"model": "", "input": "", "out": "", "device": "cpu", "batch_size": "64", "top": "1"}
+_OPTIONS = {
+    "model": "", "input": "", "out": "", "device": "cpu", "batch_size": "64", "top": "1",
+    "trusted": "false",
+}  # fmt: skip
 _RUN_KEYS = ("data", "sample")
 _USAGE = """usage: python -m trainer.predict EXPORT input=… [out=…] [device=…] [top=…]
        python -m trainer.predict EXPORT data=… [data.x=…]
@@ -35,6 +39,7 @@ _USAGE = """usage: python -m trainer.predict EXPORT input=… [out=…] [device=
   device      cpu or cuda (default cpu)
   batch_size  inputs at a time (default 64)
   top         classes to show of each input (default 1)
+  trusted     true: open a pickled module (format=full_model), which may run any code
   --compare   run two exports on the same inputs: how often they agree, and how fast each is"""
 _FLAGS = ("--compare",)
 _SHOWN = 40
@@ -67,13 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _predict(places: Sequence[str], given: Arguments, settings: Sequence[str]) -> int:
     device, batch_size = given.options["device"], _count(given, "batch_size")
+    trusted = is_true(given.options, "trusted")
     with _here(places[0], given.store) as first:
-        model = open_export(first, device)
+        model = open_export(first, device, trusted=trusted)
         interface = _interface(first)
         batches = _batches(given, settings, interface, interface.batch_size or batch_size)
         if len(places) == 2:
             with _here(places[1], given.store) as second:
-                print(compare(model, open_export(second, device), batches, places))
+                other = open_export(second, device, trusted=trusted)
+                print(compare(model, other, batches, places))
             return DONE
         _tell(predict(model, batches), interface, given)
     return DONE

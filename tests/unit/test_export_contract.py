@@ -174,7 +174,7 @@ def test_a_pickle_without_its_code_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "gone")
     (package / "gone.py").unlink()
     importlib.invalidate_caches()
-    with pytest.raises(ConfigError, match="needs the code .* No module named 'gone'"):
+    with pytest.raises(ConfigError, match=r"needs the code .* No module named 'gone'"):
         open_export(path, trusted=True)
 
 

@@ -17,7 +17,7 @@ from trainer.export.subject import Choices
 
 @pytest.fixture(scope="module")
 def run_of(tmp_path_factory):
-    """A function that builds and saves one of odd_models, and keeps the run for the next who asks."""
+    """A function that builds and saves one of odd_models, and keeps the run for who asks next."""
     kept = {}
 
     def make(name, *overrides):

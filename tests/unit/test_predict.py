@@ -182,6 +182,13 @@ def test_bad_input_is_one_message(capsys, exported, tmp_path, arguments, says):
     assert "Traceback" not in said.err
 
 
+def test_a_pickled_module_is_opened_only_if_it_is_trusted(capsys, run, exported, tmp_path):
+    pickled = str(export(run, "full_model", out=f"{tmp_path}/whole.pt").path)
+    assert "trusted=true" in told(capsys, pickled, "data=digits", code=2)
+    said = told(capsys, exported, pickled, "--compare", "data=digits", "trusted=true")
+    assert "same class for 359 of 359 inputs (100.00%)" in said
+
+
 def test_weights_and_exports_without_a_record_are_refused(capsys, run, exported, tmp_path):
     weights = str(export(run, "safetensors").path)
     assert "which cannot be run" in told(capsys, weights, "data=digits", code=2)
