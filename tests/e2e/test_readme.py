@@ -13,7 +13,7 @@ def test_the_tours_commands_run_in_their_order(command):
     """All `python -m` commands; the `make` commands have a test of their own, in a fresh clone."""
     blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if "python -m" in line]
-    assert len(lines) == 8
+    assert len(lines) == 13
     shown = []
     for line in lines:
         bash = line.replace("python -m", f"{sys.executable} -m")
@@ -25,13 +25,21 @@ def test_the_tours_commands_run_in_their_order(command):
             text=True,
         )  # fmt: skip
         shown.append(done)
-    killed, resumed, finished, exported, listed, checked, two, helped = shown
+    killed, resumed, finished, exported, *looked, listed, checked, two, helped = shown
     assert "Finished" not in killed.stdout
     assert resumed.returncode == 0, resumed.stderr
     assert re.search(r"resuming from step \d+; \d+ steps left|Finished at step 880", resumed.stdout)
     assert finished.returncode == 0
     assert "is finished" in finished.stdout
     assert exported.returncode == 0, exported.stderr
+    for done in looked:
+        assert done.returncode == 0, done.stderr
+    traced, predicted, reported, tabled, examined = (done.stdout for done in looked)
+    assert "compared with the model on evaluation data" in traced
+    assert re.search(r"accuracy 0\.\d+ of 359", predicted)
+    assert "runs/tour/report.html" in reported
+    assert "tour" in tabled
+    assert "Nothing is in the way" in examined
     assert listed.returncode == 0, listed.stderr
     assert re.search(r"880 +\d+ .* whole", listed.stdout)
     assert checked.returncode == 2
