@@ -6,6 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.resnet import BasicBlock, ResNet
+
+
+def small_resnet(input_shape: list[int], classes: int) -> nn.Module:
+    """A ResNet with one block a stage."""
+    return ResNet(BasicBlock, (1, 1, 1, 1), input_shape, classes, "imagenet", False)
+
 
 class Base(nn.Module):
     """A linear classifier of digits."""

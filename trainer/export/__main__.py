@@ -16,7 +16,8 @@ _OPTIONS = {
 }  # fmt: skip
 _USAGE = f"""usage: python -m trainer.export RUN [format=…] [step=…] [weights=…] [out=…] […]
   RUN      directory of a run, a folder of checkpoints, or one of them; local, s3://… and the like
-  format   {", ".join(FORMATS)} (default safetensors)
+  format   {", ".join(FORMATS)}
+           (default safetensors)
   step     latest, best, or the number of a step that the run has kept (default latest)
   weights  model, or ema: their moving average, where trainer.ema_decay was set (default model)
   out      file or folder to write (default RUN/exports/step-N.<suffix of the format>)
@@ -62,8 +63,10 @@ def usage() -> str:
     for name, module in FORMATS.items():
         if module.OPTIONS:
             lines.append(f"Options of format={name}:")
+        width = max(8, *map(len, module.OPTIONS), 0)
         for key, default in module.OPTIONS.items():
-            lines.append(f"  {key:<8} {module.HELP[key]} (default {default or 'empty'})")
+            lines.append(f"  {key:<{width}} {module.HELP[key]}")
+            lines.append(f"{'':<{width + 3}}(default {default or 'empty'})")
     return "\n".join(lines)
 
 
