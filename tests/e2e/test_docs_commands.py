@@ -54,11 +54,17 @@ def prepared(tmp_path_factory):
     ):
         done = run(command, ["python", "-m", "trainer.export", RUN, *more])
         assert done.returncode == 0, done.stderr
-    shutil.copytree(folder / RUN, folder / "runs/broken")
+    for name in ("broken", "digits_cnn", "digits_high_lr", "digits_mlp"):
+        shutil.copytree(folder / RUN, folder / "runs" / name)
     shard = sorted((folder / "runs/broken").rglob("*.safetensors"))[-2]
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
+    (folder / "mypackage.py").write_text(
+        "from trainer.tracking.several import Silent\n"
+        "class Tracker(Silent):\n"
+        "    def __init__(self, every: int): self.every = every\n"
+    )
     (folder / "pictures").mkdir()
     Image.new("L", (8, 8)).save(folder / "pictures/0.png")
     (folder / "books").mkdir()
