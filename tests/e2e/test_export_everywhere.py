@@ -119,7 +119,8 @@ with torch.no_grad():
     jit = torch.jit.load(f"{folder}/a.ts")(torch.from_numpy(x))
     program = torch.export.load(f"{folder}/a.pt2").module()(torch.from_numpy(x))
 session = onnxruntime.InferenceSession(f"{folder}/a.onnx", providers=["CPUExecutionProvider"])
-found = {"jit": jit.numpy(), "program": program.numpy(), "onnx": session.run(["output"], {"x": x})[0]}
+(answer,) = session.run(["output"], {"x": x})
+found = {"jit": jit.numpy(), "program": program.numpy(), "onnx": answer}
 np.savez(f"{folder}/found.npz", **found)
 try:
     torch.load(f"{folder}/a.full.pt", weights_only=False)
