@@ -15,9 +15,8 @@ from trainer import build, config, distributed, launch, resume, sharing
 from trainer.compose import compose
 from trainer.config import Run
 from trainer.distributed import World
-from trainer.doctor import links, machine, places, slurm, trackers
+from trainer.doctor import links, machine, model, places, slurm, trackers
 from trainer.doctor.finding import Finding, summary, text
-from trainer.doctor.model import Sizes, sizes
 from trainer.errors import (
     CONFIGURATION,
     DONE,
@@ -27,6 +26,7 @@ from trainer.errors import (
     Problem,
     problems_text,
 )
+from trainer.sizes import Sizes
 from trainer.storage import Store
 
 _USAGE = """usage: python -m trainer.doctor [key=value …] [--quick] [--json] [--config-dir FOLDER]
@@ -125,10 +125,10 @@ def _rank(run: Run, *, is_quick: bool) -> Iterator[Finding]:
             world = distributed.connect(device, timeout_s=_TIMEOUT_S)
             ending.callback(world.close)
         yield from _machine(run, world)
-        needs = sizes(run)
-        yield from _model(needs)
+        needs = model.sizes(run, world.size)
+        yield model.judge(needs)
         if not is_quick:
-            yield links.all_reduce(world, needs.gradient_bytes if needs else None)
+            yield links.all_reduce(world, needs.gradients_bytes if needs else None)
         yield from _places(run, world, needs, is_quick=is_quick)
         yield from trackers.examine(run, is_quick=is_quick)
 
@@ -141,14 +141,6 @@ def _machine(run: Run, world: World) -> Iterator[Finding]:
         yield machine.clocks(seen)
     found = world.on_each(lambda: machine.signals(run.preemption.signals))
     yield next((finding for finding in found if finding.state != "green"), found[0])
-
-
-def _model(needs: Sizes | None) -> Iterator[Finding]:
-    if needs is None:
-        advice = "sizes are unknown; a run will tell at its start"
-        yield Finding("model", "yellow", "it cannot be built without memory", advice)
-    else:
-        yield Finding("model", "green", needs.text())
 
 
 def _places(run: Run, world: World, needs: Sizes | None, *, is_quick: bool) -> Iterator[Finding]:
@@ -168,7 +160,7 @@ def _places(run: Run, world: World, needs: Sizes | None, *, is_quick: bool) -> I
             if not is_quick and not any(f.state == "red" for f in findings):
                 measured, speed = places.speed(topic, store)
                 findings += measured
-                if speed and needs and topic == "run_dir":
+                if speed and needs and needs.checkpoint_bytes and topic == "run_dir":
                     save_s = needs.checkpoint_bytes / speed.write_bytes_per_s
     yield from findings
     if world.size != world.local_size:
