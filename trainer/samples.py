@@ -22,7 +22,8 @@ from trainer.storage import Store
 FOLDER = "samples"
 INDEX = f"{FOLDER}/index.json"
 """Of which step the samples are, and the names of their files."""
-_LINES = 10
+_LINES, _COLUMNS = 10, 100
+"""Of a text, what is shown on a terminal."""
 _TILE = 48
 """Smaller images are enlarged to about so many pixels, so that a person can see them."""
 _COLOURS = {1: 0, 3: 2}
@@ -107,7 +108,8 @@ def _write(store: Store, step: int, samples: Mapping[str, Any]) -> list[str]:
 
 def _plain(line: str) -> str:
     """Return a line of a model's text without what would move the cursor or change colours."""
-    return "".join(c if c.isprintable() else "·" for c in line.expandtabs())
+    plain = "".join(c if c.isprintable() else "·" for c in line.expandtabs())
+    return plain if len(plain) <= _COLUMNS else plain[: _COLUMNS - 1] + "…"
 
 
 def _encoded(name: str, value: Any) -> tuple[str, bytes]:

@@ -90,9 +90,10 @@ def test_each_kind_gets_a_file_once_for_each_step(tmp_path):
     assert task.calls == [(False, False, DATA.eval)]
     assert samples.show(job, 7, store) == []
     assert len(task.calls) == 1
-    task.given = {"words": "\n".join("abcdefghijklm")}
+    task.given = {"words": "\n".join(["a" * 101, *"bcdefghijklm"])}
     lines = samples.show(job, 9, store)
-    assert (lines[2], lines[-1], len(lines)) == ("    | a", "    | …", 13)
+    assert (lines[2], lines[3]) == (f"    | {'a' * 99}…", "    | b")
+    assert (lines[-1], len(lines)) == ("    | …", 13)
     assert store.entries("samples") == ["index.json", "words.txt"]
     assert job.model.training
 
