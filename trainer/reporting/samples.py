@@ -23,8 +23,8 @@ _MOST_TEXT = 4000
 _MOST_PREDICTIONS = 48
 _MOST_CLASSES = 40
 _ABSENT = (
-    "This run has left no samples. What lies in its samples/ is shown here: images, texts and "
-    "predictions, as docs/report.md describes them."
+    "This run has left no samples. A finished run leaves some where its task has samples(): "
+    "images, texts and predictions, as docs/report.md describes them."
 )
 
 
