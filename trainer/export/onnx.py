@@ -28,6 +28,8 @@ HELP: Mapping[str, str] = {
 }
 MODEL = "model.onnx"
 """In the folder of a model with external data; the data's name has `.data` besides."""
+_MOST_BYTES = 1_900_000_000
+"""Of weights in one file; protobuf has a limit of 2 GiB for a message."""
 _DTYPES = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
     "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(int16)": np.int16,
@@ -37,23 +39,25 @@ _DTYPES = {
 
 def write(subject: Subject, path: Path, options: Mapping[str, str]) -> None:
     """Write a checked model with inferred shapes; with external data, a folder of two files."""
-    limit_bytes, opset = _number(options, "external_bytes"), _number(options, "opset")
+    most_bytes, opset = _number(options, "external_bytes"), _number(options, "opset")
+    tensors = {each.data_ptr(): each for each in subject.model().state_dict().values()}.values()
+    weights_bytes = sum(each.numel() * each.element_size() for each in tensors)
+    is_external = weights_bytes > min(
+        _MOST_BYTES if most_bytes is None else most_bytes, _MOST_BYTES
+    )
     simplify = is_true(options, "simplify")
-    onnx = library("onnx")
-    library("onnxscript")
-    if simplify:
-        library("onnxslim")
-    made = proto(subject, options["dynamic"], opset)
-    if simplify:
-        made = library("onnxslim").slim(made)
-    weights_bytes = sum(len(each.raw_data) for each in made.graph.initializer)
-    is_external = limit_bytes is not None and weights_bytes > limit_bytes
+    if simplify and is_external:
+        raise ConfigError(
+            f"simplify=true needs one file, and {weights_bytes:,} bytes of weights get one of "
+            f"their own; raise external_bytes, up to {_MOST_BYTES:,}"
+        )
+    slim = library("onnxslim").slim if simplify else None
     file = path / MODEL if is_external else path
     file.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save_model(
-        made, str(file), save_as_external_data=is_external, location=f"{MODEL}.data",
-        all_tensors_to_one_file=True, size_threshold=1024,
-    )  # fmt: skip
+    save(subject, file, options["dynamic"], opset, is_external=is_external)
+    onnx = library("onnx")
+    if slim is not None:
+        onnx.save_model(slim(onnx.load(file)), os.fspath(file))
     try:
         onnx.checker.check_model(os.fspath(file), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -63,13 +67,16 @@ def write(subject: Subject, path: Path, options: Mapping[str, str]) -> None:
         ) from None
 
 
-def proto(subject: Subject, dynamic: str = "batch", opset: int | None = None) -> Any:
-    """Return the model as an onnx.ModelProto with its own names and inferred shapes.
+def save(
+    subject: Subject, file: Path, dynamic: str, opset: int | None = None, *, is_external: bool
+) -> None:
+    """Write the model with its own names and inferred shapes; external data as `file`.data.
 
     Raises:
         ExportError: its graph cannot be captured, or has an operator that ONNX has not.
     """
     onnx = library("onnx")
+    library("onnxscript")
     program, names = captured(subject, dynamic)
     try:
         with quiet():
@@ -77,8 +84,12 @@ def proto(subject: Subject, dynamic: str = "batch", opset: int | None = None) ->
                 program, (), input_names=names.inputs, output_names=names.outputs,
                 opset_version=opset, dynamo=True, verbose=False,
             )  # fmt: skip
-            found = onnx.shape_inference.infer_shapes(made.model_proto, data_prop=True)
+            made.save(os.fspath(file), external_data=is_external)
+            found = onnx.load(file, load_external_data=False)
+            found = onnx.shape_inference.infer_shapes(found, data_prop=True)
     except Exception as error:  # of any kind that the exporter raises
+        if isinstance(error, OSError):
+            raise
         raise ExportError(
             f"the model cannot be written in ONNX: {reason(error)}\nformat=torch_export has every "
             "operator of torch, and format=torchscript too"
@@ -90,7 +101,7 @@ def proto(subject: Subject, dynamic: str = "batch", opset: int | None = None) ->
             "some later ones, and lower ones as far as this model's operators allow"
         )
     _tidy(found)
-    return found
+    onnx.save_model(found, os.fspath(file))
 
 
 def _tidy(found: Any) -> None:

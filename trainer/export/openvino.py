@@ -1,5 +1,6 @@
 """`format=openvino`: OpenVINO's own files, an .xml and a .bin, by way of the ONNX graph."""
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy.typing as npt
 
 from trainer.errors import ConfigError
 from trainer.export.contract import Arrays, ExportError, Runner, library
-from trainer.export.onnx import proto
+from trainer.export.onnx import save
 from trainer.export.subject import Subject
 from trainer.export.tracing import reason
 
@@ -24,15 +25,17 @@ HELP: Mapping[str, str] = {
 def write(subject: Subject, path: Path, options: Mapping[str, str]) -> None:
     """Write a folder with `model.xml` and `model.bin`, weights in the precision that they have."""
     openvino = library("openvino", "openvino")
-    made = proto(subject, options["dynamic"])
-    try:
-        found = openvino.Core().read_model(made.SerializeToString())
-    except RuntimeError as error:
-        raise ExportError(
-            f"OpenVINO cannot read the model: {reason(error)}\nformat=onnx may do"
-        ) from None
     path.mkdir()
-    openvino.save_model(found, path / LAST, compress_to_fp16=False)
+    with tempfile.TemporaryDirectory(prefix="perdure-", dir=path.parent) as folder:
+        file = Path(folder, "model.onnx")
+        save(subject, file, options["dynamic"], is_external=True)
+        try:
+            found = openvino.Core().read_model(file)
+            openvino.save_model(found, path / LAST, compress_to_fp16=False)
+        except RuntimeError as error:
+            raise ExportError(
+                f"OpenVINO cannot read the model: {reason(error)}\nformat=onnx may do"
+            ) from None
 
 
 def open_runner(path: Path, device: str = "cpu") -> Runner:
