@@ -328,11 +328,6 @@ def build_data(run: Run) -> DataSource:
             f"data: {run.data['_target_']} gives training data without a length; a dataset needs "
             "__len__ and __getitem__, a stream an __iter__ that begins anew for each epoch"
         )
-    if is_stream(source.eval):
-        raise DataError(
-            f"data: {run.data['_target_']} gives a stream to evaluate on; that data needs __len__ "
-            "and __getitem__, since every sample is measured once whatever the number of ranks"
-        )
     return source
 
 
@@ -350,6 +345,14 @@ def _check_stream(run: Run, source: DataSource) -> None:
         raise ConfigError(
             f"{what}, so {' and '.join(words)} cannot be counted; give numbers, or a schedule by "
             "total_steps"
+        )
+
+
+def _check_eval(run: Run, dataset: Any) -> None:
+    if is_stream(dataset):
+        raise DataError(
+            f"data: {run.data['_target_']} gives a stream to evaluate on; that data needs __len__ "
+            "and __getitem__, since every sample is measured once whatever the number of ranks"
         )
 
 
@@ -426,6 +429,7 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
     share = settings.global_batch_size // world.size // settings.accumulate
     evaluation = None
     if source.eval is not None:
+        _check_eval(run, source.eval)
         batch_size = settings.eval_batch_size or max(share, 1)
         skip = settings.on_damaged == "skip"
         evaluation = EvalStream(source.eval, world, batch_size, settings.data_workers, skip)

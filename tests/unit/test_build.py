@@ -501,9 +501,10 @@ def test_words_that_count_the_epochs_of_a_stream_are_refused(word):
 def test_a_stream_to_evaluate_on_is_refused():
     part = {"_target_": "torch.utils.data.DataLoader", "dataset": [1, 2, 3]}
     data = {"_target_": "trainer.data.source.Datasets", "train": [1], "eval": part}
+    settings = Trainer(max_steps=7, global_batch_size=1)
     for train in ([1, 2], part):
         with pytest.raises(DataError, match="gives a stream to evaluate on"):
-            build.build_data(a_run(data={**data, "train": train}, trainer=Trainer(max_steps=7)))
+            make_job(a_run(data={**data, "train": train}, trainer=settings))
 
 
 def test_what_the_data_draws_when_it_is_made_is_a_function_of_the_seed(package):

@@ -218,28 +218,10 @@ def test_damaged_samples_are_counted_exactly_also_after_a_resume(tmp_path):
     assert without_times(again.lines) == without_times(tracker.lines)[-len(again.lines) :]
 
 
-def test_a_run_that_stops_at_damage_logs_no_count():
-    job = a_job()
-    loop.train(job, State(), NoSaver(), Stop(World()))
+def test_a_run_that_stops_at_damage_logs_no_count(tmp_path):
+    job = a_job(max_steps=2)
+    loop.train(job, State(), a_saver(tmp_path), Stop(World()))
     assert all("damaged" not in line for line in job.tracker.lines)
-
-
-class NoSaver:
-    """Keeps nothing."""
-
-    committed_step, every = None, Every()
-
-    def due_by_clock(self):
-        return False
-
-    def ended(self):
-        return 0
-
-    def at_boundary(self, *args, **kwargs):
-        pass
-
-    def save(self, *args, **kwargs):
-        return True
 
 
 # --- real damage -------------------------------------------------------------------------------
