@@ -35,7 +35,7 @@ def test_a_users_package_trains_resumes_and_exports(command):
     assert command(*mine).returncode == 0
     exported = command("runs/mine", "step=best", module="trainer.export")
     assert exported.returncode == 0, exported.stderr
-    (path,) = (command.folder / "runs/mine/exports").iterdir()
+    (path,) = (command.folder / "runs/mine/exports").glob("*.safetensors")
     weights = load_file(path)
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.Linear(8, 3))
     net.load_state_dict({k.removeprefix("body."): v for k, v in weights.items()}, strict=True)
