@@ -2,7 +2,7 @@
 # make test      install what the tests need, then run them
 # make check     formatting, lint, types, direction of imports
 # make docs      build the site of docs/ into build/site, warnings being errors
-# make bench-loop, bench-checkpoint, bench-dcp, bench-s3   figures against named rivals (docs/benchmarks.md)
+# make bench-loop, bench-data, bench-checkpoint, bench-dcp, bench-s3   figures against named rivals (docs/benchmarks.md)
 # make chaos     kill a real training at KILLS random instants; nothing may be lost. STORE=s3: in a
 #                bucket, and its server too
 # make s3       a real S3 server on this machine, to try things
@@ -15,7 +15,7 @@ ARGS ?=
 KILLS ?= 100
 
 .PHONY: train test test-cluster check docs format chaos clean
-.PHONY: bench-loop bench-checkpoint bench-dcp bench-s3
+.PHONY: bench-loop bench-data bench-checkpoint bench-dcp bench-s3
 .PHONY: s3 slurm slurm-down
 
 train: $(VENV)/.installed
@@ -42,6 +42,9 @@ format: $(VENV)/.installed-test
 
 bench-loop: $(VENV)/.installed
 	$(BIN)/python scripts/bench_loop.py $(ARGS)
+
+bench-data: $(VENV)/.installed-test
+	$(BIN)/python scripts/bench_data.py $(ARGS)
 
 bench-checkpoint: $(VENV)/.installed-test
 	$(BIN)/python scripts/bench_checkpoint.py $(ARGS)
