@@ -3,8 +3,11 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 from itertools import islice
 from multiprocessing import active_children
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from trainer.state import State
 # torchdata 0.11 with torch 2.13
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZE, BATCH = 23, 6
 PER_EPOCH = 3
 
@@ -374,3 +378,28 @@ def test_a_signal_that_means_to_stop_does_not_reach_a_loaders_own_workers():
     for child in active_children():
         os.kill(child.pid, signal.SIGTERM)
     assert len(list(islice(feed, 3))) == 3
+
+
+ENDS = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from trainer.data.source import TrainStream
+from trainer.data.streams import Streamed
+from trainer.distributed import World
+
+dataset, beginning = TensorDataset(torch.arange(8)), {"epoch": 0, "batch": 0}
+loader = DataLoader(dataset, batch_size=4, num_workers=1)
+feeds = [
+    Streamed(loader, World(), 0, 4).batches(beginning),
+    TrainStream(dataset, World(), 0, 4, workers=1).batches(beginning),
+]
+print([next(feed)[1] for feed in feeds])
+"""
+
+
+def test_a_process_ends_although_its_workers_ignore_signals():
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("'batch': 1") == 2

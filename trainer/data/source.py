@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -192,21 +193,15 @@ class Feed(Generic[T]):
 class _Ahead:
     """A thread that takes items from worker processes before they are asked for.
 
-    It knows nothing of the feed, so that it ends with it. The workers ignore SIGTERM, with which
-    Python ends such processes when it ends itself: they are ended before that.
+    It knows nothing of the feed, so that it ends with it.
     """
 
     def __init__(self, loader: "DataLoader[Any]") -> None:
-        others = set(active_children())
-        self._items = iter(loader)
-        self._workers = [child for child in active_children() if child not in others]
+        self._items = with_workers(lambda: iter(loader))
         self._wanted = threading.Semaphore(_AHEAD)
         self._is_left = False
         self.queue: queue.SimpleQueue[Made | BaseException] = queue.SimpleQueue()
         self.is_over = False
-        if not _living:
-            atexit.unregister(_end_all)
-            atexit.register(_end_all)
         _living.add(self)
         self._thread = threading.Thread(target=self._run, name="data", daemon=True)
         self._thread.start()
@@ -237,20 +232,35 @@ class _Ahead:
         self._wanted.release()
 
     def end(self) -> None:
-        """End thread and workers."""
+        """As `leave`, and wait a while for the thread."""
         self.leave()
         self._thread.join(_LEAVING_S)
-        for worker in self._workers:
-            with suppress(RuntimeError):  # torch's handler wonders at a worker that was killed
-                worker.kill()
 
 
 _living: "weakref.WeakSet[_Ahead]" = weakref.WeakSet()
+_workers: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
+
+
+def with_workers(begin: Callable[[], T]) -> T:
+    """Call what begins worker processes, and have them ended when this process ends.
+
+    They ignore SIGTERM, with which Python would try to end them, to wait for them then for ever.
+    """
+    others = set(active_children())
+    begun = begin()
+    atexit.unregister(_end_all)
+    atexit.register(_end_all)  # the last one is called first: before that of multiprocessing
+    _workers.update(child for child in active_children() if child not in others)
+    return begun
 
 
 def _end_all() -> None:
     for ahead in list(_living):
         ahead.end()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler wonders at their end
+    for worker in list(_workers):
+        with suppress(ValueError):  # it was closed
+            worker.kill()
 
 
 class _OfKeys(torch.utils.data.Dataset[Any]):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from trainer import rng
 from trainer.data import damage, position
-from trainer.data.source import Feed, Made, begin_worker
+from trainer.data.source import Feed, Made, begin_worker, with_workers
 from trainer.distributed import World
 from trainer.errors import DataError
 from trainer.protocols import Batch
@@ -149,7 +149,7 @@ class _Reading:
         if has_state:
             position.restore(self._source, state)
         with rng.forked(rng.derive("stream", self._stream.seed, epoch)):
-            self._rows = iter(self._source)
+            self._rows = with_workers(lambda: iter(self._source))
         self._samples = 0
         if has_state:
             self._samples = batch * self._stream.global_batch_size
