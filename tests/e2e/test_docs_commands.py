@@ -1,8 +1,8 @@
 """The documents' commands run, in their order, where what they speak of is there.
 
 Of `console` blocks, all that can be typed as it stands: what has an ellipsis is no command, and
-what begins with srun or speaks of s3:// is run by the tests of SLURM and of S3. Capital words
-stand for places. Trainings take two steps.
+what begins with srun or torchrun, or speaks of s3://, is run by the tests of SLURM, of the example
+and of S3. Capital words stand for places. Trainings take two steps.
 """
 
 import re
@@ -34,7 +34,7 @@ def typed(document):
     for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             command = line.removeprefix("$ ")
-            is_ours = re.match(r"(python -m trainer|torchrun )", command)
+            is_ours = command.startswith("python -m trainer")
             if is_ours and "…" not in command and "s3://" not in command:
                 found.append(shlex.split(command, comments=True))
     return found
@@ -45,7 +45,8 @@ def prepared(tmp_path_factory):
     """A folder with two runs, exports of one, a damaged one, pictures, texts, others' weights."""
     command = in_folder(tmp_path_factory.mktemp("documents"))
     folder, limits = command.folder, ["trainer.max_epochs=6", "checkpoint.metric=accuracy"]
-    assert command(*limits).returncode == 0
+    averaged = "trainer.ema_decay=0.9"
+    assert command(*limits, averaged).returncode == 0
     assert command(*limits, "model=mlp", "name=other", "trainer.max_epochs=1").returncode == 0
     for more in (
         (f"out={RUN}/exports/w.safetensors",),
@@ -75,8 +76,6 @@ def prepared(tmp_path_factory):
 
 def run(command, words):
     words = [sys.executable, *words[1:]] if words[0] == "python" else words
-    if words[0] == "torchrun":
-        words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
     return subprocess.run(
         words, cwd=command.folder, env=command.env, capture_output=True, text=True, timeout=300
     )
@@ -84,7 +83,6 @@ def run(command, words):
 
 def as_typed(words):
     """Return a command with its places, and of a training the two steps that it gets."""
-    words = [str(ROOT / word) if word.startswith("docs/") else word for word in words]
     words = [PLACES.get(word, word) for word in words]
     words = [re.sub(r"(?<==)[A-Z]+$", lambda m: PLACES[m[0]], word) for word in words]
     if "trainer.run" in words and not {"--help", "--check", "--cfg", "-m"} & set(words[3:]):
