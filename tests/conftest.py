@@ -15,3 +15,14 @@ def pytest_runtest_makereport(item, call):
         report.outcome = "failed"
         report.longrepr = f"skipped, and PERDURE_NO_SKIPS is set: {report.longrepr}"
     return report
+
+
+@pytest.fixture
+def one_thread():
+    """Compute on one thread: the bits of the ranks, and no waiting for threads of other tests."""
+    import torch  # slow, and not every test needs it
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

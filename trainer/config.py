@@ -7,6 +7,7 @@ problem instead of stopping at the first, starts nothing and changes nothing.
 import copy
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -549,3 +550,14 @@ def _resolved(node: DictConfig | ListConfig, key: Any) -> Any:
     except OmegaConfBaseException:  # computed from a text that reads the environment
         raw: Any = OmegaConf.to_container(node, resolve=False)
         return raw[key]
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested configuration as {dotted key: value}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -12,7 +12,7 @@ from trainer.checkpoint.lineage import FOLDER, MANIFEST, Commit
 from trainer.checkpoint.manifest import Manifest, parse_folder
 from trainer.checkpoint.plan import TORCH_DTYPES
 from trainer.checkpoint.tiers import Survey, Tiers
-from trainer.config import Init, ObjectStore, Run
+from trainer.config import Init, ObjectStore, Run, flatten
 from trainer.ema import PREFIX
 from trainer.errors import CheckpointError, ConfigError
 from trainer.state import State
@@ -77,17 +77,6 @@ class Start:
     def step(self) -> int:
         """The step to go on from; 0 from scratch."""
         return self.manifest.step if self.manifest else 0
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested configuration as {dotted key: value}."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:

@@ -25,13 +25,7 @@ MOVED = Case("ddp", "fp16", EXTRAS)
 """What is saved under one strategy and loaded under another; it has all that a checkpoint has."""
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Compute here as the ranks do: how a product is cut for threads decides its last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def taken(world, folder, cases):

@@ -83,13 +83,7 @@ def infinite(loss):
     return loss * math.inf
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors this small are slower on two threads, much slower beside other tests."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- one step ----------------------------------------------------------------------------------

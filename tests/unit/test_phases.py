@@ -25,12 +25,7 @@ from trainer.task import Adversarial
 RATES = {"discriminator": 0.02, "generator": 0.01}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def images(count=43):

@@ -4,7 +4,6 @@ import gzip
 import json
 
 import pytest
-import torch
 from by_hand import a_job, a_saver, everything
 
 from trainer import loop
@@ -13,13 +12,7 @@ from trainer.profiling import Profiler
 from trainer.state import State
 from trainer.storage import open_store
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def profiled(folder, *, first, count, max_steps=8, state=None):

@@ -17,13 +17,7 @@ from trainer.errors import DataError
 from trainer.storage import open_store
 from trainer.task import Adversarial, Classification, LanguageModel
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def read(store, name):

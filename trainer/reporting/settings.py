@@ -4,21 +4,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trainer.config import flatten
 from trainer.reporting.facts import Facts
 from trainer.reporting.markup import Html, joined, listing, tag
 
 _ABSENT = object()
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested configuration as {dotted key: value}."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def shown(value: object) -> str:
@@ -33,12 +23,12 @@ def shown(value: object) -> str:
 def by_attempt(run: Facts) -> dict[int, dict[str, Any]]:
     """Return the settings of each attempt of which a checkpoint, or config.yaml, still tells."""
     found = {
-        each.commit.attempt: flat(each.manifest.config)
+        each.commit.attempt: flatten(each.manifest.config)
         for each in run.checkpoints
         if each.manifest is not None and each.manifest.config
     }
     if run.config and run.records:
-        found[run.records[-1]["attempt"]] = flat(run.config)
+        found[run.records[-1]["attempt"]] = flatten(run.config)
     return dict(sorted(found.items()))
 
 
@@ -60,7 +50,7 @@ def table(run: Facts) -> Html:
     attempts = by_attempt(run)
     changed = set(differing(list(attempts.values()))) if attempts else set()
     rows: list[Html] = []
-    newest = flat(run.config)
+    newest = flatten(run.config)
     group = None
     for key in [*newest, *sorted(changed - newest.keys())]:
         top, dot, rest = key.partition(".")
@@ -102,7 +92,7 @@ def _before(attempts: Mapping[int, Mapping[str, Any]], key: str, newest: Mapping
 
 def differences(runs: Sequence[Facts], names: Sequence[str]) -> Html:
     """Return the settings in which runs differ, one column a run."""
-    configs = [flat(run.config) for run in runs]
+    configs = [flatten(run.config) for run in runs]
     found = [key for key in differing(configs) if key not in ("name", "run_dir")]
     if not found:
         return tag("p", "All settings are the same.", class_="none")

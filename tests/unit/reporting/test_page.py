@@ -13,6 +13,7 @@ from pages import charts, curve, parsed, tiles
 
 from trainer import report, reporting
 from trainer.checkpoint import lineage
+from trainer.config import flatten
 from trainer.errors import ConfigError
 from trainer.reporting import clock, facts, settings
 from trainer.storage import LocalStore
@@ -271,7 +272,7 @@ def test_samples_that_make_no_sense_do_not_break_the_page(run, samples, content)
 
 
 def test_settings_that_differ_between_runs_are_found():
-    one, other = settings.flat(CONFIG), settings.flat({**CONFIG, "optimizer": {"lr": 0.2}})
+    one, other = flatten(CONFIG), flatten({**CONFIG, "optimizer": {"lr": 0.2}})
     assert settings.differing([one, one]) == []
     assert settings.differing([one, other]) == ["optimizer.lr"]
     assert settings.differing([one, {}]) == sorted(one)
