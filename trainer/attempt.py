@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -38,7 +39,7 @@ from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.tiers import Tiers
 from trainer.config import Run
 from trainer.distributed import World
-from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError, StoreError
+from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError, PerdureError, StoreError
 from trainer.pace import Pace
 from trainer.policy import Every
 from trainer.preemption import Stop, reason_text
@@ -159,8 +160,11 @@ def _report(run: Run) -> None:
     def write() -> None:
         try:
             said[:] = [f"  report    {reporting.write([run.run_dir], settings=run.store)}"]
-        except Exception as error:  # a bug in what only looks at a run must not end it either
+        except PerdureError as error:
             said[:] = [f"NO REPORT: {type(error).__name__}: {error}"]
+        except Exception as error:  # a bug in what only looks at a run must not end it either
+            why = f"NO REPORT: {type(error).__name__}: {error}"
+            said[:] = [f"{why}\n{traceback.format_exc().rstrip()}"]
 
     writing = threading.Thread(target=write, name="report", daemon=True)
     writing.start()

@@ -90,7 +90,9 @@ def test_a_report_that_fails_is_said_and_nothing_more(tmp_path, capsys, monkeypa
         monkeypatch.setattr(reporting, "write", write)
     monkeypatch.setattr(attempt, "_REPORT_S", 0.05 if write is hangs else 30.0)
     attempt._report(Run(name="a", run_dir=str(tmp_path / "nowhere")))
-    assert text in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert text in said
+    assert ("Traceback" in said) is (write is fails)  # of a bug, and of nothing else
     assert list(tmp_path.iterdir()) == []
 
 
