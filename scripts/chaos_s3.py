@@ -102,7 +102,8 @@ class Run:
 
     def useless(self) -> list[str]:
         """Return the objects and uploads that belong to nothing."""
-        useful = {"config.yaml", "metrics.jsonl", *self.store.list("attempts")}
+        useful = {"config.yaml", "metrics.jsonl", "saves.jsonl"}
+        useful |= {*self.store.list("attempts"), *self.store.list("samples")}
         for commit in lineage.commits(self.store):
             shards = lineage.read_manifest(self.store, commit).files
             useful |= {commit.manifest_key, *(f"{commit.folder}/{name}" for name in shards)}

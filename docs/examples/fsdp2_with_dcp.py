@@ -44,4 +44,5 @@ for step in range(done + 1, last_step + 1):
         dcp.save({"model": weights, "optimizer": moments}, storage_writer=writer)
         if dist.get_rank() == 0:
             print(f"step {step}: saved, loss {loss.item():.6f}")
+dist.barrier()  # gloo's threads let go of the last tensors before the interpreter ends
 dist.destroy_process_group()
