@@ -69,7 +69,7 @@ class Phase:
     def alone(self, model: nn.Module) -> AbstractContextManager[None]:
         """Return the context in which a backward reaches a named phase's own parameters only."""
         if not self.name:
-            return nullcontext()
+            return parallel.NOTHING
         return parallel.training_only(model, self.parameters(model))
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
@@ -141,7 +141,9 @@ def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
     _to_training(job)
     pace, losses = _start_pace(job, state, saver, stop), _Losses(job)
     evaluated = state.last_eval_step
-    interrupted = not _evaluate_if_due(job, state, stop, pace)  # an evaluation, cut short by a stop
+    interrupted = False  # an evaluation, cut short by a stop
+    if state.step and _due(job.eval_every, state, final=job.is_over(state)):
+        interrupted = not _evaluate_once(job, state, stop, pace)
     if state.last_eval_step != evaluated:
         saver.committed_step = None  # the checkpoint of this step has not got its evaluation
     batches = pace.feed = job.data.batches(state.cursor)
@@ -162,17 +164,15 @@ def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
         state.advance(cursor, samples=job.data.global_batch_size, applied=all(applied))
         _schedule(job, state, applied)
         losses.add(state.step, lrs, figures, applied)
-        save_due = vote.save_due or _due(saver.every, state, job) is not None
-        if log_due or save_due or _due(job.eval_every, state, job) or losses.are_many:
+        final = job.is_over(state)
+        save_due = vote.save_due or _due(saver.every, state, final=final)
+        eval_due = _due(job.eval_every, state, final=final)
+        if log_due or save_due or eval_due or losses.are_many:
             look()
         if log_due:
-            counted = {"skipped": float(state.skipped)} if job.may_skip else {}
-            if job.data.skip_damaged:
-                counted["damaged"] = float(state.damaged_samples)
-            means, told = _mean(job, figures, pace.own())
-            given = {"lr": lrs[0], **_lrs(job, lrs), **counted}
-            _log(job, state, "train", {**means, **given, **pace.lap(state.samples, told)})
-        interrupted = not _evaluate_if_due(job, state, stop, pace)
+            _log_steps(job, state, lrs, figures, pace)
+        if eval_due:
+            interrupted = not _evaluate_once(job, state, stop, pace)
         if not interrupted:
             saver.at_boundary(state, content, due=save_due, ended=vote.saves_ended)
     look()
@@ -243,23 +243,24 @@ def _backward(
 ) -> dict[str, Tensor]:
     """Leave the gradient of the global batch; return the phase's loss and figures."""
     figures: dict[str, Tensor] = {}
+    own = job.pace.own_time if job.pace is not None else None
     last = len(microbatches) - 1
     for index, (batch, share) in enumerate(zip(microbatches, shares, strict=True)):
         with parallel.reducing(phase.wrapped, last=index == last):
-            if job.pace is not None:
-                job.pace.forward_begins()
+            if own is not None:
+                own.begins()
             with parallel.autocast(job.precision, job.world.device):
                 loss, outputs = phase.loss(job.task, batch)
-            if job.pace is not None:
-                job.pace.forward_ends()
+            if own is not None:
+                own.ends()
             job.scaler.scale(loss if share is None else loss * share).backward()
-        with torch.no_grad():
-            named = {"loss": loss.detach()}
-            if want_figures:
+        named = {"loss": loss.detach()}
+        if want_figures:
+            with torch.no_grad():
                 named |= job.task.figures(outputs, batch, *phase.words)
-            for name, value in named.items():
-                part = value.float() if share is None else value.float() * share
-                figures[name] = figures[name] + part if name in figures else part
+        for name, value in named.items():
+            part = value.float() if share is None else value.float() * share
+            figures[name] = figures[name] + part if name in figures else part
     return figures
 
 
@@ -458,11 +459,9 @@ def _to_training(job: Job) -> None:
         phase.wrapped.train()
 
 
-def _evaluate_if_due(job: Job, state: State, stop: Stop, pace: Pace) -> bool:
-    """Evaluate if this step is due and not done yet; return False if a stop interrupted it."""
-    if state.step == 0 or state.last_eval_step == state.step:
-        return True
-    if not _due(job.eval_every, state, job):
+def _evaluate_once(job: Job, state: State, stop: Stop, pace: Pace) -> bool:
+    """Evaluate this step, unless it is done; return False if a stop interrupted it."""
+    if state.last_eval_step == state.step:
         return True
     if job.evaluation is None:
         state.last_eval_step = state.step  # all that there is to measure
@@ -485,14 +484,9 @@ def _evaluate_if_due(job: Job, state: State, stop: Stop, pace: Pace) -> bool:
     return True
 
 
-def _due(every: Every, state: State, job: Job) -> str | None:
-    return policy.due(
-        every,
-        step=state.step,
-        epoch=state.epoch,
-        epoch_ended=state.cursor["batch"] == 0,
-        final=job.is_over(state),
-    )
+def _due(every: Every, state: State, *, final: bool) -> bool:
+    epoch, ended = state.epoch, state.cursor["batch"] == 0
+    return policy.due(every, step=state.step, epoch=epoch, epoch_ended=ended, final=final)
 
 
 def _schedule(job: Job, state: State, applied: Sequence[bool]) -> None:
@@ -519,6 +513,19 @@ def _mean(
     values = torch.stack([value.double() for value in figures.values()])
     means = world.mean(torch.cat([values, slots.to(values.device)])).tolist()
     return dict(zip(figures, means, strict=False)), means[len(figures) :]
+
+
+def _log_steps(
+    job: Job, state: State, lrs: Sequence[float], figures: Mapping[str, Tensor], pace: Pace
+) -> None:
+    """Log this step's figures, and what the steps since the last line came to. Collective."""
+    means, told = _mean(job, figures, pace.own())
+    given = {"lr": lrs[0], **_lrs(job, lrs)}
+    if job.may_skip:
+        given["skipped"] = float(state.skipped)
+    if job.data.skip_damaged:
+        given["damaged"] = float(state.damaged_samples)
+    _log(job, state, "train", {**means, **given, **pace.lap(state.samples, told)})
 
 
 def _log(job: Job, state: State, split: str, figures: Mapping[str, float]) -> None:

@@ -75,7 +75,8 @@ class Pace:
     ) -> None:
         self.flops_per_step, self.peak_flops_per_s = flops_per_step, peak_flops_per_s
         self._world, self._clock = world, clock
-        self._own = OwnTime(world) if world.size > 1 else None
+        self.own_time = OwnTime(world) if world.size > 1 else None
+        """Told where a loss begins and ends; None: there is no other rank."""
         self._slow = Slowest(clock)
         self._steps: list[float] = []  # seconds, since the last lap
         self._is_open = False
@@ -118,8 +119,8 @@ class Pace:
             saver.stall_s, stop.waited_s, self._stalls_before,
         )  # fmt: skip
         self._first = self._began = self._lap_at = self._clock()
-        if self._own is not None:
-            self._own.hook(wrapped)
+        if self.own_time is not None:
+            self.own_time.hook(wrapped)
             self._slow.hosts = self._world.gather(socket.gethostname())
         self.is_started = True
 
@@ -138,16 +139,6 @@ class Pace:
         stall_s = self._saver.stall_s
         self._steps.append(now - self._began - self._away_s - (stall_s - self._stall_s))
         self._began, self._stall_s, self._away_s = now, stall_s, 0.0
-
-    def forward_begins(self) -> None:
-        """Take note that this rank begins to compute a loss."""
-        if self._own is not None:
-            self._own.begins()
-
-    def forward_ends(self) -> None:
-        """Take note that it has."""
-        if self._own is not None:
-            self._own.ends()
 
     def weighed(self, mean: Tensor) -> None:
         """Take note of a step's items, as the mean over the ranks (0-dim, float64)."""
@@ -173,13 +164,13 @@ class Pace:
         if now - self._memory_at >= _MEMORY_EVERY_S:
             self._memory_at = now
             self._peak_bytes[self._world.rank] = peak_bytes(self._world.device)
-        if self._own is None:
+        if self.own_time is None:
             return []
         steps = max(len(self._steps) + self._is_open, 1)
         starved_s = self.feed.starved_s if self.feed is not None else 0.0
         data_s = self._data_s + starved_s - self._starved_s
         self._starved_s = starved_s
-        return [data_s / steps, self._own.take() / steps, self._peak_bytes[self._world.rank]]
+        return [data_s / steps, self.own_time.take() / steps, self._peak_bytes[self._world.rank]]
 
     def lap(self, samples: int, told: Sequence[float]) -> dict[str, float]:
         """Return the figures since the last lap; begin the next one.
@@ -267,8 +258,8 @@ class Pace:
             self._is_open = False
         self._fold(self._data_s + self._stop.waited_s - self._waited_s)
         self._waited_s, self._samples = self._stop.waited_s, samples
-        if self._own is not None:
-            self._own.unhook()
+        if self.own_time is not None:
+            self.own_time.unhook()
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -16,6 +16,8 @@ from trainer import rng
 from trainer.distributed import World
 from trainer.errors import ConfigError, closest
 
+NOTHING = nullcontext()
+"""The context of which nothing comes; one for all steps."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _WARM_UP_PASSES = 2  # static_graph rebuilds its buckets after the second
@@ -320,22 +322,18 @@ def take_rank0_buffers(model: nn.Module, world: World) -> None:
             dist.broadcast(buffer, src=0)
 
 
-@contextmanager
-def reducing(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
-    """Reduce gradients over ranks only in the last microbatch of a step."""
+def reducing(wrapped: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """Return the context in which gradients are reduced over ranks only if `last` in the step."""
     if is_sharded(wrapped):
         wrapped.set_requires_gradient_sync(last)  # type: ignore[operator]  # FSDPModule's
-        yield
-    elif last or not isinstance(wrapped, DistributedDataParallel):
-        yield
-    else:
-        with wrapped.no_sync():
-            yield
+    elif isinstance(wrapped, DistributedDataParallel) and not last:
+        return wrapped.no_sync()
+    return NOTHING
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Return whether a forward of `module` gathers its parameters, on all ranks together."""
-    return hasattr(module, "set_requires_gradient_sync")  # FSDPModule's, since `fully_shard`
+    return hasattr(type(module), "set_requires_gradient_sync")  # FSDPModule's: `fully_shard`'s
 
 
 def reshard(module: nn.Module) -> None:
@@ -371,7 +369,7 @@ def choose_arithmetic(precision: str, *, deterministic: bool) -> None:
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """Return the context of forward passes in `precision`."""
     if precision not in _DTYPES:
-        return nullcontext()
+        return NOTHING
     return torch.autocast(device.type, dtype=_DTYPES[precision])
 
 

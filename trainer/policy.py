@@ -13,18 +13,14 @@ class Every:
     epochs: int | None = None
 
 
-def due(every: Every, *, step: int, epoch: int, epoch_ended: bool, final: bool) -> str | None:
-    """Return why something is due at this step, or None.
+def due(every: Every, *, step: int, epoch: int, epoch_ended: bool, final: bool) -> bool:
+    """Return whether something is due at this step; at the `final` one, everything is.
 
     `epoch` counts complete epochs; `epoch_ended` says that this step completed the last of them.
     """
-    if final:
-        return "the end of the run"
-    if every.steps and step % every.steps == 0:
-        return f"every {every.steps:,} steps"
-    if every.epochs and epoch_ended and epoch % every.epochs == 0:
-        return "the end of an epoch"
-    return None
+    if final or (every.steps and step % every.steps == 0):
+        return True
+    return bool(every.epochs and epoch_ended and epoch % every.epochs == 0)
 
 
 def stale(

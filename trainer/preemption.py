@@ -104,16 +104,16 @@ class Stop:
                 next one, or the ranks stop, the call does not return.
         """
         self.boundaries += 1
-        alone = self._world.size == 1  # and told at once
-        agreed = None if alone else self._take()
+        agreed = self._take()
         if agreed is None or has != self._asked:  # that vote was of other data, if of any
             self._asked = has
-            agreed = None if alone and not has(1) else self._now(has)
-        if agreed is None or not (agreed.ready or agreed.reason):
+            agreed = self._now(has)
+        if not agreed.ready and not agreed.reason:
             agreed = self._wait(has)
         self.reason = self.reason or agreed.reason
-        if not alone:
-            self._send(has(2))
+        if self._votes is not None:
+            self._votes.send(self._mine(has(2)))
+            self._in_flight = True
         return agreed
 
     def _wait(self, has: Callable[[int], bool]) -> Vote:
@@ -121,27 +121,27 @@ class Stop:
         began = time.monotonic()
         agreed = self._now(has)
         while not agreed.ready and not agreed.reason:
+            if not has(1):
+                time.sleep(_POLL_S)
             agreed = self._now(has)
         self.waited_s += time.monotonic() - began
         return agreed
 
     def _now(self, has: Callable[[int], bool]) -> Vote:
-        if not (has_data := has(1)):
-            time.sleep(_POLL_S)
-            has_data = has(1)
-        self._send(has_data)
-        vote = self._take()
-        assert vote is not None  # noqa: S101 (for the type checker)
-        return vote
+        mine = self._mine(has(1))
+        if self._votes is None:
+            return mine
+        self._votes.send(mine)
+        return self._votes.take()
 
-    def _send(self, has_data: bool) -> None:
+    def _mine(self, has_data: bool) -> Vote:
         is_first = self._world.rank == 0
         reason = self._received or (DEADLINE if is_first and self.deadline() else 0)
-        self._votes.send(Vote(reason, is_first and self.save_due(), self.saves_ended(), has_data))
-        self._in_flight = True
+        return Vote(reason, is_first and self.save_due(), self.saves_ended(), has_data)
 
     def _take(self) -> Vote | None:
-        if not self._in_flight:
+        """Return what the ranks said together since the last boundary, if they did."""
+        if self._votes is None or not self._in_flight:
             return None
         self._in_flight = False
         return self._votes.take()

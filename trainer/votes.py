@@ -40,19 +40,9 @@ class RankEndedError(RuntimeError):
     """The process of another rank is gone, and its vote will not come."""
 
 
-def between(world: World) -> Votes:
-    """Return the way for votes between these ranks. Collective."""
-    if world.size == 1:
-        return _Alone()
-    return _board(world) or _Reduction(world)
-
-
-class _Alone:
-    def send(self, mine: Vote) -> None:
-        self._mine = mine
-
-    def take(self) -> Vote:
-        return self._mine
+def between(world: World) -> Votes | None:
+    """Return the way for votes between these ranks; None: there is but one. Collective."""
+    return None if world.size == 1 else _board(world) or _Reduction(world)
 
 
 class _Reduction:

@@ -243,7 +243,7 @@ def test_the_estimate_is_what_such_a_run_takes(every, saves, per_epoch, end, sta
         return
     seen = {each: any(due(each, step) for step in range(1, begun + 1)) for each in (every, saves)}
     unseen_s = sum(
-        cost_s * sum(due(each, step) is not None for step in range(begun + 1, end + 1))
+        cost_s * sum(due(each, step) for step in range(begun + 1, end + 1))
         for each, cost_s in ((every, eval_s), (saves, stall_s)) if not seen[each]
     )  # fmt: skip
     assert math.isclose(left_s, run(range(begun + 1, end + 1), tell=False) - unseen_s)

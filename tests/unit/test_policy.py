@@ -7,24 +7,24 @@ from hypothesis import strategies as st
 from trainer.policy import Every, due, stale
 
 
-@pytest.mark.parametrize(("every", "step", "epoch", "ended", "final", "reason"), [
-    (Every(), 7, 1, False, False, None),
-    (Every(), 10, 1, True, False, None),
-    (Every(), 10, 1, False, True, "the end of the run"),
-    (Every(steps=5), 4, 0, False, False, None),
-    (Every(steps=5), 5, 0, False, False, "every 5 steps"),
-    (Every(steps=5), 10, 1, True, False, "every 5 steps"),
-    (Every(steps=5), 12, 1, True, False, None),
-    (Every(steps=1000), 3000, 0, False, False, "every 1,000 steps"),
-    (Every(epochs=1), 10, 1, True, False, "the end of an epoch"),
-    (Every(epochs=1), 11, 1, False, False, None),  # in the middle of the next one
-    (Every(epochs=2), 10, 1, True, False, None),
-    (Every(epochs=2), 20, 2, True, False, "the end of an epoch"),
-    (Every(steps=3, epochs=2), 20, 2, True, False, "the end of an epoch"),
-    (Every(steps=5, epochs=2), 20, 2, True, True, "the end of the run"),
+@pytest.mark.parametrize(("every", "step", "epoch", "ended", "final", "is_due"), [
+    (Every(), 7, 1, False, False, False),
+    (Every(), 10, 1, True, False, False),
+    (Every(), 10, 1, False, True, True),
+    (Every(steps=5), 4, 0, False, False, False),
+    (Every(steps=5), 5, 0, False, False, True),
+    (Every(steps=5), 10, 1, True, False, True),
+    (Every(steps=5), 12, 1, True, False, False),
+    (Every(steps=1000), 3000, 0, False, False, True),
+    (Every(epochs=1), 10, 1, True, False, True),
+    (Every(epochs=1), 11, 1, False, False, False),  # in the middle of the next one
+    (Every(epochs=2), 10, 1, True, False, False),
+    (Every(epochs=2), 20, 2, True, False, True),
+    (Every(steps=3, epochs=2), 20, 2, True, False, True),
+    (Every(steps=5, epochs=2), 20, 2, True, True, True),
 ])  # fmt: skip
-def test_due(every, step, epoch, ended, final, reason):
-    assert due(every, step=step, epoch=epoch, epoch_ended=ended, final=final) == reason
+def test_due(every, step, epoch, ended, final, is_due):
+    assert due(every, step=step, epoch=epoch, epoch_ended=ended, final=final) is is_due
 
 
 @pytest.mark.parametrize(("steps", "keep_last", "keep_best", "mode", "deleted"), [

@@ -60,7 +60,8 @@ def test_data_that_does_not_come_is_waited_for_until_it_does(stop):
         return arrived.is_set()
 
     vote = stop.agree(has)
-    assert (vote.ready, vote.reason, len(asked)) == (True, 0, 5)
+    assert vote.ready and not vote.reason
+    assert len(asked) >= 5
 
 
 def test_a_signal_ends_the_waiting_for_data(stop):

@@ -37,8 +37,8 @@ def global_batches(
 
 def share(indices: Tensor, *, rank: int, world_size: int, accumulate: int) -> list[Tensor]:
     """Return this rank's microbatches of a global batch: equal, consecutive pieces."""
-    size = len(indices) // (world_size * accumulate)
-    if size == len(indices):
+    if world_size * accumulate == 1:
         return [indices]
+    size = len(indices) // (world_size * accumulate)
     first = rank * accumulate
     return [indices[n * size : (n + 1) * size] for n in range(first, first + accumulate)]

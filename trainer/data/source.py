@@ -48,12 +48,12 @@ def fetch(dataset: Any, indices: Tensor, *seed: int | str) -> Batch:
     function of `seed` and of the sample alone (for `__getitems__`: of the samples of its batch):
     the same whichever process makes them, also after a resume.
     """
+    is_seeded = hasattr(dataset, "get_seeded")
+    if not is_seeded and (tensors := getattr(dataset, "tensors", None)) is not None:
+        return tuple([tensor[indices] for tensor in tensors])
     wanted = indices.tolist()
-    if hasattr(dataset, "get_seeded"):
+    if is_seeded:
         return dataset.get_seeded(wanted, [rng.derive(*seed, index) for index in wanted])
-    tensors = getattr(dataset, "tensors", None)
-    if tensors is not None:
-        return tuple(tensor[indices] for tensor in tensors)
     with rng.forked(rng.derive(*seed, *wanted)):
         if hasattr(dataset, "__getitems__"):
             batch = dataset.__getitems__(wanted)
@@ -102,9 +102,9 @@ def fetch_whole(
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return `batch` with every tensor on `device`; tuples, lists and dicts keep their form."""
+    if device.type == "cpu":
+        return batch  # where it was made
     if isinstance(batch, Tensor):
-        if device.type == "cpu":
-            return batch
         if device.type != "cuda":
             return batch.to(device)
         return batch.pin_memory().to(device, non_blocking=True)
@@ -345,12 +345,12 @@ class TrainStream:
 def _microbatches(dataset: Any, seed: int, skip: bool, key: tuple[list[Tensor], Cursor]) -> Made:
     pieces, after = key
     epoch = after["epoch"] - (after["batch"] == 0)
-    fetched = [
-        fetch_whole(dataset, piece, "train", seed, epoch, skip=skip, replace=True)
-        for piece in pieces
-    ]
-    damaged = tuple(text for _, texts in fetched for text in texts)
-    return Made(([batch for batch, _ in fetched], after), damaged)
+    batches, damaged = [], ()
+    for piece in pieces:
+        batch, texts = fetch_whole(dataset, piece, "train", seed, epoch, skip=skip, replace=True)
+        batches.append(batch)
+        damaged += texts
+    return Made((batches, after), damaged)
 
 
 @dataclass(frozen=True)
