@@ -1,6 +1,8 @@
-"""Arguments of the commands beside `trainer.run`: places, key=value options and --flags."""
+"""The commands beside `trainer.run`: their places, key=value options, --flags, and their ends."""
 
-from collections.abc import Collection, Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from omegaconf import OmegaConf
@@ -8,9 +10,52 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from trainer.config import ObjectStore
-from trainer.errors import ConfigError, closest
+from trainer.errors import (
+    CONFIGURATION,
+    DONE,
+    FAILURE,
+    INTERRUPTED_TWICE,
+    ConfigError,
+    PerdureError,
+    closest,
+)
 
 _STORE = "store."
+
+
+def command(
+    argv: Sequence[str] | None,
+    usage: str,
+    do: Callable[[list[str]], int],
+    *,
+    may_be_empty: bool = False,
+    interrupted: str = "interrupted",
+) -> int:
+    """Show the help, or do what was typed; return the exit code. What we expect has no traceback.
+
+    Args:
+        argv: what was typed after the command's name; None: the process's own arguments.
+        usage: the help.
+        do: does it, and returns the exit code.
+        may_be_empty: whether it takes no arguments too; otherwise, the help is shown for none.
+        interrupted: said after Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv or not (argv or may_be_empty):
+        print(usage)
+        return DONE if argv else CONFIGURATION
+    try:
+        return do(argv)
+    except PerdureError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return INTERRUPTED_TWICE
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Everything but `prune` and `copy` only reads; these two ask before they delete.
 """
 
 import json
-import os
 import re
 import sys
 import time
@@ -26,7 +25,6 @@ from trainer.errors import (
     FAILURE,
     CheckpointError,
     ConfigError,
-    PerdureError,
     closest,
 )
 from trainer.storage import Store, is_local, open_store
@@ -62,31 +60,22 @@ _OPTIONS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or "--help" in argv or "-h" in argv:
-        print(_USAGE)
-        return DONE if argv else ConfigError.exit_code
+    stays = "interrupted; what was copied or deleted before stays so"
+    return arguments.command(argv, _USAGE, _verb, interrupted=stays)
+
+
+def _verb(argv: list[str]) -> int:
     verb, rest = argv[0], argv[1:]
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a TextIOWrapper
-    try:
-        if verb not in _VERBS:
-            raise ConfigError(f"there is no verb {verb!r}{closest(verb, _VERBS)}\n{_USAGE}")
-        flags = ["--json", "--yes"] if verb in ("prune", "copy") else ["--json"]
-        places = {"diff": (1, 2), "copy": (2,)}.get(verb, (1,))
-        given = arguments.parse(rest, _USAGE, options=_OPTIONS[verb], flags=flags, places=places)
-        code, content, text = _VERBS[verb](given)
-        if "--json" in given.flags:
-            text = json.dumps(_strict(content), indent=1, ensure_ascii=False)
-        print(text, flush=True)
-    except PerdureError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
-    except KeyboardInterrupt:
-        print("interrupted; what was copied or deleted before stays so", file=sys.stderr)
-        return FAILURE
+    if verb not in _VERBS:
+        raise ConfigError(f"there is no verb {verb!r}{closest(verb, _VERBS)}\n{_USAGE}")
+    flags = ["--json", "--yes"] if verb in ("prune", "copy") else ["--json"]
+    places = {"diff": (1, 2), "copy": (2,)}.get(verb, (1,))
+    given = arguments.parse(rest, _USAGE, options=_OPTIONS[verb], flags=flags, places=places)
+    code, content, text = _VERBS[verb](given)
+    if "--json" in given.flags:
+        text = json.dumps(_strict(content), indent=1, ensure_ascii=False)
+    print(text, flush=True)
     return code
 
 

@@ -11,7 +11,7 @@ from trainer import arguments, build, loop, rebuild
 from trainer.config import ObjectStore
 from trainer.distributed import World
 from trainer.ema import PREFIX
-from trainer.errors import DONE, ConfigError, PerdureError, closest
+from trainer.errors import DONE, ConfigError, closest
 from trainer.export.source import open_source
 from trainer.preemption import Stop
 from trainer.state import State
@@ -32,25 +32,21 @@ _USAGE = """usage: python -m trainer.evaluate RUN [step=…] [weights=…] [allo
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or "--help" in argv or "-h" in argv:
-        print(_USAGE)
-        return DONE if argv else ConfigError.exit_code
-    try:
-        mine, settings = _sorted(argv)
-        given = arguments.parse(mine, _USAGE, options=_OPTIONS, flags=("--json",))
-        allowed = [name for name in given.options["allow"].split(",") if name]
-        found = evaluate(
-            given.places[0],
-            step=given.options["step"],
-            weights=given.options["weights"],
-            settings=settings,
-            allowed=allowed,
-            store=given.store,
-        )
-    except PerdureError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    return arguments.command(argv, _USAGE, _evaluate)
+
+
+def _evaluate(argv: list[str]) -> int:
+    mine, settings = _sorted(argv)
+    given = arguments.parse(mine, _USAGE, options=_OPTIONS, flags=("--json",))
+    allowed = [name for name in given.options["allow"].split(",") if name]
+    found = evaluate(
+        given.places[0],
+        step=given.options["step"],
+        weights=given.options["weights"],
+        settings=settings,
+        allowed=allowed,
+        store=given.store,
+    )
     print(found.json() if "--json" in given.flags else found.text())
     return DONE
 

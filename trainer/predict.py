@@ -12,10 +12,10 @@ from typing import Any, TextIO
 import numpy as np
 
 from trainer import build
-from trainer.arguments import Arguments, parse
+from trainer.arguments import Arguments, command, parse
 from trainer.compose import compose
 from trainer.config import ObjectStore
-from trainer.errors import DONE, FAILURE, ConfigError, PerdureError, problems_text
+from trainer.errors import DONE, ConfigError, problems_text
 from trainer.export import inputs
 from trainer.export.contract import is_true
 from trainer.export.formats import open_export, record_path
@@ -48,29 +48,18 @@ _SHOWN = 40
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or "--help" in argv or "-h" in argv:
-        print(_USAGE)
-        return DONE if argv else ConfigError.exit_code
-    try:
-        settings = [a for a in argv if a.partition("=")[0].partition(".")[0] in _RUN_KEYS]
-        mine = [a for a in argv if a not in settings]
-        given = parse(mine, _USAGE, options=_OPTIONS, flags=_FLAGS, places=(0, 1, 2))
-        places = [*given.places, *filter(None, [given.options["model"]])]
-        wanted = 2 if "--compare" in given.flags else 1
-        if len(places) != wanted:
-            text = f"{wanted} export{'s' * (wanted > 1)} needed, {len(places)} given"
-            raise ConfigError(f"{text}\n{_USAGE}")
-        return _predict(places, given, settings)
-    except PerdureError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
+    return command(argv, _USAGE, _predict)
 
 
-def _predict(places: Sequence[str], given: Arguments, settings: Sequence[str]) -> int:
+def _predict(argv: list[str]) -> int:
+    settings = [a for a in argv if a.partition("=")[0].partition(".")[0] in _RUN_KEYS]
+    mine = [a for a in argv if a not in settings]
+    given = parse(mine, _USAGE, options=_OPTIONS, flags=_FLAGS, places=(0, 1, 2))
+    places = [*given.places, *filter(None, [given.options["model"]])]
+    wanted = 2 if "--compare" in given.flags else 1
+    if len(places) != wanted:
+        text = f"{wanted} export{'s' * (wanted > 1)} needed, {len(places)} given"
+        raise ConfigError(f"{text}\n{_USAGE}")
     device, batch_size = given.options["device"], _count(given, "batch_size")
     trusted = is_true(given.options, "trusted")
     with _here(places[0], given.store) as first:

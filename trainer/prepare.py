@@ -4,7 +4,6 @@ A run prepares its data itself where that was not done; but then every node's GP
 """
 
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,15 +13,13 @@ from types import FrameType
 from typing import Any
 
 from trainer import build
+from trainer.arguments import command
 from trainer.compose import compose
-from trainer.data.text import Prepared
+from trainer.data.token_shards import Prepared
 from trainer.errors import (
     DONE,
-    FAILURE,
-    INTERRUPTED_TWICE,
     RUN_AGAIN,
     ConfigError,
-    PerdureError,
     problems_text,
 )
 from trainer.terminal import progress, size, table
@@ -36,6 +33,7 @@ Killed in the middle, it keeps what is finished; the same command goes on.
 exit codes: 0 done, or nothing to prepare, 1 the data cannot be used, 2 not understood,
             75 stopped by a signal, 130 interrupted by Ctrl-C"""
 
+_LEFT = "LEFT: what is finished is kept. The same command goes on."
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """Those that mean to a run: save and leave."""
 
@@ -46,24 +44,18 @@ class _Stopped(BaseException):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in argv or "-h" in argv:
-        print(_USAGE)
-        return DONE
+    return command(argv, _USAGE, _prepare, may_be_empty=True, interrupted=_LEFT)
+
+
+def _prepare(argv: list[str]) -> int:
+    is_json = "--json" in argv
     try:
         with _stoppable():
-            is_json = "--json" in argv
             content, text = prepare([a for a in argv if a != "--json"], is_quiet=is_json)
-            print(json.dumps(content, indent=1) if is_json else text, flush=True)
-    except PerdureError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
-    except (_Stopped, KeyboardInterrupt) as stop:
-        print("LEFT: what is finished is kept. The same command goes on.", file=sys.stderr)
-        return RUN_AGAIN if isinstance(stop, _Stopped) else INTERRUPTED_TWICE
+    except _Stopped:
+        print(_LEFT, file=sys.stderr)
+        return RUN_AGAIN
+    print(json.dumps(content, indent=1) if is_json else text, flush=True)
     return DONE
 
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from trainer import arguments, reporting
-from trainer.errors import DONE, ConfigError, PerdureError
+from trainer.errors import DONE
 
 _MOST_RUNS = 40
 _USAGE = """usage: python -m trainer.report RUN [RUN …] [out=…]
@@ -16,16 +16,12 @@ The page is one file that needs no network; open it in a browser, or send it to 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or "--help" in argv or "-h" in argv:
-        print(_USAGE)
-        return DONE if argv else ConfigError.exit_code
-    try:
-        given = arguments.parse(argv, _USAGE, options={"out": ""}, places=range(1, _MOST_RUNS + 1))
-        place = reporting.write(given.places, given.options["out"] or None, given.store)
-    except PerdureError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    return arguments.command(argv, _USAGE, _report)
+
+
+def _report(argv: list[str]) -> int:
+    given = arguments.parse(argv, _USAGE, options={"out": ""}, places=range(1, _MOST_RUNS + 1))
+    place = reporting.write(given.places, given.options["out"] or None, given.store)
     print(f"wrote {place}")
     return DONE
 

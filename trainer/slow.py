@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer import parallel
 from trainer.distributed import World
 
 _RATIO, _MORE_S, _STEPS, _AGAIN_S = 1.3, 0.002, 20, 600.0
@@ -37,7 +36,7 @@ class OwnTime:
         """Leave out what these wait for in their forward, from now on."""
         for module in wrapped:
             is_ddp = isinstance(module, DistributedDataParallel)
-            if is_ddp or parallel.is_sharded(module):
+            if is_ddp or hasattr(module, "set_requires_gradient_sync"):
                 begin = module.register_forward_pre_hook(self._wait_begins, prepend=True)
                 end = (
                     module.module.register_forward_pre_hook(self._wait_ends)

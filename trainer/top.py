@@ -1,10 +1,10 @@
 """python -m trainer.top RUN… [every_s=2] [--once] [--json]: a live table of runs."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -36,26 +36,19 @@ Ctrl-C ends it."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or "--help" in argv or "-h" in argv:
-        print(_USAGE)
-        return DONE if argv else ConfigError.exit_code
-    try:
-        given = arguments.parse(
-            argv,
-            _USAGE,
-            options={"every_s": "2"},
-            flags=("--once", "--json"),
-            places=range(1, _MOST_PLACES + 1),
-        )
+    return arguments.command(argv, _USAGE, _top)
+
+
+def _top(argv: list[str]) -> int:
+    given = arguments.parse(
+        argv,
+        _USAGE,
+        options={"every_s": "2"},
+        flags=("--once", "--json"),
+        places=range(1, _MOST_PLACES + 1),
+    )
+    with suppress(KeyboardInterrupt):  # how one leaves it
         _watch(given, _every_s(given.options["every_s"]))
-    except PerdureError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print()
     return DONE
 
 

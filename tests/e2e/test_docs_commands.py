@@ -1,22 +1,19 @@
 """The documents' commands run, in their order, where what they speak of is there.
 
-Of `console` blocks, all that can be typed as it stands: what has an ellipsis is no command, and
-what begins with srun or torchrun, or speaks of s3://, is run by the tests of SLURM, of the example
-and of S3. Capital words stand for places. Trainings take two steps.
+Those that need SLURM or S3 are run where there is one, by test_docs_on_slurm.py and
+test_docs_on_s3.py. Capital words stand for places. Trainings take two steps.
 """
 
 import re
-import shlex
 import shutil
 import subprocess
-import sys
 
+import documents
 import pytest
 import torch
 from commands import ROOT, in_folder
 from PIL import Image
 
-DOCUMENTS = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 RUN, EXPORT, OTHER = "runs/digits-cnn", "a.torchscript.pt", "b.pt2"
 PLACES = {
     "RUN": RUN, "A": RUN, "B": "runs/other", "C": RUN, "PATH": f"{RUN}/exports/w.safetensors",
@@ -25,19 +22,8 @@ PLACES = {
 }  # fmt: skip
 FAILS = {"checkpoints verify runs/broken": 1, "checkpoints diff": 1}
 """Commands that show what is wrong, or another."""
-
-
-def typed(document):
-    """Return the commands of a document, as words."""
-    text = (ROOT / "docs" / document).read_text()
-    found = []
-    for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            command = line.removeprefix("$ ")
-            is_ours = command.startswith("python -m trainer")
-            if is_ours and "…" not in command and "s3://" not in command:
-                found.append(shlex.split(command, comments=True))
-    return found
+MADE = {"make s3"}
+"""What starts the server that test_docs_on_s3.py has."""
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +52,7 @@ def prepared(tmp_path_factory):
         "class Tracker(Silent):\n"
         "    def __init__(self, every: int): self.every = every\n"
     )
+    (folder / "docs").symlink_to(ROOT / "docs")
     (folder / "pictures").mkdir()
     Image.new("L", (8, 8)).save(folder / "pictures/0.png")
     (folder / "books").mkdir()
@@ -75,10 +62,11 @@ def prepared(tmp_path_factory):
 
 
 def run(command, words):
-    words = [sys.executable, *words[1:]] if words[0] == "python" else words
+    env, words = documents.to_run(words)
     return subprocess.run(
-        words, cwd=command.folder, env=command.env, capture_output=True, text=True, timeout=300
-    )
+        words, cwd=command.folder, env={**command.env, **env},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
 
 
 def as_typed(words):
@@ -86,20 +74,26 @@ def as_typed(words):
     words = [PLACES.get(word, word) for word in words]
     words = [re.sub(r"(?<==)[A-Z]+$", lambda m: PLACES[m[0]], word) for word in words]
     if "trainer.run" in words and not {"--help", "--check", "--cfg", "-m"} & set(words[3:]):
-        words += ["trainer.max_steps=2"]
         words += [] if any(w.startswith("name=") for w in words) else ["name=of-a-document"]
+        return documents.shorter(words)
     return words
 
 
-def test_the_documents_have_commands():
-    assert sum(len(typed(document)) for document in DOCUMENTS) >= 15
+def test_the_documents_have_commands_of_every_kind():
+    found = dict.fromkeys(("", "slurm", "s3"), 0)
+    for document in documents.DOCUMENTS:
+        for need in found:
+            found[need] += len(documents.typed(document, need))
+        assert {" ".join(words) for words in documents.typed(document, "make")} <= MADE
+    assert found[""] >= 30
+    assert min(found.values()) >= 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", [d for d in DOCUMENTS if typed(d)])
+@pytest.mark.parametrize("document", [d for d in documents.DOCUMENTS if documents.typed(d, "")])
 def test_its_commands_run(prepared, document):
     weights_of_others(prepared.folder)
-    for words in typed(document):
+    for words in documents.typed(document, ""):
         shutil.rmtree(prepared.folder / "runs/of-a-document", ignore_errors=True)
         shutil.rmtree(prepared.folder / "brought", ignore_errors=True)
         done = run(prepared, as_typed(words))

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from trainer import prepare
-from trainer.data import text
+from trainer.data import corpus
 from trainer.data.text import Text
 
 
@@ -64,20 +64,20 @@ def test_a_signal_leaves_finished_shards_and_the_same_command_goes_on(
     arguments, tmp_path, capsys, monkeypatch, number, code
 ):
     handlers = [signal.getsignal(n) for n in prepare._SIGNALS]
-    second, read = tmp_path / "shards" / "train-00001.json", text._read_local
+    second, read = tmp_path / "shards" / "train-00001.json", corpus._read_local
 
     def reading(document):
         if second.exists():
             os.kill(os.getpid(), number)
         return read(document)
 
-    monkeypatch.setattr(text, "_read_local", reading)
+    monkeypatch.setattr(corpus, "_read_local", reading)
     assert prepare.main(arguments) == code
     assert "The same command goes on." in capsys.readouterr().err
     assert [signal.getsignal(n) for n in prepare._SIGNALS] == handlers
     names = sorted(path.name for path in (tmp_path / "shards").iterdir())
     assert names == [".lock", "train-00000.bin", "train-00000.json", "train-00001.bin", second.name]
-    monkeypatch.setattr(text, "_read_local", read)
+    monkeypatch.setattr(corpus, "_read_local", read)
     assert prepare.main(arguments) == 0
     assert capsys.readouterr().err.splitlines()[:2] == [
         "train-00000.bin: is there already", "train-00001.bin: is there already",

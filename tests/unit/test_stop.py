@@ -60,7 +60,8 @@ def test_data_that_does_not_come_is_waited_for_until_it_does(stop):
         return arrived.is_set()
 
     vote = stop.agree(has)
-    assert vote.ready and not vote.reason
+    assert vote.ready
+    assert not vote.reason
     assert len(asked) >= 5
 
 

@@ -22,9 +22,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data import text
+from trainer.data import corpus
 from trainer.data.source import EvalStream, TrainStream, fetch
-from trainer.data.text import Part, Shard, Text, Windows
+from trainer.data.text import Text, Windows
+from trainer.data.token_shards import Part, Shard
 from trainer.distributed import World
 from trainer.errors import ConfigError, DataError
 
@@ -115,7 +116,7 @@ def test_the_index_says_what_is_there(files):
 
 def test_what_was_prepared_is_not_made_again(files, monkeypatch):
     prepared = small(files).prepare()
-    monkeypatch.setattr(text, "_read_local", None)
+    monkeypatch.setattr(corpus, "_read_local", None)
     assert small(files).prepare() == prepared
 
 
@@ -159,9 +160,9 @@ def test_by_default_it_is_the_standard_library_without_tests_and_packages():
 
 def test_the_split_does_not_depend_on_the_order_of_the_files(files, tmp_path, monkeypatch):
     first = small(files).prepare()
-    found = text.glob.glob(files, recursive=True)
+    found = corpus.glob.glob(files, recursive=True)
     random.Random(0).shuffle(found)
-    monkeypatch.setattr(text.glob, "glob", lambda pattern, recursive: found)
+    monkeypatch.setattr(corpus.glob, "glob", lambda pattern, recursive: found)
     second = small(files, tmp_path / "other").prepare()
     assert contents(first.folder) == contents(second.folder)
 
@@ -290,7 +291,7 @@ def whole(files, tmp_path):
 def test_finished_shards_survive_a_kill_and_are_kept(files, whole, tmp_path):
     folder = tmp_path / "shards"
     finished = [folder / f"train-0000{number}.bin" for number in range(2)]
-    read = text._read_local
+    read = corpus._read_local
 
     def stuck():
         def reading(document):
@@ -298,7 +299,7 @@ def test_finished_shards_survive_a_kill_and_are_kept(files, whole, tmp_path):
                 signal.pause()
             return read(document)
 
-        text._read_local = reading
+        corpus._read_local = reading
         small(files, folder).prepare()
 
     pid = forked(stuck)
@@ -340,7 +341,7 @@ def test_killed_at_every_fsync_it_still_ends_right(files, tmp_path):
 
 @pytest.mark.parametrize("has_locks", [True, False])
 def test_two_processes_at_once_both_end_right(files, whole, tmp_path, has_locks):
-    folder, read = tmp_path / "shards", text._read_local
+    folder, read = tmp_path / "shards", corpus._read_local
     (there, arrived), (go, start) = os.pipe(), os.pipe()
 
     def no_lock(descriptor, operation):
@@ -359,7 +360,7 @@ def test_two_processes_at_once_both_end_right(files, whole, tmp_path, has_locks)
             meet(document)
             return read(document)
 
-        text._read_local = reading
+        corpus._read_local = reading
         if not has_locks:
             fcntl.flock = no_lock
         source = small(files, folder)
@@ -435,7 +436,7 @@ def test_a_shard_that_changes_under_a_run_is_a_data_error(files, tmp_path):
 
 
 def test_a_file_that_grows_meanwhile_is_a_data_error(files, monkeypatch):
-    monkeypatch.setattr(text, "_read_local", lambda document: b"longer" * 50)
+    monkeypatch.setattr(corpus, "_read_local", lambda document: b"longer" * 50)
     with pytest.raises(DataError, match=r"300 bytes, it had .* when the files were listed"):
         small(files).prepare()
 

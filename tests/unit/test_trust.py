@@ -17,7 +17,7 @@ HOSTILE = [
     "trainer.run.main",
     "trainer.run.os.system",
     "trainer.data.text.os.system",
-    "trainer.data.text.importlib.import_module",
+    "trainer.data.tokenizer.importlib.import_module",
     "trainer.task.F.torch.hub.load",
     "models.cnn.torch.hub.load",
     "torch.nn.modules.module.warnings.warn",

@@ -345,7 +345,8 @@ class TrainStream:
 def _microbatches(dataset: Any, seed: int, skip: bool, key: tuple[list[Tensor], Cursor]) -> Made:
     pieces, after = key
     epoch = after["epoch"] - (after["batch"] == 0)
-    batches, damaged = [], ()
+    batches: list[Batch | None] = []
+    damaged: tuple[str, ...] = ()
     for piece in pieces:
         batch, texts = fetch_whole(dataset, piece, "train", seed, epoch, skip=skip, replace=True)
         batches.append(batch)

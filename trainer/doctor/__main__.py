@@ -12,6 +12,7 @@ from dataclasses import asdict
 import torch
 
 from trainer import build, config, distributed, launch, resume, sharing
+from trainer.arguments import command
 from trainer.compose import compose
 from trainer.config import Run
 from trainer.distributed import World
@@ -22,7 +23,6 @@ from trainer.errors import (
     DONE,
     FAILURE,
     ConfigError,
-    PerdureError,
     Problem,
     problems_text,
 )
@@ -41,20 +41,11 @@ _TIMEOUT_S = 60.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in argv or "-h" in argv:
-        print(_USAGE)
-        return DONE
-    try:
-        launch.take_rank_from_slurm()
-        return _examine(argv)
-    except PerdureError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    return command(argv, _USAGE, _examine, may_be_empty=True)
 
 
-def _examine(argv: Sequence[str]) -> int:
+def _examine(argv: list[str]) -> int:
+    launch.take_rank_from_slurm()
     flags = {flag for flag in _FLAGS if flag in argv}
     arguments = [argument for argument in argv if argument not in flags]
     run, problems = compose(arguments, _USAGE, _FLAGS)

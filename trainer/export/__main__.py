@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from trainer.arguments import Arguments, parse
-from trainer.errors import DONE, ConfigError, PerdureError, closest
+from trainer.arguments import Arguments, command, parse
+from trainer.errors import DONE, ConfigError, closest
 from trainer.export.exporting import Exported, export
 from trainer.export.formats import FORMATS, find
 from trainer.export.subject import Choices
@@ -36,21 +36,17 @@ What can be run is compared with the model, and not written where it differs:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or "--help" in argv or "-h" in argv:
-        print(usage())
-        return DONE if argv else ConfigError.exit_code
-    try:
-        settings = [argument for argument in argv if _is_setting(argument)]
-        named = [a.partition("=")[2] for a in argv if a.startswith("format=")]
-        find(named[-1] if named else _OPTIONS["format"])
-        unset = {key: "" for each in FORMATS.values() for key in each.OPTIONS}
-        mine = [argument for argument in argv if not _is_setting(argument)]
-        given = parse(mine, usage(), options={**_OPTIONS, **unset})
-        done = _export(given, settings)
-    except PerdureError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    return command(argv, usage(), _run)
+
+
+def _run(argv: list[str]) -> int:
+    settings = [argument for argument in argv if _is_setting(argument)]
+    named = [a.partition("=")[2] for a in argv if a.startswith("format=")]
+    find(named[-1] if named else _OPTIONS["format"])
+    unset = {key: "" for each in FORMATS.values() for key in each.OPTIONS}
+    mine = [argument for argument in argv if not _is_setting(argument)]
+    given = parse(mine, usage(), options={**_OPTIONS, **unset})
+    done = _export(given, settings)
     print(text(done))
     if done.warning:
         print(done.warning, file=sys.stderr)
