@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import socket
 
 import pytest
 from commands import HARD, committed
 from event_files import scalars, wandb_run
+from wandb_server import WandbServer
 
 from trainer.storage import open_store
 from trainer.tracking import jsonl
@@ -44,6 +46,47 @@ def test_a_killed_run_has_every_step_once_and_one_run_at_wandb(command, wait_for
     saves = [json.loads(text) for text in (run / "saves.jsonl").read_text().splitlines()]
     assert [save["step"] for save in saves if save["attempt"] == 2][-1] == 40
     assert all(save["bytes"] > 0 and save["stall_s"] >= 0 for save in saves)
+
+
+@pytest.mark.slow
+def test_at_a_server_that_answers_steps_that_come_again_are_not_dropped(command, wait_for):
+    arguments = (*HARD, "name=a", "tracker=wandb", "task._target_=mine.task.Fragile")
+    run = command.folder / "runs/a"
+    with WandbServer() as server:
+        online = {
+            **WANDB,
+            "WANDB_BASE_URL": server.url,
+            "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1",
+        }
+
+        def seen():
+            return [step for one in server.runs.values() for step in steps_of(one["history"])]
+
+        process = command.start(*arguments, STEP_S="0.1", **online)
+        wait_for(lambda: committed(run) and seen()[-1:] > [committed(run)[-1]], process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        before = seen()
+        done = command(*arguments, **online)
+        assert done.returncode == 0, done.stderr
+    (there,) = server.runs.values()
+    resumed = int(re.search(r"resuming from step (\d+)", done.stdout)[1])
+    steps = steps_of(there["history"])
+    assert steps[: len(before)] == before
+    assert before[-1] > resumed  # hence some come again
+    assert steps[-(40 - resumed) :] == list(range(resumed + 1, 41))
+    own = [line["_step"] for line in there["history"]]
+    assert own == list(range(len(own)))
+    lines = jsonl.read(open_store(str(run)))
+    losses = {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
+    sent = {line["step"]: line["train/loss"] for line in there["history"] if "train/loss" in line}
+    assert sent == losses
+    assert there["config"]["attempt"]["value"] == 2
+    assert there["summary"]["step"] == 40
+
+
+def steps_of(history):
+    return [line["step"] for line in history if "train/loss" in line]
 
 
 def jsonl_steps(run):
