@@ -7,7 +7,7 @@ from itertools import combinations, product
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from trainer import build, loop, parallel, resume, rng
+from trainer import build, loop, parallel, resume, rng, targets
 from trainer.checkpoint import lineage
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.tiers import Tiers
@@ -159,7 +159,7 @@ def steps_by_hand(case, ranks, count=3):
     run = configured(case, count)
     model, (inputs, labels) = build.build_model(run), dataset()
     parameters = list(model.parameters())
-    optimizer, task = build.make(run.optimizer, "", parameters), build.make(run.task, "")
+    optimizer, task = targets.make(run.optimizer, "", parameters), targets.make(run.task, "")
     scaler = torch.amp.GradScaler("cpu", enabled=case.precision == "fp16")
     averages = [p.detach().clone() for p in parameters]
     seeds = [rng.derive("rank", SEED, 0, rank) for rank in range(ranks)]

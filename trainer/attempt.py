@@ -80,7 +80,7 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
     start = world.from_rank0(lambda: resume.choose(tiers, run, stored))
     if resume.finished(run, start):
         if world.rank == 0:
-            print(finished_text(run, start.step))
+            print(summary.finished_text(run, start.step))
         return DONE
     earlier = world.from_rank0(lambda: _earlier(run, tiers))
     threads = launch.threads_per_rank(run.launch, earlier[-1].get("threads") if earlier else None)
@@ -137,7 +137,7 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
             if notes is not None:
                 _record_end(tiers, attempt, {"ended": lineage.now(), **notes.end(), **ending})
     if world.rank == 0:
-        text = _end_text(run, state, saver, stop, job.pace, done, seconds)
+        text = summary.end_text(run, state, saver, stop, job.pace, done, seconds)
         print("\n".join([text, *shown]), flush=True)
         _look_back(run, lineage.records(store), state.step, done)
     if not done:
@@ -537,9 +537,6 @@ def _record_start(
         job.tracker.say(line)
 
 
-# --- what a person reads -----------------------------------------------------------------------
-
-
 def _resume_lines(
     run: Run,
     job: loop.Job,
@@ -569,51 +566,3 @@ def _resume_lines(
     if changed:
         lines.append(f"not bit-exact from here on, because of {'; '.join(changed)}")
     return lines
-
-
-def _end_text(
-    run: Run,
-    state: State,
-    saver: Saver,
-    stop: Stop,
-    pace: Pace | None,
-    done: bool,
-    seconds: float,
-) -> str:
-    newest = "none" if saver.committed_step is None else f"step {saver.committed_step:,}"
-    if not done:
-        return (
-            f"Stopped by {reason_text(stop.reason)} at step {state.step:,}; newest checkpoint: "
-            f"{newest}. Run the same command again to go on (exit code {RUN_AGAIN})."
-        )
-    figures = "  ".join(f"{name} {value:.4f}" for name, value in state.metrics.items())
-    lines = [f"Finished at step {state.step:,} after {seconds:.1f} s.  {figures}"]
-    if saver.committed_step != state.step:
-        lines.append(
-            f"The last step could NOT be saved; newest checkpoint: {newest}. Run the same command "
-            "again to repeat what is missing."
-        )
-    lines += summary.end_lines(pace.totals()) if pace is not None else []
-    return "\n".join([*lines, *_next_steps(run, state.step)])
-
-
-def finished_text(run: Run, step: int) -> str:
-    """Return what to say of a run that is already at its end."""
-    text = (
-        f"{run.run_dir} is finished: it is at step {step:,}, as far as this configuration goes. "
-        "Nothing to do."
-    )
-    return "\n".join([text, *_next_steps(run, step)])
-
-
-def _next_steps(run: Run, step: int) -> list[str]:
-    limits = run.trainer
-    by_steps = limits.max_epochs is None or (limits.max_steps or step + 1) <= step
-    further = f"max_steps={2 * step}" if by_steps else f"max_epochs={2 * (limits.max_epochs or 0)}"
-    return [
-        f"  the run   {run.run_dir}",
-        f"  go on     the same command with trainer.{further}",
-        *([f"  mirror    {run.checkpoint.mirror}"] if run.checkpoint.mirror else []),
-        f"  look      {run.run_dir}/metrics.jsonl",
-        f"  export    python -m trainer.export {run.run_dir} format=safetensors",
-    ]

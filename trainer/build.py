@@ -1,12 +1,8 @@
-"""The only place where configuration becomes objects, and where targets are judged before."""
+"""The only place where configuration becomes objects, and where it is judged before."""
 
-import importlib
 import inspect
-import pkgutil
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,13 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from trainer import flops, parallel, parameters, preemption, rng
+from trainer import flops, parallel, parameters, preemption, rng, targets
 from trainer.config import Run
 from trainer.data.source import Datasets, EvalStream, TrainStream
 from trainer.data.streams import Streamed, is_stream
 from trainer.distributed import World
 from trainer.ema import Ema
-from trainer.errors import ConfigError, DataError, PerdureError, Problem, closest
+from trainer.errors import ConfigError, DataError, Problem, closest
 from trainer.loop import Job, Phase
 from trainer.pace import Pace
 from trainer.policy import Every
@@ -52,16 +48,16 @@ def check(run: Run) -> list[Problem]:
     for group, provided in (("model", 0), ("data", 0), ("task", 0), ("optimizer", 1)):
         if getattr(run, group).get("_target_"):  # config.check tells where there is none
             node = _arguments(run.optimizer) if group == "optimizer" else getattr(run, group)
-            problems += check_target(node, group, provided)
+            problems += targets.check_target(node, group, provided)
     if text := parameters.check_rules(run.optimizer.get("groups", [])):
         problems.append(Problem("optimizer.groups", text))
     problems += _check_phases(run)
     if run.scheduler:
         known = {key: value for key, value in run.scheduler.items() if key != "interval"}
         words = {k: 1 if v in _HORIZON_WORDS else v for k, v in known.items() if _hashable(v)}
-        problems += check_target({**known, **words}, "scheduler", 1)
+        problems += targets.check_target({**known, **words}, "scheduler", 1)
     for name, node in run.tracker.items():
-        problems += check_target(node, f"tracker.{name}", 0) or _check_tracker(name, node)
+        problems += targets.check_target(node, f"tracker.{name}", 0) or _check_tracker(name, node)
     weights = run.init.weights or ""
     if weights and is_local(weights) and not Path(weights.removeprefix("file://")).exists():
         problems.append(Problem("init.weights", f"{weights!r} is not a file or folder"))
@@ -78,7 +74,7 @@ def _arguments(optimizer: Mapping[str, Any]) -> dict[str, Any]:
 def _check_phases(run: Run) -> list[Problem]:
     """Return what is wrong with `optimizer.phases`, as far as the task's class tells its phases."""
     given = run.optimizer.get("phases", {})
-    stated = getattr(find(str(run.task.get("_target_", "")))[0], "phases", None)
+    stated = getattr(targets.find(str(run.task.get("_target_", "")))[0], "phases", None)
     if text := parameters.check_phases(given, stated if isinstance(stated, Mapping) else None):
         return [Problem("optimizer.phases", text)]
     problems = []
@@ -88,13 +84,13 @@ def _check_phases(run: Run) -> list[Problem]:
             problems.append(Problem(f"{key}._target_", "all phases have the optimizer's own class"))
         elif run.optimizer.get("_target_"):
             node = {"_partial_": True, **changes, "_target_": run.optimizer["_target_"]}
-            problems += check_target(node, key, 1)
+            problems += targets.check_target(node, key, 1)
     return problems
 
 
 def _check_tracker(name: str, node: Mapping[str, Any]) -> list[Problem]:
     """Ask a tracker that can tell, whether its library is there, say."""
-    target, _ = find(str(node["_target_"]))
+    target, _ = targets.find(str(node["_target_"]))
     tell = getattr(target, "problem", None)
     text = tell({k: v for k, v in node.items() if k not in _HYDRA_WORDS}) if tell else ""
     return [Problem(f"tracker.{name}", text)] if text else []
@@ -110,216 +106,13 @@ def _hashable(value: Any) -> bool:
     return not isinstance(value, (list, dict))
 
 
-def check_target(node: Any, key: str, provided: int = 0) -> list[Problem]:
-    """Return the problems of one `{_target_: …, argument: …}` node and of those inside it.
-
-    Args:
-        node: the node.
-        key: its full key, for the messages.
-        provided: positional arguments that we pass ourselves, such as an optimizer's parameters.
-    """
-    if not isinstance(node, Mapping) or "_target_" not in node:
-        text = "has no _target_: the dotted name of a class or function that makes it"
-        return [Problem(key, text)]
-    target, problem = find(str(node["_target_"]))
-    if target is None:
-        return [Problem(f"{key}._target_", problem)]
-    arguments = {name: value for name, value in node.items() if name not in _HYDRA_WORDS}
-    listed = node.get("_args_")
-    problems = []
-    for name, value in {**arguments, "_args_": listed}.items():
-        problems += _check_nested(value, f"{key}.{name}")
-    provided += len(listed) if isinstance(listed, list) else 0
-    found = _check_arguments(target, str(node["_target_"]), arguments, key, provided)
-    if node.get("_partial_"):  # what is missing comes with the call
-        found = [problem for problem in found if problem.key.rpartition(".")[2] in arguments]
-    return problems + found
-
-
-def _check_nested(value: Any, key: str) -> list[Problem]:
-    if isinstance(value, Mapping):
-        if "_target_" in value:
-            return check_target(value, key)
-        return [p for name, item in value.items() for p in _check_nested(item, f"{key}.{name}")]
-    if isinstance(value, list):
-        return [p for i, item in enumerate(value) for p in _check_nested(item, f"{key}[{i}]")]
-    return []
-
-
-def find(path: str) -> tuple[Any, str]:
-    """Return (object, "") or (None, what is wrong)."""
-    parts = path.split(".")
-    if not all(parts):
-        return None, f"{path!r} is not a dotted name"
-    found: Any = None
-    for count in range(len(parts) - 1, 0, -1):
-        module_name = ".".join(parts[:count])
-        try:
-            found = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is not None and (module_name + ".").startswith(error.name + "."):
-                continue  # the module itself is missing, not something that it imports
-            return None, f"{module_name} cannot be imported: {error}"
-        except (Exception, SystemExit) as error:  # a user's module may fail in any way
-            return None, f"{module_name} cannot be imported: {type(error).__name__}: {error}"
-        for name in parts[count:]:
-            if not hasattr(found, name) and name in _submodules(found):
-                return None, f"{path} is a module, not a class or function"
-            if not hasattr(found, name):
-                missing = f"there is no {name!r} in {module_name}{closest(name, _names(found))}"
-                return None, f"{path}: {missing}{_shadowed(module_name)}"
-            found = getattr(found, name)
-        if not callable(found):
-            return None, f"{path} is a {type(found).__name__}, not a class or function"
-        return found, ""
-    hint = "" if len(parts) > 1 else "; give the dotted name of a class or function"
-    return None, f"{path}: there is no module {parts[0]!r}{hint}"
-
-
-def _names(found: Any) -> list[str]:
-    return [name for name in [*dir(found), *_submodules(found)] if not name.startswith("_")]
-
-
-def _submodules(found: Any) -> list[str]:
-    """Return the names of a package's modules, also of those that nobody has imported."""
-    return [module.name for module in pkgutil.iter_modules(getattr(found, "__path__", []))]
-
-
-def _shadowed(name: str) -> str:
-    """Say where `models` comes from, when a folder of the user's hides the one of this project."""
-    ours = Path(__file__).resolve().parent.parent / name
-    module = importlib.import_module(name)
-    folders = [Path(folder).resolve() for folder in getattr(module, "__path__", [])]
-    if name != "models" or ours in folders:
-        return ""
-    return (
-        f"; 'models' is {folders[0] if folders else module} here, which hides this project's own: "
-        "rename that folder, or start from another directory"
-    )
-
-
-def _check_arguments(
-    target: Any, path: str, arguments: Mapping[str, Any], key: str, provided: int
-) -> list[Problem]:
-    try:
-        signature = inspect.signature(target)
-    except (TypeError, ValueError):
-        return []  # a builtin without a signature judges its arguments itself
-    parameters = signature.parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if is_dataclass(target) and hasattr(vars(target).get("__init__"), "__wrapped__"):
-        takes_any = True  # transformers' configurations take more than their fields
-    positional = [
-        name
-        for name, p in parameters.items()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    given = set(positional[:provided])
-    valid = [
-        n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
-    valid = [name for name in valid if name not in given]
-    problems = []
-    for name, value in arguments.items():
-        if name not in valid:
-            if not takes_any:
-                text = f"{path} has no argument {name!r}{closest(name, valid)}"
-                problems.append(Problem(f"{key}.{name}", text))
-        elif value is None and parameters[name].default is None:
-            continue
-        elif not accepts(_annotation(target, parameters[name]), value):
-            text = f"{value!r} is not {_shown(_annotation(target, parameters[name]))}"
-            problems.append(Problem(f"{key}.{name}", text))
-    for name in valid:
-        parameter = parameters[name]
-        if parameter.default is parameter.empty and name not in arguments:
-            problems.append(Problem(f"{key}.{name}", f"{path} needs this argument"))
-    return problems
-
-
-def _annotation(target: Any, parameter: inspect.Parameter) -> Any:
-    if not isinstance(parameter.annotation, str):
-        return parameter.annotation
-    function = target.__init__ if inspect.isclass(target) else target
-    try:
-        return typing.get_type_hints(function).get(parameter.name, Any)
-    except Exception:  # an annotation may name anything, also what only a type checker imports
-        return Any
-
-
-def _shown(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
-
-
-_SIMPLE = (int, float, bool, str, type(None))
-
-
-def accepts(annotation: Any, value: Any) -> bool:
-    """Return whether a value from YAML can be meant by an annotation; in doubt, yes."""
-    if annotation in (Any, inspect.Parameter.empty) or isinstance(value, Mapping):
-        return True
-    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        if isinstance(value, str) and _numbers_only(inner):
-            return False
-        return any(accepts(item, value) for item in inner)
-    if origin is typing.Literal:
-        return value in inner
-    if origin in (list, Sequence, set, frozenset):
-        return isinstance(value, list) and all(accepts(item, v) for item in inner for v in value)
-    if origin is tuple:
-        if not (isinstance(value, list) and inner):
-            return isinstance(value, list)
-        items = [inner[0]] * len(value) if inner[1:] == (Ellipsis,) else list(inner)
-        return len(items) == len(value) and all(map(accepts, items, value))
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation in (bool, str):
-        return isinstance(value, annotation)
-    if annotation in (None, type(None)):
-        return value is None
-    return True
-
-
-def _numbers_only(members: Sequence[Any]) -> bool:
-    """Whether a union is of numbers, and of tensors at most: no text is meant by it."""
-    names = {getattr(member, "__name__", "") for member in members}
-    return bool(names & {"int", "float"}) and names <= {
-        "int",
-        "float",
-        "bool",
-        "NoneType",
-        "Tensor",
-    }
-
-
 # --- objects -----------------------------------------------------------------------------------
-
-
-def make(node: Mapping[str, Any], key: str, *provided: Any) -> Any:
-    """Call a target. What it says about its arguments becomes a ConfigError; a bug stays one."""
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
-    try:
-        return instantiate(dict(node), *provided, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, PerdureError):
-            raise cause from None
-        if isinstance(cause, ValueError):
-            raise ConfigError(f"{key}: {node['_target_']} refused: {cause}") from cause
-        if cause is not None:
-            raise cause from None
-        raise ConfigError(f"{key}: {error}") from error
 
 
 def build_data(run: Run) -> DataSource:
     """Build the data; a plain dataset is trained on and nothing is evaluated."""
     rng.seed_all(rng.derive("data", run.seed))  # whatever it draws, every attempt draws it
-    made = make(run.data, "data")
+    made = targets.make(run.data, "data")
     source: DataSource = made if _is_source(made) else Datasets(train=made)
     if is_stream(source.train):
         _check_stream(run, source)
@@ -373,7 +166,7 @@ def _check_shape(run: Run, source: DataSource) -> None:
 def build_model(run: Run) -> nn.Module:
     """Build the plain model on the CPU; its initial weights are a function of `seed`."""
     rng.seed_all(run.seed)
-    model = make(run.model, "model")
+    model = targets.make(run.model, "model")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: {run.model['_target_']} gives a {type(model).__name__}, not a "
                           "torch.nn.Module")  # fmt: skip
@@ -387,7 +180,7 @@ def build_tracker(run: Run, world: World) -> Tracker:
     """
     if world.rank != 0:
         return Silent()
-    made = {name: make(node, f"tracker.{name}") for name, node in run.tracker.items()}
+    made = {name: targets.make(node, f"tracker.{name}") for name, node in run.tracker.items()}
     return Several([Jsonl(), *(Guarded(name, tracker) for name, tracker in made.items())])
 
 
@@ -424,7 +217,7 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
     peak = settings.peak_flops_per_s or _peak_flops_per_s(run, world)
     twin, uncounted = _twin(model) if peak is not None and world.rank == 0 else (None, [])
     parallel.modify(model, _options(run, parallel.BlockOptions))
-    task = make(run.task, "task")
+    task = targets.make(run.task, "task")
     phases, matched = _build_phases(run, world, model, task, max_steps, per_epoch)
     share = settings.global_batch_size // world.size // settings.accumulate
     evaluation = None
@@ -545,7 +338,7 @@ def _build_phases(
         parts = [part for part in parts if part["params"] or not stated]
         changes = run.optimizer.get("phases", {}).get(phase, {})
         node = {**_arguments(run.optimizer), **changes}
-        optimizer = make(node, "optimizer", parts if rules else parts[0]["params"])
+        optimizer = targets.make(node, "optimizer", parts if rules else parts[0]["params"])
         scheduler = _build_scheduler(run, optimizer, max_steps, steps_per_epoch)
         phases.append(Phase(name=phase, wrapped=inner, optimizer=optimizer, scheduler=scheduler))
     return phases, [*lines, *matched]
@@ -563,5 +356,5 @@ def _build_scheduler(
         for key, value in run.scheduler.items()
         if key != "interval"
     }
-    made: LRScheduler = make(node, "scheduler", optimizer)
+    made: LRScheduler = targets.make(node, "scheduler", optimizer)
     return made

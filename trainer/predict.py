@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from trainer import build
+from trainer import build, targets
 from trainer.arguments import Arguments, command, parse
 from trainer.compose import compose
 from trainer.config import ObjectStore
@@ -91,7 +91,7 @@ def _batches(
     if place:
         return inputs.read(place, interface, batch_size)
     run, problems = compose(settings, _USAGE)
-    problems += build.check_target(run.data, "data")
+    problems += targets.check_target(run.data, "data")
     if problems:
         raise ConfigError(problems_text(problems))
     return inputs.evaluation(build.build_data(run), interface, batch_size)

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
-from trainer import build
+from trainer import targets
 from trainer.arguments import command
 from trainer.compose import compose
 from trainer.data.token_shards import Prepared
@@ -68,11 +68,11 @@ def prepare(arguments: Sequence[str], *, is_quiet: bool) -> tuple[dict[str, Any]
     """
     run, problems = compose(arguments, _USAGE, ["--json"])
     if run.data.get("_target_"):  # merge tells where there is none
-        problems += build.check_target(run.data, "data")
+        problems += targets.check_target(run.data, "data")
     if problems:
         raise ConfigError(problems_text(problems))
     target = run.data["_target_"]
-    source = build.make(run.data, "data")  # and look at no part of it: that would prepare it
+    source = targets.make(run.data, "data")  # and look at no part of it: that would prepare it
     if not hasattr(type(source), "prepare"):
         return {"data": target, "is_prepared": False}, f"{target} needs no preparing"
 

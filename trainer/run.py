@@ -171,7 +171,7 @@ def _check_and_start(composed: DictConfig, problems: Sequence[Problem], check_on
 
 def _launch(run: Run, stored: Mapping[str, Any]) -> int:
     """Refuse early what cannot go on, then become the only rank, or start all ranks."""
-    from trainer import attempt, resume
+    from trainer import resume, summary
 
     tiers = resume.open_tiers(run)
     for key, store in zip(("run_dir", "checkpoint.mirror"), tiers.stores, strict=False):
@@ -188,7 +188,7 @@ def _launch(run: Run, stored: Mapping[str, Any]) -> int:
             raise ConfigError(text) from None
     start = resume.choose(tiers, run, stored)
     if resume.finished(run, start):
-        print(attempt.finished_text(run, start.step))
+        print(summary.finished_text(run, start.step))
         return DONE
     if launch.ranks_on_this_node(run.launch) == 1:
         return _rank(run, stored)

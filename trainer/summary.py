@@ -4,8 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer import loop, sizes
+from trainer.checkpoint.saver import Saver
 from trainer.config import Run
-from trainer.pace import Totals
+from trainer.errors import RUN_AGAIN
+from trainer.pace import Pace, Totals
+from trainer.preemption import Stop, reason_text
+from trainer.state import State
 from trainer.terminal import size
 
 
@@ -145,3 +149,62 @@ def _time(seconds: float) -> str:
         if seconds * scale >= 1:
             return f"{seconds * scale:.3g} {unit}"
     return f"{seconds * 1e6:.3g} µs"
+
+
+def end_text(
+    run: Run,
+    state: State,
+    saver: Saver,
+    stop: Stop,
+    pace: Pace | None,
+    done: bool,
+    seconds: float,
+) -> str:
+    """Return what an attempt says at its end: how far it came, what is saved, how to go on.
+
+    Args:
+        run: the configuration.
+        state: where it ended.
+        saver: knows the newest checkpoint.
+        stop: knows why it ended, unless it is done.
+        pace: of its steps; None: there were none.
+        done: whether the run is at its end.
+        seconds: since the attempt's beginning.
+    """
+    newest = "none" if saver.committed_step is None else f"step {saver.committed_step:,}"
+    if not done:
+        return (
+            f"Stopped by {reason_text(stop.reason)} at step {state.step:,}; newest checkpoint: "
+            f"{newest}. Run the same command again to go on (exit code {RUN_AGAIN})."
+        )
+    figures = "  ".join(f"{name} {value:.4f}" for name, value in state.metrics.items())
+    lines = [f"Finished at step {state.step:,} after {seconds:.1f} s.  {figures}"]
+    if saver.committed_step != state.step:
+        lines.append(
+            f"The last step could NOT be saved; newest checkpoint: {newest}. Run the same command "
+            "again to repeat what is missing."
+        )
+    lines += end_lines(pace.totals()) if pace is not None else []
+    return "\n".join([*lines, *_next_steps(run, state.step)])
+
+
+def finished_text(run: Run, step: int) -> str:
+    """Return what to say of a run that is already at its end."""
+    text = (
+        f"{run.run_dir} is finished: it is at step {step:,}, as far as this configuration goes. "
+        "Nothing to do."
+    )
+    return "\n".join([text, *_next_steps(run, step)])
+
+
+def _next_steps(run: Run, step: int) -> list[str]:
+    limits = run.trainer
+    by_steps = limits.max_epochs is None or (limits.max_steps or step + 1) <= step
+    further = f"max_steps={2 * step}" if by_steps else f"max_epochs={2 * (limits.max_epochs or 0)}"
+    return [
+        f"  the run   {run.run_dir}",
+        f"  go on     the same command with trainer.{further}",
+        *([f"  mirror    {run.checkpoint.mirror}"] if run.checkpoint.mirror else []),
+        f"  look      {run.run_dir}/metrics.jsonl",
+        f"  export    python -m trainer.export {run.run_dir} format=safetensors",
+    ]

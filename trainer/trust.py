@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from trainer import build
+from trainer import targets
 from trainer.errors import ConfigError
 
 ALLOWED = ("models", "torch.nn", "trainer.data", "trainer.task")
@@ -57,6 +57,6 @@ def _is_at_home(target: str, trusted: Sequence[str]) -> bool:
     """Whether it is defined in a trusted module, not only imported there, as `models.x.os` is."""
     if target in trusted:
         return True
-    found, _ = build.find(target)
+    found, _ = targets.find(target)
     home = getattr(found, "__module__", None)
     return found is None or (isinstance(home, str) and _is_below(home, trusted))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from trainer import build
+from trainer import targets
 from trainer.task import Classification, LanguageModel
 
 transformers = pytest.importorskip("transformers")
@@ -29,10 +29,10 @@ VIT = {
 
 
 def test_their_targets_are_judged_before_anything_runs():
-    assert build.check_target(GPT2, "model") == []
-    assert build.check_target(VIT, "model") == []
+    assert targets.check_target(GPT2, "model") == []
+    assert targets.check_target(VIT, "model") == []
     wrong = {**VIT, "config": {**VIT["config"], "_target_": "transformers.VitConfig"}}
-    assert "there is no 'VitConfig' in transformers" in build.check_target(wrong, "model")[0].text
+    assert "there is no 'VitConfig' in transformers" in targets.check_target(wrong, "model")[0].text
 
 
 def test_a_language_model_answers_as_a_plain_one_does():

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer import build
-from trainer.build import accepts, check_target
 from trainer.config import Init, Preemption, Run, Sample, Trainer
 from trainer.distributed import World
 from trainer.errors import ConfigError, DataError
+from trainer.targets import accepts, check_target
 from trainer.tracking.several import Silent
 
 PACKAGE = {

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from trainer import build
+from trainer import build, targets
 from trainer.compose import compose
 from trainer.distributed import World
 from trainer.doctor import machine, places, slurm
@@ -174,7 +174,7 @@ def test_sizes_are_those_of_a_model_that_has_taken_a_step(optimizer, copies):
     run, _ = compose(["model=mlp", f"optimizer={optimizer}"], "")
     found = sizes(run, 1)
     model = build.build_model(run)
-    made = build.make(run.optimizer, "optimizer", list(model.parameters()))
+    made = targets.make(run.optimizer, "optimizer", list(model.parameters()))
     model(torch.zeros(2, 1, 8, 8)).sum().backward()
     made.step()
     kept = [t for s in made.state.values() for t in s.values() if torch.is_tensor(t) and t.ndim]

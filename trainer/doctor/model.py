@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from trainer import build, parameters
+from trainer import parameters, targets
 from trainer.config import Run
 from trainer.doctor.finding import Finding
 from trainer.sizes import Sizes, measure
@@ -17,7 +17,7 @@ def sizes(run: Run, world_size: int) -> Sizes | None:
     """
     try:
         with torch.device("meta"):
-            model = build.make(run.model, "model")
+            model = targets.make(run.model, "model")
     except (NotImplementedError, RuntimeError):
         return None
     if not isinstance(model, nn.Module):
@@ -25,7 +25,7 @@ def sizes(run: Run, world_size: int) -> Sizes | None:
     parameters.freeze(model, run.trainer.freeze)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     node = {key: value for key, value in run.optimizer.items() if key not in ("groups", "phases")}
-    optimizer = build.make(node, "optimizer", list(model.parameters()))
+    optimizer = targets.make(node, "optimizer", list(model.parameters()))
     averages = trained if run.trainer.ema_decay is not None else {}
     return measure(model, [optimizer], averages, world_size)
 

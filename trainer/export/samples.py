@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer import build, rng
+from trainer import build, rng, targets
 from trainer.config import Run
 from trainer.data.source import fetch, to_device
 from trainer.errors import ConfigError, PerdureError
@@ -88,7 +88,7 @@ class Sampler:
         self.origin = "evaluation data" if is_eval else "training data"
         batch = fetch(dataset, torch.arange(count) % len(dataset), "eval")
         batch = to_device(_cast(batch, self._dtype), self._device)
-        task = build.make(self._run.task, "task")
+        task = targets.make(self._run.task, "task")
         phases = getattr(task, "phases", None)
         with watched(self._model) as seen, torch.no_grad():
             for extra in [(phase,) for phase in phases] if phases else [()]:

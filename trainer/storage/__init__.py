@@ -22,7 +22,8 @@ def open_store(url: str, settings: ObjectStore = ObjectStore()) -> Store:  # noq
     """
     if is_local(url):
         return LocalStore(url.removeprefix("file://"))
-    from trainer.storage.remote import FsspecStore, S3Store  # with fsspec, where it is needed
+    from trainer.storage.remote import FsspecStore  # with fsspec, where it is needed
+    from trainer.storage.s3 import S3Store
 
     kind = S3Store if url.startswith(("s3://", "s3a://")) else FsspecStore
     return kind(url, settings)

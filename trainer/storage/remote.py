@@ -1,16 +1,10 @@
-"""Objects as a store, through fsspec; on S3 in parts, with conditional creation and every request
-repeated that may succeed the next time.
+"""Objects as a store, through fsspec: every request is repeated that may succeed the next time."""
 
-Amazon S3 API: PutObject with If-None-Match, CreateMultipartUpload, UploadPart, ListObjectsV2.
-"""
-
-import base64
 import os
 import random
 import secrets
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
@@ -19,16 +13,14 @@ from typing import Any, NoReturn, TypeVar
 
 from trainer.config import ObjectStore
 from trainer.errors import ConfigError, StoreError
-from trainer.storage.direct import CutShortError, Direct, RefusedError, has_proxy
+from trainer.storage.direct import CutShortError
 from trainer.storage.store import AlreadyExists, NewFile
 
 T = TypeVar("T")
 
-_PART_BYTES = 8 << 20
-_MAX_PARTS = 10_000
+PART_BYTES = 8 << 20
 _READ_BYTES = 16 << 20
-_CONNECTIONS = 32
-_CONNECT_S = 10.0
+CONNECTIONS = 32
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 20.0
 _FOREIGN = ("botocore", "aiobotocore", "aiohttp", "fsspec", "s3fs", "gcsfs", "adlfs")
 """Libraries whose exceptions are the server's or the network's, not bugs of ours."""
@@ -45,10 +37,6 @@ _ADVICE = {
     "NoSuchBucket": "create the bucket, or correct its name",
     **dict.fromkeys(_EXPIRED, "get new credentials, then run the same command again"),
 }
-
-
-_Uploads = list[tuple[str, str]]
-"""Keys in the bucket, and what S3 calls the upload."""
 
 
 class FsspecStore:
@@ -88,7 +76,7 @@ class FsspecStore:
     def open_new(self, key: str, total_bytes: int) -> NewFile:
         """Refuse a key that is taken; nothing is sent before the file is finished."""
         self._refuse_taken(key)
-        return _HeldFile(self, key, total_bytes)
+        return HeldFile(self, key, total_bytes)
 
     def create(self, key: str, data: bytes) -> None:
         """Put it with the condition that nothing is there."""
@@ -217,7 +205,9 @@ class FsspecStore:
             except FileExistsError:
                 raise
             except Exception as error:
-                missing = isinstance(error, FileNotFoundError) and _code(error) != "NoSuchBucket"
+                missing = (
+                    isinstance(error, FileNotFoundError) and error_code(error) != "NoSuchBucket"
+                )
                 if missing and may_be_missing:
                     raise FileNotFoundError(f"{self.url}/{key}") from None
                 is_known = isinstance(error, OSError | TimeoutError) or type(
@@ -227,7 +217,7 @@ class FsspecStore:
                     raise
                 if missing or not _may_succeed(error) or number + 1 == tries:
                     self._give_up(verb, key, error, number + 1, time.monotonic() - began)
-                if _code(error) in _EXPIRED:
+                if error_code(error) in _EXPIRED:
                     with self._connecting:
                         self._connect()  # the environment or a profile may have new credentials
             longest_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**number)
@@ -237,7 +227,7 @@ class FsspecStore:
     def _give_up(
         self, verb: str, key: str, error: Exception, tries: int, seconds: float
     ) -> NoReturn:
-        code = _code(error)
+        code = error_code(error)
         advice = _ADVICE.get(code, "check the server and the network, then run the command again")
         often = f" ({tries} tries in {seconds:.0f} s)" if tries > 1 else ""
         what = self._without_secrets(f"{type(error).__name__}: {error}"[:500])
@@ -253,332 +243,26 @@ class FsspecStore:
         return text
 
 
-class S3Store(FsspecStore):
-    """Keys as objects of an S3 bucket, through s3fs."""
-
-    def _options(self) -> dict[str, Any]:
-        wanted = self._settings
-        client = {"region_name": wanted.region} if wanted.region else {}
-        config: dict[str, Any] = {
-            "connect_timeout": _CONNECT_S,
-            "read_timeout": wanted.timeout_s,
-            "max_pool_connections": _CONNECTIONS,
-            "retries": {"total_max_attempts": 1},  # `_try` repeats, nobody beneath it
-            "signature_version": "s3v4",  # also in links
-        }
-        if wanted.path_style:
-            config["s3"] = {"addressing_style": "path"}
-        return {
-            "skip_instance_cache": True,
-            "use_listings_cache": False,
-            "endpoint_url": wanted.endpoint_url,
-            "client_kwargs": client,
-            "config_kwargs": config,
-            **wanted.options,
-        }
-
-    def _connect(self) -> None:
-        super()._connect()
-        self._fs.retries = 1
-        self._bucket, _, self._prefix = self._root.partition("/")
-        self._direct = Direct(self._settings.timeout_s)
-
-    def call(self, method: str, key: str = "", **arguments: Any) -> Any:
-        """Send one request about a key."""
-        if key:
-            arguments["Key"] = self._path(key).partition("/")[2]
-        return self._fs.call_s3(method, Bucket=self._bucket, **arguments)
-
-    def open_new(self, key: str, total_bytes: int) -> NewFile:
-        """Begin an upload in parts; what fits into one part is put at once."""
-        self._path(key)
-        self._refuse_taken(key)
-        if total_bytes <= _PART_BYTES:
-            return _HeldFile(self, key, total_bytes)
-        return _Upload(self, key, total_bytes)
-
-    def create(self, key: str, data: bytes) -> None:
-        """Put it with `If-None-Match: *`, in one request whatever its size.
-
-        For servers that do not know the condition, it is looked for first. Between the look and
-        the creation another one may come, on such a server.
-        """
-        self._path(key)
-        try:
-            self._refuse_taken(key)
-            self._try("create", key, lambda: self._create(key, data))
-        except (AlreadyExists, FileExistsError):
-            self._accept_own(key, data)
-
-    def _create(self, key: str, data: bytes) -> None:
-        try:
-            self.call("put_object", key, Body=data, IfNoneMatch="*")
-        except Exception as error:
-            if _code(error) == "PreconditionFailed":
-                raise FileExistsError(key) from None
-            if _code(error) != "NotImplemented":
-                raise
-            self.call("put_object", key, Body=data)
-
-    def _keeps_conditions(self, key: str) -> bool:
-        try:
-            self._try("create", key, lambda: self._create(key, b"another"))
-        except FileExistsError:
-            return True
-        return False
-
-    def replace(self, key: str, data: bytes) -> None:
-        """Put it, whatever is there, in one request."""
-        self._path(key)
-        self._try("replace", key, lambda: self.call("put_object", key, Body=data))
-
-    def size(self, key: str) -> int:
-        """Ask for the object's size."""
-        self._path(key)
-        found = self._try("look at", key, lambda: self._head(key), may_be_missing=True)
-        return int(found["ContentLength"])
-
-    def _head(self, key: str) -> Mapping[str, Any]:
-        try:
-            found: Mapping[str, Any] = self.call("head_object", key)
-        except (FileNotFoundError, PermissionError):
-            self.call("list_objects_v2", Prefix=self._prefix, MaxKeys=1)  # a HEAD says not why
-            raise
-        return found
-
-    def read_into(
-        self, key: str, start: int, buffer: memoryview, *, is_shared: bool = False
-    ) -> int:
-        """Get one range, straight into `buffer` where no proxy is between."""
-        view = buffer.cast("B")
-        if not len(view) or not self._is_direct():
-            return super().read_into(key, start, view)
-
-        def get() -> int:
-            url = self._link("get_object", key)
-            wanted = {"Range": f"bytes={start}-{start + len(view) - 1}"}
-            try:
-                answer = self._direct.get_into(url, view, wanted)
-            except RefusedError as error:
-                if _code(error) in ("InvalidRange", "416"):
-                    return 0
-                if _code(error) == "NoSuchKey":
-                    raise FileNotFoundError(key) from error
-                raise
-            if start and not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-                raise OSError("the server does not answer with the range that was asked for")
-            return answer.nbytes
-
-        return self._try("read", key, get, may_be_missing=True)
-
-    def _is_direct(self) -> bool:
-        """Return whether bodies may pass by the client library, whose settings are the usual."""
-        changed = {"client_kwargs", "config_kwargs", "session"} & self._settings.options.keys()
-        address = self._settings.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3")
-        address = address or os.environ.get("AWS_ENDPOINT_URL") or "https://"
-        return not changed and not has_proxy(address)
-
-    def _link(self, method: str, key: str, **arguments: Any) -> str:
-        """Return a URL that is signed for one request about a key."""
-        from fsspec.asyn import sync
-
-        name = self._path(key).partition("/")[2]
-
-        async def sign() -> str:
-            await self._fs.set_session()
-            client = await self._fs.get_s3(self._bucket)
-            url: str = await client.generate_presigned_url(
-                method, Params={"Bucket": self._bucket, "Key": name, **arguments}
-            )
-            return url
-
-        url: str = sync(self._fs.loop, sign)
-        return url
-
-    def send_part(self, key: str, number: int, upload: str, body: memoryview) -> dict[str, Any]:
-        """Send one part of an upload; return what its completion says of it."""
-        crc = base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
-        facts = {"PartNumber": number, "UploadId": upload, "ChecksumCRC32": crc}
-
-        def send() -> str:
-            if not self._is_direct():
-                sent = self.call("upload_part", key, Body=bytes(body), **facts)
-                return str(sent["ETag"])
-            url = self._link("upload_part", key, **facts)
-            answer = self._direct.put(url, body, {"x-amz-checksum-crc32": crc})
-            return answer.headers.get("ETag", "")
-
-        etag = self._try("write", key, send)
-        return {"PartNumber": number, "ETag": etag, "ChecksumCRC32": crc}
-
-    def read(self, key: str) -> bytes:
-        """Get the whole object, in one request."""
-        self._path(key)
-        return self._try("read", key, lambda: self._get(key), may_be_missing=True)
-
-    def _get(self, key: str, **arguments: str) -> bytes:
-        from fsspec.asyn import sync
-
-        name = self._path(key).partition("/")[2]
-
-        async def get() -> bytes:
-            answer = await self._fs._call_s3(
-                "get_object", Bucket=self._bucket, Key=name, **arguments
-            )
-            async with answer["Body"] as body:
-                data: bytes = await body.read()
-            return data
-
-        data: bytes = sync(self._fs.loop, get)
-        return data
-
-    def _range(self, key: str, start: int, stop: int) -> bytes:
-        try:
-            return self._get(key, Range=f"bytes={start}-{stop - 1}")
-        except Exception as error:
-            if _code(error) in ("InvalidRange", "416"):
-                return b""
-            raise
-
-    def entries(self, folder: str) -> list[str]:
-        """List one level by prefix and delimiter."""
-        prefix = f"{self._path(folder)}/".partition("/")[2]
-        pages = self._try("list", folder, lambda: list(self._pages(Prefix=prefix, Delimiter="/")))
-        found = [item["Key"] for page in pages for item in page.get("Contents", ())]
-        found += [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
-        return sorted(name.removeprefix(prefix) for name in found if name != prefix)
-
-    def list(self, prefix: str, *, unfinished: bool = False) -> list[str]:
-        """List by prefix; uploads in parts that were not completed are asked for apart."""
-        folder = f"{self._path(prefix)}/".partition("/")[2]
-        found = set(self._try("list", prefix, lambda: set(self._objects(folder))))
-        if unfinished:
-            found |= {key for key, _ in self._uploads(folder)}
-        cut = len(self._prefix) + 1 if self._prefix else 0
-        return sorted(name[cut:] for name in found)
-
-    def _objects(self, folder: str) -> Iterator[str]:
-        for page in self._pages(Prefix=folder):
-            yield from (item["Key"] for item in page.get("Contents", ()))
-
-    def _pages(self, **what: str) -> Iterator[Mapping[str, Any]]:
-        more: dict[str, str] = {}
-        while True:
-            page = self.call("list_objects_v2", **what, **more)
-            yield page
-            if not page.get("IsTruncated"):
-                return
-            more = {"ContinuationToken": page["NextContinuationToken"]}
-
-    def modified_s(self, key: str) -> float:
-        """Ask for the object's time of modification."""
-        self._path(key)
-        found = self._try("look at", key, lambda: self._head(key), may_be_missing=True)
-        modified: datetime = found["LastModified"]
-        return modified.timestamp()
-
-    def _uploads(self, prefix: str) -> "_Uploads":
-        found: _Uploads = []
-        more: dict[str, str] = {}
-        while True:
-            page = self._try("list the uploads below", prefix, partial(self._page, prefix, more))
-            found += [(upload["Key"], upload["UploadId"]) for upload in page.get("Uploads", ())]
-            if not page.get("IsTruncated"):
-                return found
-            more = {
-                "KeyMarker": page["NextKeyMarker"],
-                "UploadIdMarker": page["NextUploadIdMarker"],
-            }
-
-    def _page(self, prefix: str, more: Mapping[str, str]) -> Mapping[str, Any]:
-        try:
-            page: Mapping[str, Any] = self.call("list_multipart_uploads", Prefix=prefix, **more)
-        except (PermissionError, NotImplementedError):  # then they stay, and nothing else
-            return {}
-        return page
-
-    def delete(self, keys: Iterable[str]) -> None:
-        """Delete one after another, and what was begun of them and not completed."""
-        wanted = list(keys)
-        for key in wanted:
-            self._path(key)
-            self._try("delete", key, partial(self.call, "delete_object", key))
-        if wanted:
-            names = {self._path(key).partition("/")[2] for key in wanted}
-            folder = os.path.commonpath(names) if len(names) > 1 else min(names)
-            for name, upload in self._uploads(folder):
-                if name in names:
-                    self.end_upload(name.removeprefix(self._prefix).lstrip("/"), upload)
-
-    def end_upload(self, key: str, upload: str) -> None:
-        """Give up an upload, so that its parts are not kept."""
-        with suppress(FileNotFoundError):
-            self._try(
-                "end the upload of", key,
-                lambda: self.call("abort_multipart_upload", key, UploadId=upload),
-                may_be_missing=True,
-            )  # fmt: skip
-
-
-class _HeldFile:
+class HeldFile:
     """A new key that is held in memory until it is finished, and put in one piece."""
 
-    part_bytes = _PART_BYTES
+    part_bytes = PART_BYTES
 
     def __init__(self, store: FsspecStore, key: str, total_bytes: int) -> None:
         self._store, self._key = store, key
         self._data = bytearray(total_bytes)
 
     def put(self, start: int, data: memoryview) -> None:
+        """Keep a part."""
         self._data[start : start + len(data)] = data
 
     def finish(self) -> None:
+        """Put the whole; durable on return."""
         self._store.replace(self._key, bytes(self._data))
 
     def abort(self) -> None:
+        """Forget it."""
         self._data = bytearray()
-
-
-class _Upload:
-    """An upload in parts, several in flight; each is sent with a checksum that the server checks.
-
-    Parts go from the caller's memory. Where a proxy is between, the client library sends them,
-    which takes a copy of each.
-    """
-
-    def __init__(self, store: S3Store, key: str, total_bytes: int) -> None:
-        self._store, self._key, self._total_bytes = store, key, total_bytes
-        even = -(-total_bytes // _MAX_PARTS)
-        self.part_bytes = -(-even // _PART_BYTES) * _PART_BYTES
-        self._parts: dict[int, dict[str, Any]] = {}
-        begun = store._try("write", key, self._begin)
-        self._upload = begun["UploadId"]
-
-    def _begin(self) -> Any:
-        return self._store.call("create_multipart_upload", self._key, ChecksumAlgorithm="CRC32")
-
-    def put(self, start: int, data: memoryview) -> None:
-        number = start // self.part_bytes + 1
-        body = data.cast("B")
-        self._parts[number] = self._store.send_part(self._key, number, self._upload, body)
-
-    def finish(self) -> None:
-        parts = [self._parts[number] for number in sorted(self._parts)]
-        self._store._try("write", self._key, lambda: self._complete(parts))
-
-    def _complete(self, parts: list[dict[str, Any]]) -> None:
-        try:
-            self._store.call(
-                "complete_multipart_upload", self._key,
-                UploadId=self._upload, MultipartUpload={"Parts": parts},
-            )  # fmt: skip
-        except FileNotFoundError:  # of the upload: the answer to its completion was lost, perhaps
-            if self._store.size(self._key) != self._total_bytes:
-                raise
-
-    def abort(self) -> None:
-        with suppress(StoreError):
-            self._store.end_upload(self._key, self._upload)
 
 
 _JITTER = random.SystemRandom()
@@ -587,7 +271,7 @@ _CREATING = threading.Lock()
 """File systems without conditional creation look first: at least not two threads at a time."""
 
 
-def _code(error: BaseException | None) -> str:
+def error_code(error: BaseException | None) -> str:
     """Return the server's code for an error, as `NoSuchKey` or `503`, or an empty text."""
     while error is not None:
         response = getattr(error, "response", None)
@@ -610,7 +294,7 @@ def _status(error: BaseException | None) -> int:
 
 def _may_succeed(error: Exception) -> bool:
     """Return whether it may succeed later: RFC 9110's 5xx, 408, 409 and 429, and no answer."""
-    code, status = _code(error), _status(error)
+    code, status = error_code(error), _status(error)
     if code in _EXPIRED:
         return True
     if code in ("NoCredentials", "RequestTimeTooSkewed", "NotImplemented"):
