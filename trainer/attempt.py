@@ -38,6 +38,7 @@ from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.tiers import Tiers
 from trainer.config import Run
+from trainer.data.source import lost_worker
 from trainer.distributed import World
 from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError, PerdureError, StoreError
 from trainer.pace import Pace
@@ -119,7 +120,7 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
             if not done:
                 ending["reason"] = reason_text(stop.reason)
         except BaseException as raised:
-            peer = watchdog.explain(raised)
+            peer = watchdog.explain(raised) or lost_worker(raised)
             error = peer or shortage.explain(raised, run, world) or raised
             ending["error"] = why = f"{type(error).__name__}: {error}"[:2000]
             if peer is None and launch.is_rank() and not getattr(error, "agreed", False):

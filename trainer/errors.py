@@ -56,6 +56,10 @@ class PeerLostError(PerdureError):
     exit_code = RUN_AGAIN
 
 
+class WorkerLostError(PeerLostError):
+    """A process that fetches data for this rank is gone without a word."""
+
+
 class PeerFailedError(PerdureError):
     """Another rank failed, and has said why."""
 

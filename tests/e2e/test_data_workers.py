@@ -25,26 +25,32 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_with_its_workers_killed_it_ends_with_the_same_bits(command, wait_for):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_with_its_workers_killed_it_ends_with_the_same_bits(command, wait_for, ranks):
+    settings = [*PICTURES, f"launch.nproc={ranks}"]
     for n in range(90):
         pixels = np.random.default_rng(n).integers(0, 256, (20, 24, 3)).astype(np.uint8)
         path = command.folder / "pictures" / "abc"[n % 3] / f"{n}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
     (command.folder / "pictures/b/40.png").write_bytes(b"no picture")
-    undisturbed = command(*PICTURES, "name=a")
+    undisturbed = command(*settings, "name=a")
     assert undisturbed.returncode == 0, undisturbed.stderr
     assert "SKIPPED sample" in undisturbed.stdout
     run = command.folder / "runs/b"
-    disturbed = command.start(*PICTURES, "name=b")
+    disturbed = command.start(*settings, "name=b")
     wait_for(lambda: any(step >= 10 for step in committed(run)), disturbed)
-    for child in children(disturbed.pid):
-        os.kill(child, signal.SIGKILL)
+    rank = disturbed.pid if ranks == 1 else max(children(disturbed.pid))
+    for worker in children(rank):
+        os.kill(worker, signal.SIGKILL)
     _, err = disturbed.communicate(timeout=120)
-    assert disturbed.returncode != 0
-    assert "DataLoader worker" in err
+    assert disturbed.returncode == 75
+    said = err + "".join(path.read_text() for path in (run / "logs").rglob("*stderr*"))
+    assert "LEFT: DataLoader worker (pid" in said
+    assert "lower trainer.data_workers" in said
+    assert "Traceback" not in said
     assert max(committed(run)) < max(committed(command.folder / "runs/a"))
-    again = command(*PICTURES, "name=b")
+    again = command(*settings, "name=b")
     assert again.returncode == 0, again.stderr
     assert "resuming from step" in again.stdout
     assert differences(str(command.folder / "runs/a"), str(run)) == []

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, default_collate
 from trainer import processes, rng
 from trainer.data import damage, order
 from trainer.distributed import World
-from trainer.errors import DataError, PerdureError
+from trainer.errors import DataError, PerdureError, WorkerLostError
 from trainer.protocols import Batch
 from trainer.state import Cursor, State
 
@@ -245,9 +245,13 @@ def with_workers(begin: Callable[[], T]) -> T:
     """Call what begins worker processes, and have them ended when this process ends.
 
     They ignore SIGTERM, with which Python would try to end them, to wait for them then for ever.
+    A worker that is gone is noticed by who waits for its item, within five seconds: torch's handler
+    of SIGCHLD would raise between any two lines of the training, and get lost in some of them.
     """
-    others = set(active_children())
+    others, handler = set(active_children()), signal.getsignal(signal.SIGCHLD)
     begun = begin()
+    if signal.getsignal(signal.SIGCHLD) is not handler:  # it was set, hence on the main thread
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
     atexit.unregister(_end_all)
     atexit.register(_end_all)  # the last one is called first: before that of multiprocessing
     _workers.update(child for child in active_children() if child not in others)
@@ -257,10 +261,20 @@ def with_workers(begin: Callable[[], T]) -> T:
 def _end_all() -> None:
     for ahead in list(_living):
         ahead.end()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler wonders at their end
     for worker in list(_workers):
         with suppress(ValueError):  # it was closed
             worker.kill()
+
+
+def lost_worker(error: BaseException) -> WorkerLostError | None:
+    """Return who is gone, if `error` is what torch says of a worker that was killed."""
+    text = str(error).partition("\n")[0].strip().rstrip(".")
+    if not (isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid")):
+        return None
+    return WorkerLostError(
+        f"{text}. If it was killed for want of memory, lower trainer.data_workers or the number of "
+        "ranks on a node"
+    )
 
 
 class _OfKeys(torch.utils.data.Dataset[Any]):
