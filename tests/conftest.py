@@ -1,8 +1,12 @@
 """Fixtures of all tests, and the rule that continuous integration skips nothing."""
 
 import os
+import signal
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `&`; commands would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest.register_assert_rewrite("contract", "commands", "event_files", "states", "stores")
 
