@@ -72,7 +72,10 @@ USER_PACKAGE = {
                             time.sleep(0.02)
                     if os.environ.get("FAIL_AT") == here:
                         raise ZeroDivisionError("a bug in the user's own code")
-                return super().loss(model, batch)
+                loss, logits = super().loss(model, batch)
+                if model.training and os.environ.get("NO_GRADIENT_AT") == here:
+                    loss = loss + (logits.sum() * 0).sqrt()  # 0, with a slope without end
+                return loss, logits
     ''',
     "tracker.py": """
         import os

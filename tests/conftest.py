@@ -3,7 +3,11 @@
 import os
 import signal
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("timeless", deadline=None)  # machines are shared
+hypothesis.settings.load_profile("timeless")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `&`; commands would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -41,11 +41,15 @@ def command(
         interrupted: said after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in argv or "-h" in argv or not (argv or may_be_empty):
-        print(usage)
-        return DONE if argv else CONFIGURATION
     try:
-        return do(argv)
+        if "--help" in argv or "-h" in argv or not (argv or may_be_empty):
+            code = DONE if argv else CONFIGURATION
+            print(usage)
+        else:
+            code = do(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except PerdureError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -81,7 +81,7 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
     start = world.from_rank0(lambda: resume.choose(tiers, run, stored))
     if resume.finished(run, start):
         if world.rank == 0:
-            print(summary.finished_text(run, start.step))
+            print(summary.finished_text(run, start.step, start.epoch))
         return DONE
     earlier = world.from_rank0(lambda: _earlier(run, tiers))
     threads = launch.threads_per_rank(run.launch, earlier[-1].get("threads") if earlier else None)
@@ -139,17 +139,23 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
                 _record_end(tiers, attempt, {"ended": lineage.now(), **notes.end(), **ending})
     if world.rank == 0:
         text = summary.end_text(run, state, saver, stop, job.pace, done, seconds)
-        print("\n".join([text, *shown]), flush=True)
+        _tell("\n".join([text, *shown]))
         _look_back(run, lineage.records(store), state.step, done)
     if not done:
         return RUN_AGAIN
     return DONE if saver.committed_step == state.step else FAILURE
 
 
+def _tell(text: str) -> None:
+    """Print, though nobody may hear it any more: the run is over and safe."""
+    with suppress(OSError, ValueError):  # a closed pipe, a full disk below the log
+        print(text, flush=True)
+
+
 def _look_back(run: Run, records: Sequence[history.Record], step: int, done: bool) -> None:
     """Say what all attempts did together; at the run's end, make its page. Rank 0 only."""
     if len(records) > 1:
-        print(history.goodput(records, step), flush=True)
+        _tell(str(history.goodput(records, step)))
     if run.report and done:
         _report(run)
 
@@ -170,7 +176,7 @@ def _report(run: Run) -> None:
     writing = threading.Thread(target=write, name="report", daemon=True)
     writing.start()
     writing.join(_REPORT_S)
-    print(said[0], flush=True)
+    _tell(said[0])
 
 
 def _close(tracker: Tracker, outcome: str) -> None:

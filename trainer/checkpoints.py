@@ -3,6 +3,7 @@
 Everything but `prune` and `copy` only reads; these two ask before they delete.
 """
 
+import io
 import json
 import re
 import sys
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _verb(argv: list[str]) -> int:
     verb, rest = argv[0], argv[1:]
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a TextIOWrapper
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if verb not in _VERBS:
         raise ConfigError(f"there is no verb {verb!r}{closest(verb, _VERBS)}\n{_USAGE}")
     flags = ["--json", "--yes"] if verb in ("prune", "copy") else ["--json"]

@@ -7,7 +7,7 @@ problem instead of stopping at the first, starts nothing and changes nothing.
 import copy
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -312,6 +312,10 @@ def _merge_node(cls: type, node: DictConfig, schema: DictConfig, prefix: str) ->
                 problems += unresolved
                 continue
             value = OmegaConf.to_container(value, resolve=True)
+        if escaped := [f"{full}{where}" for where in _escaped(value)]:
+            text = "a text with ${ in it, which would be resolved once more; leave that out"
+            problems += [Problem(where, text) for where in escaped]
+            continue
         try:
             if hints[key] == dict[str, Any] and value is None:
                 value = {}
@@ -320,6 +324,22 @@ def _merge_node(cls: type, node: DictConfig, schema: DictConfig, prefix: str) ->
             text = f"{value!r} does not fit: {_first_line(error)}"
             problems.append(Problem(full, text))
     return problems
+
+
+def _escaped(value: Any) -> Iterator[str]:
+    """Yield where a text is that looks like an interpolation, though all of them are resolved.
+
+    Such a text would be one again for whoever takes the configuration next; out of a checkpoint,
+    it would call what nobody has looked at.
+    """
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from (f".{key}{where}" for where in (*_escaped(key), *_escaped(inner)))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from (f"[{index}]{where}" for where in _escaped(inner))
+    elif isinstance(value, str) and "${" in value:
+        yield ""
 
 
 def _unresolved(node: DictConfig | ListConfig, prefix: str) -> list[Problem]:
@@ -559,5 +579,5 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value
     return flat

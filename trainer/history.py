@@ -96,19 +96,41 @@ class Goodput:
 def goodput(records: Sequence[Record], step: int) -> Goodput:
     """Return what the attempts have done together, the last of which is at `step`.
 
-    Of an attempt that died without a word, what it told last counts.
+    Of an attempt that died without a word, what it told last counts, or what was saved of it.
     """
-    begun = [record for record in records if "first_step" in record]
-    done = [max(record.get("last_step", 0) - record["first_step"], 0) for record in begun]
+    begun = [record for record in records if type(record.get("first_step")) is int]
+    last = [last_step(records, record) or 0 for record in begun]
+    last[-1:] = [step for _ in last[-1:]]
+    done = [max(end - r["first_step"], 0) for end, r in zip(last, begun, strict=True)]
     useful = step - begun[0]["first_step"] if begun else 0
     return Goodput(
         attempts=len(records),
         preempted=sum(record.get("outcome") == "preempted" for record in records),
         useful_steps=useful,
         all_steps=max(sum(done), useful),
-        starting_s=sum(record.get("starting_s", 0.0) for record in records),
-        training_s=sum(record.get("training_s", 0.0) for record in records),
+        starting_s=sum(_seconds(record, "starting_s") for record in records),
+        training_s=sum(_seconds(record, "training_s") for record in records),
     )
+
+
+def last_step(records: Sequence[Record], record: Record) -> int | None:
+    """Return the last step that is known of an attempt: told, or gone on from later."""
+    known = [record.get("last_step")]
+    for later in records:
+        origin = later.get("resumed_from")
+        if isinstance(origin, Mapping) and origin.get("attempt") == record.get("attempt"):
+            known.append(origin.get("step"))
+    return max((step for step in known if type(step) is int), default=None)
+
+
+def _seconds(record: Record, key: str) -> float:
+    """Return what a record tells; a damaged one may tell anything."""
+    value: Any = record.get(key)
+    is_known = type(value) in (int, float) and 0 <= value < _LONGEST_S
+    return float(value) if is_known else 0.0
+
+
+_LONGEST_S = 1e10
 
 
 _QUIET_S = 90.0

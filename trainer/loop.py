@@ -147,8 +147,9 @@ def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
     if state.last_eval_step != evaluated:
         saver.committed_step = None  # the checkpoint of this step has not got its evaluation
     batches = pace.feed = job.data.batches(state.cursor)
-    look = partial(_look, job, state, losses, saver, batches)
-    content = partial(_content, job, state, look)
+    look = partial(_look, job, state, losses, saver, batches)  # before a line
+    judge = partial(look, weights=True)  # before what is made of the weights
+    content = partial(_content, job, state, judge)
     while not job.is_over(state) and not interrupted:
         vote = stop.agree(batches.has)
         if stop.reason:
@@ -168,14 +169,14 @@ def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
         save_due = vote.save_due or _due(saver.every, state, final=final)
         eval_due = _due(job.eval_every, state, final=final)
         if log_due or save_due or eval_due or losses.are_many:
-            look()
+            look(weights=save_due or eval_due)
         if log_due:
             _log_steps(job, state, lrs, figures, pace)
         if eval_due:
             interrupted = not _evaluate_once(job, state, stop, pace)
         if not interrupted:
             saver.at_boundary(state, content, due=save_due, ended=vote.saves_ended)
-    look()
+    judge()
     stop.settle()
     pace.close(state.samples)
     if job.profiler is not None:
@@ -335,12 +336,19 @@ class _Losses:
                 if was_applied:
                     self._kept.append((step, phase.name, lr, figures[phase.key("loss")]))
 
-    def look(self, saver: Saver) -> None:
-        """Refuse to go on after a loss that is not finite on any rank. Collective."""
+    def look(self, saver: Saver, state: State, *, weights: bool) -> None:
+        """Refuse to go on after a loss that is not finite on any rank. Collective.
+
+        With `weights`, also after an update by a gradient that was not, though the loss was.
+        """
         kept, self._kept = self._kept, []
         finite = not kept or bool(torch.stack([each[-1] for each in kept]).isfinite().all())
         world = self._job.world
         if world.all(finite):
+            if kept and weights and not world.all(parallel.are_finite(self._job.model)):
+                saver.finish()
+                at = saver.committed_step
+                world.from_rank0(partial(_refuse_weights, state.step, at))
             return
         bad = next((each for each in kept if not finite and not each[-1].isfinite()), None)
         found = world.gather(None if bad is None else (*bad[:-1], float(bad[-1])))
@@ -363,9 +371,27 @@ class _Losses:
         world.from_rank0(refuse)
 
 
-def _look(job: Job, state: State, losses: _Losses, saver: Saver, batches: "Feed[Any]") -> None:
+def _refuse_weights(step: int, committed: int | None) -> None:
+    newest = "none" if committed is None else f"step {committed:,}"
+    raise TrainingError(
+        f"the weights are no numbers after step {step:,}: a gradient was not finite, though the "
+        f"loss was. Newest checkpoint, from before: {newest}. Clip the gradient "
+        "(trainer.clip_norm=1), look at what the model divides by, or leave such steps out and "
+        "count them: trainer.on_nonfinite=skip"
+    )
+
+
+def _look(
+    job: Job,
+    state: State,
+    losses: _Losses,
+    saver: Saver,
+    batches: "Feed[Any]",
+    *,
+    weights: bool = False,
+) -> None:
     """Look at what the steps since the last look left behind. Collective."""
-    losses.look(saver)
+    losses.look(saver, state, weights=weights)
     if job.data.skip_damaged:
         state.damaged_samples += _count_damaged(job, batches, named=state.damaged_samples)
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from trainer import rng
 from trainer.distributed import World
@@ -341,6 +341,13 @@ def reshard(module: nn.Module) -> None:
     for inner in module.modules():
         if is_sharded(inner):
             inner.reshard()  # type: ignore[operator]  # FSDPModule's
+
+
+def are_finite(model: nn.Module) -> bool:
+    """Return whether all that is trained is, of what lies on this rank. No communication."""
+    trained = [p.detach() for p in model.parameters() if p.requires_grad]
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in trained]
+    return not local or bool(get_total_norm(local).isfinite())
 
 
 def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:

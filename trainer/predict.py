@@ -154,10 +154,12 @@ def _tell(answers: Iterator[Answer], interface: Interface, given: Arguments) -> 
         _save(list(answers), Path(out))
         return
     counted, right, labelled, rows = 0, 0, 0, list[list[str]]()
+    is_classified = False
     with _lines(out) as file:
         for answer in answers:
             counted += 1
             line = _described(answer, interface.classes, top)
+            is_classified = is_classified or "class" in line
             if answer.label is not None and answer.chances is not None:
                 labelled += 1
                 right += int(answer.chances.argmax()) == answer.label
@@ -166,7 +168,8 @@ def _tell(answers: Iterator[Answer], interface: Interface, given: Arguments) -> 
             elif counted <= _SHOWN:
                 rows.append(_row(line))
     if rows:
-        print(table([["input", *(["class", "probability"] * top)[: len(rows[0]) - 1]], *rows]))
+        titles = ["class", "probability"] * top if is_classified else ["output"] * len(rows[0])
+        print(table([["input", *titles[: len(rows[0]) - 1]], *rows]))
     if counted > len(rows):
         print(f"{counted:,} inputs, {out or f'the first {len(rows)} shown; out=FILE has all'}")
     if labelled:
@@ -223,7 +226,8 @@ def _described(answer: Answer, classes: list[str] | None, top: int) -> dict[str,
 
 
 def _name(index: int, classes: list[str] | None, count: int) -> str | int:
-    return classes[index] if classes is not None and len(classes) == count else index
+    is_named = classes is not None and len(classes) == count and 0 <= index < count
+    return classes[index] if classes is not None and is_named else index
 
 
 def _row(line: dict[str, Any]) -> list[str]:

@@ -78,6 +78,11 @@ class Start:
         """The step to go on from; 0 from scratch."""
         return self.manifest.step if self.manifest else 0
 
+    @property
+    def epoch(self) -> int:
+        """Complete epochs at that step."""
+        return self.manifest.epoch if self.manifest else 0
+
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
     """Return the settings that differ, sorted by key.

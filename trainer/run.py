@@ -6,6 +6,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -188,7 +189,7 @@ def _launch(run: Run, stored: Mapping[str, Any]) -> int:
             raise ConfigError(text) from None
     start = resume.choose(tiers, run, stored)
     if resume.finished(run, start):
-        print(summary.finished_text(run, start.step))
+        print(summary.finished_text(run, start.step, start.epoch))
         return DONE
     if launch.ranks_on_this_node(run.launch) == 1:
         return _rank(run, stored)
@@ -261,13 +262,16 @@ def _end(code: int) -> NoReturn:
 
     A rank in a dozen gloo jobs aborted in the libraries' own end, after all was said and done.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # closed, full, or none
+            stream.flush()
     os._exit(code)
 
 
 if __name__ == "__main__":
     try:
         _end(main())
+    except BrokenPipeError:  # whoever reads has seen enough
+        _end(FAILURE)
     except SystemExit as error:
         _end(error.code if isinstance(error.code, int) else FAILURE if error.code else DONE)

@@ -177,7 +177,7 @@ def end_text(
             f"Stopped by {reason_text(stop.reason)} at step {state.step:,}; newest checkpoint: "
             f"{newest}. Run the same command again to go on (exit code {RUN_AGAIN})."
         )
-    figures = "  ".join(f"{name} {value:.4f}" for name, value in state.metrics.items())
+    figures = "  ".join(f"{name} {_figure(value)}" for name, value in state.metrics.items())
     lines = [f"Finished at step {state.step:,} after {seconds:.1f} s.  {figures}"]
     if saver.committed_step != state.step:
         lines.append(
@@ -185,25 +185,34 @@ def end_text(
             "again to repeat what is missing."
         )
     lines += end_lines(pace.totals()) if pace is not None else []
-    return "\n".join([*lines, *_next_steps(run, state.step)])
+    return "\n".join([*lines, *_next_steps(run, state.step, state.epoch)])
 
 
-def finished_text(run: Run, step: int) -> str:
+def _figure(value: float) -> str:
+    return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1e6 else f"{value:.4g}"
+
+
+def finished_text(run: Run, step: int, epoch: int) -> str:
     """Return what to say of a run that is already at its end."""
     text = (
         f"{run.run_dir} is finished: it is at step {step:,}, as far as this configuration goes. "
         "Nothing to do."
     )
-    return "\n".join([text, *_next_steps(run, step)])
+    return "\n".join([text, *_next_steps(run, step, epoch)])
 
 
-def _next_steps(run: Run, step: int) -> list[str]:
+def _next_steps(run: Run, step: int, epoch: int) -> list[str]:
     limits = run.trainer
-    by_steps = limits.max_epochs is None or (limits.max_steps or step + 1) <= step
-    further = f"max_steps={2 * step}" if by_steps else f"max_epochs={2 * (limits.max_epochs or 0)}"
+    further = []
+    if limits.max_steps is not None and step >= limits.max_steps:
+        further.append(f"trainer.max_steps={2 * step}")
+    if limits.max_epochs is not None and epoch >= limits.max_epochs:
+        further.append(f"trainer.max_epochs={2 * epoch}")
+    if not further and limits.patience_evals is not None:
+        further.append(f"trainer.patience_evals={2 * limits.patience_evals}")
     return [
         f"  the run   {run.run_dir}",
-        f"  go on     the same command with trainer.{further}",
+        f"  go on     the same command with {' '.join(further)}",
         *([f"  mirror    {run.checkpoint.mirror}"] if run.checkpoint.mirror else []),
         f"  look      {run.run_dir}/metrics.jsonl",
         f"  export    python -m trainer.export {run.run_dir} format=safetensors",

@@ -26,7 +26,11 @@ def refuse_targets(nodes: Mapping[str, Any], allowed: Sequence[str] = ()) -> Non
     refused = {
         key: target
         for key, target in _targets(nodes, "")
-        if not (_is_below(target, trusted) and _is_at_home(target, trusted))
+        if not (
+            _is_below(target, trusted)
+            and _is_at_home(target, trusted)
+            and (_is_public(target) or target in allowed)
+        )
     }
     if refused:
         listed = "".join(f"\n  {key}: {target}" for key, target in refused.items())
@@ -51,6 +55,11 @@ def _targets(node: Any, key: str) -> Iterator[tuple[str, str]]:
 
 def _is_below(name: str, packages: Sequence[str]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def _is_public(target: str) -> bool:
+    """Whether no part of the name is private: such helpers trust their arguments."""
+    return not any(part.startswith("_") for part in target.split("."))
 
 
 def _is_at_home(target: str, trusted: Sequence[str]) -> bool:

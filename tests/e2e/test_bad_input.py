@@ -3,7 +3,7 @@
 import gzip
 
 import pytest
-from commands import HARD
+from commands import HARD, committed
 
 from trainer import run
 
@@ -153,3 +153,29 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(command):
     assert longer.returncode == 0, longer.stderr
     assert "resuming from step 4; 2 steps left" in longer.stdout
     assert "trainer.max_steps: 4 -> 6" in longer.stdout
+
+
+def test_a_gradient_that_is_no_number_is_noticed_before_anything_is_made_of_the_weights(command):
+    done = command(
+        *HARD, "name=a", "trainer.clip_norm=null", "trainer.log_every_steps=100",
+        "task._target_=mine.task.Fragile", NO_GRADIENT_AT="0:10",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "the weights are no numbers after step 10: a gradient was not finite" in done.stderr
+    assert "Newest checkpoint, from before: step 5." in done.stderr
+    assert committed(command.folder / "runs/a") == [5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [("trainer.max_steps=2", 0), ("--help", 1), ("--check", 1)]
+)
+def test_a_training_that_nobody_reads_is_finished_and_nothing_else_is_a_traceback(
+    command, arguments, code
+):
+    process = command.start(*HARD, arguments)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(120) == code, err
+    assert "Traceback" not in err

@@ -237,6 +237,18 @@ def test_a_mandatory_value_inside_an_open_group_is_a_problem():
     assert problems_of(data__dir="???") == {"data.dir": "is not set; give it a value"}
 
 
+@pytest.mark.parametrize("backslashes", [1, 3, 5])
+@pytest.mark.parametrize("place", ["{}", "[{}]", "{{inner: {}}}"])
+def test_a_text_that_would_be_resolved_again_is_a_problem_with_its_full_key(backslashes, place):
+    text = "\\" * backslashes + "${oc.create:'{_target_: torch.load}'}"
+    node = OmegaConf.create({"data": {"_target_": "a.b", "eval": None}})
+    node.data.eval = {"{}": text, "[{}]": [text], "{{inner: {}}}": {"inner": text}}[place]
+    problems = merge(node)[1]
+    (found,) = [problem for problem in problems if problem.key.startswith("data")]
+    assert found.key.startswith("data.eval")
+    assert "resolved once more" in found.text
+
+
 def test_interpolations_are_resolved_before_types_are_judged():
     run, problems = merge(composed(trainer__max_epochs="${sample.classes}", sample__classes=7))
     assert problems == []

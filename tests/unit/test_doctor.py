@@ -130,6 +130,14 @@ def test_space_is_compared_with_all_that_is_kept(tmp_path):
     assert states(places.space("x", store, None, 3)) == ["green"]
 
 
+def test_a_small_place_is_measured_with_less_and_a_full_one_not_at_all(tmp_path, monkeypatch):
+    store = LocalStore(str(tmp_path))
+    for free, expected in ((40 << 20, "green"), (3 << 20, "yellow")):
+        monkeypatch.setattr(places, "_free_bytes", lambda store, free=free: free)
+        assert states(places.speed("x", store)[0])[0] == expected
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- the machine ---------------------------------------------------------------------------------
 
 

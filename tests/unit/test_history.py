@@ -83,6 +83,23 @@ def test_goodput_counts_what_was_repeated():
     )
 
 
+def test_of_an_attempt_that_died_between_two_words_what_was_saved_of_it_counts():
+    records = [
+        record(1, None, first_step=0, last_step=155),
+        record(2, None, first_step=200, last_step=340, resumed_from={"step": 200, "attempt": 1}),
+        record(3, None, first_step=300, resumed_from={"step": 300, "attempt": 2}),
+    ]
+    found = history.goodput(records, 400)
+    assert (found.useful_steps, found.all_steps) == (400, 200 + 140 + 100)
+
+
+def test_a_damaged_record_counts_for_nothing():
+    damaged = record(1, None, first_step=None, last_step="x", starting_s=10**400, training_s=None)
+    good = record(2, "done", first_step=0, last_step=9, training_s=1.5)
+    found = history.goodput([damaged, good], 9)
+    assert (found.all_steps, found.starting_s, found.training_s) == (9, 0.0, 1.5)
+
+
 def test_a_fork_counts_from_where_it_began():
     found = history.goodput([record(1, "done", first_step=100, last_step=130)], 130)
     assert (found.useful_steps, found.all_steps) == (30, 30)

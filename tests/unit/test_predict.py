@@ -14,8 +14,11 @@ from trained import a_trained_run
 
 from trainer import predict
 from trainer.data.digits import Digits
+from trainer.errors import DataError
 from trainer.export.exporting import export
 from trainer.export.formats import record_path
+from trainer.export.inputs import Batch
+from trainer.export.predicting import compare
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +157,31 @@ def test_two_exports_are_compared_on_the_same_inputs(capsys, run, exported, tmp_
     assert "same class for 359 of 359" not in said
 
 
+class Answers:
+    """An export that answers the same to anything."""
+
+    def __init__(self, *values):
+        self.values = np.array([values])
+
+    def run(self, arrays):
+        return {"y": self.values}
+
+
+def test_an_export_that_answers_no_numbers_is_not_the_same():
+    nan = float("nan")
+
+    def said(first, second):
+        batches = iter([Batch(["a"], {"x": np.zeros(1)})] * 3)
+        return compare(Answers(*first), Answers(*second), batches, ["a", "b"])
+
+    assert "NOT THE SAME" not in said((1.0, nan), (1.0, nan))
+    found = said((1.0, 2.0, float("inf")), (1.5, nan, float("inf")))
+    assert "largest difference of an output: 0.5" in found
+    assert "NOT THE SAME: 3 values are infinite or no number in one of them" in found
+    with pytest.raises(DataError, match="other shapes"):
+        said((1.0,), (1.0, 2.0))
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -164,6 +192,7 @@ def test_two_exports_are_compared_on_the_same_inputs(capsys, run, exported, tmp_
         (("input={here}/text.txt",), "files of this kind are not known"),
         (("input={here}/broken.png",), "is no picture that can be read"),
         (("input={here}/broken.npy",), "cannot be read"),
+        (("input={here}/broken.npz",), "cannot be read"),
         (("input={here}/wide.npy",), "the export does not take"),
         (("data=digits", "device=tpu"), "tpu"),
         (("data=digits", "top=0"), "top=0 is not a number from 1 on"),
@@ -172,6 +201,7 @@ def test_two_exports_are_compared_on_the_same_inputs(capsys, run, exported, tmp_
 )
 def test_bad_input_is_one_message(capsys, exported, tmp_path, arguments, says):
     (tmp_path / "text.txt").write_text("a")
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04junk")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
     (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY no")
     np.save(tmp_path / "wide.npy", np.zeros((2, 77), np.float32))

@@ -34,6 +34,20 @@ def test_a_banner_says_what_is_trained_for_how_long_and_how_it_is_saved():
     ]
 
 
+@pytest.mark.parametrize(("limits", "step", "epoch", "said"), [
+    ({"max_epochs": 3}, 15, 3, "trainer.max_epochs=6"),
+    ({"max_epochs": 1}, 15, 3, "trainer.max_epochs=6"),  # asked for less than there is
+    ({"max_epochs": None, "max_steps": 15}, 15, 3, "trainer.max_steps=30"),
+    ({"max_epochs": 3, "max_steps": 15}, 15, 3, "trainer.max_steps=30 trainer.max_epochs=6"),
+    ({"max_epochs": 9, "max_steps": 15}, 15, 3, "trainer.max_steps=30"),
+    ({"max_epochs": 9, "patience_evals": 2}, 15, 3, "trainer.patience_evals=4"),
+])  # fmt: skip
+def test_what_goes_on_raises_every_limit_that_was_reached(limits, step, epoch, said):
+    run = Run(name="mine", run_dir="a", trainer=Trainer(**limits))
+    text = summary.finished_text(run, step, epoch)
+    assert f"  go on     the same command with {said}\n" in text
+
+
 def test_frozen_parameters_and_unknown_optimizers_are_told():
     class Mine(torch.optim.SGD):
         pass

@@ -49,6 +49,16 @@ def test_what_is_ours_and_torch_nns_is_not(target):
     refuse_targets({"model": {"_target_": target}})
 
 
+@pytest.mark.parametrize("target", [
+    "trainer.data.tokenizer._package", "trainer.data.source._Ahead",
+    "torch.nn.modules.module._addindent",
+])  # fmt: skip
+def test_what_is_private_of_ours_is_not_called_either(target):
+    with pytest.raises(ConfigError, match=f"allow={target}"):
+        refuse_targets({"data": {"_target_": target}})
+    refuse_targets({"data": {"_target_": target}}, [target])
+
+
 def test_what_is_not_ours_is_not_even_imported(tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text("import os\nos.environ['EVIL'] = 'yes'\n")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -126,13 +126,14 @@ def _last_words_key(number: int) -> str:
 def _last_words(store: Store, number: int) -> dict[str, Any]:
     try:
         words = json.loads(store.read(_last_words_key(number)))
-    except (FileNotFoundError, ValueError):  # nothing depends on it
+    except (FileNotFoundError, ValueError, RecursionError):  # nothing depends on it
         return {}
     return words if isinstance(words, dict) else {}
 
 
 def _record_bytes(record: Mapping[str, Any]) -> bytes:
-    return (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")  # an error may name a file that is not UTF-8
 
 
 def attempts(store: Store) -> list[int]:
@@ -151,7 +152,7 @@ def _read(store: Store, number: int) -> dict[str, Any]:
             resumed_from is None or type(resumed_from["step"]) is int
         ):
             raise ValueError(f"attempt {record.get('attempt')!r}, from {resumed_from!r}")
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise StoreError(
             f"{store.url}/{_key(number)} is not the record of an attempt ({error}); which "
             "checkpoints count depends on it. Restore it, or delete it if that attempt committed "

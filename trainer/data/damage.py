@@ -15,7 +15,8 @@ _SETTING = "trainer.on_damaged=skip"
 
 def is_damage(error: Exception) -> bool:
     """Return whether an error may be a sample's own; those of ours speak of whole files."""
-    return not isinstance(error, (PerdureError, MemoryError))
+    is_lost_worker = str(error).startswith("DataLoader worker (pid")
+    return not is_lost_worker and not isinstance(error, (PerdureError, MemoryError))
 
 
 def name(dataset: Any, index: int) -> str:

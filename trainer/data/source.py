@@ -209,7 +209,7 @@ class _Ahead:
     def _run(self) -> None:
         try:
             while self._wanted.acquire() and not self._is_left:
-                made = next(self._items)
+                made = self._next()
                 if isinstance(made, PerdureError):
                     raise made
                 self.queue.put(made)
@@ -217,6 +217,15 @@ class _Ahead:
             self.queue.put(error)
             self.is_over = True
         del self._items  # and with it go the workers
+
+    def _next(self) -> Any:
+        try:
+            return next(self._items)
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            # of memory that a worker shared, and died before it was taken
+            raise WorkerLostError(
+                f"a worker of trainer.data_workers was lost: {type(error).__name__}: {error}"
+            ) from None
 
     def take(self) -> Made:
         """Return the next item, or raise what came instead."""
@@ -268,6 +277,8 @@ def _end_all() -> None:
 
 def lost_worker(error: BaseException) -> WorkerLostError | None:
     """Return who is gone, if `error` is what torch says of a worker that was killed."""
+    if isinstance(error, WorkerLostError):
+        return error
     text = str(error).partition("\n")[0].strip().rstrip(".")
     if not (isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid")):
         return None

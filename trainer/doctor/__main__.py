@@ -142,8 +142,8 @@ def _places(run: Run, world: World, needs: Sizes | None, *, is_quick: bool) -> I
     if world.rank == 0:
         wanted = run.checkpoint
         kept = (
-            wanted.keep_last + wanted.keep_best + 1,
-            wanted.mirror_keep_last + wanted.mirror_keep_best + 1,
+            wanted.keep_last + (wanted.keep_best if wanted.metric else 0) + 1,
+            wanted.mirror_keep_last + (wanted.mirror_keep_best if wanted.metric else 0) + 1,
         )
         for topic, store, count in zip(topics, stores, kept, strict=False):
             findings += places.rights(topic, store)

@@ -93,10 +93,7 @@ def space(topic: str, store: Store, checkpoint_bytes: int | None, kept: int) -> 
     """
     if not is_local(store.url):
         return []
-    folder = Path(store.url).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = _free_bytes(store)
     if checkpoint_bytes is None:
         return [Finding(topic, "green", f"{size(free)} free; the size of a checkpoint is unknown")]
     needed = checkpoint_bytes * kept
@@ -109,10 +106,20 @@ def space(topic: str, store: Store, checkpoint_bytes: int | None, kept: int) -> 
     return [Finding(topic, "green", text)]
 
 
+def _free_bytes(store: Store) -> int:
+    folder = Path(store.url).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
 def speed(topic: str, store: Store) -> tuple[list[Finding], Speed | None]:
     """Measure one durable write and one read, past the page cache where that is possible."""
     local = is_local(store.url)
-    total = _SPEED_BYTES if local else _REMOTE_SPEED_BYTES
+    total = min(_SPEED_BYTES, _free_bytes(store) // 4) if local else _REMOTE_SPEED_BYTES
+    total -= total % (4 << 20)
+    if not total:
+        return [Finding(topic, "yellow", "too little is free to measure the speed")], None
     buffer = HostBuffer(total, pinned=False)
     buffer.array[:] = secrets.token_bytes(1)[0]
     key = f".tmp-doctor-{secrets.token_hex(4)}/speed"
@@ -120,7 +127,7 @@ def speed(topic: str, store: Store) -> tuple[list[Finding], Speed | None]:
         write_s = _timed(lambda: _write(store, key, buffer.view))
         read_s = _timed(lambda: _read(store, key, buffer.view))
     except (StoreError, FileNotFoundError) as error:
-        return [Finding(topic, "red", str(error), "see above")], None
+        return [Finding(topic, "red", str(error), "the speed could not be measured")], None
     finally:
         with suppress(PerdureError):
             store.delete([key])

@@ -2,7 +2,9 @@
 
 import glob
 import math
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,7 +92,8 @@ def read(place: str, interface: Interface, batch_size: int) -> Iterator[Batch]:
     path = Path(place)
     name = path.name.lower()
     if path.is_file() and name.endswith(".npy"):
-        yield from _arrays({interface.first: _load(path)}, place, batch_size)
+        with _loaded(path) as array:
+            yield from _arrays({interface.first: array}, place, batch_size)
     elif path.is_file() and name.endswith(".npz"):
         yield from _arrays(_npz(path, interface), place, batch_size)
     elif path.is_file() and name.endswith(_IDX):
@@ -160,6 +163,8 @@ def _found(place: str) -> list[Path]:
 
 def _pictures(found: list[Path], interface: Interface, batch_size: int) -> Iterator[Batch]:
     images.need_pillow("input= of pictures")
+    from PIL import Image
+
     transform = interface.transform()
     for start in range(0, len(found), batch_size):
         chosen = found[start : start + batch_size]
@@ -167,7 +172,7 @@ def _pictures(found: list[Path], interface: Interface, batch_size: int) -> Itera
         for path in chosen:
             try:
                 tensors.append(transform(images.decode(path), training=False))
-            except (OSError, ValueError, SyntaxError) as error:
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise DataError(f"{path} is no picture that can be read: {error}") from None
         yield Batch([str(path) for path in chosen], {interface.first: torch.stack(tensors).numpy()})
 
@@ -184,16 +189,22 @@ def _idx(path: Path, interface: Interface, batch_size: int) -> Iterator[Batch]:
         yield Batch(names, {interface.first: torch.stack(tensors).numpy()})
 
 
-def _load(path: Path) -> Any:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+@contextmanager
+def _loaded(path: Path) -> Iterator[Any]:
+    """Give what is in a file of NumPy's, which may be read until the end of the context."""
+    with ExitStack() as opened:
+        try:
+            file = opened.enter_context(open(path, "rb"))  # NumPy leaves a broken one open
+            found = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            text = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(f"{path} cannot be read: {text}") from None
+        yield found
 
 
 def _npz(path: Path, interface: Interface) -> dict[str, Array]:
     names = [str(each["name"]) for each in interface.inputs]
-    with _load(path) as stored:
+    with _loaded(path) as stored:
         lacking = [name for name in names if name not in stored]
         if lacking and len(stored.files) == len(names) == 1:
             return {names[0]: stored[stored.files[0]]}

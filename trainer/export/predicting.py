@@ -65,32 +65,40 @@ def _run(model: Runner, batch: Batch) -> dict[str, npt.NDArray[Any]]:
 
 def compare(first: Runner, second: Runner, batches: Iterator[Batch], names: Sequence[str]) -> str:
     """Run two exports on the same inputs, in turn; return how they differ, and how fast each is."""
+    models = (first, second)
     seconds: tuple[list[float], list[float]] = ([], [])
-    counted, agreed, compared, largest = 0, 0, 0, 0.0
-    for batch in batches:
-        outputs = []
-        for model, times in zip((first, second), seconds, strict=True):
+    counted, agreed, compared, largest, unlike = 0, 0, 0, 0.0, 0
+    for number, batch in enumerate(batches):
+        outputs = [_run(model, batch) for model in models]  # untimed: caches, what is compiled
+        for which in (0, 1) if number % 2 else (1, 0):
             began = time.perf_counter()
-            outputs.append(_run(model, batch))
-            times.append((time.perf_counter() - began) / len(batch.names))
+            _run(models[which], batch)
+            seconds[which].append((time.perf_counter() - began) / len(batch.names))
         counted += len(batch.names)
         one, other = (list(each.values()) for each in outputs)
-        for left, right in zip(one, other, strict=False):
+        if len(one) != len(other):
+            raise DataError(f"they have other outputs: {len(one)} and {len(other)} of them")
+        for left, right in zip(one, other, strict=True):
             if left.shape != right.shape:
                 raise DataError(f"outputs have other shapes: {left.shape} and {right.shape}")
-            difference = np.abs(left.astype(np.float64) - right.astype(np.float64))
+            left, right = left.astype(np.float64), right.astype(np.float64)
+            finite = np.isfinite(left) & np.isfinite(right)
+            unlike += int((~finite & ~((left == right) | (np.isnan(left) & np.isnan(right)))).sum())
+            difference = np.abs(left[finite] - right[finite])
             largest = max(largest, float(difference.max(initial=0.0)))
         if one[0].ndim == 2 and one[0].shape[1] > 1:
             compared += len(batch.names)
             agreed += int((one[0].argmax(1) == other[0].argmax(1)).sum())
     if not counted:
         raise DataError("there are no inputs")
-    rates = [1 / statistics.median(times[1:] or times) for times in seconds]
+    rates = [1 / statistics.median(times) for times in seconds]
     rows = [
         ["export", "inputs/s"],
         *([n, f"{rate:,.0f}"] for n, rate in zip(names, rates, strict=True)),
     ]
     lines = [table(rows), f"largest difference of an output: {largest:.3g}"]
+    if unlike:
+        lines.append(f"NOT THE SAME: {unlike:,} values are infinite or no number in one of them")
     if compared:
         lines.append(f"same class for {agreed:,} of {compared:,} inputs ({agreed / compared:.2%})")
     return "\n".join(

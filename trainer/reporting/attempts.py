@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from trainer import history
 from trainer.reporting import clock, timeline
 from trainer.reporting.curves import is_number
 from trainer.reporting.facts import Facts
@@ -30,7 +31,7 @@ def _attempt(run: Facts, record: Mapping[str, Any], took: str) -> list[object]:
     state = run.standing.state if is_newest else timeline.outcome(record)
     ranks, device = record.get("world_size"), record.get("device")
     where = f"{record.get('host', '?')}, {ranks} × {device}" if ranks else record.get("host", "?")
-    last = run.step if is_newest else _last_step(run, record)
+    last = run.step if is_newest else history.last_step(run.records, record)
     began = str(record.get("started", "")).removesuffix("+00:00").replace("T", " ")
     changed = record.get("changed")
     lines = [str(one) for one in changed] if isinstance(changed, list) else []
@@ -39,16 +40,6 @@ def _attempt(run: Facts, record: Mapping[str, Any], took: str) -> list[object]:
         how.append(tag("div", "changed: ", joined((tag("code", one) for one in lines), ", ")))
     steps = f"{whole(record.get('first_step'))} … {whole(last)}"
     return [record.get("attempt"), began, where, steps, took, joined(how)]
-
-
-def _last_step(run: Facts, record: Mapping[str, Any]) -> int | None:
-    """Return the last step that is known of an attempt: told, or gone on from."""
-    known = [record.get("last_step")]
-    for later in run.records:
-        origin = later.get("resumed_from")
-        if isinstance(origin, Mapping) and origin.get("attempt") == record.get("attempt"):
-            known.append(origin.get("step"))
-    return max((step for step in known if type(step) is int), default=None)
 
 
 def _reason(run: Facts, record: Mapping[str, Any], is_newest: bool) -> str:

@@ -9,7 +9,7 @@ from trainer import history
 from trainer.checkpoint import lineage
 from trainer.checkpoint.manifest import parse_folder
 from trainer.config import ObjectStore
-from trainer.errors import ConfigError, PerdureError
+from trainer.errors import ConfigError, PerdureError, StoreError
 from trainer.reporting import curves, facts
 from trainer.reporting.curves import is_number
 from trainer.storage import Store, open_store
@@ -77,7 +77,11 @@ def _below(store: Store, folder: str, names: Sequence[str], depth: int) -> list[
         if not name.endswith("/") or name.startswith("."):
             continue
         key = f"{folder}{name}".rstrip("/")
-        inner = store.entries(key)
+        try:
+            inner = store.entries(key)
+        except StoreError:
+            found.append(key)  # its row says what is wrong
+            continue
         if facts.is_run(inner):
             found.append(key)
         elif depth > 1:
@@ -142,7 +146,7 @@ def _evaluation(
         return None, None, None
     settings = config.get("checkpoint")
     wanted = settings.get("metric") if isinstance(settings, Mapping) else None
-    for key in (wanted, "loss", *newest):
+    for key in (str(wanted), "loss", *newest):
         if key not in ("step", "epoch", "samples", "time") and is_number(newest.get(key)):
             return str(key), float(newest[key]), newest["step"]
     return None, None, newest["step"]
