@@ -247,12 +247,12 @@ class S3Store(FsspecStore):
         modified: datetime = found["LastModified"]
         return modified.timestamp()
 
-    def _uploads(self, prefix: str) -> "_Uploads":
+    def _uploads(self, prefix: str) -> _Uploads:
         found: _Uploads = []
         more: dict[str, str] = {}
         while True:
             page = self._try("list the uploads below", prefix, partial(self._page, prefix, more))
-            found += [(upload["Key"], upload["UploadId"]) for upload in page.get("_Uploads", ())]
+            found += [(upload["Key"], upload["UploadId"]) for upload in page.get("Uploads", ())]
             if not page.get("IsTruncated"):
                 return found
             more = {
