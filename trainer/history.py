@@ -99,9 +99,10 @@ def goodput(records: Sequence[Record], step: int) -> Goodput:
     Of an attempt that died without a word, what it told last counts, or what was saved of it.
     """
     begun = [record for record in records if type(record.get("first_step")) is int]
-    last = [last_step(records, record) or 0 for record in begun]
-    last[-1:] = [step for _ in last[-1:]]
-    done = [max(end - r["first_step"], 0) for end, r in zip(last, begun, strict=True)]
+    done = []
+    for record in begun:
+        end = step if record is records[-1] else last_step(records, record) or 0
+        done.append(max(end - record["first_step"], 0))
     useful = step - begun[0]["first_step"] if begun else 0
     return Goodput(
         attempts=len(records),

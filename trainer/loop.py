@@ -317,6 +317,7 @@ class _Losses:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._kept: list[tuple[int, str, float, Tensor]] = []
+        self._are_weights_new = False  # since they were last looked at
 
     @property
     def are_many(self) -> bool:
@@ -335,6 +336,7 @@ class _Losses:
             for phase, lr, was_applied in zip(self._job.phases, lrs, applied, strict=True):
                 if was_applied:
                     self._kept.append((step, phase.name, lr, figures[phase.key("loss")]))
+                    self._are_weights_new = True
 
     def look(self, saver: Saver, state: State, *, weights: bool) -> None:
         """Refuse to go on after a loss that is not finite on any rank. Collective.
@@ -345,10 +347,12 @@ class _Losses:
         finite = not kept or bool(torch.stack([each[-1] for each in kept]).isfinite().all())
         world = self._job.world
         if world.all(finite):
-            if kept and weights and not world.all(parallel.are_finite(self._job.model)):
-                saver.finish()
-                at = saver.committed_step
-                world.from_rank0(partial(_refuse_weights, state.step, at))
+            if weights and self._are_weights_new:
+                self._are_weights_new = False
+                if not world.all(parallel.are_finite(self._job.model)):
+                    saver.finish()
+                    at = saver.committed_step
+                    world.from_rank0(partial(_refuse_weights, state.step, at))
             return
         bad = next((each for each in kept if not finite and not each[-1].isfinite()), None)
         found = world.gather(None if bad is None else (*bad[:-1], float(bad[-1])))

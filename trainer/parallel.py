@@ -1,5 +1,6 @@
 """How the model is spread over ranks: DDP and its warm-up, FSDP2, mixed precision, clipping."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import clip_grad_norm_
 
 from trainer import rng
 from trainer.distributed import World
@@ -347,7 +348,8 @@ def are_finite(model: nn.Module) -> bool:
     """Return whether all that is trained is, of what lies on this rank. No communication."""
     trained = [p.detach() for p in model.parameters() if p.requires_grad]
     local = [p.to_local() if hasattr(p, "to_local") else p for p in trained]
-    return not local or bool(get_total_norm(local).isfinite())
+    largest = [torch.linalg.vector_norm(p, math.inf).isfinite() for p in local if p.numel()]
+    return not largest or bool(torch.stack(largest).all())
 
 
 def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:

@@ -155,9 +155,15 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(command):
     assert "trainer.max_steps: 4 -> 6" in longer.stdout
 
 
-def test_a_gradient_that_is_no_number_is_noticed_before_anything_is_made_of_the_weights(command):
+@pytest.mark.parametrize("more", [
+    ["trainer.log_every_steps=100"], ["trainer.log_every_steps=1"],
+    ["checkpoint.every_steps=5", "trainer.max_steps=10"],
+])  # fmt: skip
+def test_a_gradient_that_is_no_number_is_noticed_before_anything_is_made_of_the_weights(
+    command, more
+):
     done = command(
-        *HARD, "name=a", "trainer.clip_norm=null", "trainer.log_every_steps=100",
+        *HARD, "name=a", "trainer.clip_norm=null", *more,
         "task._target_=mine.task.Fragile", NO_GRADIENT_AT="0:10",
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
@@ -165,6 +171,16 @@ def test_a_gradient_that_is_no_number_is_noticed_before_anything_is_made_of_the_
     assert "the weights are no numbers after step 10: a gradient was not finite" in done.stderr
     assert "Newest checkpoint, from before: step 5." in done.stderr
     assert committed(command.folder / "runs/a") == [5]
+
+
+def test_nor_by_a_stop_after_the_step_was_logged(command):
+    done = command(
+        *HARD, "name=a", "trainer.clip_norm=null", "checkpoint.every_steps=7",
+        "task._target_=mine.task.Fragile", NO_GRADIENT_AT="0:10", TERM_AT="0:10",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout
+    assert "the weights are no numbers after step 1" in done.stderr
+    assert committed(command.folder / "runs/a") == [7]
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 
 from trainer import loop
-from trainer.data import order
+from trainer.data import damage, order
 from trainer.data.image_folder import ImageFolder
-from trainer.data.source import EvalStream, TrainStream, fetch_whole
+from trainer.data.source import EvalStream, TrainStream, fetch_whole, lost_worker
 from trainer.distributed import World
 from trainer.errors import DataError
 from trainer.policy import Every
@@ -260,3 +260,12 @@ def test_data_in_memory_is_not_asked_twice():
     dataset = TensorDataset(torch.arange(9))
     batch, texts = fetch_whole(dataset, torch.tensor([3, 1]), skip=True, replace=True)
     assert (batch[0].tolist(), texts) == ([3, 1], ())
+
+
+def test_a_worker_that_was_killed_is_no_damaged_sample():
+    said = "DataLoader worker (pid(s) 7) exited unexpectedly"
+    assert not damage.is_damage(RuntimeError(said))
+    assert said in str(lost_worker(RuntimeError(said)))
+    assert damage.is_damage(RuntimeError("a picture of no size"))
+    assert lost_worker(RuntimeError("a picture of no size")) is None
+    assert lost_worker(ValueError(said)) is None

@@ -15,8 +15,12 @@ _SETTING = "trainer.on_damaged=skip"
 
 def is_damage(error: Exception) -> bool:
     """Return whether an error may be a sample's own; those of ours speak of whole files."""
-    is_lost_worker = str(error).startswith("DataLoader worker (pid")
-    return not is_lost_worker and not isinstance(error, (PerdureError, MemoryError))
+    return not (is_lost_worker(error) or isinstance(error, (PerdureError, MemoryError)))
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Return whether torch says that a process of a DataLoader was killed; no sample did that."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def name(dataset: Any, index: int) -> str:

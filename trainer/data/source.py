@@ -279,9 +279,9 @@ def lost_worker(error: BaseException) -> WorkerLostError | None:
     """Return who is gone, if `error` is what torch says of a worker that was killed."""
     if isinstance(error, WorkerLostError):
         return error
-    text = str(error).partition("\n")[0].strip().rstrip(".")
-    if not (isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid")):
+    if not damage.is_lost_worker(error):
         return None
+    text = str(error).partition("\n")[0].strip().rstrip(".")
     return WorkerLostError(
         f"{text}. If it was killed for want of memory, lower trainer.data_workers or the number of "
         "ranks on a node"
