@@ -25,7 +25,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not cluster and not slow" $(ARGS)
 
 test-cluster: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "cluster or slow" $(ARGS)
+	$(BIN)/python -m pytest -v -n 2 --dist worksteal -m "cluster or slow" $(ARGS)
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

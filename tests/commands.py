@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -158,6 +158,7 @@ class Command:
         self.env = {
             k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "OMP_"))
         }
+        self.env["PERDURE_TEST"] = str(folder)
 
     def start(self, *arguments: str, module: str = "trainer.run", **env: str) -> subprocess.Popen:
         return subprocess.Popen(
@@ -177,15 +178,29 @@ class Command:
             out, err = process.communicate(timeout=240)
         finally:
             if process.poll() is None:
-                process.kill()
-                process.communicate()
+                self.kill_all()
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def kill_all(self) -> None:
+        """SIGKILL what was started here, and what that started: whoever has our variable.
+
+        One that outlives its parent holds the pipe that a test reads to its end.
+        """
+        mark = f"PERDURE_TEST={self.folder}\0".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark in (process / "environ").read_bytes() and process.name != str(os.getpid()):
+                    os.kill(int(process.name), signal.SIGKILL)
+            except OSError:  # it has ended
+                pass
 
 
 @pytest.fixture
-def command(tmp_path: Path) -> Command:
+def command(tmp_path: Path) -> Iterator[Command]:
     """The command, started in an empty folder, with the user's package `mine` on its path."""
-    return in_folder(tmp_path)
+    made = in_folder(tmp_path)
+    yield made
+    made.kill_all()
 
 
 def in_folder(parent: Path) -> Command:

@@ -124,10 +124,10 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
             error = peer or shortage.explain(raised, run, world) or raised
             ending["error"] = why = f"{type(error).__name__}: {error}"[:2000]
             if peer is None and launch.is_rank() and not getattr(error, "agreed", False):
-                launch.report_crash(error)  # the launcher shows it, once
+                code = launch.report_crash(error)
                 watchdog.failed(why)
                 at_last.callback(watchdog.gone)
-                raise SystemExit(FAILURE) from None
+                raise SystemExit(code) from None
             if error is not raised:
                 raise error from None
             raise

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from trainer import flops, parallel, parameters, preemption, rng, targets
+from trainer import flops, parallel, parameters, preemption, rng, schedule, targets
 from trainer.config import Run
 from trainer.data.source import Datasets, EvalStream, TrainStream
 from trainer.data.streams import Streamed, is_stream
@@ -29,8 +29,6 @@ from trainer.tracking.jsonl import Jsonl
 from trainer.tracking.several import Several, Silent
 
 T = TypeVar("T")
-_HORIZON_WORDS = ("total_steps", "total_epochs", "steps_per_epoch")
-"""Words that stand for the run's length in a scheduler's arguments."""
 _OURS = ("groups", "phases")
 """What stands beside an optimizer's arguments."""
 _HYDRA_WORDS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
@@ -54,7 +52,9 @@ def check(run: Run) -> list[Problem]:
     problems += _check_phases(run)
     if run.scheduler:
         known = {key: value for key, value in run.scheduler.items() if key != "interval"}
-        words = {k: 1 if v in _HORIZON_WORDS else v for k, v in known.items() if _hashable(v)}
+        words = {
+            k: 1 if v in schedule.HORIZON_WORDS else v for k, v in known.items() if _hashable(v)
+        }
         problems += targets.check_target({**known, **words}, "scheduler", 1)
     for name, node in run.tracker.items():
         problems += targets.check_target(node, f"tracker.{name}", 0) or _check_tracker(name, node)
@@ -350,7 +350,7 @@ def _build_scheduler(
     if not run.scheduler:
         return None
     epochs = -(-max_steps // max(steps_per_epoch, 1))  # of a stream, nobody asks
-    horizon = dict(zip(_HORIZON_WORDS, (max_steps, epochs, steps_per_epoch), strict=True))
+    horizon = dict(zip(schedule.HORIZON_WORDS, (max_steps, epochs, steps_per_epoch), strict=True))
     node = {
         key: horizon.get(value, value) if isinstance(value, str) else value
         for key, value in run.scheduler.items()

@@ -173,31 +173,35 @@ def leave_at_once(code: int, text: str = "") -> NoReturn:
     """Say why, leave the outcome, and end the process though other threads may hang. Any rank."""
     if text:
         print(text, file=sys.stderr, flush=True)
-    said = Path(os.environ.get(_OUTCOME, ""))
-    if code != RUN_AGAIN or not said.is_file():  # another rank may know better why all of them go
+    if not Path(os.environ.get(_OUTCOME, "")).is_file():  # who failed knows better why all go
         leave_outcome(code)
     sys.stdout.flush()
     os._exit(code)
 
 
-def report_crash(error: BaseException) -> None:
-    """Leave an error where the elastic agent finds it, so that it is shown once; else print it."""
+def report_crash(error: BaseException) -> int:
+    """Tell an error of this rank alone, and its exit code, which is returned.
+
+    It is left where the elastic agent finds it, so that it is shown once; else printed.
+    """
     told = f"{type(error).__name__}: {error}" if isinstance(error, PerdureError) else ""
+    code = error.exit_code if isinstance(error, PerdureError) else FAILURE
+    leave_outcome(code)
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         print(f"rank {os.environ.get('RANK')} failed: {told}", file=sys.stderr, flush=True)
         if not told:
             traceback.print_exception(error)
-        return
-    if told:  # what a person can act on; where it came from says no more
+    elif told:  # what a person can act on; where it came from says no more
         extra = {"py_callstack": told, "timestamp": str(int(time.time()))}
         text = json.dumps({"message": {"message": told, "extraInfo": extra}})
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(text)
-        return
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+    else:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    handler = get_error_handler()
-    handler.initialize()
-    handler.record_exception(error)
+        handler = get_error_handler()
+        handler.initialize()
+        handler.record_exception(error)
+    return code
 
 
 def run_ranks(payload: Mapping[str, Any], launch: Launch, *, logs: Path, grace_s: float) -> int:
@@ -250,12 +254,12 @@ def run_ranks(payload: Mapping[str, Any], launch: Launch, *, logs: Path, grace_s
             )
             code = _read_outcome(outcome, FAILURE)
         except ChildFailedError as error:
-            code = _read_outcome(outcome, DONE)
             rank, failure = _first_failure(error)
-            was_killed = failure.exitcode < 0 and not isinstance(failure.message, Mapping)
-            if was_killed or code != RUN_AGAIN:
+            told = isinstance(failure.message, Mapping)
+            was_killed = failure.exitcode < 0 and not told
+            code = RUN_AGAIN if was_killed else _read_outcome(outcome, FAILURE) or FAILURE
+            if was_killed or told or code != RUN_AGAIN:
                 print(_failure_text(rank, failure, logs), file=sys.stderr, flush=True)
-                code = RUN_AGAIN if was_killed else FAILURE
         except SignalException:
             code = _read_outcome(outcome, RUN_AGAIN)  # stopped before it had begun
         finally:

@@ -599,6 +599,8 @@ def collect(job: Job, state: State) -> Content:
         content.objects["phases"] = [[p.name, len(p.optimizer.param_groups)] for p in job.phases]
     content.objects["scaler"] = tree.split(job.scaler.state_dict(), "scaler", rank0s)
     content.objects["run"] = state.state_dict()
+    if job.data.samples is not None:
+        content.objects["data"] = {"samples": job.data.samples}
     return content
 
 

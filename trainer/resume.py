@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trainer import checkpoint, loop, policy, rng
+from trainer import checkpoint, loop, policy, rng, schedule
 from trainer.checkpoint import lineage, tree
 from trainer.checkpoint.lineage import FOLDER, MANIFEST, Commit
 from trainer.checkpoint.manifest import Manifest, parse_folder
@@ -21,6 +21,7 @@ from trainer.storage.store import Fallback
 
 _STATE_KEYS = ("model", "data", "task", "optimizer", "scheduler", "seed")
 _STATE_SETTINGS = ("trainer.global_batch_size",)
+_LENGTH = ("trainer.max_steps", "trainer.max_epochs")
 _LOCATIONS = ("dir", "path", "root", "cache_dir")
 _PLACE_KEYS = ("name", "run_dir", "resume")
 _PLACE_GROUPS = ("store.", "init.")
@@ -313,26 +314,64 @@ def load(
         manifest,
         peers=job.world.local_size,
     )
-    changed = {d.key for d in start.differences}
     state = State()
     state.load_state_dict(dict(manifest.objects["run"]))
+    moves_data = _moves_data(job, start, manifest)
+    if moves_data:
+        state.cursor = {"epoch": state.cursor["epoch"], "batch": 0}
     reader.read(_model_targets(job, manifest))
     tree.load_model(job.model, manifest.objects, reader.fetch)
+    given = [_changed_hyperparameters(phase, start) for phase in job.phases]
+    has_new_length = _uses_length(manifest) and state.step < job.max_steps
+    has_new_length &= moves_data or any(d.key in _LENGTH for d in start.differences)
+    scheduler_changed = any(d.key.split(".")[0] == "scheduler" for d in start.differences)
+    stored = manifest.objects.get("scheduler", {})
+    replayed = []
+    for phase, changed in zip(job.phases, given, strict=True):
+        if phase.scheduler is None or scheduler_changed or "lr" in changed:
+            continue
+        own = tree.join(stored[phase.name] if phase.name else stored, reader.fetch)
+        if has_new_length and "last_epoch" in own:
+            replayed.append((phase, schedule.replay(phase.scheduler, own["last_epoch"])))
+        else:
+            phase.scheduler.load_state_dict(own)
     _load_optimizer(job, manifest, reader)
+    for phase, changed in zip(job.phases, given, strict=True):
+        for group in phase.optimizer.param_groups:
+            group |= changed | ({"initial_lr": changed["lr"]} if "lr" in changed else {})
+    for phase, groups in replayed:
+        for group, values in zip(phase.optimizer.param_groups, groups, strict=True):
+            group |= values
     _load_ema(job, manifest, reader)
-    scheduler_changed = any(key.split(".")[0] == "scheduler" for key in changed)
-    for phase in job.phases:
-        lr_changed = _override_hyperparameters(phase, start)
-        if phase.scheduler is not None and not lr_changed and not scheduler_changed:
-            stored = manifest.objects["scheduler"]
-            own = stored[phase.name] if phase.name else stored
-            phase.scheduler.load_state_dict(tree.join(own, reader.fetch))
     if job.scaler.is_enabled() and manifest.objects.get("scaler"):
         job.scaler.load_state_dict(tree.join(manifest.objects["scaler"], reader.fetch))
-    if start.is_fork and any(d.moves_data for d in start.differences):
-        state.cursor = {"epoch": state.cursor["epoch"], "batch": 0}
     _restore_generators(job, manifest, state.step, reader.fetch)
     return state
+
+
+def _moves_data(job: loop.Job, start: Start, manifest: Manifest) -> bool:
+    """Return whether a fork's position in the data means something else now.
+
+    Raises:
+        ConfigError: it does in the same run, which would not notice.
+    """
+    then, now = manifest.objects.get("data", {}).get("samples"), job.data.samples
+    is_other = then is not None and now is not None and then != now
+    if start.is_fork:
+        return is_other or any(d.moves_data for d in start.differences)
+    if is_other:
+        raise ConfigError(
+            f"the training data has {now:,} samples, and had {then:,} when step {start.step:,} was "
+            f"saved: their order is another one. Bring those back to go on, or begin a new run "
+            f"from the full state: name=… resume={start.urls[0]}"
+        )
+    return False
+
+
+def _uses_length(manifest: Manifest) -> bool:
+    """Return whether the schedule was made for the length of the run."""
+    arguments = manifest.config.get("scheduler") or {}
+    return any(isinstance(v, str) and v in schedule.HORIZON_WORDS for v in arguments.values())
 
 
 def _model_targets(job: loop.Job, manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -372,9 +411,9 @@ def _load_ema(job: loop.Job, manifest: Manifest, reader: checkpoint.Reader) -> N
         job.ema.restart()  # the run has not averaged so far
 
 
-def _override_hyperparameters(phase: loop.Phase, start: Start) -> bool:
-    """In a fork, let hyper-parameters that this configuration changes win; say whether lr did."""
-    lr_changed = False
+def _changed_hyperparameters(phase: loop.Phase, start: Start) -> dict[str, Any]:
+    """Return the optimizer's settings that this configuration changes, which win in a fork."""
+    changed = {}
     own = f"optimizer.phases.{phase.name}."
     kept = set(flatten(start.manifest.config)) if start.manifest else set()
     kept -= {difference.key for difference in start.differences}
@@ -383,15 +422,10 @@ def _override_hyperparameters(phase: loop.Phase, start: Start) -> bool:
         is_general = difference.key == f"optimizer.{key}"
         if not (is_general or difference.key == own + key) or (is_general and own + key in kept):
             continue
-        if key not in phase.optimizer.param_groups[0]:
-            continue
-        value = phase.optimizer.defaults.get(key, difference.new)  # as the optimizer itself has it
-        for group in phase.optimizer.param_groups:
-            group[key] = value
-            if key == "lr":
-                group["initial_lr"] = value
-                lr_changed = True
-    return lr_changed
+        if key in phase.optimizer.param_groups[0]:
+            # as the optimizer itself has it
+            changed[key] = phase.optimizer.defaults.get(key, difference.new)
+    return changed
 
 
 def _restore_generators(

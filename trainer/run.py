@@ -252,8 +252,7 @@ def _rank(run: Run, stored: Mapping[str, Any]) -> int:
     except BaseException as error:
         if not launch.is_rank():
             raise
-        launch.report_crash(error)  # the launcher shows it, once
-        raise SystemExit(FAILURE) from None
+        raise SystemExit(launch.report_crash(error)) from None
     return launch.rank_exit_code(code)
 
 

@@ -1,9 +1,14 @@
-"""A learning-rate schedule that torch does not have in one word."""
+"""Learning-rate schedules: one that torch does not have in one word; any, on a longer road."""
 
 import math
+import warnings
+from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+HORIZON_WORDS = ("total_steps", "total_epochs", "steps_per_epoch")
+"""What stands for the run's numbers in the arguments of a schedule."""
 
 
 def warmup_cosine(
@@ -35,3 +40,24 @@ def warmup_cosine(
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimizer, factor)
+
+
+def replay(scheduler: LRScheduler, last_epoch: int) -> list[dict[str, Any]]:
+    """Bring a schedule that is new to where it would be after so many of its steps.
+
+    A schedule of torch keeps its length in its state, so one that is loaded ends where the run was
+    to end when it was saved.
+
+    Returns:
+        What is set of each of the optimizer's groups there; loading the optimizer overwrites it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the optimizer has not stepped
+        while scheduler.last_epoch < last_epoch:
+            scheduler.step()
+    groups = scheduler.optimizer.param_groups
+    return [{key: group[key] for key in _SET if key in group} for group in groups]
+
+
+_SET = ("lr", "momentum", "betas")
+"""What torch's schedules set."""

@@ -80,6 +80,17 @@ def test_a_failing_rank_is_shown_once_with_its_traceback_and_takes_the_others_do
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mistake", ["trainer.freeze=[nothing.*]", "checkpoint.metric=acuracy"])
+def test_a_mistake_that_is_found_after_the_start_has_the_code_of_one(command, mistake):
+    arguments = (*SHORT, "trainer.eval_every_steps=2", mistake)
+    codes = [command(*arguments, f"launch.nproc={count}") for count in (1, 2)]
+    assert [done.returncode for done in codes] == [2, 2]
+    for done in codes:
+        assert (done.stdout + done.stderr).count("ConfigError") == 1
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 def test_output_of_other_ranks_lies_in_the_run_directory(command):
     assert command(*SHORT, "name=a", "launch.nproc=2").returncode == 0
     logs = sorted(path.name for path in (command.folder / "runs/a/logs").rglob("*.log"))

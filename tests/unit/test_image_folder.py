@@ -1,6 +1,8 @@
 """Folders of pictures: what is found, how pictures become tensors, what is refused."""
 
 import builtins
+import errno
+import os
 import random
 import shutil
 from itertools import islice
@@ -12,7 +14,7 @@ from PIL import Image
 
 from trainer import rng
 from trainer.data.image_folder import ImageFolder
-from trainer.data.images import Transform, _any_part, _middle
+from trainer.data.images import Transform, _any_part, _middle, decode
 from trainer.data.source import EvalStream, TrainStream
 from trainer.distributed import World
 from trainer.errors import ConfigError, DataError
@@ -75,6 +77,37 @@ def test_pictures_are_found_at_any_depth_and_nothing_else(tmp_path):
     names = [path.removeprefix(f"{tmp_path}/train/") for path in paths(source.train)]
     assert names == ["bus/0.png", "bus/old/deep.JPG", "car/0.png", "train/0.png"]
     assert source.eval is None
+
+
+def test_a_link_that_leads_back_is_not_followed(tmp_path):
+    fill(tmp_path / "all", count=2, classes=["a"])
+    fill(tmp_path / "elsewhere", count=3, classes=["more"])
+    (tmp_path / "all/a/deep").mkdir()
+    (tmp_path / "all/a/deep/again").symlink_to(tmp_path / "all/a")
+    (tmp_path / "all/a/deep/itself").symlink_to(".")
+    (tmp_path / "all/a/deep/nothing").symlink_to("nothing")
+    (tmp_path / "all/a/more").symlink_to(tmp_path / "elsewhere/more")
+    source = ImageFolder(str(tmp_path / "all"), eval_share=0.0)
+    assert [path.removeprefix(f"{tmp_path}/all/a/") for path in paths(source.train)] == [
+        "0.png", "1.png", "more/0.png", "more/1.png", "more/2.png",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("closed", ["", "a", "a/deep"])
+def test_a_folder_that_cannot_be_read_is_not_left_out_in_silence(tmp_path, closed, monkeypatch):
+    fill(tmp_path, count=2, classes=["a"])
+    fill(tmp_path / "a", count=2, classes=["deep"])
+    scan = os.scandir
+
+    def refuse(path="."):  # root may read everything, whatever its mode
+        if os.path.realpath(path) == os.path.realpath(tmp_path / closed):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "listdir", lambda path: [entry.name for entry in refuse(path)])
+    with pytest.raises(DataError, match=rf"{closed} cannot be read: Permission denied"):
+        ImageFolder(str(tmp_path), eval_share=0.0).train  # noqa: B018 (it lists)
 
 
 def test_a_share_is_set_aside_by_the_names_alone(tmp_path):
@@ -177,6 +210,27 @@ def test_pictures_of_any_kind_come_in_the_channels_that_are_wanted(tmp_path, mod
     kind = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
     pixels = np.asarray(picture.convert(kind)).reshape(7, 9, channels) / 255
     assert np.allclose(found.permute(1, 2, 0).numpy(), (pixels - mean) / std, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_sixteen_bits_of_grey_are_as_bright_as_eight(tmp_path, name):
+    eight = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(eight).save(tmp_path / "eight.png")
+    Image.fromarray(eight.astype(np.uint16) * 257).save(tmp_path / name)
+    for channels in (1, 3):
+        transform = Transform((channels, 16, 16))
+        expected = transform(decode(tmp_path / "eight.png"), training=False)
+        assert torch.equal(transform(decode(tmp_path / name), training=False), expected)
+
+
+@pytest.mark.parametrize(("kind", "text"), [(np.float32, "floats"), (np.int32, "integers")])
+def test_numbers_without_a_known_white_are_refused_by_name(tmp_path, kind, text):
+    path = tmp_path / "a" / "a.tif"
+    path.parent.mkdir()
+    Image.fromarray(np.ones((9, 7), kind)).save(path)
+    source = ImageFolder(str(tmp_path), (1, 7, 9), eval_share=0.0)
+    with pytest.raises(DataError, match=rf"a/a\.tif\) cannot be read: .*{text} of 32 bits"):
+        next(TrainStream(source.train, World(), 0, 1).batches(BEGINNING))
 
 
 def test_a_picture_is_turned_as_its_camera_was_held(tmp_path):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from trainer import launch
-from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError
+from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError, StoreError
 
 STEP = {
     "SLURM_JOB_ID": "41", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "3",
@@ -105,8 +105,19 @@ def test_the_end_of_the_job_is_known_where_the_batch_script_knows_it(environ):
     assert launch.end_time_s() == 1.79e9
 
 
-@pytest.mark.parametrize(("first", "second", "stays"), [(1, 75, "1"), (75, 1, "1"), (75, 75, "75")])
-def test_that_a_rank_was_lost_does_not_overrule_why_it_went(tmp_path, first, second, stays):
+@pytest.mark.parametrize(("error", "code"), [
+    (RuntimeError("a bug"), 1), (ConfigError("no"), 2), (StoreError("no"), 75),
+])  # fmt: skip
+def test_a_rank_that_fails_alone_leaves_its_own_code(environ, tmp_path, capsys, error, code):
+    environ["PERDURE_OUTCOME"] = str(tmp_path / "outcome")
+    launch.leave_outcome(RUN_AGAIN)  # a peer was faster, and took it for lost
+    assert launch.report_crash(error) == code
+    assert (tmp_path / "outcome").read_text() == str(code)
+    assert str(error) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("first", "second", "stays"), [(1, 75, "1"), (2, 1, "2"), (75, 75, "75")])
+def test_who_leaves_because_of_a_peer_does_not_overrule_the_peer(tmp_path, first, second, stays):
     for code in (first, second):
         left = subprocess.run(
             [sys.executable, "-c", f"from trainer.launch import leave_at_once as l; l({code})"],

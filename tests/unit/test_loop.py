@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.optim import lr_scheduler
 from torch.utils.data import TensorDataset
 
-from trainer import loop, resume, rng
+from trainer import loop, resume, rng, schedule
 from trainer.checkpoint.tiers import Tiers
 from trainer.config import Run, Trainer
 from trainer.data.source import EvalStream, TrainStream
@@ -475,6 +475,57 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path):
     assert its_state.step == state.step == 20
     for name, value in longer.model.state_dict().items():
         assert torch.equal(value, whole.model.state_dict()[name])
+
+
+def resumed(folder, job, config, **run_settings):
+    """Load a run's newest checkpoint into a job that has this configuration."""
+    settings = {"name": "a", "run_dir": str(folder), **run_settings}
+    run = Run(**settings)
+    return resume.load(job, resume.choose(Tiers(open_store(run.run_dir)), run, config))
+
+
+@pytest.mark.parametrize("made", [
+    lambda o, steps: lr_scheduler.OneCycleLR(o, 0.4, total_steps=steps),
+    lambda o, steps: lr_scheduler.CosineAnnealingLR(o, T_max=steps),
+    lambda o, steps: lr_scheduler.PolynomialLR(o, total_iters=steps, power=2.0),
+    lambda o, steps: schedule.warmup_cosine(o, steps, warmup_steps=3),
+])  # fmt: skip
+def test_a_longer_run_follows_the_longer_schedule_from_there(tmp_path, made):
+    def job(steps):
+        return a_job(max_steps=steps, schedule=lambda o: made(o, steps))
+
+    def config(steps):
+        return {"scheduler": {"length": "total_steps"}, "trainer": {"max_steps": steps}}
+
+    def rates(job, steps):
+        (phase,) = job.phases
+        found = []
+        for _ in range(steps):
+            group = phase.optimizer.param_groups[0]
+            found.append((group["lr"], group["momentum"]))
+            phase.optimizer.step()
+            phase.scheduler.step()
+        return found
+
+    expected = rates(job(20), 20)
+    loop.train(job(9), State(), a_saver(tmp_path, config=config(9)), Stop(World()))
+    longer, unchanged = job(20), job(9)
+    assert resumed(tmp_path, longer, config(20)).step == 9
+    assert rates(longer, 11) == expected[9:]
+    resumed(tmp_path, unchanged, config(9))
+    assert unchanged.phases[0].scheduler.last_epoch == 9
+
+
+def test_other_samples_do_not_go_unnoticed(tmp_path):
+    def job(samples):
+        return a_job(dataset=Synthetic((6,), classes=3, train_samples=samples))
+
+    loop.train(job(43), State(), a_saver(tmp_path / "a"), Stop(World()))
+    with pytest.raises(ConfigError, match=f"has 51 samples, and had 43 .*resume={tmp_path}/a"):
+        resumed(tmp_path / "a", job(51), {})
+    assert resumed(tmp_path / "a", job(43), {}).cursor == {"epoch": 2, "batch": 2}
+    fork = resumed(tmp_path / "b", job(51), {}, resume=str(tmp_path / "a"))
+    assert (fork.step, fork.cursor) == (12, {"epoch": 2, "batch": 0})
 
 
 def test_the_best_value_is_tracked(tmp_path):

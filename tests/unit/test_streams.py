@@ -273,10 +273,17 @@ def test_damage_in_a_stream_is_named_by_its_place_or_skipped(workers):
     assert numbers[:18] == [n for n in range(20) if n not in (7, 8)]
     ranks = [taken(Torn((7, 8)), 4, rank=r, size=2, **skipped) for r in range(2)]
     assert joined(ranks) == found
-    with pytest.raises(DataError, match="ended with it, as a generator does"):
-        taken(TornGenerator((7,)), 2, **skipped)
+    for dead in (TornGenerator((7,)), DataLoader(TornGenerator((7,)), batch_size=None)):
+        with pytest.raises(DataError, match="ended with it, as a generator does"):
+            taken(dead, 2, **skipped)
     with pytest.raises(DataError, match="and the 9 after it cannot be read"):
         taken(Torn(range(7, 30), size=40), 2, **skipped)
+
+
+def test_damage_at_the_end_of_a_stream_is_skipped_too():
+    found = taken(Torn((SIZE - 1,)), 2 * ((SIZE - 1) // BATCH), skip_damaged=True)
+    numbers = [row[0] for rows, _ in found for row in rows]
+    assert numbers == 2 * [*range((SIZE - 1) // BATCH * BATCH)]
 
 
 def test_damage_that_every_rank_meets_is_told_once():

@@ -203,15 +203,34 @@ def _folders(parent: Path) -> Iterator[str]:
 
 def _pictures(folder: Path) -> Iterator[str]:
     """Yield the names of the pictures under a folder, at any depth."""
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not _leads_back(os.path.join(parent, name))
+        ]
         for name in names:
             if name.lower().endswith(_SUFFIXES) and not name.startswith("."):
                 yield (Path(parent) / name).relative_to(folder).as_posix()
 
 
+def _leads_back(path: str) -> bool:
+    """Whether it is a link to a folder that it lies in."""
+    if not os.path.islink(path):
+        return False
+    target = os.path.realpath(path)
+    return os.path.commonpath([target, os.path.realpath(os.path.dirname(path))]) == target
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
 def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    try:
+        return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from None
 
 
 def _held(folder: Path) -> str:

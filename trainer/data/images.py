@@ -66,11 +66,25 @@ class Transform:
             raise ConfigError(f"data.std={std} must be larger than 0")
 
     def __call__(self, picture: "Image", *, training: bool) -> Tensor:
-        """Return the tensor of a picture; random choices are from Python's global generator."""
+        """Return the tensor of a picture; random choices are from Python's global generator.
+
+        Raises:
+            ValueError: of its pixels' numbers, nobody knows which one is white.
+        """
         from PIL import Image, ImageOps
 
         channels, height, width = self._shape
-        picture = ImageOps.exif_transpose(picture).convert(_MODES[channels])
+        is_short = picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PNG")
+        picture = ImageOps.exif_transpose(picture)
+        if is_short:  # 16 bits of grey, of which Pillow's own conversion takes 255 for white
+            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+        elif picture.mode in ("I", "F"):
+            kind = {"I": "integers", "F": "floats"}[picture.mode]
+            raise ValueError(
+                f"its pixels are {kind} of 32 bits, of which nobody knows what is white; give "
+                "pictures of 8 or 16 bits"
+            )
+        picture = picture.convert(_MODES[channels])
         if training and self._augment == "resized_crop":
             box = _any_part(picture.size)
         else:

@@ -333,9 +333,14 @@ class TrainStream:
             )
 
     @property
+    def samples(self) -> int:
+        """How many there are; another number of them has another order."""
+        return len(self.dataset)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Global batches in an epoch; the last, incomplete one is dropped."""
-        return len(self.dataset) // self.global_batch_size
+        return self.samples // self.global_batch_size
 
     def batches(self, cursor: Cursor) -> "Feed[tuple[list[Batch], Cursor]]":
         """Return (this rank's microbatches of a global batch, cursor after it) from `cursor` on."""

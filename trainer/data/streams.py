@@ -4,10 +4,12 @@ Each rank takes its own rows of each global batch, so the order does not depend 
 ranks. The last, incomplete batch of an epoch is dropped: one batch is read ahead to know of it.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
+from types import GeneratorType
 from typing import Any
 
 import torch
@@ -51,6 +53,11 @@ class Streamed:
     """If not 0, one process reads ahead. A DataLoader has workers of its own instead."""
     skip_damaged: bool = False
     """Go on after a sample that cannot be read; otherwise, stop."""
+
+    @property
+    def samples(self) -> None:
+        """Nobody knows."""
+        return
 
     @property
     def steps_per_epoch(self) -> None:
@@ -188,7 +195,7 @@ class _Reading:
             try:
                 return next(self._rows)
             except StopIteration:
-                if broken is None:
+                if broken is None or not _ends_with_an_error(self._rows, self._source):
                     raise
                 raise DataError(
                     f"{what} cannot be read: {damage.reason(broken)}; the stream ended with it, as "
@@ -246,6 +253,14 @@ class _Reading:
             f"batch of {self._stream.global_batch_size:,}; is its data there, and can it be read "
             "from the beginning again?"
         )
+
+
+def _ends_with_an_error(rows: Any, source: Any) -> bool:
+    """Whether it is a generator that is read, of which nothing comes after an error."""
+    dataset = source.dataset if isinstance(source, DataLoader) else source
+    return isinstance(rows, GeneratorType) or inspect.isgeneratorfunction(
+        getattr(type(dataset), "__iter__", None)
+    )
 
 
 def _part(source: Any, name: str) -> Any:
