@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import socket
 import sys
@@ -108,6 +109,7 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
             stop.deadline = _deadline(run, saver, mirror, began)
             world.from_rank0(lambda: _record_start(run, stored, job, tiers, attempt, start, state))
             saver.compare_with_grace()
+            world.from_rank0(lambda: _refuse_no_time(run, time.monotonic() - began))
             job.profiler = _profiler(run, job, store, attempt)
             if notes is not None:
                 notes.keep(state, saver, stop, job, began)
@@ -312,6 +314,15 @@ def _watchdog(
         leave=leave,
         session=attempt.token,
     )
+
+
+def _refuse_no_time(run: Run, starting_s: float) -> None:
+    """Attempts that end before their first step would follow one another for ever."""
+    if starting_s >= (config.seconds(run.trainer.max_time or "") or math.inf):
+        raise ConfigError(
+            f"trainer.max_time={run.trainer.max_time} was over before the first step: starting "
+            f"took {starting_s:.0f} s; give more"
+        )
 
 
 def _deadline(run: Run, saver: Saver, mirror: Mirror | None, began: float) -> Callable[[], bool]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from trainer import flops, parallel, parameters, preemption, rng, schedule, targets
 from trainer.config import Run
@@ -31,6 +31,7 @@ from trainer.tracking.several import Several, Silent
 T = TypeVar("T")
 _OURS = ("groups", "phases")
 """What stands beside an optimizer's arguments."""
+_PARTS = ("train", "eval")
 _HYDRA_WORDS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 
 
@@ -147,11 +148,31 @@ def _check_eval(run: Run, dataset: Any) -> None:
             f"data: {run.data['_target_']} gives a stream to evaluate on; that data needs __len__ "
             "and __getitem__, since every sample is measured once whatever the number of ranks"
         )
+    if not len(dataset):
+        raise DataError(
+            f"data: {run.data['_target_']} gives nothing to evaluate on, an empty part; give it "
+            "samples, or None for no evaluation"
+        )
+
+
+def _refuse_without_evaluation(run: Run, phases: Sequence[Phase]) -> None:
+    plateau = any(isinstance(phase.scheduler, ReduceLROnPlateau) for phase in phases)
+    wants = {
+        "trainer.patience_evals": run.trainer.patience_evals is not None,
+        "checkpoint.metric": run.checkpoint.metric is not None,
+        "scheduler: ReduceLROnPlateau": plateau,
+    }
+    if found := [key for key, is_wanted in wants.items() if is_wanted]:
+        raise ConfigError(
+            f"{', '.join(found)} {'need' if len(found) > 1 else 'needs'} an evaluation, and "
+            f"{run.data['_target_']} gives no data to evaluate on"
+        )
 
 
 def _is_source(made: Any) -> bool:
     """Whether it has both parts; looked up statically, since asking would load them."""
-    return all(inspect.getattr_static(made, part, None) is not None for part in ("train", "eval"))
+    missing = object()
+    return all(inspect.getattr_static(made, part, missing) is not missing for part in _PARTS)
 
 
 def _check_shape(run: Run, source: DataSource) -> None:
@@ -226,6 +247,8 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
         batch_size = settings.eval_batch_size or max(share, 1)
         skip = settings.on_damaged == "skip"
         evaluation = EvalStream(source.eval, world, batch_size, settings.data_workers, skip)
+    else:
+        _refuse_without_evaluation(run, phases)
     counted = None
     if twin is not None:
         counted, uncounted = _count_flops(twin, model, task, phases, data)

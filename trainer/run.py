@@ -1,7 +1,9 @@
 """python -m trainer.run [key=value …]: compose, check, launch, build, train, exit code."""
 
+import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -28,6 +30,8 @@ from trainer.errors import (
 )
 
 _GROUP_TIMEOUT_S = 600.0
+_LONGEST_PART = 80
+"""Characters of a swept value in a run's name."""
 
 
 def conf_folder() -> Path:
@@ -137,8 +141,17 @@ def _name_sweep_job(composed: DictConfig, swept: Sequence[str]) -> bool:
     parts = [text for text in parts if not text.startswith("name=")]
     if parts and not OmegaConf.is_missing(composed, "name"):
         OmegaConf.set_struct(composed, False)
-        composed.name = "-".join([composed.name, *parts]).replace("/", ".")
+        composed.name = "-".join([composed.name, *map(_in_a_name, parts)])
     return True
+
+
+def _in_a_name(text: str) -> str:
+    """Return an override as a part of a run's name; with a hash, where a name cannot hold it."""
+    plain = text.replace("/", ".")
+    kept = re.sub(r"[^\w.,=+@-]", "", plain)[:_LONGEST_PART]
+    if kept == plain:
+        return kept
+    return f"{kept}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
 def _one_run(composed: DictConfig, problems: Sequence[Problem], check_only: bool) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.data.source import fetch, to_device
+from trainer.errors import ConfigError
 
 
 class Classification:
@@ -33,7 +34,14 @@ class Classification:
         inputs, labels = batch
         outputs = model(inputs)
         logits = getattr(outputs, "logits", outputs)
-        return F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing), logits
+        try:
+            loss = F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
+        except IndexError:  # on a GPU, CUDA asserts
+            raise ConfigError(
+                f"the labels reach {int(labels.max())}, the model knows the classes 0 … "
+                f"{logits.shape[1] - 1}; set sample.classes={int(labels.max()) + 1} or more"
+            ) from None
+        return loss, logits
 
     def figures(self, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:
         """Return the accuracy on this batch."""

@@ -73,13 +73,13 @@ def sweep(cluster, command):
         )  # fmt: skip
         processes.append(process)
         while not (jobs := cluster.run("squeue", "--noheader", "--format=%F").split()):
-            assert process.poll() is None, process.communicate()
+            assert process.poll() is None, process.communicate(timeout=60)
         return process, jobs[0]
 
     yield start
     for process in processes:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=60)
 
 
 def test_a_sweep_that_hydra_submits_is_requeued_task_by_task(cluster, command, sweep):

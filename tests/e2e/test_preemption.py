@@ -67,7 +67,7 @@ def test_when_the_launcher_is_killed_its_ranks_die_too_and_the_run_goes_on(comma
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 9, process)
     rank_0 = attempt(command.folder / "runs/a", 1)["pid"]
     process.kill()
-    process.communicate()
+    process.communicate(timeout=60)
     assert ends(rank_0)
     went_on = command(*arguments)
     assert went_on.returncode == 0, went_on.stderr

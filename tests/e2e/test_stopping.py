@@ -164,10 +164,20 @@ def test_a_rank_that_stands_still_is_named_and_the_job_leaves_with_75(command):
     assert command(*FRAGILE, "name=a", "launch.nproc=2").returncode == 0
 
 
+@pytest.mark.slow
 def test_after_its_time_a_run_leaves_with_75(command):
-    stopped = command(*FRAGILE, "name=a", "trainer.max_epochs=4000", "trainer.max_time=6")
+    stopped = command(*FRAGILE, "name=a", "trainer.max_epochs=4000", "trainer.max_time=30")
     assert stopped.returncode == 75
     assert "Stopped by deadline at step" in stopped.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_time_that_is_over_before_the_first_step_is_a_mistake(command, ranks):
+    refused = command(*FRAGILE, "name=a", "trainer.max_time=0.001", f"launch.nproc={ranks}")
+    assert refused.returncode == 2
+    assert "max_time=0.001 was over before the first step: starting took" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 @pytest.mark.slow

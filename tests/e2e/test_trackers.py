@@ -28,7 +28,7 @@ def test_a_killed_run_has_every_step_once_and_one_run_at_wandb(command, wait_for
     process = command.start(*arguments, STEP_S="0.1", **WANDB)
     wait_for(lambda: committed(run) and jsonl_steps(run)[-1:] > [committed(run)[-1]], process)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=60)
     again = command(*arguments, **WANDB)
     assert again.returncode == 0, again.stderr
     lines = jsonl.read(open_store(str(run)))
@@ -65,7 +65,7 @@ def test_at_a_server_that_answers_steps_that_come_again_are_not_dropped(command,
         process = command.start(*arguments, STEP_S="0.1", **online)
         wait_for(lambda: committed(run) and seen()[-1:] > [committed(run)[-1]], process)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.communicate(timeout=60)
         before = seen()
         done = command(*arguments, **online)
         assert done.returncode == 0, done.stderr

@@ -1,7 +1,10 @@
 """A user's own model, Dataset, Task and configuration, with no change here."""
 
+import re
+
 import pytest
 import torch
+from commands import HARD
 from safetensors.torch import load_file
 
 MINE = """
@@ -100,6 +103,16 @@ def test_a_sweep_gives_each_job_its_own_directory_and_a_finished_one_is_not_repe
     assert again.returncode == 0
     assert again.stdout.count("is finished") == 2
     assert sorted(p.name for p in command.folder.iterdir()) == ["my_conf", "runs"]
+
+
+@pytest.mark.slow
+def test_a_sweep_over_lists_gives_each_job_a_name_too(command):
+    done = command(*HARD, "name=a", "-m", "model.channels=[4,8],[4,4]", "trainer.max_steps=1")
+    assert done.returncode == 0, done.stderr
+    runs = sorted(path.name for path in (command.folder / "runs").iterdir())
+    assert [re.sub("[0-9a-f]{8}$", "", name) for name in runs] == [
+        "a-model.channels=4,4-", "a-model.channels=4,8-",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from trainer import build
-from trainer.config import Init, Preemption, Run, Sample, Trainer
+from trainer.config import Checkpoint, Init, Preemption, Run, Sample, Trainer
 from trainer.distributed import World
 from trainer.errors import ConfigError, DataError
 from trainer.targets import accepts, check_target
+from trainer.task import Classification
 from trainer.tracking.several import Silent
 
 PACKAGE = {
@@ -505,6 +506,33 @@ def test_a_stream_to_evaluate_on_is_refused():
     for train in ([1, 2], part):
         with pytest.raises(DataError, match="gives a stream to evaluate on"):
             make_job(a_run(data={**data, "train": train}, trainer=settings))
+
+
+def test_an_empty_part_to_evaluate_on_is_refused():
+    data = {"_target_": "trainer.data.source.Datasets", "train": [1, 2], "eval": []}
+    with pytest.raises(DataError, match="an empty part"):
+        make_job(a_run(data=data, trainer=Trainer(max_steps=7, global_batch_size=1)))
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ({"trainer": Trainer(max_steps=7, global_batch_size=1, patience_evals=2)}, "patience_evals"),
+    ({"checkpoint": Checkpoint(metric="loss")}, "checkpoint.metric needs an evaluation"),
+    ({"scheduler": {"_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau"}}, "ReduceLROnPl"),
+])  # fmt: skip
+def test_what_needs_an_evaluation_is_refused_without_one(change, named):
+    settings = {
+        "data": {"_target_": "trainer.data.source.Datasets", "train": [1, 2], "eval": None},
+        "trainer": Trainer(max_steps=7, global_batch_size=1),
+    }
+    with pytest.raises(ConfigError, match=named):
+        make_job(a_run(**{**settings, **change}))
+    assert make_job(a_run(**settings)).evaluation is None
+
+
+def test_labels_that_the_model_does_not_know_are_refused_with_the_number_of_classes():
+    batch = torch.zeros(3, 4), torch.tensor([0, 5, 1])
+    with pytest.raises(ConfigError, match=r"labels reach 5, .* 0 … 2; set sample\.classes=6"):
+        Classification().loss(nn.Linear(4, 3), batch)
 
 
 def test_what_the_data_draws_when_it_is_made_is_a_function_of_the_seed(package):

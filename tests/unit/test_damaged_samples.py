@@ -129,10 +129,22 @@ def test_errors_that_are_not_a_samples_own_are_not_skipped():
     for dataset, indices, error, text in (
         (Files(), [3], DataError, "^the shard is gone$"),
         (Files(), [4], MemoryError, None),
-        (Shapes(), [4, 5], RuntimeError, "equal size"),  # each can be read
+        (Shapes(), [4, 5], DataError, "equal size"),  # each can be read
     ):
         with pytest.raises(error, match=text):
             fetch_whole(dataset, torch.tensor(indices), skip=True, replace=True)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_samples_that_do_not_fit_together_are_refused_without_a_traceback(workers, kind):
+    if kind is list:
+        samples = [torch.zeros(2 + n % 2) for n in range(20)]
+    else:
+        samples = [{"a": 1}, {"b": 1}] * 10
+    stream = TrainStream(samples, World(), 5, 8, workers=workers)
+    with pytest.raises(DataError, match=r"^8 samples cannot become one batch: "):
+        next(stream.batches(BEGINNING))
 
 
 def test_a_dataset_that_says_nothing_of_its_samples_is_named_by_number():

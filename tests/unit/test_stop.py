@@ -125,6 +125,6 @@ def test_at_a_terminal_a_second_interrupt_ends_the_process_at_once(at_terminal):
             break
     finally:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=60)
         os.close(leader)
         os.close(follower)

@@ -159,6 +159,13 @@ def test_a_stream_with_a_state_is_not_read_again_and_without_one_it_is_said():
         assert stream.rereads(BEGINNING) == ""
 
 
+def test_that_a_loaders_own_workers_choose_anew_is_said():
+    for workers, said in ((0, ""), (2, "random choices in the DataLoader's own workers")):
+        stream = Streamed(loader(num_workers=workers), World(), 5, BATCH)
+        assert stream.rereads({"epoch": 0, "batch": 2, "source": {}}).startswith(said)
+        assert bool(stream.rereads({"epoch": 0, "batch": 2, "source": {}})) == bool(said)
+
+
 def test_a_state_survives_as_strict_json_with_its_types():
     source = Stateful()
     state = position.of(source)

@@ -14,6 +14,7 @@ from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
@@ -57,12 +58,27 @@ def fetch(dataset: Any, indices: Tensor, *seed: int | str) -> Batch:
     with rng.forked(rng.derive(*seed, *wanted)):
         if hasattr(dataset, "__getitems__"):
             batch = dataset.__getitems__(wanted)
-            return default_collate(batch) if isinstance(batch, list) else batch
+            return collate(batch) if isinstance(batch, list) else batch
         samples = []
         for index in wanted:
             rng.seed_all(rng.derive(*seed, index))
             samples.append(dataset[index])
+        return collate(samples)
+
+
+def collate(samples: list[Any]) -> Batch:
+    """Return samples as one batch, as torch's default_collate makes it.
+
+    Raises:
+        DataError: their shapes or types do not allow it.
+    """
+    try:
         return default_collate(samples)
+    except (RuntimeError, TypeError, KeyError, AssertionError) as error:
+        raise DataError(
+            f"{len(samples):,} samples cannot become one batch: {damage.reason(error)}; the "
+            "dataset has to give tensors or numbers that have the same shape in every sample"
+        ) from error
 
 
 class Made(NamedTuple):
@@ -124,7 +140,8 @@ class Feed(Generic[T]):
 
     Args:
         make: makes a batch, or several, of a key; it is copied into the workers.
-        keys: of the items, in order.
+        keys: of the items, in order; without tensors, which a process of ours would have to serve
+            to the workers.
         device: where the item's tensors are put when it is asked for.
         workers: processes; 0: the item is made where and when it is asked for.
     """
@@ -358,7 +375,7 @@ class TrainStream:
         )
         return Feed(
             partial(_microbatches, self.dataset, self.seed, self.skip_damaged),
-            ((share(indices), after) for indices, after in everything),
+            (([piece.numpy() for piece in share(indices)], after) for indices, after in everything),
             device=self.world.device,
             workers=self.workers,
         )
@@ -372,13 +389,16 @@ class TrainStream:
         return ""
 
 
-def _microbatches(dataset: Any, seed: int, skip: bool, key: tuple[list[Tensor], Cursor]) -> Made:
+def _microbatches(
+    dataset: Any, seed: int, skip: bool, key: tuple[list["np.ndarray[Any, Any]"], Cursor]
+) -> Made:
     pieces, after = key
     epoch = after["epoch"] - (after["batch"] == 0)
     batches: list[Batch | None] = []
     damaged: tuple[str, ...] = ()
     for piece in pieces:
-        batch, texts = fetch_whole(dataset, piece, "train", seed, epoch, skip=skip, replace=True)
+        chosen = torch.from_numpy(piece)
+        batch, texts = fetch_whole(dataset, chosen, "train", seed, epoch, skip=skip, replace=True)
         batches.append(batch)
         damaged += texts
     return Made((batches, after), damaged)
@@ -414,7 +434,7 @@ class EvalStream:
         Every rank gets equally many, so ranks can agree on something after each batch.
         """
         size, world = len(self.dataset), self.world
-        mine = torch.arange(size)[world.rank :: world.size]
+        mine = np.arange(size)[world.rank :: world.size]
         starts = range(0, len(self) * self.batch_size, self.batch_size)
         return Feed(
             partial(_eval_batch, self.dataset, self.skip_damaged),
@@ -424,7 +444,7 @@ class EvalStream:
         )
 
 
-def _eval_batch(dataset: Any, skip: bool, indices: Tensor) -> Made:
-    if not len(indices):
+def _eval_batch(dataset: Any, skip: bool, key: "np.ndarray[Any, Any]") -> Made:
+    if not len(key):
         return Made(None)
-    return Made(*fetch_whole(dataset, indices, "eval", skip=skip, replace=False))
+    return Made(*fetch_whole(dataset, torch.from_numpy(key), "eval", skip=skip, replace=False))

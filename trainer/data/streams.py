@@ -13,11 +13,11 @@ from types import GeneratorType
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset
 
 from trainer import rng
 from trainer.data import damage, position
-from trainer.data.source import Feed, Made, begin_worker, with_workers
+from trainer.data.source import Feed, Made, begin_worker, collate, with_workers
 from trainer.distributed import World
 from trainer.errors import DataError
 from trainer.protocols import Batch
@@ -90,6 +90,11 @@ class Streamed:
 
     def rereads(self, cursor: Cursor) -> str:
         """Return what to say of going on from `cursor`, where it takes its time."""
+        if "source" in cursor and getattr(self.dataset, "num_workers", 0):
+            return (
+                "random choices in the DataLoader's own workers are other ones than they were: no "
+                "state of theirs is kept"
+            )
         if not cursor["batch"] or "source" in cursor:
             return ""
         samples = cursor["batch"] * self.global_batch_size
@@ -184,7 +189,7 @@ class _Reading:
             if keep and row in own:
                 mine.append(sample)
         share = size // stream.accumulate
-        pieces = [default_collate(mine[n : n + share]) for n in range(0, len(mine), share)]
+        pieces = [collate(mine[n : n + share]) for n in range(0, len(mine), share)]
         return Made(pieces, tuple(damaged) if stream.world.rank == 0 else ())
 
     def _sample(self, epoch: int, damaged: list[str]) -> Any:
