@@ -90,7 +90,8 @@ class Streamed:
 
     def rereads(self, cursor: Cursor) -> str:
         """Return what to say of going on from `cursor`, where it takes its time."""
-        if "source" in cursor and getattr(self.dataset, "num_workers", 0):
+        has_workers = isinstance(self.dataset, DataLoader) and self.dataset.num_workers > 0
+        if "source" in cursor and has_workers:
             return (
                 "random choices in the DataLoader's own workers are other ones than they were: no "
                 "state of theirs is kept"
