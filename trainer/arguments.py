@@ -105,7 +105,7 @@ def parse(
             found.flags.add(argument)
         elif equals and key.startswith(_STORE):
             store.append(argument.removeprefix(_STORE))
-        elif not equals or "/" in key:
+        elif not equals or "/" in key or os.path.exists(argument):  # a sweep's runs have `=`
             found.places.append(argument)
         elif key not in options:
             raise ConfigError(f"there is no option {key!r}{closest(key, options)}\n{usage}")

@@ -76,10 +76,10 @@ def _without_folders(
     for argument in rest:
         flag, equals, value = argument.partition("=")
         if flag in ("--config-dir", "-cd"):
-            folder = Path(value if equals else next(rest, ""))
-            if not folder.is_dir():
-                raise ConfigError(f"--config-dir {folder} is no folder\n{usage}")
-            folders.append(folder.resolve())
+            folder = value if equals else next(rest, "")
+            if not (folder and Path(folder).is_dir()):
+                raise ConfigError(f"--config-dir {folder!r} is no folder\n{usage}")
+            folders.append(Path(folder).resolve())
         elif argument.startswith("-") or not (equals or argument.startswith("~")):
             hint = errors.closest(argument, [*_FLAGS, *flags])
             raise ConfigError(f"there is no argument {argument!r}{hint}\n{usage}")

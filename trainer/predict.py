@@ -1,6 +1,7 @@
 """python -m trainer.predict EXPORT input=… [compare=…] [out=…]: run what was exported."""
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -164,7 +165,7 @@ def _tell(answers: Iterator[Answer], interface: Interface, given: Arguments) -> 
                 labelled += 1
                 right += int(answer.chances.argmax()) == answer.label
             if file is not None:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(json.dumps(_strict(line), ensure_ascii=False) + "\n")
             elif counted <= _SHOWN:
                 rows.append(_row(line))
     if rows:
@@ -223,6 +224,15 @@ def _described(answer: Answer, classes: list[str] | None, top: int) -> dict[str,
     if answer.label is not None:
         found["label"] = _name(answer.label, classes, len(chances))
     return found
+
+
+def _strict(value: Any) -> Any:
+    """Return a value as JSON can have it, which has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _name(index: int, classes: list[str] | None, count: int) -> str | int:

@@ -27,6 +27,7 @@ from trainer.errors import (
     PerdureError,
     Problem,
     StoreError,
+    WorkerLostError,
 )
 
 _GROUP_TIMEOUT_S = 600.0
@@ -249,10 +250,8 @@ def _rank(run: Run, stored: Mapping[str, Any]) -> int:
             launch.forget_outcome()
         try:
             code = attempt.run_attempt(run, stored, world)
-        except PeerFailedError as error:
-            launch.leave_at_once(error.exit_code)  # the other one tells
-        except PeerLostError as error:
-            launch.leave_at_once(error.exit_code, f"LEFT: {error}. The same command goes on.")
+        except (PeerFailedError, PeerLostError) as error:
+            _leave(error)
         except PerdureError as error:
             if world.size > 1 and not getattr(error, "agreed", False):
                 raise
@@ -267,6 +266,15 @@ def _rank(run: Run, stored: Mapping[str, Any]) -> int:
             raise
         raise SystemExit(launch.report_crash(error)) from None
     return launch.rank_exit_code(code)
+
+
+def _leave(error: PeerFailedError | PeerLostError) -> NoReturn:
+    """Leave because of a process that is gone; whoever knows best why it is tells."""
+    if isinstance(error, PeerFailedError):
+        launch.leave_at_once(error.exit_code)
+    if isinstance(error, WorkerLostError) and launch.is_rank():
+        launch.leave_at_once(launch.report_crash(error))
+    launch.leave_at_once(error.exit_code, f"LEFT: {error}. The same command goes on.")
 
 
 def _end(code: int) -> NoReturn:

@@ -67,7 +67,7 @@ def _watch(given: Arguments, every_s: float) -> None:
     if "--json" in given.flags:
         print(json.dumps({"runs": [row.json() for row in rows]}, indent=1), flush=True)
     elif "--once" in given.flags or not sys.stdout.isatty():
-        print(table([_TITLES, *map(cells, rows)]), flush=True)
+        print("\n".join([table([_TITLES, *map(cells, rows)]), *_reasons(rows)]), flush=True)
     else:
         _live(given, rows, every_s)
 
@@ -95,6 +95,11 @@ def _live(given: Arguments, rows: list[Row], every_s: float) -> None:
                 rows = _look(given, {row.run: row for row in rows})
             except PerdureError as error:  # a server that is away may come back
                 live.console.print(f"{type(error).__name__}: {error}", markup=False)
+
+
+def _reasons(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each run of whose state there is more to say."""
+    return [plain(f"{row.run}: {row.why}") for row in rows if row.why]
 
 
 _TITLES = ["run", "state", "step", "left", "loss", "lately", "evaluation", "saved", "attempts"]
@@ -145,7 +150,12 @@ def _table(rows: Sequence[Row], width: int) -> Any:
     shown = [title for title in _TITLES if width >= _NARROW.get(title, 0)]
     for title in shown:
         right = title in ("step", "left", "loss", "attempts")
-        made.add_column(title, justify="right" if right else "left", no_wrap=title != "run")
+        made.add_column(
+            title,
+            justify="right" if right else "left",
+            no_wrap=title != "run",
+            overflow="fold" if title == "run" else "ellipsis",
+        )
     for row in rows:
         texts = dict(zip(_TITLES, map(Text, cells(row)), strict=True))
         texts["state"].stylize(_STYLES.get(row.state, ""))

@@ -1,5 +1,6 @@
 """Samples that cannot be read: named and refused, or skipped and counted, whoever reads them."""
 
+import os
 import random
 from itertools import islice
 
@@ -145,6 +146,14 @@ def test_samples_that_do_not_fit_together_are_refused_without_a_traceback(worker
     stream = TrainStream(samples, World(), 5, 8, workers=workers)
     with pytest.raises(DataError, match=r"^8 samples cannot become one batch: "):
         next(stream.batches(BEGINNING))
+
+
+def test_a_name_that_is_no_text_is_told_in_one():
+    class Named(Points):
+        def describe(self, index):
+            return os.fsdecode(b"caf\xe9.png")
+
+    assert damage.name(Named(), 3) == r"sample 3 (caf\udce9.png)"
 
 
 def test_a_dataset_that_says_nothing_of_its_samples_is_named_by_number():

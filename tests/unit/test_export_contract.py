@@ -200,6 +200,8 @@ def test_a_file_of_something_else_is_no_export(tmp_path, form, content):
     (["format=torchscript", "inputs=y:float32[1,8,8]"], "cannot be called so"),
     (["format=torchscript", "inputs=x:float32[3]"], "cannot be called with x [2, 3]"),
     (["format=torchscript", "atol=small"], "atol=small is no number"),
+    (["format=torchscript", "atol=-1"], "atol=-1 is no number from 0 on"),
+    (["format=torchscript", "rtol=nan"], "rtol=nan is no number from 0 on"),
     (["format=torchscript", "device=gpu"], "device=gpu"),
     (["format=torchscript", "data=mnist"], "no option 'data'"),
     (["format=torchscript", "model.hiden=3"], "hiden"),

@@ -193,7 +193,10 @@ def test_an_export_that_answers_no_numbers_is_not_the_same():
         (("input={here}/broken.png",), "is no picture that can be read"),
         (("input={here}/broken.npy",), "cannot be read"),
         (("input={here}/broken.npz",), "cannot be read"),
-        (("input={here}/wide.npy",), "the export does not take"),
+        (
+            ("input={here}/wide.npy",),
+            "x has the shape [2, 77], the export takes float32 [batch, 1, 8, 8]",
+        ),
         (("data=digits", "device=tpu"), "tpu"),
         (("data=digits", "top=0"), "top=0 is not a number from 1 on"),
         (("data=digits", "--compare"), "2 exports needed, 1 given"),
@@ -210,6 +213,11 @@ def test_bad_input_is_one_message(capsys, exported, tmp_path, arguments, says):
     said = capsys.readouterr()
     assert says in said.err
     assert "Traceback" not in said.err
+
+
+def test_what_is_no_number_is_null_in_json():
+    line = {"input": "a", "y": [1.0, float("nan"), [float("inf")]], "n": 3}
+    assert predict._strict(line) == {"input": "a", "y": [1.0, None, [None]], "n": 3}
 
 
 def test_a_pickled_module_is_opened_only_if_it_is_trusted(capsys, run, exported, tmp_path):

@@ -94,7 +94,8 @@ def test_a_signal_leaves_finished_shards_and_the_same_command_goes_on(
     (["data.eval_share=0.2,0.3"], 2, "data.eval_share: give one value"),
     (["--jsn"], 2, "there is no argument '--jsn' (did you mean '--json'?)"),
     (["words"], 2, "there is no argument 'words'"),
-    (["--config-dir=/nowhere"], 2, "--config-dir /nowhere is no folder"),
+    (["--config-dir=/nowhere"], 2, "--config-dir '/nowhere' is no folder"),
+    (["--config-dir"], 2, "--config-dir '' is no folder"),
     (["data._target_=nowhere.Data"], 2, "there is no module 'nowhere'"),
     (["+data/x=1"], 2, "data/x"),
 ])  # fmt: skip

@@ -87,14 +87,26 @@ def test_json_says_how_each_run_is(runs, capsys):
 def test_the_table_says_the_same_once(runs, capsys):
     code, out, _ = shown(capsys, runs, "--once")
     assert code == 0
-    head, alive, killed, done = out.splitlines()
+    head, alive, killed, done, *reasons = out.splitlines()
     assert head.split()[:3] == ["run", "state", "step"]
     assert alive.split()[1:5] == ["running", "40/200", "20", "%"]
     assert "2 min 40 s" in alive
     assert re.search("silent 1[34] min ago", killed)
     assert "finished" in done
     assert "accuracy 0.8" in done
+    assert all(str(runs) in reason for reason in reasons)
     assert "█" in done
+
+
+def test_a_run_of_a_sweep_is_found_by_its_name_and_reasons_are_said(tmp_path, capsys, monkeypatch):
+    write(tmp_path / "a-lr=0.1", lines(), records=[first()])
+    (tmp_path / "a-lr=0.1/attempts/0002.json").write_text("{")
+    monkeypatch.chdir(tmp_path)
+    assert top.main(["a-lr=0.1", "--once"]) == 0
+    _, row, reason = capsys.readouterr().out.splitlines()
+    assert "unreadable" in row
+    assert reason.startswith("a-lr=0.1: ")
+    assert "0002.json" in reason
 
 
 def test_names_of_runs_cannot_move_the_cursor(tmp_path, capsys):

@@ -26,7 +26,10 @@ def is_lost_worker(error: BaseException) -> bool:
 def name(dataset: Any, index: int) -> str:
     """Return which sample it is, with its path where the dataset has `describe(index)`."""
     describe = getattr(dataset, "describe", None)
-    return f"sample {index:,}" + (f" ({describe(index)})" if describe is not None else "")
+    if describe is None:
+        return f"sample {index:,}"
+    shown = str(describe(index)).encode(errors="backslashreplace").decode()  # a path is any bytes
+    return f"sample {index:,} ({shown})"
 
 
 def reason(error: Exception) -> str:

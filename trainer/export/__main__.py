@@ -1,5 +1,6 @@
 """python -m trainer.export RUN [format=…] [step=…] [weights=…] [out=…]: a model leaves its run."""
 
+import math
 import sys
 from collections.abc import Sequence
 
@@ -106,9 +107,12 @@ def _export(given: Arguments, settings: Sequence[str]) -> Exported:
 
 def _number(key: str, text: str) -> float | None:
     try:
-        return float(text) if text else None
+        number = float(text) if text else None
     except ValueError:
-        raise ConfigError(f"{key}={text} is no number; write one such as {key}=1e-3") from None
+        number = math.nan
+    if number is not None and not number >= 0:
+        raise ConfigError(f"{key}={text} is no number from 0 on; write one such as {key}=1e-3")
+    return number
 
 
 def _is_setting(argument: str) -> bool:

@@ -30,11 +30,14 @@ _ABSENT = (
 
 def draw(run: Facts) -> Html:
     """Return what lies in `samples/`, or one sentence on how it would come there."""
-    names = [name for name in run.store.entries(FOLDER) if not name.endswith("/")]
+    try:
+        names = [name for name in run.store.entries(FOLDER) if not name.endswith("/")]
+    except PerdureError as error:
+        return tag("p", f"{FOLDER}/ cannot be read: {error}", class_="none")
     if not names:
         return tag("p", _ABSENT, class_="none")
-    index = _json(run, "index.json") if "index.json" in names else {}
-    told = _json(run, "predictions.json") if "predictions.json" in names else {}
+    index, broken_index = _json(run, "index.json", names)
+    told, broken_told = _json(run, "predictions.json", names)
     wanted = index.get("files")
     chosen = names
     if isinstance(wanted, list):
@@ -43,8 +46,10 @@ def draw(run: Facts) -> Html:
     when = tag("p", f"Taken at step {step:,}.", class_="hint") if type(step) is int else None
     own = _own_images(told, chosen)
     others = [name for name in chosen if name not in own.values()]
+    broken = [tag("p", text, class_="hint") for text in (broken_index, broken_told) if text]
     parts = [
         when,
+        *broken,
         _predictions(run, told, own),
         _confusion(told),
         _images(run, others),
@@ -55,13 +60,18 @@ def draw(run: Facts) -> Html:
     return joined(parts)
 
 
-def _json(run: Facts, name: str) -> dict[str, Any]:
-    with suppress(ValueError, RecursionError, FileNotFoundError, PerdureError):
+def _json(run: Facts, name: str, names: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Return what a file says, the last of several, and why it cannot be read, if it is there."""
+    if name not in names:
+        return {}, ""
+    try:
         found = json.loads(run.store.read(f"{FOLDER}/{name}"))
-        newest = found[-1] if isinstance(found, list) and found else found
-        if isinstance(newest, dict):
-            return newest
-    return {}
+    except (ValueError, RecursionError, FileNotFoundError, PerdureError) as error:
+        return {}, f"{FOLDER}/{name} cannot be read: {error}"
+    newest = found[-1] if isinstance(found, list) and found else found
+    if not isinstance(newest, dict):
+        return {}, f"{FOLDER}/{name} has nothing in it that is known."
+    return newest, ""
 
 
 def _samples(told: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -118,7 +118,8 @@ class LocalStore:
         with _store_errors("list", path):
             if not path.is_dir():
                 return []
-            names = [entry.name + "/" * entry.is_dir() for entry in os.scandir(path)]
+            with os.scandir(path) as found:
+                names = [entry.name + "/" * os.path.isdir(entry.path) for entry in found]
         return sorted(name for name in names if not name.startswith(_TEMPORARY))
 
     def list(self, prefix: str, *, unfinished: bool = False) -> list[str]:

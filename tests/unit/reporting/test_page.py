@@ -14,7 +14,7 @@ from pages import charts, curve, parsed, tiles
 from trainer import report, reporting
 from trainer.checkpoint import lineage
 from trainer.config import flatten
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, StoreError
 from trainer.reporting import clock, facts, settings
 from trainer.storage import LocalStore
 from trainer.tracking.jsonl import FILE_NAME
@@ -254,6 +254,20 @@ def test_samples_are_embedded(run, samples):
     assert matrix[1:] == [["5", "1"], ["", "4"]]
     assert "10 samples" in page.text
     assert "Taken at step 40" in page.text
+
+
+def test_samples_that_cannot_be_read_say_so(run, samples, monkeypatch):
+    (samples / "predictions.json").write_text("{")
+    assert "samples/predictions.json cannot be read" in page_of(run).text
+    entries = LocalStore.entries
+
+    def refuse(store, prefix):
+        if prefix == "samples":
+            raise StoreError("no rights")
+        return entries(store, prefix)
+
+    monkeypatch.setattr(LocalStore, "entries", refuse)
+    assert "samples/ cannot be read" in page_of(run).text
 
 
 @pytest.mark.parametrize("content", [

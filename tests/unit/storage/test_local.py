@@ -139,3 +139,11 @@ def test_a_write_that_fails_in_the_middle_is_reported_and_can_be_deleted(tmp_pat
         put(store, "a/shard", bytes(6000))
     store.delete(["a/shard"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_that_leads_nowhere_is_an_entry_and_no_folder(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "there").symlink_to("folder")
+    (tmp_path / "itself").symlink_to("itself")
+    (tmp_path / "gone").symlink_to("nothing")
+    assert LocalStore(tmp_path).entries("") == ["folder/", "gone", "itself", "there/"]
