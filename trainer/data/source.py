@@ -51,7 +51,7 @@ def fetch(dataset: Any, indices: Tensor, *seed: int | str) -> Batch:
     """
     is_seeded = hasattr(dataset, "get_seeded")
     if not is_seeded and (tensors := getattr(dataset, "tensors", None)) is not None:
-        return tuple([tensor[indices] for tensor in tensors])
+        return tuple([_rows(tensor, indices) for tensor in tensors])
     wanted = indices.tolist()
     if is_seeded:
         return dataset.get_seeded(wanted, [rng.derive(*seed, index) for index in wanted])
@@ -64,6 +64,11 @@ def fetch(dataset: Any, indices: Tensor, *seed: int | str) -> Batch:
             rng.seed_all(rng.derive(*seed, index))
             samples.append(dataset[index])
         return collate(samples)
+
+
+def _rows(tensor: Tensor, indices: Tensor) -> Tensor:
+    """Return rows; of pictures on the CPU, `tensor[indices]` takes five times as long."""
+    return tensor.index_select(0, indices) if tensor.is_cpu else tensor[indices]
 
 
 def collate(samples: list[Any]) -> Batch:
