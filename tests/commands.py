@@ -159,9 +159,10 @@ class Command:
             k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "OMP_"))
         }
         self.env["PERDURE_TEST"] = str(folder)
+        self._started: list[subprocess.Popen] = []
 
     def start(self, *arguments: str, module: str = "trainer.run", **env: str) -> subprocess.Popen:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=self.folder,
             env={**self.env, **env},
@@ -169,6 +170,8 @@ class Command:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self._started.append(process)
+        return process
 
     def __call__(
         self, *arguments: str, module: str = "trainer.run", **env: str
@@ -193,6 +196,9 @@ class Command:
                     os.kill(int(process.name), signal.SIGKILL)
             except OSError:  # it has ended
                 pass
+        for process in self._started:
+            process.communicate(timeout=60)
+        self._started.clear()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import socket
 import sys
@@ -44,7 +43,7 @@ from trainer.distributed import World
 from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError, PerdureError, StoreError
 from trainer.pace import Pace
 from trainer.policy import Every
-from trainer.preemption import Stop, reason_text
+from trainer.preemption import DEADLINE, Stop, reason_text
 from trainer.profiling import Profiler
 from trainer.protocols import Tracker
 from trainer.resume import Start
@@ -109,13 +108,15 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
             stop.deadline = _deadline(run, saver, mirror, began)
             world.from_rank0(lambda: _record_start(run, stored, job, tiers, attempt, start, state))
             saver.compare_with_grace()
-            world.from_rank0(lambda: _refuse_no_time(run, time.monotonic() - began))
             job.profiler = _profiler(run, job, store, attempt)
             if notes is not None:
                 notes.keep(state, saver, stop, job, began)
             trained = time.monotonic()
+            before = state.step, state.last_eval_step
             done = loop.train(job, state, saver, stop)
             seconds = time.monotonic() - trained
+            if stop.reason == DEADLINE and (state.step, state.last_eval_step) == before:
+                world.from_rank0(lambda: _refuse_no_time(run, trained - began, seconds))
             ending = {"outcome": "done" if done else "preempted"}
             is_safe = done and saver.committed_step == state.step
             shown = samples.show(job, state.step, store) if is_safe else []
@@ -316,12 +317,13 @@ def _watchdog(
     )
 
 
-def _refuse_no_time(run: Run, starting_s: float) -> None:
-    """Attempts that end before their first step would follow one another for ever."""
-    if starting_s >= (config.seconds(run.trainer.max_time or "") or math.inf):
+def _refuse_no_time(run: Run, starting_s: float, seconds: float) -> None:
+    """Attempts that get nowhere in their time would follow one another for ever. Rank 0 only."""
+    limit_s = config.seconds(run.trainer.max_time or "")
+    if limit_s is not None and starting_s + seconds >= limit_s:
         raise ConfigError(
-            f"trainer.max_time={run.trainer.max_time} was over before the first step: starting "
-            f"took {starting_s:.0f} s; give more"
+            f"trainer.max_time={run.trainer.max_time} was over before a step was taken or an "
+            f"evaluation done; starting took {starting_s:.1f} s. Give more"
         )
 
 

@@ -153,6 +153,10 @@ def leave_outcome(code: int) -> None:
         written.replace(path)
 
 
+def _has_outcome() -> bool:
+    return Path(os.environ.get(_OUTCOME, "")).is_file()
+
+
 def forget_outcome() -> None:
     """Take back what an earlier attempt has left, before this one begins. Rank 0 only."""
     if _OUTCOME in os.environ:
@@ -173,7 +177,7 @@ def leave_at_once(code: int, text: str = "") -> NoReturn:
     """Say why, leave the outcome, and end the process though other threads may hang. Any rank."""
     if text:
         print(text, file=sys.stderr, flush=True)
-    if not Path(os.environ.get(_OUTCOME, "")).is_file():  # who failed knows better why all go
+    if not _has_outcome():  # who failed knows better why all of them go
         leave_outcome(code)
     sys.stdout.flush()
     os._exit(code)
@@ -186,7 +190,6 @@ def report_crash(error: BaseException) -> int:
     """
     told = f"{type(error).__name__}: {error}" if isinstance(error, PerdureError) else ""
     code = error.exit_code if isinstance(error, PerdureError) else FAILURE
-    leave_outcome(code)
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         print(f"rank {os.environ.get('RANK')} failed: {told}", file=sys.stderr, flush=True)
         if not told:
@@ -201,6 +204,8 @@ def report_crash(error: BaseException) -> int:
         handler = get_error_handler()
         handler.initialize()
         handler.record_exception(error)
+    if code != RUN_AGAIN or not _has_outcome():
+        leave_outcome(code)
     return code
 
 
@@ -260,6 +265,8 @@ def run_ranks(payload: Mapping[str, Any], launch: Launch, *, logs: Path, grace_s
             code = RUN_AGAIN if was_killed else _read_outcome(outcome, FAILURE) or FAILURE
             if was_killed or told or code != RUN_AGAIN:
                 print(_failure_text(rank, failure, logs), file=sys.stderr, flush=True)
+                if told and code == RUN_AGAIN:
+                    print("The same command goes on.", file=sys.stderr, flush=True)
         except SignalException:
             code = _read_outcome(outcome, RUN_AGAIN)  # stopped before it had begun
         finally:

@@ -72,7 +72,7 @@ def _predict(argv: list[str]) -> int:
                 other = open_export(second, device, trusted=trusted)
                 print(compare(model, other, batches, places))
             return DONE
-        _tell(predict(model, batches), interface, given)
+        _tell(predict(model, batches, interface), interface, given)
     return DONE
 
 

@@ -331,10 +331,11 @@ def load(
         if phase.scheduler is None or scheduler_changed or "lr" in changed:
             continue
         own = tree.join(stored[phase.name] if phase.name else stored, reader.fetch)
-        if has_new_length and "last_epoch" in own:
-            replayed.append((phase, schedule.replay(phase.scheduler, own["last_epoch"])))
-        else:
+        groups = schedule.replay(phase.scheduler, own) if has_new_length else None
+        if groups is None:
             phase.scheduler.load_state_dict(own)
+        else:
+            replayed.append((phase, groups))
     _load_optimizer(job, manifest, reader)
     for phase, changed in zip(job.phases, given, strict=True):
         for group in phase.optimizer.param_groups:

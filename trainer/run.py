@@ -31,7 +31,7 @@ from trainer.errors import (
 )
 
 _GROUP_TIMEOUT_S = 600.0
-_LONGEST_PART = 80
+_LONGEST_PART = 200
 """Characters of a swept value in a run's name."""
 
 
@@ -142,7 +142,8 @@ def _name_sweep_job(composed: DictConfig, swept: Sequence[str]) -> bool:
     parts = [text for text in parts if not text.startswith("name=")]
     if parts and not OmegaConf.is_missing(composed, "name"):
         OmegaConf.set_struct(composed, False)
-        composed.name = "-".join([composed.name, *map(_in_a_name, parts)])
+        parts = [composed.name.replace("/", "."), *map(_in_a_name, parts)]
+        composed.name = "-".join(parts)
     return True
 
 

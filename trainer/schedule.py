@@ -2,10 +2,11 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 HORIZON_WORDS = ("total_steps", "total_epochs", "steps_per_epoch")
 """What stands for the run's numbers in the arguments of a schedule."""
@@ -42,18 +43,29 @@ def warmup_cosine(
     return LambdaLR(optimizer, factor)
 
 
-def replay(scheduler: LRScheduler, last_epoch: int) -> list[dict[str, Any]]:
-    """Bring a schedule that is new to where it would be after so many of its steps.
+def steps(state: Mapping[str, Any]) -> int | None:
+    """Return how many steps a schedule has taken, by its state; None: it is not known."""
+    inner = state.get("_schedulers")  # of a ChainedScheduler
+    own = state.get("last_epoch", inner[0].get("last_epoch") if inner else None)
+    return own if isinstance(own, int) else None
+
+
+def replay(scheduler: LRScheduler, state: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Bring a schedule that is new to the step that another one's state is of.
 
     A schedule of torch keeps its length in its state, so one that is loaded ends where the run was
     to end when it was saved.
 
     Returns:
         What is set of each of the optimizer's groups there; loading the optimizer overwrites it.
+        None: it is no function of the step, or hides how many it has taken; nothing was done.
     """
+    taken, own = steps(state), steps(scheduler.state_dict())
+    if taken is None or own is None or isinstance(scheduler, ReduceLROnPlateau):
+        return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the optimizer has not stepped
-        while scheduler.last_epoch < last_epoch:
+        for _ in range(taken - own):
             scheduler.step()
     groups = scheduler.optimizer.param_groups
     return [{key: group[key] for key in _SET if key in group} for group in groups]

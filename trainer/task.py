@@ -37,9 +37,11 @@ class Classification:
         try:
             loss = F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
         except IndexError:  # on a GPU, CUDA asserts
+            least, most = int(labels.min()), int(labels.max())
+            what = f"set sample.classes={most + 1} or more" if least >= 0 else "change the data"
             raise ConfigError(
-                f"the labels reach {int(labels.max())}, the model knows the classes 0 … "
-                f"{logits.shape[1] - 1}; set sample.classes={int(labels.max()) + 1} or more"
+                f"there are labels from {least} to {most}, the model knows the classes 0 … "
+                f"{logits.shape[1] - 1}; {what}"
             ) from None
         return loss, logits
 

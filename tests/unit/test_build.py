@@ -530,9 +530,12 @@ def test_what_needs_an_evaluation_is_refused_without_one(change, named):
 
 
 def test_labels_that_the_model_does_not_know_are_refused_with_the_number_of_classes():
-    batch = torch.zeros(3, 4), torch.tensor([0, 5, 1])
-    with pytest.raises(ConfigError, match=r"labels reach 5, .* 0 … 2; set sample\.classes=6"):
-        Classification().loss(nn.Linear(4, 3), batch)
+    for labels, text in (
+        ([0, 5, 1], r"from 0 to 5, .* 0 … 2; set sample\.classes=6"),
+        ([0, -1, 1], r"from -1 to 1, .* 0 … 2; change the data"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            Classification().loss(nn.Linear(4, 3), (torch.zeros(3, 4), torch.tensor(labels)))
 
 
 def test_what_the_data_draws_when_it_is_made_is_a_function_of_the_seed(package):

@@ -14,7 +14,7 @@ from torch.utils.data import Subset, TensorDataset
 from trainer import loop
 from trainer.data import damage, order
 from trainer.data.image_folder import ImageFolder
-from trainer.data.source import EvalStream, TrainStream, fetch_whole, lost_worker
+from trainer.data.source import EvalStream, TrainStream, fetch, fetch_whole, lost_worker
 from trainer.distributed import World
 from trainer.errors import DataError
 from trainer.policy import Every
@@ -146,6 +146,32 @@ def test_samples_that_do_not_fit_together_are_refused_without_a_traceback(worker
     stream = TrainStream(samples, World(), 5, 8, workers=workers)
     with pytest.raises(DataError, match=r"^8 samples cannot become one batch: "):
         next(stream.batches(BEGINNING))
+
+
+def test_a_sample_that_is_none_is_named_and_skipped_like_any_other():
+    class Nothing(Points):
+        def __getitem__(self, index):
+            return None if index == 3 else torch.zeros(2)
+
+    chosen = torch.tensor([2, 3])
+    with pytest.raises(DataError, match=r"^sample 3 .* cannot be read: TypeError"):
+        fetch_whole(Nothing(), chosen, skip=False, replace=True)
+    batch, texts = fetch_whole(Nothing(), chosen, skip=True, replace=True)
+    assert len(batch) == 2
+    assert "sample 3 (points/3.bin): TypeError" in texts[0]
+
+
+def test_memory_that_is_short_is_not_taken_for_shapes():
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    assert damage.unlike(2, error) is None
+
+
+def test_rows_of_arrays_are_fetched_too():
+    class Arrays:
+        tensors = (np.arange(6), torch.arange(6))
+
+    numbers, same = fetch(Arrays(), torch.tensor([4, 1]))
+    assert numbers.tolist() == same.tolist() == [4, 1]
 
 
 def test_a_name_that_is_no_text_is_told_in_one():

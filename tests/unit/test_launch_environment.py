@@ -110,10 +110,18 @@ def test_the_end_of_the_job_is_known_where_the_batch_script_knows_it(environ):
 ])  # fmt: skip
 def test_a_rank_that_fails_alone_leaves_its_own_code(environ, tmp_path, capsys, error, code):
     environ["PERDURE_OUTCOME"] = str(tmp_path / "outcome")
-    launch.leave_outcome(RUN_AGAIN)  # a peer was faster, and took it for lost
+    if code != RUN_AGAIN:
+        launch.leave_outcome(RUN_AGAIN)  # a peer was faster, and took it for lost
     assert launch.report_crash(error) == code
     assert (tmp_path / "outcome").read_text() == str(code)
     assert str(error) in capsys.readouterr().err
+
+
+def test_a_failure_is_not_overruled_by_who_would_run_again(environ, tmp_path):
+    environ["PERDURE_OUTCOME"] = str(tmp_path / "outcome")
+    launch.report_crash(RuntimeError("a bug"))
+    assert launch.report_crash(StoreError("a disk")) == RUN_AGAIN
+    assert (tmp_path / "outcome").read_text() == str(FAILURE)
 
 
 @pytest.mark.parametrize(("first", "second", "stays"), [(1, 75, "1"), (2, 1, "2"), (75, 75, "75")])

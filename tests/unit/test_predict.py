@@ -195,7 +195,7 @@ def test_an_export_that_answers_no_numbers_is_not_the_same():
         (("input={here}/broken.npz",), "cannot be read"),
         (
             ("input={here}/wide.npy",),
-            "x has the shape [2, 77], the export takes float32 [batch, 1, 8, 8]",
+            "does not take x float32[2, 77] (it was exported with x float32[batch, 1, 8, 8])",
         ),
         (("data=digits", "device=tpu"), "tpu"),
         (("data=digits", "top=0"), "top=0 is not a number from 1 on"),

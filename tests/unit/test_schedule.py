@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.optim import lr_scheduler
 
+from trainer import schedule
 from trainer.schedule import warmup_cosine
 
 
@@ -81,3 +83,20 @@ def test_a_rise_may_be_given_as_a_share_of_the_run():
         return found
 
     assert rates(warmup_share=0.25) == rates(warmup_steps=10)
+
+
+def test_what_is_no_function_of_the_step_is_not_replayed():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    plateau = lr_scheduler.ReduceLROnPlateau(optimizer)
+    assert schedule.replay(plateau, {"last_epoch": 3}) is None
+    constant = lr_scheduler.ConstantLR(optimizer)
+    assert schedule.replay(constant, {"hidden": 3}) is None
+    assert constant.last_epoch == 0
+
+
+def test_chained_schedules_are_replayed_too():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    inner = [lr_scheduler.CosineAnnealingLR(optimizer, 20), lr_scheduler.StepLR(optimizer, 5)]
+    chained = lr_scheduler.ChainedScheduler(inner)
+    (group,) = schedule.replay(chained, {"_schedulers": [{"last_epoch": 7}, {"last_epoch": 7}]})
+    assert group["lr"] == pytest.approx(0.1 * 0.1 * (1 + math.cos(math.pi * 7 / 20)) / 2)

@@ -268,6 +268,26 @@ class TornGenerator(Torn):
             yield self.sample(number)
 
 
+class BehindMap(TornGenerator):
+    def __iter__(self):
+        return map(torch.clone, islice(super().__iter__(), 100))
+
+
+class BehindClass(TornGenerator):
+    class Rows:
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return next(self.rows)
+
+    def __iter__(self):
+        return self.Rows(super().__iter__())
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_damage_in_a_stream_is_named_by_its_place_or_skipped(workers):
     with pytest.raises(
@@ -280,17 +300,29 @@ def test_damage_in_a_stream_is_named_by_its_place_or_skipped(workers):
     assert numbers[:18] == [n for n in range(20) if n not in (7, 8)]
     ranks = [taken(Torn((7, 8)), 4, rank=r, size=2, **skipped) for r in range(2)]
     assert joined(ranks) == found
-    for dead in (TornGenerator((7,)), DataLoader(TornGenerator((7,)), batch_size=None)):
+    dead_ones = [kind((7,)) for kind in (TornGenerator, BehindMap, BehindClass)]
+    for dead in (*dead_ones, DataLoader(dead_ones[0], batch_size=None)):
         with pytest.raises(DataError, match="ended with it, as a generator does"):
             taken(dead, 2, **skipped)
     with pytest.raises(DataError, match="and the 9 after it cannot be read"):
         taken(Torn(range(7, 30), size=40), 2, **skipped)
 
 
-def test_damage_at_the_end_of_a_stream_is_skipped_too():
-    found = taken(Torn((SIZE - 1,)), 2 * ((SIZE - 1) // BATCH), skip_damaged=True)
-    numbers = [row[0] for rows, _ in found for row in rows]
-    assert numbers == 2 * [*range((SIZE - 1) // BATCH * BATCH)]
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_at_the_end_of_a_stream_is_skipped_and_told_with_the_last_batch(workers):
+    per_epoch = (SIZE - 1) // BATCH
+    for rank in range(2):
+        source = Torn((SIZE - 1,))
+        feed = Streamed(source, World(rank, 2), 5, BATCH, workers=workers, skip_damaged=True)
+        feed = feed.batches(BEGINNING)
+        for epoch in range(2):
+            list(islice(feed, per_epoch - 1))
+            assert feed.take_damaged() == []
+            next(feed)
+            told = feed.take_damaged()
+            assert [f"sample {SIZE - 1} of epoch {epoch}" in text for text in told] == (
+                [True] if rank == 0 else []
+            )
 
 
 def test_damage_that_every_rank_meets_is_told_once():

@@ -94,6 +94,7 @@ def test_the_table_says_the_same_once(runs, capsys):
     assert re.search("silent 1[34] min ago", killed)
     assert "finished" in done
     assert "accuracy 0.8" in done
+    assert reasons
     assert all(str(runs) in reason for reason in reasons)
     assert "█" in done
 

@@ -44,6 +44,17 @@ def refuse(what: str, error: Exception) -> DataError:
     return DataError(f"{what} cannot be read: {reason(error)}; {_HOW_TO_SKIP}{_SETTING}")
 
 
+def unlike(count: int, error: Exception) -> DataError | None:
+    """Return what to say if samples do not fit into one batch, as torch's default_collate says."""
+    is_size = isinstance(error, RuntimeError) and "equal size" in str(error)
+    if not (is_size or isinstance(error, (TypeError, KeyError))):
+        return None
+    return DataError(
+        f"{count:,} samples cannot become one batch: {reason(error)}; the dataset has to give "
+        "tensors or numbers that have the same shape in every sample"
+    )
+
+
 def too_many(what: str, error: Exception) -> DataError:
     """Return the error that ends a run that skips, when there is nothing but damage."""
     return DataError(

@@ -207,19 +207,20 @@ def _pictures(folder: Path) -> Iterator[str]:
         folders[:] = [
             name
             for name in folders
-            if not name.startswith(".") and not _leads_back(os.path.join(parent, name))
+            if not name.startswith(".") and not _leads_back(folder, os.path.join(parent, name))
         ]
         for name in names:
             if name.lower().endswith(_SUFFIXES) and not name.startswith("."):
                 yield (Path(parent) / name).relative_to(folder).as_posix()
 
 
-def _leads_back(path: str) -> bool:
-    """Whether it is a link to a folder that it lies in."""
+def _leads_back(top: Path, path: str) -> bool:
+    """Whether it is a link to a folder that was gone through on the way to it, from `top` on."""
     if not os.path.islink(path):
         return False
     target = os.path.realpath(path)
-    return os.path.commonpath([target, os.path.realpath(os.path.dirname(path))]) == target
+    way = [parent for parent in Path(path).parents if parent == top or top in parent.parents]
+    return any(os.path.commonpath([target, os.path.realpath(each)]) == target for each in way)
 
 
 def _refuse(error: OSError) -> None:

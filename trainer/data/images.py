@@ -74,7 +74,8 @@ class Transform:
         from PIL import Image, ImageOps
 
         channels, height, width = self._shape
-        is_short = picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PNG")
+        is_short = picture.mode.startswith("I;16")
+        is_short |= picture.mode == "I" and picture.format in ("PNG", "PPM")  # they have no 32 bits
         picture = ImageOps.exif_transpose(picture)
         if is_short:  # 16 bits of grey, of which Pillow's own conversion takes 255 for white
             picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))

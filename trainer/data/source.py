@@ -58,17 +58,18 @@ def fetch(dataset: Any, indices: Tensor, *seed: int | str) -> Batch:
     with rng.forked(rng.derive(*seed, *wanted)):
         if hasattr(dataset, "__getitems__"):
             batch = dataset.__getitems__(wanted)
-            return collate(batch) if isinstance(batch, list) else batch
+            return default_collate(batch) if isinstance(batch, list) else batch
         samples = []
         for index in wanted:
             rng.seed_all(rng.derive(*seed, index))
             samples.append(dataset[index])
-        return collate(samples)
+        return default_collate(samples)
 
 
 def _rows(tensor: Tensor, indices: Tensor) -> Tensor:
     """Return rows; of pictures on the CPU, `tensor[indices]` takes five times as long."""
-    return tensor.index_select(0, indices) if tensor.is_cpu else tensor[indices]
+    is_here = isinstance(tensor, Tensor) and tensor.is_cpu
+    return tensor.index_select(0, indices) if is_here else tensor[indices]
 
 
 def collate(samples: list[Any]) -> Batch:
@@ -79,11 +80,10 @@ def collate(samples: list[Any]) -> Batch:
     """
     try:
         return default_collate(samples)
-    except (RuntimeError, TypeError, KeyError, AssertionError) as error:
-        raise DataError(
-            f"{len(samples):,} samples cannot become one batch: {damage.reason(error)}; the "
-            "dataset has to give tensors or numbers that have the same shape in every sample"
-        ) from error
+    except Exception as error:
+        if unlike := damage.unlike(len(samples), error):
+            raise unlike from error
+        raise
 
 
 class Made(NamedTuple):
@@ -118,7 +118,14 @@ def fetch_whole(
         return fetch(dataset, torch.tensor([index]), *seed)
 
     chosen, texts = damage.whole(dataset, indices.tolist(), read, skip=skip, replace=replace)
-    return (fetch(dataset, torch.tensor(chosen), *seed) if chosen else None), texts
+    if not chosen:
+        return None, texts
+    try:
+        return fetch(dataset, torch.tensor(chosen), *seed), texts
+    except Exception as error:  # each of them can be read
+        if unlike := damage.unlike(len(chosen), error):
+            raise unlike from error
+        raise
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

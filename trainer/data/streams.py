@@ -4,7 +4,7 @@ Each rank takes its own rows of each global batch, so the order does not depend 
 ranks. The last, incomplete batch of an epoch is dropped: one batch is read ahead to know of it.
 """
 
-import inspect
+import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -89,7 +89,7 @@ class Streamed:
         return found
 
     def rereads(self, cursor: Cursor) -> str:
-        """Return what to say of going on from `cursor`, where it takes its time."""
+        """Return what to say of going on from `cursor`, where it takes its time or is not exact."""
         has_workers = isinstance(self.dataset, DataLoader) and self.dataset.num_workers > 0
         if "source" in cursor and has_workers:
             return (
@@ -121,6 +121,7 @@ class _Reading:
             isinstance(self._source, DataLoader) and self._source.batch_sampler is not None
         )
         self._made: Iterator[Made] | None = None  # in the process that reads
+        self._last_damaged: list[str] = []  # of the epoch's last, incomplete batch
 
     def __call__(self, _: None) -> Made:
         if self._made is None:
@@ -138,7 +139,9 @@ class _Reading:
                 state = position.of(self._source)
                 following = self._next(epoch, batch + 1)
                 after: Cursor = {"epoch": epoch, "batch": batch + 1}
+                damaged = current.damaged
                 if following is None:
+                    damaged += self._of_rank_0(self._last_damaged)
                     after = {"epoch": epoch + 1, "batch": 0}
                     # A loader's own generator goes on from epoch to epoch.
                     state = (
@@ -146,7 +149,7 @@ class _Reading:
                     )
                 if state is not None:
                     after["source"] = state
-                yield Made((current.item, after), current.damaged)
+                yield Made((current.item, after), damaged)
                 current, batch = following, batch + 1
             epoch, batch = epoch + 1, 0
             self._open(epoch, 0, None)
@@ -185,13 +188,18 @@ class _Reading:
             try:
                 sample = self._sample(epoch, damaged)
             except StopIteration:
+                self._last_damaged = damaged
                 return None
             self._samples += 1
             if keep and row in own:
                 mine.append(sample)
         share = size // stream.accumulate
         pieces = [collate(mine[n : n + share]) for n in range(0, len(mine), share)]
-        return Made(pieces, tuple(damaged) if stream.world.rank == 0 else ())
+        return Made(pieces, self._of_rank_0(damaged))
+
+    def _of_rank_0(self, damaged: list[str]) -> tuple[str, ...]:
+        """Return what rank 0 tells: every rank meets the same."""
+        return tuple(damaged) if self._stream.world.rank == 0 else ()
 
     def _sample(self, epoch: int, damaged: list[str]) -> Any:
         """Return the next sample that can be read. Raises StopIteration at the end."""
@@ -201,7 +209,8 @@ class _Reading:
             try:
                 return next(self._rows)
             except StopIteration:
-                if broken is None or not _ends_with_an_error(self._rows, self._source):
+                is_loader = isinstance(self._source, DataLoader)
+                if broken is None or not (is_loader or _has_generator(self._rows)):
                     raise
                 raise DataError(
                     f"{what} cannot be read: {damage.reason(broken)}; the stream ended with it, as "
@@ -261,12 +270,13 @@ class _Reading:
         )
 
 
-def _ends_with_an_error(rows: Any, source: Any) -> bool:
-    """Whether it is a generator that is read, of which nothing comes after an error."""
-    dataset = source.dataset if isinstance(source, DataLoader) else source
-    return isinstance(rows, GeneratorType) or inspect.isgeneratorfunction(
-        getattr(type(dataset), "__iter__", None)
-    )
+def _has_generator(rows: Any, depth: int = 5) -> bool:
+    """Whether an iterator is a generator or reads one: of it, nothing comes after an error."""
+    if isinstance(rows, GeneratorType) or depth == 0:
+        return isinstance(rows, GeneratorType)
+    inner = [*gc.get_referents(rows), *getattr(rows, "__dict__", {}).values()]
+    kinds = (Iterator, tuple)  # map holds what it reads in a tuple
+    return any(_has_generator(each, depth - 1) for each in inner if isinstance(each, kinds))
 
 
 def _part(source: Any, name: str) -> Any:

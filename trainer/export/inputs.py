@@ -56,6 +56,12 @@ class Interface:
         """Name of the first input."""
         return str(self.inputs[0]["name"])
 
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{each['name']} {each['dtype']}[{', '.join(map(str, each['shape']))}]"
+            for each in self.inputs
+        )
+
     @property
     def classes(self) -> list[str] | None:
         """Names of the classes, if they have any."""
@@ -93,9 +99,9 @@ def read(place: str, interface: Interface, batch_size: int) -> Iterator[Batch]:
     name = path.name.lower()
     if path.is_file() and name.endswith(".npy"):
         with _loaded(path) as array:
-            yield from _arrays({interface.first: array}, place, interface, batch_size)
+            yield from _arrays({interface.first: array}, place, batch_size)
     elif path.is_file() and name.endswith(".npz"):
-        yield from _arrays(_npz(path, interface), place, interface, batch_size)
+        yield from _arrays(_npz(path, interface), place, batch_size)
     elif path.is_file() and name.endswith(_IDX):
         yield from _idx(path, interface, batch_size)
     else:
@@ -210,16 +216,7 @@ def _npz(path: Path, interface: Interface) -> dict[str, Array]:
         return {name: stored[name] for name in names}
 
 
-def _arrays(
-    arrays: dict[str, Array], place: str, interface: Interface, batch_size: int
-) -> Iterator[Batch]:
-    for wanted in interface.inputs:
-        array = arrays.get(wanted["name"])
-        if array is not None and not _fits(array.shape, wanted["shape"]):
-            raise DataError(
-                f"{place}: {wanted['name']} has the shape {list(array.shape)}, the export takes "
-                f"{wanted['dtype']} [{', '.join(map(str, wanted['shape']))}]"
-            )
+def _arrays(arrays: dict[str, Array], place: str, batch_size: int) -> Iterator[Batch]:
     lengths = {len(array) if array.ndim else 0 for array in arrays.values()}
     if len(lengths) != 1 or not (count := lengths.pop()):
         raise DataError(f"{place}: every array needs a first axis that counts the inputs")
@@ -227,12 +224,3 @@ def _arrays(
         part = slice(number * batch_size, (number + 1) * batch_size)
         names = [str(index) for index in range(count)[part]]
         yield Batch(names, {name: array[part] for name, array in arrays.items()})
-
-
-def _fits(shape: Sequence[int], wanted: Sequence[int | str]) -> bool:
-    """Whether an array has as many axes, and the sizes that are fixed, the first one's aside."""
-    return len(shape) == len(wanted) and all(
-        size == other
-        for size, other in zip(shape[1:], wanted[1:], strict=True)
-        if isinstance(other, int)
-    )

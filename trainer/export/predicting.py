@@ -39,20 +39,25 @@ class Answer:
         return shares
 
 
-def predict(model: Runner, batches: Iterator[Batch]) -> Iterator[Answer]:
+def predict(model: Runner, batches: Iterator[Batch], interface: object = "") -> Iterator[Answer]:
     """Yield the answer of an export to each input.
+
+    Args:
+        model: the export.
+        batches: the inputs.
+        interface: as the export's record has it; its text is told with an input that is not taken.
 
     Raises:
         DataError: an input does not fit the export.
     """
     for batch in batches:
-        outputs = _run(model, batch)
+        outputs = _run(model, batch, interface)
         labels: Sequence[int | None] = batch.labels or [None] * len(batch.names)
         for index, (name, label) in enumerate(zip(batch.names, labels, strict=True)):
             yield Answer(name, label, {key: values[index] for key, values in outputs.items()})
 
 
-def _run(model: Runner, batch: Batch) -> dict[str, npt.NDArray[Any]]:
+def _run(model: Runner, batch: Batch, interface: object = "") -> dict[str, npt.NDArray[Any]]:
     try:
         return model.run(batch.arrays)
     except PerdureError:
@@ -60,7 +65,8 @@ def _run(model: Runner, batch: Batch) -> dict[str, npt.NDArray[Any]]:
     except Exception as error:  # each library has its own
         shapes = ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in batch.arrays.items())
         line = next((text for text in str(error).splitlines() if text.strip()), "")
-        raise DataError(f"the export does not take {shapes}: {line}") from None
+        made_with = f" (it was exported with {interface})" if str(interface) else ""
+        raise DataError(f"the export does not take {shapes}{made_with}: {line}") from None
 
 
 def compare(first: Runner, second: Runner, batches: Iterator[Batch], names: Sequence[str]) -> str:
