@@ -166,6 +166,8 @@ class _Reading:
             position.restore(self._source, state)
         with rng.forked(rng.derive("stream", self._stream.seed, epoch)):
             self._rows = with_workers(lambda: iter(self._source))
+        # Asked now: an iterator that has ended forgets what it was reading.
+        self._may_die = isinstance(self._source, DataLoader) or _has_generator(self._rows)
         self._samples = 0
         if has_state:
             self._samples = batch * self._stream.global_batch_size
@@ -209,8 +211,7 @@ class _Reading:
             try:
                 return next(self._rows)
             except StopIteration:
-                is_loader = isinstance(self._source, DataLoader)
-                if broken is None or not (is_loader or _has_generator(self._rows)):
+                if broken is None or not self._may_die:
                     raise
                 raise DataError(
                     f"{what} cannot be read: {damage.reason(broken)}; the stream ended with it, as "
