@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from trainer import checkpoint, loop, policy, rng, schedule
 from trainer.checkpoint import lineage, tree
@@ -304,6 +305,7 @@ def load(
     Raises:
         DamagedError: bytes of the checkpoint are proven wrong.
         CheckpointError: it does not fit this model or optimizer.
+        ConfigError: the training data has another number of samples than this run had.
     """
     manifest = start.manifest
     if manifest is None or start.commit is None:
@@ -321,28 +323,16 @@ def load(
         state.cursor = {"epoch": state.cursor["epoch"], "batch": 0}
     reader.read(_model_targets(job, manifest))
     tree.load_model(job.model, manifest.objects, reader.fetch)
+    has_new_length = moves_data or any(d.key in _LENGTH for d in start.differences)
+    has_new_length &= _uses_length(manifest) and state.step < job.max_steps
     given = [_changed_hyperparameters(phase, start) for phase in job.phases]
-    has_new_length = _uses_length(manifest) and state.step < job.max_steps
-    has_new_length &= moves_data or any(d.key in _LENGTH for d in start.differences)
-    scheduler_changed = any(d.key.split(".")[0] == "scheduler" for d in start.differences)
-    stored = manifest.objects.get("scheduler", {})
-    replayed = []
-    for phase, changed in zip(job.phases, given, strict=True):
-        if phase.scheduler is None or scheduler_changed or "lr" in changed:
-            continue
-        own = tree.join(stored[phase.name] if phase.name else stored, reader.fetch)
-        groups = schedule.replay(phase.scheduler, own) if has_new_length else None
-        if groups is None:
-            phase.scheduler.load_state_dict(own)
-        else:
-            replayed.append((phase, groups))
+    replayed = _load_schedules(job, start, manifest, given, reader.fetch, replay=has_new_length)
     _load_optimizer(job, manifest, reader)
     for phase, changed in zip(job.phases, given, strict=True):
         for group in phase.optimizer.param_groups:
             group |= changed | ({"initial_lr": changed["lr"]} if "lr" in changed else {})
-    for phase, groups in replayed:
-        for group, values in zip(phase.optimizer.param_groups, groups, strict=True):
-            group |= values
+    for scheduler, place in replayed:
+        place.take(scheduler)
     _load_ema(job, manifest, reader)
     if job.scaler.is_enabled() and manifest.objects.get("scaler"):
         job.scaler.load_state_dict(tree.join(manifest.objects["scaler"], reader.fetch))
@@ -373,6 +363,34 @@ def _uses_length(manifest: Manifest) -> bool:
     """Return whether the schedule was made for the length of the run."""
     arguments = manifest.config.get("scheduler") or {}
     return any(isinstance(v, str) and v in schedule.HORIZON_WORDS for v in arguments.values())
+
+
+def _load_schedules(
+    job: loop.Job,
+    start: Start,
+    manifest: Manifest,
+    given: Sequence[Mapping[str, Any]],
+    fetch: Callable[[str], torch.Tensor],
+    *,
+    replay: bool,
+) -> list[tuple[LRScheduler, schedule.Place]]:
+    """Load the schedules that go on; with `replay`, return where the others have to be taken.
+
+    One whose settings or learning rate this configuration changes begins anew.
+    """
+    if any(d.key.split(".")[0] == "scheduler" for d in start.differences):
+        return []
+    stored, replayed = manifest.objects.get("scheduler", {}), []
+    for phase, changed in zip(job.phases, given, strict=True):
+        if phase.scheduler is None or "lr" in changed:
+            continue
+        own = tree.join(stored[phase.name] if phase.name else stored, fetch)
+        place = schedule.replay(phase.scheduler, own) if replay else None
+        if place is None:
+            phase.scheduler.load_state_dict(own)
+        else:
+            replayed.append((phase.scheduler, place))
+    return replayed
 
 
 def _model_targets(job: loop.Job, manifest: Manifest) -> dict[str, torch.Tensor]:

@@ -1,8 +1,10 @@
 """Learning-rate schedules: one that torch does not have in one word; any, on a longer road."""
 
+import copy
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
@@ -50,25 +52,45 @@ def steps(state: Mapping[str, Any]) -> int | None:
     return own if isinstance(own, int) else None
 
 
-def replay(scheduler: LRScheduler, state: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Bring a schedule that is new to the step that another one's state is of.
+@dataclass(frozen=True)
+class Place:
+    """Where a schedule is."""
+
+    state: dict[str, Any]
+    groups: list[dict[str, Any]]
+    """What it has set of each of the optimizer's groups."""
+
+    @classmethod
+    def of(cls, scheduler: LRScheduler) -> "Place":
+        """Return where it is now."""
+        groups = scheduler.optimizer.param_groups
+        values = [{key: group[key] for key in _SET if key in group} for group in groups]
+        return cls(*copy.deepcopy((scheduler.state_dict(), values)))
+
+    def take(self, scheduler: LRScheduler) -> None:
+        """Bring a schedule like that one, and its optimizer, there."""
+        scheduler.load_state_dict(copy.deepcopy(self.state))
+        for group, values in zip(scheduler.optimizer.param_groups, self.groups, strict=True):
+            group |= copy.deepcopy(values)
+
+
+def replay(scheduler: LRScheduler, state: Mapping[str, Any]) -> Place | None:
+    """Return where a schedule that is new would be after as many steps as a state tells of.
 
     A schedule of torch keeps its length in its state, so one that is loaded ends where the run was
-    to end when it was saved.
-
-    Returns:
-        What is set of each of the optimizer's groups there; loading the optimizer overwrites it.
-        None: it is no function of the step, or hides how many it has taken; nothing was done.
+    to end when it was saved. None: it is no function of the step, or hides how many it has taken.
     """
     taken, own = steps(state), steps(scheduler.state_dict())
     if taken is None or own is None or isinstance(scheduler, ReduceLROnPlateau):
         return None
+    begins = Place.of(scheduler)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the optimizer has not stepped
         for _ in range(taken - own):
             scheduler.step()
-    groups = scheduler.optimizer.param_groups
-    return [{key: group[key] for key in _SET if key in group} for group in groups]
+    found = Place.of(scheduler)
+    begins.take(scheduler)
+    return found
 
 
 _SET = ("lr", "momentum", "betas")

@@ -98,5 +98,29 @@ def test_chained_schedules_are_replayed_too():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     inner = [lr_scheduler.CosineAnnealingLR(optimizer, 20), lr_scheduler.StepLR(optimizer, 5)]
     chained = lr_scheduler.ChainedScheduler(inner)
-    (group,) = schedule.replay(chained, {"_schedulers": [{"last_epoch": 7}, {"last_epoch": 7}]})
-    assert group["lr"] == pytest.approx(0.1 * 0.1 * (1 + math.cos(math.pi * 7 / 20)) / 2)
+    place = schedule.replay(chained, {"_schedulers": [{"last_epoch": 7}, {"last_epoch": 7}]})
+    assert place.groups[0]["lr"] == pytest.approx(0.1 * 0.1 * (1 + math.cos(math.pi * 7 / 20)) / 2)
+
+
+@pytest.mark.parametrize("is_tensor", [False, True])  # one is changed in place
+def test_to_replay_leaves_the_schedule_as_it_was_until_its_place_is_taken(is_tensor):
+    def new():
+        lr = torch.tensor(0.1) if is_tensor else 0.1
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr, momentum=0.9)
+        return optimizer, lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=20)
+
+    def now(optimizer, scheduler):
+        group = optimizer.param_groups[0]
+        return scheduler.last_epoch, float(group["lr"]), group["momentum"]
+
+    walked, curve = new(), []
+    for _ in range(10):
+        curve.append(now(*walked))
+        walked[0].step()
+        walked[1].step()
+    optimizer, scheduler = new()
+    places = [schedule.replay(scheduler, {"last_epoch": steps}) for steps in (9, 4)]
+    assert now(optimizer, scheduler) == curve[0]
+    for place, steps in zip(places, (9, 4), strict=True):
+        place.take(scheduler)
+        assert now(optimizer, scheduler) == curve[steps]
