@@ -125,10 +125,15 @@ def _last_words_key(number: int) -> str:
 
 def _last_words(store: Store, number: int) -> dict[str, Any]:
     try:
-        words = json.loads(store.read(_last_words_key(number)))
+        words = _parsed(store.read(_last_words_key(number)))
     except (FileNotFoundError, ValueError, RecursionError):  # nothing depends on it
         return {}
     return words if isinstance(words, dict) else {}
+
+
+def _parsed(data: bytes) -> Any:
+    """Return the JSON of a record; an integer of more digits than a counter has is a float."""
+    return json.loads(data, parse_int=lambda text: int(text) if len(text) < 20 else float(text))
 
 
 def _record_bytes(record: Mapping[str, Any]) -> bytes:
@@ -144,7 +149,7 @@ def attempts(store: Store) -> list[int]:
 
 def _read(store: Store, number: int) -> dict[str, Any]:
     try:
-        record: dict[str, Any] = json.loads(store.read(_key(number)))
+        record: dict[str, Any] = _parsed(store.read(_key(number)))
         if not isinstance(record, dict):
             raise ValueError(f"a {type(record).__name__}")
         resumed_from = record.get("resumed_from")

@@ -197,7 +197,7 @@ def max_steps(
         return None
     steps, epochs = limits.get("max_steps"), limits.get("max_epochs")
     by_epochs = epochs * steps_per_epoch if type(epochs) is int and steps_per_epoch else None
-    known = [limit for limit in (steps, by_epochs) if type(limit) is int]
+    known = [n for n in (steps, by_epochs) if type(n) is int and n < 1 << 63]
     return min(known, default=None)
 
 

@@ -96,8 +96,10 @@ def whole_ticks(low: int, high: int, most: int = 5) -> list[int]:
 
 def number(value: float | None, digits: int = 4) -> str:
     """Return a number as a person reads it: 12,345 or 0.9861 or 9.6e-9."""
-    if value is None or not math.isfinite(value):
-        return "–" if value is None else str(value)
+    if value is None:
+        return "–"
+    if abs(value) >= 1 << 1000 or not math.isfinite(value):  # a damaged file may hold any integer
+        return str(value) if isinstance(value, float) else "…"
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     magnitude = abs(value)

@@ -365,3 +365,12 @@ def test_nothing_is_changed_by_looking(run):
     reporting.render([str(run)])
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert lineage.attempts(LocalStore(run)) == [1, 2]
+
+
+def test_numbers_that_no_counter_reaches_do_not_break_the_page(tmp_path):
+    huge = 10**400
+    config = {**CONFIG, "trainer": {"max_steps": huge}}
+    records = [{**first(), "first_step": -huge}, {**second(), "last_step": huge, "save_s": huge}]
+    figures = [{**lines()[0], "loss": huge, "step_p50_s": huge}, *lines()[1:]]
+    page = page_of(write(tmp_path / "run", figures, config, records))
+    assert len(charts(page)) > 0
