@@ -1,5 +1,6 @@
 """FSDP2 in a loop of one's own, with checkpoints that cannot be torn: torchrun this file."""
 
+import os
 import sys
 
 import torch
@@ -44,5 +45,6 @@ for step in range(done + 1, last_step + 1):
         dcp.save({"model": weights, "optimizer": moments}, storage_writer=writer)
         if dist.get_rank() == 0:
             print(f"step {step}: saved, loss {loss.item():.6f}")
-dist.barrier()  # gloo's threads let go of the last tensors before the interpreter ends
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads may still hold a tensor; that they end with the interpreter aborts it

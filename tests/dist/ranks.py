@@ -85,6 +85,10 @@ def on_ranks():
             answers[rank] = answer
         for process in processes:
             process.join(timeout=60)
+        standing = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        for rank in standing:
+            processes[rank].kill()  # or this process would wait for it at its own end
+        assert standing == []
         return [answers.get(rank) for rank in range(size)]
 
     return call
