@@ -45,7 +45,10 @@ def refuse(what: str, error: Exception) -> DataError:
 
 
 def unlike(count: int, error: Exception) -> DataError | None:
-    """Return what to say if samples do not fit into one batch, as torch's default_collate says."""
+    """Return what to say if an error is of default_collate, for samples that do not fit together.
+
+    None: it is another one, such as a lack of memory.
+    """
     is_size = isinstance(error, RuntimeError) and "equal size" in str(error)
     if not (is_size or isinstance(error, (TypeError, KeyError))):
         return None
