@@ -29,11 +29,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from trainer import checkpoint
-from trainer.checkpoint import lineage, plan, tree, values
+from trainer.checkpoint import lineage, plan, state_tree, values
 from trainer.checkpoint.memory import HostBuffer
-from trainer.distributed import World, connect
+from trainer.cluster.world import World, connect
+from trainer.core.threads import in_parallel
 from trainer.storage import LocalStore
-from trainer.threads import in_parallel
 
 STEP_S = 0.4
 STEPS = 8
@@ -76,8 +76,8 @@ class Job:
     def content(self) -> checkpoint.Content:
         """What our own save is given: the walk over model and optimizer."""
         content = checkpoint.Content(objects={"run": {"step": 1}})
-        tree.add_model(content, self.model, with_buffers=True)
-        tree.add_optimizers(content, self.model, [self.optimizer])
+        state_tree.add_model(content, self.model, with_buffers=True)
+        state_tree.add_optimizers(content, self.model, [self.optimizer])
         return content
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainer import build, loop
-from trainer.config import Run, Sample, Trainer
-from trainer.distributed import World
-from trainer.state import State
+from trainer.cluster.world import World
+from trainer.config.schema import Run, Sample, Trainer
+from trainer.core.state import State
 from trainer.tracking.several import Silent
+from trainer.training import build, loop
 
 CLASSES = 4
 

@@ -60,7 +60,7 @@ CASES = {
 
 def run_bare(case: Case, arguments: argparse.Namespace) -> dict:
     """Run the rival in processes of its own."""
-    from trainer.rng import derive
+    from trainer.core.rng import derive
 
     given = {
         "case": case.name, "steps": case.steps, "warm_up_steps": case.warm_up_steps,

@@ -28,7 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from trainer import checkpoint
 from trainer.checkpoint import Content, lineage
-from trainer.distributed import World
+from trainer.cluster.world import World
 from trainer.storage import open_store
 
 _RANGE_BYTES = 16 << 20

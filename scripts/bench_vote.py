@@ -17,8 +17,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from trainer.distributed import connect
-from trainer.preemption import Stop
+from trainer.cluster.stop import Stop
+from trainer.cluster.world import connect
 
 
 def rank(arguments: argparse.Namespace) -> None:

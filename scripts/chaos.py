@@ -120,9 +120,9 @@ def fork(body: Callable[[], int], log: Path) -> int:
 def _be_child(body: Callable[[], int], log: Path) -> NoReturn:
     code: Any = 1
     try:
-        from trainer import processes
+        from trainer.core import threads
 
-        processes.die_with_parent()
+        threads.die_with_parent()
         os.setsid()  # a Ctrl-C is meant for the parent
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(descriptor, 1)

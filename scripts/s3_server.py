@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from trainer.processes import die_with_parent
+from trainer.core.threads import die_with_parent
 
 BUCKET = "perdure"
 KEY, SECRET = "perdure-key", "perdure-secret"

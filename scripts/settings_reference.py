@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
-from trainer.config import Run
+from trainer.config.schema import Run
 
 _HEAD = """# All settings
 

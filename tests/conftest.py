@@ -12,7 +12,7 @@ hypothesis.settings.load_profile("timeless")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `&`; commands would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest.register_assert_rewrite("contract", "commands", "event_files", "states", "stores")
+pytest.register_assert_rewrite("support")
 
 
 @pytest.hookimpl(wrapper=True)

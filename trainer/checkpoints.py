@@ -14,13 +14,15 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from trainer import arguments, policy
-from trainer.arguments import Arguments
+from trainer import cli
 from trainer.checkpoint import compare, lineage, transfer
 from trainer.checkpoint.lineage import MANIFEST, Attempt, Commit
+from trainer.checkpoint.location import Found, Place, numbers, open_place, refuse_others, split
 from trainer.checkpoint.manifest import Manifest, TensorEntry, is_void
-from trainer.checkpoint.places import Found, Place, numbers, open_place, refuse_others, split
 from trainer.checkpoint.shard import DTYPES, element_count
+from trainer.cli import Arguments
+from trainer.core import intervals
+from trainer.core.formatting import age, ask, counted, iso, progress, short, size, table
 from trainer.errors import (
     DONE,
     FAILURE,
@@ -29,7 +31,6 @@ from trainer.errors import (
     closest,
 )
 from trainer.storage import Store, is_local, open_store
-from trainer.terminal import age, ask, counted, iso, progress, short, size, table
 
 _USAGE = """usage: python -m trainer.checkpoints VERB PATH [key=value…] [--json]
   list PATH                     steps, with size, age, metric, ranks and state
@@ -62,7 +63,7 @@ _OPTIONS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     stays = "interrupted; what was copied or deleted before stays so"
-    return arguments.command(argv, _USAGE, _verb, interrupted=stays)
+    return cli.command(argv, _USAGE, _verb, interrupted=stays)
 
 
 def _verb(argv: list[str]) -> int:
@@ -73,7 +74,7 @@ def _verb(argv: list[str]) -> int:
         raise ConfigError(f"there is no verb {verb!r}{closest(verb, _VERBS)}\n{_USAGE}")
     flags = ["--json", "--yes"] if verb in ("prune", "copy") else ["--json"]
     places = {"diff": (1, 2), "copy": (2,)}.get(verb, (1,))
-    given = arguments.parse(rest, _USAGE, options=_OPTIONS[verb], flags=flags, places=places)
+    given = cli.parse(rest, _USAGE, options=_OPTIONS[verb], flags=flags, places=places)
     code, content, text = _VERBS[verb](given)
     if "--json" in given.flags:
         text = json.dumps(_strict(content), indent=1, ensure_ascii=False)
@@ -358,7 +359,7 @@ def _kept(place: Place, whole: Sequence[Found], options: Mapping[str, str]) -> s
         )
     metric = str(config.get("metric") or "")
     values = {found.commit.step: found.metrics.get(metric) for found in whole}
-    stale = policy.stale(
+    stale = intervals.stale(
         values,
         keep_last=config.get("keep_last", 2),
         keep_best=config.get("keep_best", 1) if metric else 0,
@@ -376,7 +377,7 @@ def _kept(place: Place, whole: Sequence[Found], options: Mapping[str, str]) -> s
 
 
 def _copy(given: Arguments) -> _Answer:
-    from trainer.checkpoint.foreign import open_foreign  # with torch's own formats
+    from trainer.importing.formats import open_foreign  # with torch's own formats
 
     source, target = given.places
     _refuse_overlap(source, target)

@@ -7,16 +7,18 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer import arguments, build, loop, rebuild
-from trainer.config import ObjectStore
-from trainer.distributed import World
-from trainer.ema import PREFIX
+from trainer import cli
+from trainer.cluster.stop import Stop
+from trainer.cluster.world import World
+from trainer.config.schema import ObjectStore
+from trainer.core.formatting import table
+from trainer.core.state import State
 from trainer.errors import DONE, ConfigError, closest
+from trainer.export import rebuild
 from trainer.export.source import open_source
-from trainer.preemption import Stop
-from trainer.state import State
-from trainer.terminal import table
 from trainer.tracking.several import Silent
+from trainer.training import build, loop
+from trainer.training.ema import PREFIX
 
 _WEIGHTS = ("auto", "model", "ema")
 _OPTIONS = {"step": "latest", "weights": "auto", "allow": ""}
@@ -32,12 +34,12 @@ _USAGE = """usage: python -m trainer.evaluate RUN [step=…] [weights=…] [allo
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    return arguments.command(argv, _USAGE, _evaluate)
+    return cli.command(argv, _USAGE, _evaluate)
 
 
 def _evaluate(argv: list[str]) -> int:
     mine, settings = _sorted(argv)
-    given = arguments.parse(mine, _USAGE, options=_OPTIONS, flags=("--json",))
+    given = cli.parse(mine, _USAGE, options=_OPTIONS, flags=("--json",))
     allowed = [name for name in given.options["allow"].split(",") if name]
     found = evaluate(
         given.places[0],

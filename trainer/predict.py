@@ -12,10 +12,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from trainer import build, targets
-from trainer.arguments import Arguments, command, parse
-from trainer.compose import compose
-from trainer.config import ObjectStore
+from trainer.cli import Arguments, command, parse
+from trainer.config import targets
+from trainer.config.compose import compose
+from trainer.config.schema import ObjectStore
+from trainer.core.formatting import table
 from trainer.errors import DONE, ConfigError, problems_text
 from trainer.export import inputs
 from trainer.export.contract import is_true
@@ -23,7 +24,7 @@ from trainer.export.formats import open_export, record_path
 from trainer.export.inputs import Batch, Interface
 from trainer.export.predicting import Answer, compare, predict
 from trainer.storage import Store, is_local, open_store
-from trainer.terminal import table
+from trainer.training import build
 
 _OPTIONS = {
     "model": "", "input": "", "out": "", "device": "cpu", "batch_size": "64", "top": "1",

@@ -12,9 +12,10 @@ from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
-from trainer import targets
-from trainer.arguments import command
-from trainer.compose import compose
+from trainer.cli import command
+from trainer.config import targets
+from trainer.config.compose import compose
+from trainer.core.formatting import progress, size, table
 from trainer.data.token_shards import Prepared
 from trainer.errors import (
     DONE,
@@ -22,7 +23,6 @@ from trainer.errors import (
     ConfigError,
     problems_text,
 )
-from trainer.terminal import progress, size, table
 
 _USAGE = """usage: python -m trainer.prepare [key=value …] [--config-dir FOLDER] [--json]
   data=text data.files='data/books/**/*.txt' data.tokenizer=tokenizer.json

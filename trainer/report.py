@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from trainer import arguments, reporting
+from trainer import cli, reporting
 from trainer.errors import DONE
 
 _MOST_RUNS = 40
@@ -16,11 +16,11 @@ The page is one file that needs no network; open it in a browser, or send it to 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    return arguments.command(argv, _USAGE, _report)
+    return cli.command(argv, _USAGE, _report)
 
 
 def _report(argv: list[str]) -> int:
-    given = arguments.parse(argv, _USAGE, options={"out": ""}, places=range(1, _MOST_RUNS + 1))
+    given = cli.parse(argv, _USAGE, options={"out": ""}, places=range(1, _MOST_RUNS + 1))
     place = reporting.write(given.places, given.options["out"] or None, given.store)
     print(f"wrote {place}")
     return DONE

@@ -15,8 +15,12 @@ from typing import Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
-from trainer import config, errors, launch, processes
-from trainer.config import Run
+from trainer import errors
+from trainer.cluster import launch
+from trainer.config import schema
+from trainer.config.folder import conf_folder
+from trainer.config.schema import Run
+from trainer.core import threads
 from trainer.errors import (
     DONE,
     FAILURE,
@@ -35,19 +39,12 @@ _LONGEST_PART = 200
 """Characters of a swept value in a run's name."""
 
 
-def conf_folder() -> Path:
-    """Return the folder of the shipped configuration: installed, or in a checkout."""
-    here = Path(__file__).resolve().parent
-    installed = here / "conf"
-    return installed if installed.is_dir() else here.parent / "conf"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code (the table is in trainer.errors)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            processes.die_with_parent()  # an agent that is killed leaves its ranks behind
+            threads.die_with_parent()  # an agent that is killed leaves its ranks behind
         if arguments[:1] == ["--worker"]:
             return _worker(Path(arguments[1]))
         code = _command(arguments)
@@ -73,7 +70,7 @@ def _command(arguments: list[str]) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from trainer import overrides
+    from trainer.config import overrides
 
     check_only = "--check" in arguments
     prepared = overrides.prepare([a for a in arguments if a != "--check"], conf_folder())
@@ -165,18 +162,18 @@ def _one_run(composed: DictConfig, problems: Sequence[Problem], check_only: bool
 
 
 def _check_and_start(composed: DictConfig, problems: Sequence[Problem], check_only: bool) -> int:
-    from trainer import build
+    from trainer.training import build
 
-    run, found = config.merge(composed)
+    run, found = schema.merge(composed)
     found = [*problems, *found, *build.check(run)]
     if not any(p.key.startswith(("launch.", "trainer.", "parallel.")) for p in found):
-        found += config.check_world(run, launch.world_size(run.launch))
+        found += schema.check_world(run, launch.world_size(run.launch))
     if found:
         raise ConfigError(errors.problems_text(found))
     if check_only:
         print(f"The configuration of {run.run_dir} is fine. Nothing was started.")
         return DONE
-    stored = config.stored(composed)
+    stored = schema.stored(composed)
     if launch.is_rank():
         return _rank(run, stored)
     return _launch(run, stored)
@@ -187,7 +184,7 @@ def _check_and_start(composed: DictConfig, problems: Sequence[Problem], check_on
 
 def _launch(run: Run, stored: Mapping[str, Any]) -> int:
     """Refuse early what cannot go on, then become the only rank, or start all ranks."""
-    from trainer import resume, summary
+    from trainer.training import messages, resume
 
     tiers = resume.open_tiers(run)
     for key, store in zip(("run_dir", "checkpoint.mirror"), tiers.stores, strict=False):
@@ -204,7 +201,7 @@ def _launch(run: Run, stored: Mapping[str, Any]) -> int:
             raise ConfigError(text) from None
     start = resume.choose(tiers, run, stored)
     if resume.finished(run, start):
-        print(summary.finished_text(run, start.step, start.epoch))
+        print(messages.finished_text(run, start.step, start.epoch))
         return DONE
     if launch.ranks_on_this_node(run.launch) == 1:
         return _rank(run, stored)
@@ -229,7 +226,7 @@ def _logs_folder(run: Run) -> Path:
 def _worker(file: Path) -> int:
     """Be one of the ranks that `_launch` started."""
     payload = json.loads(file.read_text())
-    run, found = config.merge(OmegaConf.create(payload["run"]))
+    run, found = schema.merge(OmegaConf.create(payload["run"]))
     if found:
         raise ConfigError(errors.problems_text(found))
     return _rank(run, payload["stored"])
@@ -239,7 +236,8 @@ def _rank(run: Run, stored: Mapping[str, Any]) -> int:
     """Be a rank: join the others, train, leave. Returns the exit code."""
     import torch
 
-    from trainer import attempt, distributed, parallel
+    from trainer.cluster import world as distributed
+    from trainer.training import attempt, parallel
 
     device = torch.device(launch.device_name(run.launch))
     if device.type == "cuda":

@@ -8,14 +8,14 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
-from trainer import arguments
-from trainer.arguments import Arguments
+from trainer import cli
+from trainer.cli import Arguments
+from trainer.core.formatting import age, plain, table
+from trainer.core.threads import in_parallel
 from trainer.errors import DONE, ConfigError, PerdureError
 from trainer.reporting import board
 from trainer.reporting.board import Row
 from trainer.reporting.scales import SIZE, duration, fitting, number
-from trainer.terminal import age, plain, table
-from trainer.threads import in_parallel
 
 _MOST_PLACES = 1000
 _MOST_AT_ONCE = 8
@@ -36,11 +36,11 @@ Ctrl-C ends it."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    return arguments.command(argv, _USAGE, _top)
+    return cli.command(argv, _USAGE, _top)
 
 
 def _top(argv: list[str]) -> int:
-    given = arguments.parse(
+    given = cli.parse(
         argv,
         _USAGE,
         options={"every_s": "2"},

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 
 from trainer.checkpoint.dcp import PerdureStorageReader, PerdureStorageWriter
-from trainer.checkpoint.places import open_place
+from trainer.checkpoint.location import open_place
 from trainer.errors import ConfigError
 
 folder, last_step = sys.argv[1], int(sys.argv[2])

@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from commands import ROOT, command
+from support.run_commands import ROOT, command
 
 __all__ = ["command"]
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT
+from support.run_commands import ROOT
 
 
 def processes_of(state):

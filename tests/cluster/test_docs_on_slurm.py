@@ -6,9 +6,9 @@ import re
 import subprocess
 import sys
 
-import documents
 import pytest
-from jobs import SLURM, of_jobs
+from support import documents
+from support.slurm_jobs import SLURM, of_jobs
 
 COMMANDS = [
     words for document in documents.DOCUMENTS for words in documents.typed(document, "slurm")

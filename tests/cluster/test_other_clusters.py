@@ -6,7 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import FRAGILE, SLURM, TWO_BY_TWO, of_jobs, record, same, steps, submitter, undisturbed
+from support.slurm_jobs import (
+    FRAGILE,
+    SLURM,
+    TWO_BY_TWO,
+    of_jobs,
+    record,
+    same,
+    steps,
+    submitter,
+    undisturbed,
+)
 
 __all__ = ["undisturbed"]
 

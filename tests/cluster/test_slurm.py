@@ -4,7 +4,7 @@ import random
 import re
 
 import pytest
-from jobs import FRAGILE, TWO_BY_TWO, record, same, steps, submit, undisturbed
+from support.slurm_jobs import FRAGILE, TWO_BY_TWO, record, same, steps, submit, undisturbed
 
 __all__ = ["submit", "undisturbed"]
 

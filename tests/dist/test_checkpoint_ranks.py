@@ -6,9 +6,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from trainer import checkpoint, rng
-from trainer.checkpoint import lineage, tree
-from trainer.distributed import World
+from trainer import checkpoint
+from trainer.core import rng
+from trainer.checkpoint import lineage, state_tree
+from trainer.cluster.world import World
 from trainer.errors import CheckpointError, StoreError
 from trainer.storage import LocalStore
 
@@ -21,7 +22,7 @@ def make_model():
 
 def content_of(world: World, model: nn.Module):
     content = checkpoint.Content()
-    tree.add_model(content, model, with_buffers=world.rank == 0)
+    state_tree.add_model(content, model, with_buffers=world.rank == 0)
     for name, value in rng.capture().items():
         content.own[f"rng.{world.rank}.{name}"] = value
     content.objects["run"] = {"last_eval_step": 0, "metrics": {}}
@@ -50,7 +51,7 @@ def load_everything(world: World, folder: str):
     model = make_model()
     for parameter in model.parameters():
         parameter.data.zero_()
-    world.together(lambda: checkpoint.load(store, manifest, tree.model_targets(model)))
+    world.together(lambda: checkpoint.load(store, manifest, state_tree.model_targets(model)))
     same = all(
         torch.equal(a, b)
         for a, b in zip(model.parameters(), make_model().parameters(), strict=True)

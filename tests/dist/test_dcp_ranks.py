@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from test_resharding import make, parallelise, whole
+from support.sharded_models import make, parallelise, whole
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from trainer.checkpoint import places
+from trainer.checkpoint import location
 from trainer.checkpoint.dcp import PerdureStorageReader, PerdureStorageWriter
-from trainer.distributed import World
+from trainer.cluster.world import World
 
 
 def fresh(world: World, how: str, seed: int):
@@ -79,7 +79,7 @@ def test_what_two_ranks_saved_one_or_three_load(tmp_path, on_ranks):
                 assert np.array_equal(after[name], value), name
             assert others == [{"step": 3, "rates": (0.1, 0.2)}, b"rank 0", b"rank 1"]
             assert files == [b"\x80", b"\x80\x80"]
-    place = places.open_place(folder)
+    place = location.open_place(folder)
     (commit,) = place.commits()
     made = place.manifest(commit)
     assert (commit.step, made.world_size, len(made.files)) == (3, 2, 2)
@@ -105,7 +105,7 @@ def saved_again_and_again(world: World, folder: str):
 
 def test_a_rank_that_cannot_save_aborts_all_and_kept_plans_serve_the_next(tmp_path, on_ranks):
     assert on_ranks(2, saved_again_and_again, str(tmp_path)) == [True, True]
-    place = places.open_place(str(tmp_path))
+    place = location.open_place(str(tmp_path))
     for number, commit in enumerate(place.commits()):
         assert place.reader(commit).fetch("x").unique().tolist() == [float(number)]
         shards = list((tmp_path / commit.folder).glob("*.safetensors"))

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from test_resharding import make, parallelise, whole
+from support.sharded_models import make, parallelise, whole
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from trainer.checkpoint.foreign import open_foreign
-from trainer.distributed import World
+from trainer.importing.formats import open_foreign
+from trainer.cluster.world import World
 
 SHAPES = {"even": (8, 3), "uneven": (5, 3), "one_row": (1, 7), "vector": (6,), "empty": (0, 2)}
 

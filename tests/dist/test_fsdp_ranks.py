@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer import parallel
-from trainer.distributed import World
+from trainer.training import parallel
+from trainer.cluster.world import World
 from trainer.errors import ConfigError
 
 

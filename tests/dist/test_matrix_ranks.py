@@ -8,14 +8,14 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-import matrix
+from support import step_matrix
 import numpy as np
 import pytest
 import torch
-from matrix import EXTRAS, Case
-from ranks import free_ports, joined
+from support.step_matrix import EXTRAS, Case
+from support.ranks import free_ports, joined
 
-from trainer.distributed import World
+from trainer.cluster.world import World
 
 ROUNDING = 2**-20
 """Of 24 bits: a norm that is added up in another order, a vectorised root that begins elsewhere."""
@@ -30,15 +30,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def taken(world, folder, cases):
     """Return of each case three steps, and what differs after a resume from an undisturbed run."""
-    return [(matrix.steps(world, case), resumed(world, f"{folder}/{case}", case)) for case in cases]
+    return [(step_matrix.steps(world, case), resumed(world, f"{folder}/{case}", case)) for case in cases]
 
 
 def resumed(world, folder, case):
-    whole = matrix.everything(*matrix.train(world, case, f"{folder}/whole", 5))
-    matrix.train(world, case, f"{folder}/broken", 2)
-    job, state = matrix.train(world, case, f"{folder}/broken", 5)
+    whole = step_matrix.everything(*step_matrix.train(world, case, f"{folder}/whole", 5))
+    step_matrix.train(world, case, f"{folder}/broken", 2)
+    job, state = step_matrix.train(world, case, f"{folder}/broken", 5)
     assert state.step == 5
-    broken = matrix.everything(job, state)
+    broken = step_matrix.everything(job, state)
     assert whole.keys() == broken.keys()
     return [name for name in whole if whole[name] != broken[name]]
 
@@ -54,10 +54,10 @@ def same(found, expected, tolerance=0.0):
         np.testing.assert_allclose(tensors[name], tensor, rtol=0, atol=most, err_msg=name)
 
 
-@pytest.mark.parametrize("case", matrix.cases("single"), ids=str)
+@pytest.mark.parametrize("case", step_matrix.cases("single"), ids=str)
 def test_one_process(tmp_path, case):
     ((found, changed),) = taken(World(), tmp_path, [case])
-    same(found, matrix.steps_by_hand(case, 1))
+    same(found, step_matrix.steps_by_hand(case, 1))
     assert changed == []
 
 
@@ -69,7 +69,7 @@ def judge(cases, answers):
         tolerance = ROUNDING if sharded and ("clip" in case.extras or case.fused) else 0.0
         if case.param_dtype != case.precision and case.param_dtype != "fp32":
             tolerance = HALF
-        same(found, matrix.steps_by_hand(case, 2), tolerance)
+        same(found, step_matrix.steps_by_hand(case, 2), tolerance)
         assert changed == [], case
 
 
@@ -81,7 +81,7 @@ def on_two(world, folder, cases):
 
 
 def test_two_ranks(on_ranks, tmp_path):
-    cases = matrix.cases("ddp", "fsdp", extras=[(), EXTRAS])
+    cases = step_matrix.cases("ddp", "fsdp", extras=[(), EXTRAS])
     cases += [Case("fsdp", "fp16", some, bursts=True) for some in [(), EXTRAS]]
     for answers in on_ranks(2, on_two, str(tmp_path), cases):
         judge(cases, answers)
@@ -89,8 +89,8 @@ def test_two_ranks(on_ranks, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_and_all_other_cases(on_ranks, tmp_path):
-    some = [extras for extras in matrix.subsets() if extras not in [(), EXTRAS]]
-    cases = matrix.cases("ddp", "fsdp", extras=some)
+    some = [extras for extras in step_matrix.subsets() if extras not in [(), EXTRAS]]
+    cases = step_matrix.cases("ddp", "fsdp", extras=some)
     for strategy, precision in product(["ddp", "fsdp"], ["fp32", "fp16"]):
         cases.append(Case(strategy, precision, EXTRAS, bursts=True))
         cases.append(Case(strategy, precision, bursts=True, fused=True))
@@ -110,9 +110,9 @@ def save_each(world, folder):
     """Save a run under each strategy, and beside it all of its tensors as they are."""
     for strategy in STRATEGIES[world.size]:
         where = Path(folder, f"{strategy}-{world.size}")
-        job, state = matrix.train(world, replace(MOVED, strategy=strategy), where, 4)
+        job, state = step_matrix.train(world, replace(MOVED, strategy=strategy), where, 4)
         assert state.step == 4
-        tensors = matrix.whole(job, state)
+        tensors = step_matrix.whole(job, state)
         if world.rank == 0:
             np.savez(where / "whole.npz", **tensors)
             (where / "state.txt").write_text(repr(state))
@@ -122,9 +122,9 @@ def load_each(world, folder):
     """Load all that was saved under each strategy; return how many loads that were."""
     places = world.from_rank0(lambda: sorted(Path(folder).iterdir()))
     for strategy, where in product(STRATEGIES[world.size], places):
-        job, state = matrix.load(world, replace(MOVED, strategy=strategy), where)
+        job, state = step_matrix.load(world, replace(MOVED, strategy=strategy), where)
         assert repr(state) == (where / "state.txt").read_text()
-        tensors, expected = matrix.whole(job, state), np.load(where / "whole.npz")
+        tensors, expected = step_matrix.whole(job, state), np.load(where / "whole.npz")
         assert sorted(tensors) == sorted(expected)
         for name, tensor in tensors.items():
             np.testing.assert_array_equal(tensor, expected[name], f"{where} {world} {name}")

@@ -4,7 +4,6 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 SLOW_S = 0.05
 
@@ -13,16 +12,16 @@ def trained(world, folder, slow_rank, what, strategy):
     """Train 30 steps, one rank of which is slow; return what was said, and its memory figures."""
     import torch
     import torch.distributed as dist
-    from by_hand import DATA, Lines, Net, a_saver
+    from support.loop_jobs import DATA, Lines, Net, a_saver
     from torch.utils.data import TensorDataset
 
-    from trainer import loop, parallel
+    from trainer.training import loop, parallel
     from trainer.checkpoint import lineage
     from trainer.checkpoint.saver import Saver
     from trainer.data.source import TrainStream
-    from trainer.policy import Every
-    from trainer.preemption import Stop
-    from trainer.state import State
+    from trainer.core.intervals import Every
+    from trainer.cluster.stop import Stop
+    from trainer.core.state import State
     from trainer.storage import open_store
     from trainer.task import Classification
 

@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
-from trainer import parallel, rng
-from trainer.distributed import World
+from trainer.training import parallel
+from trainer.core import rng
+from trainer.cluster.world import World
 
 
 def make_model():

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 
 def pair_job(world, options=None, accumulate=1):
@@ -15,8 +14,8 @@ def pair_job(world, options=None, accumulate=1):
     Its samples weigh unequally, and both phases call both nets.
     """
     import torch
-    from test_phases import phased
-    from test_weighting import dataset, masked_job
+    from support.gan_jobs import phased
+    from support.weighted_jobs import dataset, masked_job
     from torch import nn
 
     class Pair(nn.Module):
@@ -62,7 +61,7 @@ def pair_job(world, options=None, accumulate=1):
 
 def steps(world, options, accumulate, clip_norm):
     """Three steps; return the means of the ranks' losses, and the weights."""
-    from trainer import loop, parallel
+    from trainer.training import loop, parallel
 
     job = pair_job(world, options, accumulate)
     job.clip_norm = clip_norm
@@ -79,19 +78,20 @@ def steps(world, options, accumulate, clip_norm):
 def runs(world, folder, options):
     """Train without a stop and with one; return what differs, and whether the rest is the same."""
     import torch
-    from by_hand import saved_steps
-    from test_phases import gan_job, images, phased
+    from support.loop_jobs import saved_steps
+    from support.gan_jobs import gan_job, images, phased
 
-    from trainer import loop, parallel, resume, rng, samples
+    from trainer.training import loop, parallel, resume, sample_outputs
+    from trainer.core import rng
     from trainer.checkpoint import lineage
     from trainer.checkpoint.retention import Retention
     from trainer.checkpoint.saver import Saver
     from trainer.checkpoint.tiers import Tiers
-    from trainer.config import Run
+    from trainer.config.schema import Run
     from trainer.data.source import EvalStream, TrainStream
-    from trainer.ema import Ema
-    from trainer.policy import Every
-    from trainer.preemption import Stop
+    from trainer.training.ema import Ema
+    from trainer.core.intervals import Every
+    from trainer.cluster.stop import Stop
     from trainer.storage import open_store
 
     measures = isinstance(options, parallel.FsdpOptions)  # else it is as without phases
@@ -117,7 +117,7 @@ def runs(world, folder, options):
         assert loop.train(job, state, saver, Stop(world))
         assert measures == ("generator_loss" in state.metrics)
         if measures:  # parts of a sharded model are called there
-            told = samples.show(job, state.step, store)
+            told = sample_outputs.show(job, state.step, store)
             assert "NO SAMPLES" not in "".join(told)
             assert world.from_rank0(lambda: store.read("samples/images.png"))[1:4] == b"PNG"
         content = loop.collect(job, state)
@@ -136,7 +136,7 @@ def runs(world, folder, options):
 
 def both(world, folder, strategies):
     """Everything in one start of the ranks, which costs more than all of it."""
-    from trainer import parallel
+    from trainer.training import parallel
 
     options = {
         "ddp": parallel.DdpOptions(bucket_cap_mb=0.0005),
@@ -159,7 +159,7 @@ def both(world, folder, strategies):
     ],
 )
 def test_steps_are_those_of_one_process_and_a_resume_is_exact(on_ranks, tmp_path, size, strategies):
-    from trainer.distributed import World
+    from trainer.cluster.world import World
 
     wanted = [steps(World(), None, 1, clip_norm) for clip_norm in (None, 0.05)]
     for answers in on_ranks(size, both, str(tmp_path), strategies):

@@ -1,5 +1,6 @@
 """Any sharding in, any other out: FSDP2, two-dimensional meshes, plain tensors, any world sizes."""
 
+from support.sharded_models import make, parallelise, whole
 import json
 import random
 import tempfile
@@ -13,9 +14,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from trainer import checkpoint
-from trainer.checkpoint import lineage, tree
+from trainer.checkpoint import lineage, state_tree
 from trainer.checkpoint.plan import DTYPE_NAMES
-from trainer.distributed import World
+from trainer.cluster.world import World
 from trainer.storage import LocalStore
 
 
@@ -32,27 +33,10 @@ def raw(tensor: torch.Tensor) -> bytes:
 # --- a model and its optimizer -----------------------------------------------------------------
 
 
-def make(seed=0):
-    torch.manual_seed(seed)
-    layers = [nn.Linear(10, 7), nn.ReLU(), nn.Linear(7, 33), nn.BatchNorm1d(33), nn.Linear(33, 1)]
-    return nn.Sequential(*layers)
 
 
-def parallelise(model: nn.Module, how: str, world: World) -> nn.Module:
-    if how == "fsdp":
-        mesh = init_device_mesh("cpu", (world.size,))
-    elif how == "hsdp":
-        mesh = init_device_mesh("cpu", (2, world.size // 2), mesh_dim_names=("replicate", "shard"))
-    else:
-        return model
-    for layer in model:
-        if isinstance(layer, nn.Linear):
-            fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def train_and_save(world: World, folder: str, how: str):
@@ -64,16 +48,16 @@ def train_and_save(world: World, folder: str, how: str):
         optimizer.step()
         optimizer.zero_grad()
     content = checkpoint.Content(objects={"run": {}})
-    tree.add_model(content, model, with_buffers=world.rank == 0)
-    tree.add_optimizers(content, model, [optimizer])
+    state_tree.add_model(content, model, with_buffers=world.rank == 0)
+    state_tree.add_optimizers(content, model, [optimizer])
     checkpoint.save(begin(world, folder), content, step=3)
     return {name: raw(whole(value)) for name, value in state_of(model, optimizer).items()}
 
 
 def state_of(model, optimizer):
     content = checkpoint.Content()
-    tree.add_model(content, model, with_buffers=True)
-    tree.add_optimizers(content, model, [optimizer])
+    state_tree.add_model(content, model, with_buffers=True)
+    state_tree.add_optimizers(content, model, [optimizer])
     return {**content.tensors, **content.own}
 
 
@@ -83,15 +67,15 @@ def load(world: World, folder: str, how: str):
     model = parallelise(make(seed=9), how, world)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
     reader = checkpoint.Reader(store, f"checkpoints/{manifest.folder}", manifest)
-    reader.read(tree.model_targets(model))
+    reader.read(state_tree.model_targets(model))
     stored = {
         name: (next(t for t, n in DTYPE_NAMES.items() if n == entry.dtype), entry.shape)
         for name, entry in manifest.tensors.items()
         if name.startswith("optimizer.")
     }
-    slots = tree.optimizer_slots(model, [optimizer], stored)
+    slots = state_tree.optimizer_slots(model, [optimizer], stored)
     reader.read({name: slot.tensor for name, slot in slots.items()})
-    tree.load_optimizers(model, [optimizer], manifest.objects["optimizer"], slots, reader.fetch)
+    state_tree.load_optimizers(model, [optimizer], manifest.objects["optimizer"], slots, reader.fetch)
     shardings = {isinstance(p, DTensor) for p in model.parameters()}
     assert shardings == {how != "plain"}
     assert isinstance(optimizer.state[next(model.parameters())]["exp_avg"], DTensor) == (

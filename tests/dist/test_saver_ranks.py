@@ -5,17 +5,17 @@ from functools import partial
 
 import pytest
 import torch
-from stores import FaultyStore
+from support.faulty_stores import FaultyStore
 
 from trainer import checkpoint
 from trainer.checkpoint import lineage
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
-from trainer.distributed import World
+from trainer.cluster.world import World
 from trainer.errors import SaveHangsError, StoreError
-from trainer.policy import Every
-from trainer.preemption import Stop
-from trainer.state import State
+from trainer.core.intervals import Every
+from trainer.cluster.stop import Stop
+from trainer.core.state import State
 from trainer.storage import LocalStore
 
 

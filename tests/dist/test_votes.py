@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from trainer import votes
-from trainer.distributed import World
-from trainer.votes import RankEndedError, Vote
+from trainer.cluster import agreement
+from trainer.cluster.world import World
+from trainer.cluster.agreement import RankEndedError, Vote
 
 SIZE = 3
 
@@ -30,7 +30,7 @@ def together(number: int) -> Vote:
 
 
 def vote_often(world: World, one_machine: bool):
-    way = votes.between(world if one_machine else replace(world, local_size=1))
+    way = agreement.between(world if one_machine else replace(world, local_size=1))
     if one_machine:
         way._number = 2**20 - 500  # the number of a vote begins anew
     lot, heard = random.Random(world.rank), []
@@ -48,7 +48,7 @@ def test_every_rank_hears_the_same_and_nothing_of_another_vote(on_ranks, one_mac
 
 
 def vote_until_one_dies(world: World):
-    way, heard = votes.between(world), []
+    way, heard = agreement.between(world), []
     for number in range(4):
         way.send(Vote(saves_ended=number))
         if (world.rank, number) == (1, 2):

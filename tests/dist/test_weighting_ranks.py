@@ -6,15 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 
 def steps(world, strategy, accumulate):
     """Three steps; return the weights and the mean of the ranks' losses."""
     import torch
-    from test_weighting import dataset, masked_job
+    from support.weighted_jobs import dataset, masked_job
 
-    from trainer import loop, parallel
+    from trainer.training import loop, parallel
 
     job = masked_job(dataset(), accumulate, world)
     if strategy:
@@ -33,7 +32,7 @@ def steps(world, strategy, accumulate):
 @pytest.mark.parametrize(("strategy", "size"), [("ddp", 2), ("ddp", 3), ("fsdp", 2)])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_step_is_that_of_one_process(on_ranks, strategy, size, accumulate):
-    from trainer.distributed import World
+    from trainer.cluster.world import World
 
     losses, weights = steps(World(), "", 1)
     for its_losses, its_weights in on_ranks(size, steps, strategy, accumulate):

@@ -3,9 +3,9 @@
 import os
 import signal
 
-from trainer.distributed import World
+from trainer.cluster.world import World
 from trainer.errors import CheckpointError, DataError
-from trainer.preemption import Stop
+from trainer.cluster.stop import Stop
 
 
 def answers_and_errors(world: World):

@@ -1,5 +1,5 @@
 """The fixtures of commands.py, for every test of real processes."""
 
-from commands import command, wait_for
+from support.run_commands import command, wait_for
 
 __all__ = ["command", "wait_for"]

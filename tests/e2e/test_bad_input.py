@@ -3,7 +3,7 @@
 import gzip
 
 import pytest
-from commands import HARD, committed
+from support.run_commands import HARD, committed
 
 from trainer import run
 

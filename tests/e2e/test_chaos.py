@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import ROOT
+from support.run_commands import ROOT
 
 
 @pytest.mark.slow

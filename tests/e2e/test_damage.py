@@ -1,7 +1,7 @@
 """A damaged checkpoint: named, set aside, and the newest whole one taken instead, loudly."""
 
 import pytest
-from commands import HARD, committed
+from support.run_commands import HARD, committed
 
 from scripts.compare_runs import differences
 

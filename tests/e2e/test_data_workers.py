@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import HARD, committed
 from PIL import Image
+from support.run_commands import HARD, committed
 
 from scripts.compare_runs import differences
 

@@ -8,11 +8,11 @@ import re
 import shutil
 import subprocess
 
-import documents
 import pytest
 import torch
-from commands import ROOT, in_folder
 from PIL import Image
+from support import documents
+from support.run_commands import ROOT, in_folder
 
 RUN, EXPORT, OTHER = "runs/digits-cnn", "a.torchscript.pt", "b.pt2"
 PLACES = {

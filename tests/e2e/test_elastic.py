@@ -7,7 +7,7 @@ import signal
 import socket
 
 import pytest
-from commands import HARD
+from support.run_commands import HARD
 
 # without what depends on how the batch is divided: BatchNorm and dropout
 FRAGILE = [

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from commands import HARD
+from support.run_commands import HARD
 
 from scripts.compare_runs import differences
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from trained import a_trained_run
+from support.trained_runs import a_trained_run
 
 from trainer.data.digits import Digits
 from trainer.export.__main__ import main

@@ -3,11 +3,11 @@
 import re
 
 import pytest
-from commands import HARD, ROOT, committed
+from support.run_commands import HARD, ROOT, committed
 
 from scripts.compare_runs import differences
 from trainer.checkpoint import compare
-from trainer.checkpoint.places import open_place
+from trainer.checkpoint.location import open_place
 from trainer.export.source import open_source
 
 FSDP = [*HARD, "task._target_=mine.task.Fragile", "parallel=fsdp", "parallel.min_parameters=50",

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import ROOT
+from support.run_commands import ROOT
 
 EXAMPLE = ROOT / "docs/examples/fsdp2_with_dcp.py"
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import HARD
+from support.run_commands import HARD
 
 from scripts.compare_runs import differences
 

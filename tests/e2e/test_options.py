@@ -1,8 +1,8 @@
 """Options of a run, all at once: killed in the middle, it ends with the same bits."""
 
 import pytest
-from commands import HARD
 from safetensors.torch import load_file
+from support.run_commands import HARD
 
 from scripts.compare_runs import differences
 

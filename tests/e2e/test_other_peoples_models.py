@@ -6,7 +6,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from trainer import targets
+from trainer.config import targets
 from trainer.task import Classification, LanguageModel
 
 transformers = pytest.importorskip("transformers")

@@ -4,7 +4,7 @@ import gzip
 import json
 from textwrap import dedent
 
-from commands import HARD
+from support.run_commands import HARD
 
 FULL = """
     import torch

@@ -7,15 +7,16 @@ import subprocess
 import threading
 
 import pytest
-from commands import HARD, in_folder
-from handmade import HOSTILE, hostile_run
-from pages import charts, curve, parsed, tiles
+from support.report_pages import charts, curve, parsed, tiles
+from support.run_commands import HARD, in_folder
+from support.run_records import HOSTILE, hostile_run
 
-from trainer import attempt, reporting
+from trainer import reporting
 from trainer.checkpoint import lineage
-from trainer.config import Run
+from trainer.config.schema import Run
 from trainer.reporting import board
 from trainer.storage import LocalStore
+from trainer.training import attempt
 
 FRAGILE = [
     *HARD, "task._target_=mine.task.Fragile", "name=a", "checkpoint.metric=accuracy", "report=true",

@@ -7,9 +7,9 @@ import signal
 import socket
 
 import pytest
-from commands import HARD, committed
-from event_files import scalars, wandb_run
-from wandb_server import WandbServer
+from support.event_files import scalars, wandb_run
+from support.run_commands import HARD, committed
+from support.wandb_server import WandbServer
 
 from trainer.storage import open_store
 from trainer.tracking import jsonl

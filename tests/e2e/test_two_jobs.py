@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from commands import HARD, committed
+from support.run_commands import HARD, committed
 
 from scripts.compare_runs import differences
 

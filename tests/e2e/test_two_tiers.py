@@ -4,7 +4,7 @@ import shutil
 import socket
 
 import pytest
-from commands import HARD, committed, in_folder
+from support.run_commands import HARD, committed, in_folder
 
 from scripts.compare_runs import differences
 

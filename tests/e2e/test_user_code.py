@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
-from commands import HARD
 from safetensors.torch import load_file
+from support.run_commands import HARD
 
 MINE = """
 # @package _global_

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from states import save_dcp, save_torch
+from support.state_dicts import save_dcp, save_torch
 
 from models.mlp import MLP
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import command, wait_for
+from support.run_commands import command, wait_for
 
 from scripts.s3_server import S3Server
 

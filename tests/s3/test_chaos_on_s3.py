@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 
-from commands import ROOT
+from support.run_commands import ROOT
 
 
 def test_kills_of_trainers_and_servers_lose_nothing():

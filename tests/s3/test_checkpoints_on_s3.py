@@ -11,7 +11,7 @@ from scripts.s3_server import BUCKET
 from trainer import checkpoint, checkpoints
 from trainer.checkpoint import Content, lineage
 from trainer.checkpoint.dcp import PerdureStorageReader, PerdureStorageWriter
-from trainer.distributed import World
+from trainer.cluster.world import World
 from trainer.storage import open_store
 
 

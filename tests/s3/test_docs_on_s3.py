@@ -3,8 +3,8 @@
 import re
 import subprocess
 
-import documents
 import pytest
+from support import documents
 
 from scripts.s3_server import BUCKET
 from trainer.checkpoint import lineage

@@ -5,14 +5,14 @@ import uuid
 
 import pytest
 import torch
-from proxy import Fault, Proxy
-from stores import put
+from support.faulty_stores import put
+from support.s3_proxy import Fault, Proxy
 
 from scripts.s3_server import BUCKET
 from trainer import checkpoint
 from trainer.checkpoint import Content, lineage
-from trainer.config import ObjectStore
-from trainer.distributed import World
+from trainer.cluster.world import World
+from trainer.config.schema import ObjectStore
 from trainer.errors import StoreError
 from trainer.storage import AlreadyExists, open_store
 

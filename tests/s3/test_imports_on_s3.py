@@ -4,14 +4,15 @@ import uuid
 
 import pytest
 import torch
-from states import net
+from support.state_dicts import net
 
 from scripts.s3_server import BUCKET
-from trainer.checkpoint import Content, Writer, lineage, save, tree, weights
-from trainer.config import Init
-from trainer.distributed import World
+from trainer.checkpoint import Content, Writer, lineage, save, state_tree
+from trainer.cluster.world import World
+from trainer.config.schema import Init
+from trainer.core.state import State
 from trainer.export.exporting import export
-from trainer.state import State
+from trainer.importing import weights
 from trainer.storage import open_store
 
 
@@ -25,8 +26,8 @@ def test_what_was_exported_to_a_bucket_fills_a_model(s3, format, options):
     lineage.amend(store, attempt, {"resumed_from": {"step": 0, "attempt": None}})
     content = Content(objects={"run": State(step=3).state_dict()})
     given = net(1)
-    tree.add_model(content, given, with_buffers=True)
-    tree.add_optimizers(content, given, [torch.optim.SGD(given.parameters())])
+    state_tree.add_model(content, given, with_buffers=True)
+    state_tree.add_optimizers(content, given, [torch.optim.SGD(given.parameters())])
     save(Writer(store, World(), attempt), content, step=3, config={})
     done = export(place, format, options=options)
     assert done.url.startswith(f"{place}/exports/")

@@ -3,8 +3,8 @@
 import json
 import uuid
 
-from handmade import CONFIG, first, lines, second
-from pages import charts, curve, parsed
+from support.report_pages import charts, curve, parsed
+from support.run_records import CONFIG, first, lines, second
 
 from scripts.s3_server import BUCKET
 from trainer import report, top

@@ -6,7 +6,7 @@ import signal
 import uuid
 
 import pytest
-from commands import HARD, committed
+from support.run_commands import HARD, committed
 
 from scripts.compare_runs import differences
 from scripts.s3_server import BUCKET, KEY, SECRET

@@ -3,7 +3,7 @@
 import uuid
 
 import pytest
-from contract import *
+from support.store_contract import *
 
 from scripts.s3_server import BUCKET
 from trainer.storage import Store, open_store

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from trainer import checkpoint, checkpoints
 from trainer.checkpoint import Content, lineage, manifest
 from trainer.checkpoint.dcp import PerdureStorageReader, PerdureStorageWriter
-from trainer.distributed import World
+from trainer.cluster.world import World
 from trainer.storage import LocalStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

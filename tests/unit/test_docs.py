@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from states import net
+from support.state_dicts import net
 
 from scripts.settings_reference import reference
 from trainer import checkpoint
-from trainer.checkpoint import Content, Writer, lineage, save, tree
-from trainer.checkpoint.places import open_place
-from trainer.distributed import World
+from trainer.checkpoint import Content, Writer, lineage, save, state_tree
+from trainer.checkpoint.location import open_place
+from trainer.cluster.world import World
 from trainer.storage import open_store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +51,7 @@ def run(tmp_path):
             lineage.amend(store, attempt, {"resumed_from": origin})
             writer = Writer(store, World(), attempt)
         content = Content()
-        tree.add_model(content, net(step), with_buffers=True)
+        state_tree.add_model(content, net(step), with_buffers=True)
         content.own["wide"] = torch.randn(3, 2, dtype=torch.complex128)
         content.own["long"] = torch.randn(1 << 19)  # two blocks
         save(writer, content, step=step, config={})

@@ -5,17 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from by_hand import a_job
+from support.loop_jobs import a_job
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from models.gpt import GPT
-from trainer import loop
+from trainer.cluster.stop import Stop
+from trainer.cluster.world import World
+from trainer.core.state import State
 from trainer.data.source import EvalStream, TrainStream
-from trainer.distributed import World
-from trainer.preemption import Stop
-from trainer.state import State
 from trainer.task import LanguageModel
+from trainer.training import loop
 
 
 def a_batch():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trained import a_trained_run
+from support.trained_runs import a_trained_run
 
 from trainer import predict
 from trainer.data.digits import Digits

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from handmade import first, lines, moment, second, write
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from support.run_records import first, lines, moment, second, write
 
 from trainer import checkpoint, top
 from trainer.checkpoint import Content, lineage
-from trainer.config import ObjectStore
-from trainer.distributed import World
+from trainer.cluster.world import World
+from trainer.config.schema import ObjectStore
 from trainer.errors import StoreError
 from trainer.reporting import board
 from trainer.storage import LocalStore

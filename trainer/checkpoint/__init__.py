@@ -13,7 +13,7 @@ from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import Attempt, Commit
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import DamagedError, Reader
-from trainer.checkpoint.tree import Content
+from trainer.checkpoint.state_tree import Content
 from trainer.checkpoint.writer import Save, Writer
 from trainer.storage.store import Store
 

@@ -41,13 +41,13 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from trainer.checkpoint import manifest, places, shard, values
+from trainer.checkpoint import location, manifest, shard, values
 from trainer.checkpoint.lineage import MANIFEST
 from trainer.checkpoint.manifest import DCP_OBJECT, Manifest, ShardFile, TensorEntry
 from trainer.checkpoint.plan import DTYPE_NAMES, TORCH_DTYPES, Box, columns
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.stream import write_stream
-from trainer.config import ObjectStore
+from trainer.config.schema import ObjectStore
 from trainer.errors import CheckpointError, ConfigError, StoreError
 from trainer.storage.store import AlreadyExists
 
@@ -123,7 +123,7 @@ class PerdureStorageWriter(StorageWriter):
                 "use_collectives=False cannot be saved in this format: one manifest says what all "
                 "ranks wrote, so they have to tell rank 0"
             )
-        self._store, self._folder = places.split(_url(self.checkpoint_id), self._settings)
+        self._store, self._folder = location.split(_url(self.checkpoint_id), self._settings)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Leave the plan as it is; every rank."""
@@ -137,7 +137,7 @@ class PerdureStorageWriter(StorageWriter):
                 f"{self.checkpoint_id} holds a checkpoint already, which is never written over; "
                 "give another folder, or delete that one"
             )
-        places.refuse_others(self._store, self._folder)
+        location.refuse_others(self._store, self._folder)
         return [
             dataclasses.replace(plan, storage_data=_Place(rank, len(plans)))
             for rank, plan in enumerate(plans)
@@ -195,7 +195,7 @@ class PerdureStorageWriter(StorageWriter):
         ]
         files = {s.file: s.record for _, s in found if s.record is not None}
         paths = metadata.planner_data or {}
-        step, attempt = places.numbers(self._folder)
+        step, attempt = location.numbers(self._folder)
         complete = Manifest(
             step=step if self._step is None else self._step,
             attempt=attempt,
@@ -271,7 +271,7 @@ class PerdureStorageReader(StorageReader):
 
     def read_metadata(self) -> Metadata:  # ranks have none of their own
         """Read the manifest; every rank."""
-        place = places.open_place(_url(self.checkpoint_id), self._settings)
+        place = location.open_place(_url(self.checkpoint_id), self._settings)
         found = place.pick("latest")
         self._manifest = place.manifest(found)
         self._reader = Reader(place.store, found.folder, self._manifest)

@@ -17,7 +17,7 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.transfer import copy_shard
-from trainer.distributed import World
+from trainer.cluster.world import World
 from trainer.errors import CheckpointError, PerdureError, StoreError, SupersededError
 from trainer.storage.store import Store
 

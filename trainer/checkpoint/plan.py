@@ -18,8 +18,8 @@ from torch import Tensor
 
 from trainer.checkpoint import shard
 from trainer.checkpoint.manifest import TensorEntry
-from trainer.checkpoint.tree import Content
-from trainer.distributed import World
+from trainer.checkpoint.state_tree import Content
+from trainer.cluster.world import World
 from trainer.errors import CheckpointError
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {

@@ -15,7 +15,8 @@ from torch import Tensor
 from trainer.checkpoint import plan, shard
 from trainer.checkpoint.manifest import Manifest, Part, ShardFile, checksum
 from trainer.checkpoint.memory import PAGE_BYTES, Bytes, HostBuffer
-from trainer.checkpoint.pieces import (
+from trainer.checkpoint.plan import DTYPE_NAMES, TORCH_DTYPES, Box
+from trainer.checkpoint.read_plan import (
     Block,
     Piece,
     Wanted,
@@ -25,10 +26,9 @@ from trainer.checkpoint.pieces import (
     place_of,
     runs,
 )
-from trainer.checkpoint.plan import DTYPE_NAMES, TORCH_DTYPES, Box
+from trainer.core.threads import in_parallel
 from trainer.errors import CheckpointError
 from trainer.storage.store import NewFile, Readable
-from trainer.threads import in_parallel
 
 _READERS = 8
 

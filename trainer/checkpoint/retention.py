@@ -3,10 +3,10 @@
 from collections.abc import Collection
 from functools import partial
 
-from trainer import policy
 from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import Attempt, Commit
 from trainer.checkpoint.manifest import Manifest
+from trainer.core import intervals
 from trainer.errors import CheckpointError
 from trainer.storage.store import Store
 
@@ -37,7 +37,7 @@ class Retention:
     ) -> None:
         self._store, self._attempt, self._metric = store, attempt, metric
         self._stale = partial(
-            policy.stale,
+            intervals.stale,
             keep_last=keep_last,
             keep_best=keep_best if metric else 0,
             mode=mode,

@@ -7,17 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from trainer import policy
 from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import Attempt
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.mirror import Mirror
 from trainer.checkpoint.retention import Retention
-from trainer.checkpoint.tree import Content
+from trainer.checkpoint.state_tree import Content
 from trainer.checkpoint.writer import Save, Writer
-from trainer.distributed import World
+from trainer.cluster.world import World
+from trainer.core import intervals
+from trainer.core.state import State
 from trainer.errors import CheckpointError, PerdureError, SaveHangsError, StoreError
-from trainer.state import State
 from trainer.storage.store import Store
 
 _MAX_FAILURES_IN_A_ROW = 3
@@ -73,7 +73,7 @@ class Saver:
         attempt: Attempt,
         *,
         config: Mapping[str, Any],
-        every: policy.Every,
+        every: intervals.Every,
         every_s: float | None = None,
         retention: Retention | None = None,
         mirror: Mirror | None = None,

@@ -15,8 +15,8 @@ from trainer.checkpoint import shard
 from trainer.checkpoint.manifest import ShardFile, checksum
 from trainer.checkpoint.memory import PAGE_BYTES, Bytes, HostBuffer, bytes_of
 from trainer.checkpoint.shard import BLOCK_BYTES, Layout
+from trainer.core.threads import in_parallel
 from trainer.storage.store import NewFile
-from trainer.threads import in_parallel
 
 _WRITERS = 8
 

@@ -19,7 +19,7 @@ from trainer.errors import CheckpointError
 from trainer.storage.store import AlreadyExists, Readable, Store
 
 if TYPE_CHECKING:
-    from trainer.checkpoint.foreign import Source  # which is heavy, and rarely needed
+    from trainer.importing.formats import Source  # which is heavy, and rarely needed
 
 
 def copy_shard(reader: Reader, file: str, target: Store, folder: str, made: Manifest) -> None:

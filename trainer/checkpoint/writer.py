@@ -13,11 +13,11 @@ from trainer.checkpoint import lineage, manifest, plan, shard, values
 from trainer.checkpoint.lineage import FOLDER, Attempt, Commit
 from trainer.checkpoint.manifest import Manifest, ShardFile, TensorEntry
 from trainer.checkpoint.snapshot import Snapshot
-from trainer.checkpoint.tree import Content
-from trainer.distributed import World
+from trainer.checkpoint.state_tree import Content
+from trainer.cluster.world import World
+from trainer.core.threads import in_parallel
 from trainer.errors import CheckpointError, PerdureError, StoreError
 from trainer.storage.store import AlreadyExists, NewFile, Store
-from trainer.threads import in_parallel
 
 _WRITERS = 8
 """Parts in flight: as deep a queue as disks want (and object stores take)."""

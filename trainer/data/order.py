@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from trainer.rng import derive
-from trainer.state import Cursor
+from trainer.core.rng import derive
+from trainer.core.state import Cursor
 
 
 def permutation(seed: int, epoch: int, size: int) -> Tensor:

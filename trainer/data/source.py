@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from trainer import processes, rng
+from trainer.cluster.world import World
+from trainer.core import rng, threads
+from trainer.core.state import Cursor, State
 from trainer.data import damage, order
-from trainer.distributed import World
 from trainer.errors import DataError, PerdureError, WorkerLostError
 from trainer.protocols import Batch
-from trainer.state import Cursor, State
 
 T = TypeVar("T")
 _AHEAD = 2
@@ -338,7 +338,7 @@ def begin_worker(number: int) -> None:
     """Begin a process that fetches data: it ends with its parent, not by the parent's signals."""
     for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    processes.die_with_parent()
+    threads.die_with_parent()
 
 
 @dataclass(frozen=True)

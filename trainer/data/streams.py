@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from trainer import rng
+from trainer.cluster.world import World
+from trainer.core import rng
+from trainer.core.state import Cursor, State
 from trainer.data import damage, position
 from trainer.data.source import Feed, Made, begin_worker, collate, with_workers
-from trainer.distributed import World
 from trainer.errors import DataError
 from trainer.protocols import Batch
-from trainer.state import Cursor, State
 
 
 def is_stream(dataset: Any) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import TensorDataset
 
-from trainer.rng import derive
+from trainer.core.rng import derive
 
 
 class Synthetic:

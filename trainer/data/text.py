@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trainer import rng
+from trainer.core import rng
 from trainer.data import corpus, token_shards
 from trainer.data.corpus import Corpus, Document
 from trainer.data.token_shards import INDEX, VERSION, Part, Prepared

@@ -11,11 +11,13 @@ from dataclasses import asdict
 
 import torch
 
-from trainer import build, config, distributed, launch, resume, sharing
-from trainer.arguments import command
-from trainer.compose import compose
-from trainer.config import Run
-from trainer.distributed import World
+from trainer.cli import command
+from trainer.cluster import launch, shared_storage
+from trainer.cluster import world as distributed
+from trainer.cluster.world import World
+from trainer.config import schema
+from trainer.config.compose import compose
+from trainer.config.schema import Run
 from trainer.doctor import links, machine, model, places, slurm, trackers
 from trainer.doctor.finding import Finding, summary, text
 from trainer.errors import (
@@ -26,8 +28,9 @@ from trainer.errors import (
     Problem,
     problems_text,
 )
-from trainer.sizes import Sizes
+from trainer.monitoring.memory import Sizes
 from trainer.storage import Store
+from trainer.training import build, resume
 
 _USAGE = """usage: python -m trainer.doctor [key=value …] [--quick] [--json] [--config-dir FOLDER]
   key=value  the configuration as trainer.run has it: give the run's own arguments
@@ -52,7 +55,7 @@ def _examine(argv: list[str]) -> int:
     problems += build.check(run)
     is_quick = "--quick" in flags
     if not any(p.key.startswith(("launch.", "trainer.", "parallel.")) for p in problems):
-        problems += config.check_world(run, launch.world_size(run.launch))
+        problems += schema.check_world(run, launch.world_size(run.launch))
     if problems:
         return _refuse(problems, is_json="--json" in flags)
     count = 1 if launch.is_rank() else launch.ranks_on_this_node(run.launch)
@@ -164,7 +167,7 @@ def _places(run: Run, world: World, needs: Sizes | None, *, is_quick: bool) -> I
 
 def _shared(stores: Sequence[Store], world: World) -> Finding:
     try:
-        is_one = sharing.find_shared(stores, world)
+        is_one = shared_storage.find_shared(stores, world)
     except ConfigError as error:
         return Finding("shared", "red", "nodes do not see one run_dir", str(error))
     if is_one:

@@ -6,9 +6,9 @@ import time
 import torch
 import torch.distributed as dist
 
-from trainer.distributed import World
+from trainer.cluster.world import World
+from trainer.core.formatting import size
 from trainer.doctor.finding import Finding
-from trainer.terminal import size
 
 _SMALL, _LARGE_BYTES = 50, 64 << 20
 _LARGE = 5

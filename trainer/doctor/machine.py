@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from trainer.distributed import World
+from trainer.cluster.world import World
+from trainer.core.formatting import counted, size
 from trainer.doctor.finding import Finding
-from trainer.terminal import counted, size
 
 _SKEW_S = 1.0
 """Clocks of nodes further apart than this confuse whoever reads their logs together."""

@@ -3,11 +3,12 @@
 import torch
 from torch import nn
 
-from trainer import parameters, targets
-from trainer.config import Run
+from trainer.config import targets
+from trainer.config.schema import Run
+from trainer.core.formatting import size
 from trainer.doctor.finding import Finding
-from trainer.sizes import Sizes, measure
-from trainer.terminal import size
+from trainer.monitoring.memory import Sizes, measure
+from trainer.training import parameters
 
 
 def sizes(run: Run, world_size: int) -> Sizes | None:

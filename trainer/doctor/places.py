@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.checkpoint.memory import HostBuffer
+from trainer.core.formatting import size
 from trainer.doctor.finding import Finding
 from trainer.errors import PerdureError, StoreError
 from trainer.storage import AlreadyExists, Store, is_local
-from trainer.terminal import size
 
 _SPEED_BYTES = 256 << 20
 _REMOTE_SPEED_BYTES = 64 << 20

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from urllib.parse import urlsplit
 
-from trainer.config import Run
+from trainer.config.schema import Run
 from trainer.doctor.finding import Finding
 
 _HOST = "https://api.wandb.ai"

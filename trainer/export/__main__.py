@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Sequence
 
-from trainer.arguments import Arguments, command, parse
+from trainer.cli import Arguments, command, parse
 from trainer.errors import DONE, ConfigError, closest
 from trainer.export.exporting import Exported, export
 from trainer.export.formats import FORMATS, find

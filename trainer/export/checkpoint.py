@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint import tree
-from trainer.checkpoint.names import clean_names
-from trainer.ema import PREFIX
+from trainer.checkpoint import state_tree
 from trainer.errors import ConfigError
 from trainer.export.source import Source
 from trainer.export.subject import Subject
 from trainer.export.updates import refuse_changes, updates
+from trainer.importing.names import clean_names
+from trainer.training.ema import PREFIX
 
 SUFFIX = ".ckpt"
 OPTIONS: Mapping[str, str] = {}
@@ -56,7 +56,7 @@ def progress(source: Source) -> dict[str, Any]:
         "samples": state["samples"],
         "loss": state["metrics"].get("loss"),
         "metrics": dict(state["metrics"]),
-        "scaler_state_dict": tree.join(scaler, source.reader.fetch),
+        "scaler_state_dict": state_tree.join(scaler, source.reader.fetch),
     }
 
 
@@ -65,7 +65,9 @@ def extra_state(source: Source) -> dict[str, Any]:
     stored = source.manifest.objects.get("model_extra", {})
     names = [n.removeprefix("model.") for n in source.manifest.tensors if n.startswith("model.")]
     clean = clean_names([*names, *stored])
-    return {clean[name]: tree.join(value, source.reader.fetch) for name, value in stored.items()}
+    return {
+        clean[name]: state_tree.join(value, source.reader.fetch) for name, value in stored.items()
+    }
 
 
 def has_averages(source: Source) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config import ObjectStore
+from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError, closest
 from trainer.export import parity, record
 from trainer.export.contract import Format

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from trainer.checkpoint import oneflow
-from trainer.checkpoint.dcp_folder import inside
 from trainer.checkpoint.memory import bytes_of
 from trainer.errors import CheckpointError
 from trainer.export.contract import ExportError
 from trainer.export.subject import Subject
+from trainer.importing import oneflow
+from trainer.importing.dcp_folder import inside
 
 SUFFIX = ".oneflow"
 OPTIONS: Mapping[str, str] = {}

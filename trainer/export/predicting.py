@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trainer.core.formatting import table
 from trainer.errors import DataError, PerdureError
 from trainer.export.contract import Runner
 from trainer.export.inputs import Batch
-from trainer.terminal import table
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer import build, rng, targets
-from trainer.config import Run
+from trainer.config import targets
+from trainer.config.schema import Run
+from trainer.core import rng
 from trainer.data.source import fetch, to_device
 from trainer.errors import ConfigError, PerdureError
 from trainer.export.calls import Call, call_of, exchanged, leaves
 from trainer.protocols import DataSource
+from trainer.training import build
 
 _KINDS = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,

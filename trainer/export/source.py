@@ -6,12 +6,12 @@ from torch import Tensor
 
 from trainer.checkpoint import Reader
 from trainer.checkpoint.lineage import Commit
+from trainer.checkpoint.location import open_place
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.names import clean_names
-from trainer.checkpoint.places import open_place
-from trainer.config import ObjectStore
-from trainer.ema import PREFIX
+from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError
+from trainer.importing.names import clean_names
+from trainer.training.ema import PREFIX
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer import rebuild
-from trainer.checkpoint.names import clean_names
-from trainer.config import Run
+from trainer.config.schema import Run
 from trainer.errors import ConfigError, closest
-from trainer.export import samples
+from trainer.export import rebuild, samples
 from trainer.export.calls import Call, outputs_of
 from trainer.export.source import Source
+from trainer.importing.names import clean_names
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config import ObjectStore
+from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError
 from trainer.export.formats import RECORD_SUFFIX, record_path
 from trainer.storage import Store, is_local, open_store

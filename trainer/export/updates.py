@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.checkpoint import tree
-from trainer.checkpoint.names import clean_names
+from trainer.checkpoint import state_tree
 from trainer.errors import CheckpointError, ConfigError
 from trainer.export.source import Source
 from trainer.export.subject import Choices
+from trainer.importing.names import clean_names
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def updates(source: Source) -> list[Update]:
             names[0].insert(place, frozen_name)
         schedule = objects.get("scheduler")
         if schedule is not None:
-            schedule = tree.join(schedule[name] if name else schedule, source.reader.fetch)
+            schedule = state_tree.join(schedule[name] if name else schedule, source.reader.fetch)
         cleaned = [[clean[name] for name in group] for group in names]
         found.append(Update(name, _state_dict(source, own, names), cleaned, schedule))
     return found
@@ -75,12 +75,12 @@ def _state_dict(
             state.setdefault(numbers[name], {})[key] = source.reader.fetch(full)
     for name, values in source.manifest.objects["optimizer"]["state"].items():
         if name in numbers:
-            plain = tree.join(values, source.reader.fetch)
+            plain = state_tree.join(values, source.reader.fetch)
             state.setdefault(numbers[name], {}).update(plain)
     packed = []
     for group, own in zip(groups, names, strict=True):
         values = {key: value for key, value in group.items() if key != "params"}
-        values = tree.join(values, source.reader.fetch)
+        values = state_tree.join(values, source.reader.fetch)
         packed.append({**values, "params": [numbers[name] for name in own]})
     return {"state": dict(sorted(state.items())), "param_groups": packed}
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from trainer.config import ObjectStore
+from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError, StoreError
 from trainer.reporting import facts, page
 from trainer.reporting.facts import Facts

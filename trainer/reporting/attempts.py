@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from trainer import history
+from trainer.checkpoint import attempts
+from trainer.core.formatting import size
 from trainer.reporting import clock, timeline
 from trainer.reporting.curves import is_number
 from trainer.reporting.facts import Facts
 from trainer.reporting.markup import Html, joined, listing, tag
 from trainer.reporting.scales import duration, whole
-from trainer.terminal import size
 
 
 def draw(run: Facts) -> Html:
@@ -31,7 +31,7 @@ def _attempt(run: Facts, record: Mapping[str, Any], took: str) -> list[object]:
     state = run.standing.state if is_newest else timeline.outcome(record)
     ranks, device = record.get("world_size"), record.get("device")
     where = f"{record.get('host', '?')}, {ranks} × {device}" if ranks else record.get("host", "?")
-    last = run.step if is_newest else history.last_step(run.records, record)
+    last = run.step if is_newest else attempts.last_step(run.records, record)
     began = str(record.get("started", "")).removesuffix("+00:00").replace("T", " ")
     changed = record.get("changed")
     lines = [str(one) for one in changed] if isinstance(changed, list) else []

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from trainer import history
+from trainer.checkpoint import attempts as history
 from trainer.checkpoint import lineage
 from trainer.checkpoint.manifest import parse_folder
-from trainer.config import ObjectStore
+from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError, PerdureError, StoreError
 from trainer.reporting import curves, facts
 from trainer.reporting.curves import is_number

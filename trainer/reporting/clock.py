@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from trainer.history import moment_s
+from trainer.checkpoint.attempts import moment_s
 from trainer.reporting.curves import is_number
 from trainer.reporting.facts import Facts
 

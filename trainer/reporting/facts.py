@@ -10,12 +10,11 @@ from typing import Any, TypeVar
 
 import yaml
 
-from trainer import history
-from trainer.checkpoint import lineage
-from trainer.checkpoint.places import Found, Place
-from trainer.config import ObjectStore
+from trainer.checkpoint import attempts, lineage
+from trainer.checkpoint.attempts import Goodput, Standing
+from trainer.checkpoint.location import Found, Place
+from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError, PerdureError
-from trainer.history import Goodput, Standing
 from trainer.reporting import curves
 from trainer.reporting.curves import is_number
 from trainer.storage import Store, is_local, open_store
@@ -67,7 +66,7 @@ class Facts:
     def standing(self) -> Standing:
         """Return whether it runs, and if not, how it ended."""
         newest = self.records[-1] if self.records else None
-        return history.standing(newest, heard_s=heard_s(self.lines), now_s=self.read_s)
+        return attempts.standing(newest, heard_s=heard_s(self.lines), now_s=self.read_s)
 
     @property
     def step(self) -> int:
@@ -89,7 +88,7 @@ class Facts:
     @property
     def goodput(self) -> Goodput:
         """Return what all attempts have done together."""
-        return history.goodput(self.records, self.step)
+        return attempts.goodput(self.records, self.step)
 
     @cached_property
     def best(self) -> Best | None:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 
+from trainer.core.formatting import iso
 from trainer.reporting import attempts, charts, figures, samples, sections, settings
 from trainer.reporting.charts import Axis, Chart
 from trainer.reporting.facts import Facts
 from trainer.reporting.markup import Html, joined, tag
-from trainer.terminal import iso
 
 
 def single(run: Facts) -> str:

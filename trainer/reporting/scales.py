@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.terminal import size
+from trainer.core.formatting import size
 
 SIZE = 1000.0
 """Side of the square that everything is drawn in; the page stretches it."""

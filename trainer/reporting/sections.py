@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.checkpoint.places import Found
+from trainer.checkpoint.location import Found
+from trainer.core.formatting import age, iso, size
 from trainer.reporting import figures
 from trainer.reporting.curves import is_number, points
 from trainer.reporting.facts import Facts
 from trainer.reporting.markup import Html, joined, listing, tag
 from trainer.reporting.scales import duration, number, quantity, whole
-from trainer.terminal import age, iso, size
 
 _KNOWN = frozenset(
     {

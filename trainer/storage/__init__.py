@@ -1,6 +1,6 @@
 """Where the bytes of a run live: `open_store(url)` gives a Store."""
 
-from trainer.config import ObjectStore
+from trainer.config.schema import ObjectStore
 from trainer.storage.local import LocalStore
 from trainer.storage.store import AlreadyExists, NewFile, Store
 

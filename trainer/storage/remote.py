@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
-from trainer.config import ObjectStore
+from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError, StoreError
 from trainer.storage.direct import CutShortError
 from trainer.storage.store import AlreadyExists, NewFile

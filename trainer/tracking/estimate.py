@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.policy import Every
+from trainer.core.intervals import Every
 
 _LAPS = 50
 """Lines whose pace counts: so the estimate follows a change, and no single line moves it."""

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from trainer.checkpoint import lineage, manifest, shard
+from trainer.checkpoint.location import open_place
 from trainer.checkpoint.manifest import Manifest, TensorEntry
-from trainer.checkpoint.places import open_place
 from trainer.checkpoint.stream import write_stream
 from trainer.storage import LocalStore
 

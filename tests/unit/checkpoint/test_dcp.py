@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from trainer import checkpoint
-from trainer.checkpoint import places
+from trainer.checkpoint import location
 from trainer.checkpoint.dcp import PerdureStorageReader, PerdureStorageWriter
 from trainer.errors import CheckpointError, ConfigError
 
@@ -136,7 +136,7 @@ def test_one_writer_serves_many_folders(tmp_path):
     for step in (10, 20):
         state = {"x": torch.full((4,), float(step))}
         dcp.save(state, storage_writer=writer, checkpoint_id=tmp_path / f"step-{step}")
-    place = places.open_place(str(tmp_path))
+    place = location.open_place(str(tmp_path))
     assert [commit.step for commit in place.commits()] == [10, 20]
     assert not place.is_run
     for commit in place.commits():
@@ -203,7 +203,7 @@ def test_a_tensor_of_many_parts_is_written_right(tmp_path):
     state |= {"large": torch.randn(3_000_001), "turned": torch.randn(1100, 1300).T}
     save(state, tmp_path / "a")
     assert equal(load(blank(state), tmp_path / "a"), state)
-    place = places.open_place(str(tmp_path / "a"))
+    place = location.open_place(str(tmp_path / "a"))
     place.reader(place.pick("latest")).verify()
     (file,) = (tmp_path / "a").glob("*.safetensors")
     (length,) = struct.unpack("<Q", file.read_bytes()[:8])
@@ -361,14 +361,14 @@ def test_ranks_that_do_not_speak_with_each_other_cannot_commit(tmp_path):
 
 
 def test_a_runs_own_checkpoint_is_read_by_anybodys_loop(tmp_path):
-    from trainer.checkpoint import lineage, tree
-    from trainer.distributed import World
+    from trainer.checkpoint import lineage, state_tree
+    from trainer.cluster.world import World
     from trainer.storage import LocalStore
 
     model, optimizer = trained()
     content = checkpoint.Content(objects={"scheduler": {"last_epoch": 3}})
-    tree.add_model(content, model, with_buffers=True)
-    tree.add_optimizers(content, model, [optimizer])
+    state_tree.add_model(content, model, with_buffers=True)
+    state_tree.add_optimizers(content, model, [optimizer])
     store = LocalStore(tmp_path / "run")
     writer = checkpoint.Writer(store, World(), lineage.begin(store, {}))
     checkpoint.save(writer, content, step=5)

@@ -14,18 +14,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import FaultyStore, put
+from support.faulty_stores import FaultyStore, put
 
 from trainer import checkpoint
 from trainer.checkpoint import lineage
 from trainer.checkpoint.memory import HostBuffer
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
-from trainer.checkpoint.tree import Content
-from trainer.distributed import World
+from trainer.checkpoint.state_tree import Content
+from trainer.cluster.world import World
+from trainer.core.intervals import Every
+from trainer.core.state import State
 from trainer.errors import SaveHangsError, StoreError
-from trainer.policy import Every
-from trainer.state import State
 from trainer.storage import LocalStore, local
 
 WORDS = 40_000

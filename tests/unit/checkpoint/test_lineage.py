@@ -15,9 +15,9 @@ from trainer import checkpoint
 from trainer.checkpoint import lineage, manifest
 from trainer.checkpoint.lineage import Attempt, Commit
 from trainer.checkpoint.manifest import folder_name, void_bytes
-from trainer.checkpoint.tree import Content
+from trainer.checkpoint.state_tree import Content
 from trainer.checkpoint.writer import Writer
-from trainer.distributed import World
+from trainer.cluster.world import World
 from trainer.errors import NEVER_REQUEUE, CheckpointError, StoreError, SupersededError
 from trainer.storage import LocalStore, Store
 

@@ -18,12 +18,12 @@ from trainer.checkpoint.mirror import Mirror
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
-from trainer.checkpoint.tree import Content
+from trainer.checkpoint.state_tree import Content
 from trainer.checkpoint.writer import Writer
-from trainer.distributed import World
+from trainer.cluster.world import World
+from trainer.core.intervals import Every
+from trainer.core.state import State
 from trainer.errors import StoreError, SupersededError
-from trainer.policy import Every
-from trainer.state import State
 from trainer.storage import LocalStore
 
 

@@ -22,11 +22,11 @@ from trainer import checkpoint
 from trainer.checkpoint import lineage
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
-from trainer.checkpoint.tree import Content
-from trainer.distributed import World
+from trainer.checkpoint.state_tree import Content
+from trainer.cluster.world import World
+from trainer.core.intervals import Every
+from trainer.core.state import State
 from trainer.errors import PerdureError
-from trainer.policy import Every
-from trainer.state import State
 from trainer.storage import LocalStore, Store, local
 
 PART_BYTES = 8192  # so that a small shard has several parts

@@ -13,17 +13,17 @@ import torch
 import xxhash
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from shards import write_tensors
-from stores import FaultyStore
+from support.faulty_stores import FaultyStore
+from support.shard_files import write_tensors
 from torch import Tensor, nn
 
 from trainer import checkpoint
-from trainer.checkpoint import lineage, manifest, shard, tree
+from trainer.checkpoint import lineage, manifest, shard, state_tree
 from trainer.checkpoint.plan import DTYPE_NAMES
 from trainer.checkpoint.reader import DamagedError, Reader
-from trainer.checkpoint.tree import Content
+from trainer.checkpoint.state_tree import Content
 from trainer.checkpoint.writer import Writer
-from trainer.distributed import World
+from trainer.cluster.world import World
 from trainer.errors import CheckpointError, StoreError
 from trainer.storage import LocalStore, Store
 
@@ -160,9 +160,9 @@ def test_a_target_that_is_not_contiguous_is_filled_in_place_and_nothing_beside_i
 def test_parameters_that_need_gradients_are_filled_without_recording_anything(tmp_path):
     store = LocalStore(tmp_path)
     model = nn.Linear(3, 2)
-    save(writer_on(store), tree.model_targets(model))
+    save(writer_on(store), state_tree.model_targets(model))
     other = nn.Linear(3, 2)
-    checkpoint.load(store, checkpoint.latest(store), tree.model_targets(other))
+    checkpoint.load(store, checkpoint.latest(store), state_tree.model_targets(other))
     assert torch.equal(other.weight, model.weight)
     assert other.weight.requires_grad
     assert other.weight.grad_fn is None
@@ -230,7 +230,7 @@ class Tied(nn.Module):
 def test_tied_weights_are_written_once_and_found_under_both_names(tmp_path):
     store = LocalStore(tmp_path)
     model, content = Tied(), Content()
-    tree.add_model(content, model, with_buffers=True)
+    state_tree.add_model(content, model, with_buffers=True)
     made = checkpoint.save(writer_on(store), content, step=1)
     assert made.tensors["model.head.weight"].alias == "model.embedding.weight"
     (name,) = made.files
@@ -241,14 +241,14 @@ def test_tied_weights_are_written_once_and_found_under_both_names(tmp_path):
     assert_equal({key: Reader(store, folder, made).fetch(key) for key in expected}, expected)
 
     other = Tied()
-    checkpoint.load(store, made, tree.model_targets(other))
+    checkpoint.load(store, made, state_tree.model_targets(other))
     assert other.head.weight is other.embedding.weight
     assert_equal({f"model.{key}": value for key, value in other.state_dict().items()}, expected)
 
 
 def test_buffers_are_left_out_where_another_rank_brings_them():
     content = Content()
-    tree.add_model(content, Tied(), with_buffers=False)
+    state_tree.add_model(content, Tied(), with_buffers=False)
     assert not [name for name in content.tensors if "running" in name or "tracked" in name]
     assert "model.inner.1.weight" in content.tensors
 
@@ -271,12 +271,12 @@ def test_extra_state_with_tensors_inside_comes_back(tmp_path):
     store = LocalStore(tmp_path)
     model, content = nn.Sequential(Remembering()), Content()
     model[0].memory = {"scale": [torch.tensor(2.5), (1, "a")], "count": {3: 4}}
-    tree.add_model(content, model, with_buffers=True)
+    state_tree.add_model(content, model, with_buffers=True)
     made = checkpoint.save(writer_on(store), content, step=1)
     other = nn.Sequential(Remembering())
     reader = Reader(store, f"checkpoints/{made.folder}", made)
-    reader.read(tree.model_targets(other))
-    tree.load_model(other, checkpoint.latest(store).objects, reader.fetch)
+    reader.read(state_tree.model_targets(other))
+    state_tree.load_model(other, checkpoint.latest(store).objects, reader.fetch)
     assert other[0].memory == model[0].memory
     assert torch.equal(other[0].weight, model[0].weight)
 
@@ -288,9 +288,9 @@ def fetch_optimizer(store: Store, made: Any, model: nn.Module, optimizer: Any) -
         for name, entry in made.tensors.items()
         if name.startswith("optimizer.")
     }
-    slots = tree.optimizer_slots(model, [optimizer], stored)
+    slots = state_tree.optimizer_slots(model, [optimizer], stored)
     reader.read({name: slot.tensor for name, slot in slots.items()})
-    tree.load_optimizers(model, [optimizer], made.objects["optimizer"], slots, reader.fetch)
+    state_tree.load_optimizers(model, [optimizer], made.objects["optimizer"], slots, reader.fetch)
 
 
 def test_saving_an_optimizer_that_has_no_state_takes_no_step(tmp_path):
@@ -300,8 +300,8 @@ def test_saving_an_optimizer_that_has_no_state_takes_no_step(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
     before = {name: raw_bytes(value) for name, value in model.named_parameters()}
     content = Content()
-    tree.add_model(content, model, with_buffers=True)
-    tree.add_optimizers(content, model, [optimizer])
+    state_tree.add_model(content, model, with_buffers=True)
+    state_tree.add_optimizers(content, model, [optimizer])
     checkpoint.save(writer_on(store), content, step=1)
     assert {name: raw_bytes(value) for name, value in model.named_parameters()} == before
     assert len(optimizer.state) == 0
@@ -310,7 +310,7 @@ def test_saving_an_optimizer_that_has_no_state_takes_no_step(tmp_path):
     other = nn.Linear(3, 2)
     fresh = torch.optim.AdamW(other.parameters(), lr=0.1)
     found = checkpoint.latest(store)
-    checkpoint.load(store, found, tree.model_targets(other))
+    checkpoint.load(store, found, state_tree.model_targets(other))
     fetch_optimizer(store, found, other, fresh)
     assert len(fresh.state) == 0
     assert fresh.param_groups[0]["lr"] == 0.5
@@ -333,7 +333,7 @@ def test_an_optimizer_with_state_in_two_groups_comes_back_to_the_bit(tmp_path):
         model(torch.randn(4, 3)).square().mean().backward()
         optimizer.step()
     content = Content()
-    tree.add_optimizers(content, model, [optimizer])
+    state_tree.add_optimizers(content, model, [optimizer])
     checkpoint.save(writer_on(store), content, step=1)
     other, fresh = make()
     fetch_optimizer(store, checkpoint.latest(store), other, fresh)
@@ -349,7 +349,7 @@ def test_an_optimizer_with_other_groups_is_refused(tmp_path):
     store = LocalStore(tmp_path)
     model = nn.Linear(3, 2)
     content = Content()
-    tree.add_optimizers(content, model, [torch.optim.SGD(model.parameters())])
+    state_tree.add_optimizers(content, model, [torch.optim.SGD(model.parameters())])
     made = checkpoint.save(writer_on(store), content, step=1)
     other = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias]}])
     with pytest.raises(CheckpointError, match="2 groups"):
@@ -359,7 +359,7 @@ def test_an_optimizer_with_other_groups_is_refused(tmp_path):
 def test_an_optimizer_of_a_parameter_outside_of_the_model_is_refused():
     stray = nn.Parameter(torch.ones(2, 7))
     with pytest.raises(CheckpointError, match=r"\(2, 7\)"):
-        tree.add_optimizers(Content(), nn.Linear(3, 2), [torch.optim.SGD([stray])])
+        state_tree.add_optimizers(Content(), nn.Linear(3, 2), [torch.optim.SGD([stray])])
 
 
 # --- what cannot be stored ---------------------------------------------------------------------

@@ -9,18 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import FaultyStore
+from support.faulty_stores import FaultyStore
 
-from trainer import checkpoint, policy
+from trainer import checkpoint
 from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import Attempt, Commit
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
-from trainer.checkpoint.tree import Content
-from trainer.distributed import World
+from trainer.checkpoint.state_tree import Content
+from trainer.cluster.world import World
+from trainer.core import intervals
+from trainer.core.intervals import Every
+from trainer.core.state import State
 from trainer.errors import CheckpointError, StoreError, SupersededError
-from trainer.policy import Every
-from trainer.state import State
 from trainer.storage import LocalStore
 
 RETENTION = ("keep_last", "keep_best", "keep_every_steps", "metric", "mode")
@@ -433,5 +434,5 @@ def test_a_saver_keeps_what_the_policy_says_it_keeps(store):
         save(saver, step, m=score)
     last = saver_on(store, start(store, 5), keep_last=2, keep_best=2, metric="m", mode="max")
     save(last, 6, m=0.0)
-    stale = policy.stale({**scores, 6: 0.0}, keep_last=2, keep_best=2, mode="max")
+    stale = intervals.stale({**scores, 6: 0.0}, keep_last=2, keep_best=2, mode="max")
     assert steps_on(store) == sorted({*scores, 6} - set(stale)) == [2, 4, 5, 6]

@@ -16,7 +16,7 @@ import torch
 import xxhash
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from shards import write_tensors
+from support.shard_files import write_tensors
 
 from trainer.checkpoint import shard
 from trainer.checkpoint.plan import DTYPE_NAMES, TORCH_DTYPES

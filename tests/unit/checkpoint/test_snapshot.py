@@ -13,7 +13,7 @@ from trainer import checkpoint
 from trainer.checkpoint import lineage
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.writer import Writer
-from trainer.distributed import World
+from trainer.cluster.world import World
 from trainer.errors import CheckpointError
 from trainer.storage import LocalStore
 

@@ -8,10 +8,10 @@ import torch
 from trainer import checkpoint
 from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import Attempt, Commit
+from trainer.checkpoint.state_tree import Content
 from trainer.checkpoint.tiers import Tiers
-from trainer.checkpoint.tree import Content
 from trainer.checkpoint.writer import Writer
-from trainer.distributed import World
+from trainer.cluster.world import World
 from trainer.errors import ConfigError
 from trainer.storage import LocalStore
 from trainer.storage.store import Fallback

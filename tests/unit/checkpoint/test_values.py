@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 
-from trainer.checkpoint import tree
-from trainer.checkpoint.tree import Content
+from trainer.checkpoint import state_tree
+from trainer.checkpoint.state_tree import Content
 from trainer.checkpoint.values import TensorRef, decode, dump, encode
 from trainer.errors import CheckpointError
 
@@ -227,7 +227,7 @@ def test_a_scheduler_goes_on_as_if_it_had_never_been_stored(name):
     optimizer, scheduler = new_scheduler(name)
     follow(optimizer, scheduler, 4)
     tensors: dict[str, torch.Tensor] = {}
-    state = tree.split(scheduler.state_dict(), "scheduler", tensors)
+    state = state_tree.split(scheduler.state_dict(), "scheduler", tensors)
     restored = through_json(state)
     assert canonical(restored) == canonical(state)
     other_optimizer, other = new_scheduler(name)
@@ -235,7 +235,7 @@ def test_a_scheduler_goes_on_as_if_it_had_never_been_stored(name):
         other_optimizer.param_groups, optimizer.state_dict()["param_groups"], strict=True
     ):
         group.update({key: value for key, value in stored.items() if key != "params"})
-    other.load_state_dict(tree.join(restored, tensors.__getitem__))
+    other.load_state_dict(state_tree.join(restored, tensors.__getitem__))
     assert follow(other_optimizer, other, 8) == follow(optimizer, scheduler, 8)
 
 
@@ -318,7 +318,7 @@ def test_an_optimizer_goes_on_as_if_it_had_never_been_stored(name):
     take_step(model, optimizer, 1)
     take_step(model, optimizer, 2)
     content = Content()
-    tree.add_optimizers(content, model, [optimizer])
+    state_tree.add_optimizers(content, model, [optimizer])
     restored = through_json(content.objects)
     assert canonical(restored) == canonical(content.objects)
 
@@ -330,11 +330,11 @@ def test_an_optimizer_goes_on_as_if_it_had_never_been_stored(name):
         for key, tensor in content.tensors.items()
         if key.startswith("optimizer.")
     }
-    slots = tree.optimizer_slots(other_model, [other], stored)
+    slots = state_tree.optimizer_slots(other_model, [other], stored)
     for key, slot in slots.items():
         slot.tensor.copy_(content.tensors[key])
     kept = {key: tensor.clone() for key, tensor in content.tensors.items()}
-    tree.load_optimizers(other_model, [other], restored["optimizer"], slots, kept.__getitem__)
+    state_tree.load_optimizers(other_model, [other], restored["optimizer"], slots, kept.__getitem__)
 
     take_step(model, optimizer, 3)
     take_step(other_model, other, 3)
@@ -348,10 +348,10 @@ def test_an_optimizer_goes_on_as_if_it_had_never_been_stored(name):
 def test_tensors_inside_of_values_leave_a_reference_and_come_back():
     value = {"a": [torch.ones(1), {"b": (torch.zeros(2), 3)}], "c": {1: "x"}, "d": None}
     tensors: dict[str, torch.Tensor] = {}
-    parts = tree.split(value, "p", tensors)
+    parts = state_tree.split(value, "p", tensors)
     assert parts["a"][0] == TensorRef("p.a.0")
-    assert sorted(tree.refs(parts)) == sorted(tensors) == ["p.a.0", "p.a.1.b.0"]
-    back = tree.join(through_json(parts), tensors.__getitem__)
+    assert sorted(state_tree.refs(parts)) == sorted(tensors) == ["p.a.0", "p.a.1.b.0"]
+    back = state_tree.join(through_json(parts), tensors.__getitem__)
     assert back["a"][0] is tensors["p.a.0"]
     assert back["a"][1]["b"][0] is tensors["p.a.1.b.0"]
     assert type(back["a"][1]["b"]) is tuple
@@ -367,4 +367,4 @@ def test_tensors_inside_of_values_leave_a_reference_and_come_back():
 )
 def test_two_tensors_that_would_get_one_name_are_refused(value):
     with pytest.raises(CheckpointError, match=re.escape("p.")):
-        tree.split(value, "p", {})
+        state_tree.split(value, "p", {})

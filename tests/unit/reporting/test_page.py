@@ -8,12 +8,12 @@ import time
 import zlib
 
 import pytest
-from handmade import CONFIG, first, hostile_run, lines, moment, second, write
-from pages import charts, curve, parsed, tiles
+from support.report_pages import charts, curve, parsed, tiles
+from support.run_records import CONFIG, first, hostile_run, lines, moment, second, write
 
 from trainer import report, reporting
 from trainer.checkpoint import lineage
-from trainer.config import flatten
+from trainer.config.schema import flatten
 from trainer.errors import ConfigError, StoreError
 from trainer.reporting import clock, facts, settings
 from trainer.storage import LocalStore

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from contract import *
+from support.store_contract import *
 
 from trainer.storage import Store, open_store
 

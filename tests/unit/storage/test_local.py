@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from stores import put
+from support.faulty_stores import put
 
 from trainer.errors import RUN_AGAIN, StoreError
 from trainer.storage import AlreadyExists, LocalStore, Store, open_store

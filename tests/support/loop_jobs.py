@@ -1,0 +1,135 @@
+"""Jobs built and trained by hand, without Hydra, in one process; and all that moves in them."""
+
+import torch
+from torch import nn
+
+from trainer.checkpoint import lineage
+from trainer.checkpoint.retention import Retention
+from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.tiers import Tiers
+from trainer.cluster.stop import Stop
+from trainer.cluster.world import World
+from trainer.config.schema import Run
+from trainer.core import rng
+from trainer.core.intervals import Every
+from trainer.data.source import EvalStream, TrainStream
+from trainer.data.synthetic import Synthetic
+from trainer.storage import open_store
+from trainer.task import Classification
+from trainer.tracking.several import Silent
+from trainer.training import loop, resume
+
+BEGINNING = {"epoch": 0, "batch": 0}
+BATCH = 8
+PER_EPOCH = 5  # 43 samples
+DATA = Synthetic((6,), classes=3, train_samples=43, eval_samples=23, seed=1)
+
+
+class Net(nn.Module):
+    """Everything that makes a step depend on more than its batch: BatchNorm and dropout."""
+
+    def __init__(self, dropout=0.3):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 3)
+        )
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class Lines(Silent):
+    """Remembers what is logged."""
+
+    def __init__(self):
+        self.lines = []
+
+    def log(self, line):
+        self.lines.append(dict(line))
+
+    def of(self, split):
+        return [line for line in self.lines if line["split"] == split]
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def a_job(*, model=None, optimizer=sgd, schedule=None, dataset=DATA, accumulate=1, **changes):
+    """Build a job by hand, as build.py does from a configuration."""
+    torch.manual_seed(0)
+    model = model or Net()
+    made = optimizer(model)
+    rng.seed_all(7)
+    given = {
+        "task": Classification(),
+        "data": TrainStream(dataset.train, World(), 5, BATCH, accumulate),
+        "evaluation": EvalStream(dataset.eval, World(), 5),
+        "tracker": Lines(),
+        "max_steps": 12,
+        "eval_every": Every(),
+        "log_every_steps": 1,
+    }  # fmt: skip
+    return loop.Job(
+        world=World(),
+        model=model,
+        phases=[
+            loop.Phase(
+                wrapped=model, optimizer=made, scheduler=schedule(made) if schedule else None
+            )
+        ],
+        **{**given, **changes},
+    )
+
+
+class Prompt(Saver):
+    """Waits for what it begins: steps as short as these would pass saves by that are due."""
+
+    def at_boundary(self, state, collect, *, due, ended):
+        super().at_boundary(state, collect, due=due, ended=ended)
+        if self._flight is not None:
+            self._flight.save._thread.join()
+
+
+def a_saver(folder, start=None, *, every=None, store=None, **settings):
+    """Begin an attempt of the run in `folder`, from `start` if it goes on from one."""
+    store = store or open_store(str(folder))
+    attempt = lineage.begin(store, {"resume": "auto"})
+    origin = {"step": start.step if start else 0, "attempt": None}
+    lineage.amend(store, attempt, {"resumed_from": origin})
+    retention = Retention(store, attempt, keep_last=100)
+    settings = {"retention": retention, "config": {}, "every": every or Every(), **settings}
+    saver = Prompt(store, World(), attempt, **settings)
+    if start is not None and start.manifest is not None:
+        saver.committed_step = start.step
+    return saver
+
+
+def go_on(folder, job, **settings):
+    """Load the newest checkpoint and train on from it; return (state, whether it is finished)."""
+    run = Run(name="a", run_dir=str(folder))
+    start = resume.choose(Tiers(open_store(str(folder))), run, {})
+    saver = a_saver(folder, start, **settings)
+    if start.manifest is not None:
+        rng.seed_all(999)  # the checkpoint alone decides
+    state = resume.load(job, start)
+    stop = Stop(World())
+    return state, loop.train(job, state, saver, stop)
+
+
+def saved_steps(folder):
+    return [commit.step for commit in lineage.commits(open_store(str(folder)))]
+
+
+def everything(job, state):
+    """Return all that moves, in a form that compares bit for bit."""
+    content = loop.collect(job, state)
+    tensors = {name: (t.dtype, t.numpy().tobytes()) for name, t in content.tensors.items()}
+    return tensors, repr(content.objects)
+
+
+def without_times(lines):
+    return [
+        {k: v for k, v in line.items() if k != "time" and not k.endswith(("_s", "_per_s"))}
+        for line in lines
+    ]

@@ -1,0 +1,84 @@
+"""What a checkpoint's configuration may call, and what it may not, however it is written."""
+
+import os
+import sys
+
+import pytest
+
+from trainer.config.allowed_targets import refuse_targets
+from trainer.errors import ConfigError
+
+HOSTILE = [
+    "os.system",
+    "builtins.eval",
+    "subprocess.run",
+    "torch.load",
+    "torch.hub.load",
+    "trainer.run.main",
+    "trainer.run.os.system",
+    "trainer.data.text.os.system",
+    "trainer.data.tokenizer.importlib.import_module",
+    "trainer.task.F.torch.hub.load",
+    "models.cnn.torch.hub.load",
+    "torch.nn.modules.module.warnings.warn",
+    "torch.nnx.Linear",
+    "modelsx.Net",
+    "trainer.database.Evil",
+]
+
+
+@pytest.mark.parametrize("target", HOSTILE)
+@pytest.mark.parametrize("wrap", [
+    lambda node: {"model": node},
+    lambda node: {"model": {"_target_": "torch.nn.Sequential", "_args_": [node]}},
+    lambda node: {"data": {"_target_": "trainer.data.digits.Digits", "a": {"b": [{"c": node}]}}},
+], ids=["plain", "listed", "deep"])  # fmt: skip
+def test_what_is_not_ours_is_refused_with_what_would_allow_it(target, wrap):
+    nodes = wrap({"_target_": target, "command": "true"})
+    with pytest.raises(ConfigError) as caught:
+        refuse_targets(nodes)
+    assert f"_target_: {target}" in str(caught.value)
+    assert f"allow={target}" in str(caught.value)
+
+
+@pytest.mark.parametrize("target", [
+    "models.cnn.CNN", "models.mlp.MLP", "torch.nn.Linear", "torch.nn.modules.linear.Linear",
+    "trainer.data.digits.Digits", "trainer.task.Classification", "trainer.data.mnist.Mnist",
+])  # fmt: skip
+def test_what_is_ours_and_torch_nns_is_not(target):
+    refuse_targets({"model": {"_target_": target}})
+
+
+@pytest.mark.parametrize("target", [
+    "trainer.data.tokenizer._package", "trainer.data.source._Ahead",
+    "torch.nn.modules.module._addindent",
+])  # fmt: skip
+def test_what_is_private_of_ours_is_not_called_either(target):
+    with pytest.raises(ConfigError, match=f"allow={target}"):
+        refuse_targets({"data": {"_target_": target}})
+    refuse_targets({"data": {"_target_": target}}, [target])
+
+
+def test_what_is_not_ours_is_not_even_imported(tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text("import os\nos.environ['EVIL'] = 'yes'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"evil\.Net"):
+        refuse_targets({"model": {"_target_": "evil.Net"}})
+    assert "evil" not in sys.modules
+    assert "EVIL" not in os.environ
+
+
+@pytest.mark.parametrize("allowed", [["mine"], ["mine.net"], ["mine.net.Net"]])
+def test_what_the_user_allows_may_be_called(tmp_path, monkeypatch, allowed):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/net.py").write_text("class Net: pass\nfrom os import system\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("mine", "mine.net"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    refuse_targets({"model": {"_target_": "mine.net.Net"}}, allowed)
+    with pytest.raises(ConfigError, match=r"mine\.net\.system"):
+        refuse_targets({"model": {"_target_": "mine.net.system"}}, allowed)
+
+
+def test_a_name_that_the_user_gives_in_full_is_trusted_wherever_it_comes_from():
+    refuse_targets({"model": {"_target_": "collections.abc.Mapping"}}, ["collections.abc.Mapping"])

@@ -1,0 +1,417 @@
+"""The shipped data against its sources, damaged files, and how batches are fetched."""
+
+import gzip
+import random
+import struct
+import time
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset, default_collate
+
+from trainer.cluster.world import World
+from trainer.data.digits import Digits
+from trainer.data.mnist import Mnist, read_idx
+from trainer.data.source import EvalStream, TrainStream, fetch, to_device
+from trainer.data.synthetic import Synthetic
+from trainer.errors import DataError
+
+# --- digits ------------------------------------------------------------------------------------
+
+
+def test_digits_are_scikit_learns_every_fifth_for_evaluation():
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    digits = Digits()
+    train, evaluation = digits.train.tensors, digits.eval.tensors
+    assert [tuple(t.shape) for t in train] == [(1438, 1, 8, 8), (1438,)]
+    assert [tuple(t.shape) for t in evaluation] == [(359, 1, 8, 8), (359,)]
+    assert [t.dtype for t in train] == [torch.float32, torch.int64]
+    every_fifth = np.arange(1797) % 5 == 4
+    for (images, labels), chosen in ((train, ~every_fifth), (evaluation, every_fifth)):
+        assert np.array_equal(images.numpy()[:, 0] * 16, bunch.images[chosen])
+        assert np.array_equal(labels.numpy(), bunch.target[chosen])
+        assert images.min() == 0
+        assert images.max() == 1
+        assert set(labels.tolist()) == set(range(10))
+
+
+# --- mnist -------------------------------------------------------------------------------------
+
+NAMES = (
+    "train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte",
+)  # fmt: skip
+
+
+def idx(array):
+    """Return an array as the bytes of an IDX file, as the format's description has them."""
+    array = np.asarray(array, dtype=np.uint8)
+    header = struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(
+        f">{array.ndim}I", *array.shape
+    )
+    return header + array.tobytes()
+
+
+def images(count):
+    return np.random.default_rng(count).integers(0, 256, (count, 4, 3))
+
+
+CONTENTS = {
+    NAMES[0]: idx(images(5)), NAMES[1]: idx([0, 1, 2, 3, 9]),
+    NAMES[2]: idx(images(2)), NAMES[3]: idx([7, 0]),
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A directory with four whole IDX files."""
+    for name, data in CONTENTS.items():
+        (tmp_path / name).write_bytes(data)
+    return tmp_path
+
+
+def test_idx_files_are_read_as_images_and_labels(folder):
+    source = Mnist(str(folder), mean=0.25, std=0.5)
+    inputs, labels = source.train.tensors
+    assert (inputs.dtype, labels.dtype) == (torch.float32, torch.int64)
+    expected = (images(5)[:, None] / 255 - 0.25) / 0.5
+    np.testing.assert_allclose(inputs.numpy(), expected, atol=1e-6)
+    assert labels.tolist() == [0, 1, 2, 3, 9]
+    assert source.eval.tensors[0].shape == (2, 1, 4, 3)
+    assert source.eval.tensors[1].tolist() == [7, 0]
+
+
+def test_files_may_be_compressed_and_named_with_a_dot(folder):
+    for name, data in CONTENTS.items():
+        (folder / name).unlink()
+        (folder / (name.replace("-idx", ".idx") + ".gz")).write_bytes(gzip.compress(data))
+    source = Mnist(str(folder))
+    assert source.train.tensors[1].tolist() == [0, 1, 2, 3, 9]
+    assert source.eval.tensors[1].tolist() == [7, 0]
+
+
+def cut(data):
+    return data[:-1]
+
+
+def longer(data):
+    return data + b"\0"
+
+
+def other_count(data):
+    return data[:7] + b"\x06" + data[8:]
+
+
+def other_magic(data):
+    return b"\0\0\x0d" + data[3:]
+
+
+def other_axes(data):
+    return data[:3] + b"\x02" + data[4:]
+
+
+def only_the_magic(data):
+    return data[:4]
+
+
+def nothing(data):
+    return b""
+
+
+@pytest.mark.parametrize(("damage", "text"), [
+    (cut, "59 bytes of data, its header says 5 x 4 x 3 = 60; it was cut short or altered"),
+    (longer, "61 bytes of data, its header says 5 x 4 x 3 = 60"),
+    (other_count, "60 bytes of data, its header says 6 x 4 x 3 = 72"),
+    (other_magic, "begins with 00 00 0d 03; an IDX file of unsigned bytes with 3 axes begins with "
+                  "00 00 08 03"),
+    (other_axes, "begins with 00 00 08 02"),
+    (only_the_magic, "begins with 00 00 08 03"),
+    (nothing, "begins with ;"),
+])  # fmt: skip
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_damaged_file_is_named_with_what_was_found(folder, damage, text, compressed):
+    path = folder / NAMES[0]
+    data = damage(CONTENTS[NAMES[0]])
+    if compressed:
+        path.unlink()
+        path = folder / (NAMES[0] + ".gz")
+        data = gzip.compress(data)
+    path.write_bytes(data)
+    with pytest.raises(DataError) as caught:
+        _ = Mnist(str(folder)).train
+    assert str(caught.value).startswith(f"{path} ")
+    assert text in str(caught.value)
+
+
+def flipped(data):
+    changed = bytearray(data)
+    changed[len(data) // 2] ^= 0xFF
+    return bytes(changed)
+
+
+def not_deflated(data):
+    return data[:10] + b"\xff" * len(data)
+
+
+def not_gzip(data):
+    return b"<html>404</html>"
+
+
+@pytest.mark.parametrize("damage", [cut, flipped, not_deflated, not_gzip])
+def test_a_damaged_gzip_file_is_named_with_what_to_do(folder, damage):
+    (folder / NAMES[3]).unlink()
+    path = folder / (NAMES[3] + ".gz")
+    path.write_bytes(damage(gzip.compress(CONTENTS[NAMES[3]])))
+    with pytest.raises(DataError) as caught:
+        _ = Mnist(str(folder)).eval
+    assert str(path) in str(caught.value)
+    assert "download it again" in str(caught.value)
+
+
+def test_a_header_that_asks_for_terabytes_is_refused_without_allocating_them(tmp_path):
+    path = tmp_path / "huge"
+    path.write_bytes(bytes([0, 0, 8, 3]) + b"\xff" * 12)
+    with pytest.raises(DataError, match="cut short or altered"):
+        read_idx(path, dims=3)
+
+
+def test_images_and_labels_that_do_not_belong_together_are_refused(folder):
+    (folder / NAMES[1]).write_bytes(idx([1, 2, 3]))
+    with pytest.raises(DataError, match=r"has 5 images, .* 3 labels; they do not belong together"):
+        _ = Mnist(str(folder)).train
+
+
+def test_a_label_that_is_no_class_is_refused(folder):
+    assert Mnist(str(folder), classes=10).train.tensors[1].max() == 9
+    with pytest.raises(DataError, match=r"has the label 9, data\.classes is 9"):
+        _ = Mnist(str(folder), classes=9).train
+
+
+def test_a_missing_directory_says_where_to_get_the_files(tmp_path):
+    with pytest.raises(DataError) as caught:
+        Mnist(str(tmp_path / "none"))
+    assert f"data.dir={tmp_path / 'none'}: there is no such directory" in str(caught.value)
+    assert "dataset-fashion-mnist" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_file_is_named_before_training_with_what_is_there(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(DataError) as caught:
+        Mnist(str(folder))
+    assert f"has neither {name} nor {name}.gz (it holds " in str(caught.value)
+    assert "https://github.com/zalandoresearch/fashion-mnist" in str(caught.value)
+
+
+def test_an_empty_directory_is_said_to_be_empty(tmp_path):
+    with pytest.raises(DataError, match="it is empty"):
+        Mnist(str(tmp_path))
+
+
+# --- synthetic ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 8, 8), [3, 4, 5, 2]])
+def test_synthetic_data_has_any_shape(shape):
+    source = Synthetic(shape, classes=4, train_samples=30, eval_samples=9)
+    inputs, labels = source.train.tensors
+    assert inputs.shape == (30, *shape)
+    assert inputs.dtype == torch.float32
+    assert (labels.dtype, labels.shape) == (torch.int64, (30,))
+    assert set(labels.tolist()) <= set(range(4))
+    assert len(source.eval) == 9
+
+
+def test_synthetic_data_is_a_function_of_its_seed():
+    torch.manual_seed(0)
+    first = Synthetic((4,), seed=3, train_samples=20)
+    torch.manual_seed(1)
+    same, other = Synthetic((4,), seed=3, train_samples=20), Synthetic((4,), seed=4)
+    assert torch.equal(first.train.tensors[0], same.train.tensors[0])
+    assert torch.equal(first.eval.tensors[0], same.eval.tensors[0])
+    assert not torch.equal(first.eval.tensors[0], other.eval.tensors[0])
+
+
+def test_both_parts_share_their_patterns_and_nothing_else():
+    source = Synthetic((6,), classes=3, train_samples=50, eval_samples=50, noise=0.0)
+    patterns = {}
+    for inputs, labels in (source.train.tensors, source.eval.tensors):
+        for row, label in zip(inputs, labels.tolist(), strict=True):
+            assert torch.equal(patterns.setdefault(label, row), row)
+    assert len(patterns) == 3
+    assert not torch.equal(source.train.tensors[1], source.eval.tensors[1])
+
+
+# --- batches -----------------------------------------------------------------------------------
+
+
+class Plain:
+    """A map-style dataset that returns pairs."""
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, index):
+        return torch.tensor([index, -index]), 10 * index
+
+
+class Mappings(Plain):
+    def __getitem__(self, index):
+        return {"x": torch.tensor([index, -index]), "y": 10 * index}
+
+
+class Whole(Plain):
+    """A dataset that makes a batch itself."""
+
+    asked = None
+
+    def __getitem__(self, index):
+        raise AssertionError("samples were asked for one by one")
+
+    def __getitems__(self, indices):
+        self.asked = indices
+        rows = torch.tensor(indices)
+        return torch.stack([rows, -rows], 1), 10 * rows
+
+
+class ListOfSamples(Plain):
+    """What torch's own contract of `__getitems__` returns: a list of samples."""
+
+    def __getitems__(self, indices):
+        return [Plain.__getitem__(self, index) for index in indices]
+
+
+INDICES = torch.tensor([4, 0, 7])
+EXPECTED = (torch.tensor([[4, -4], [0, 0], [7, -7]]), torch.tensor([40, 0, 70]))
+
+
+def in_tensors():
+    rows = torch.arange(9)
+    return TensorDataset(torch.stack([rows, -rows], 1), 10 * rows)
+
+
+@pytest.mark.parametrize("make", [in_tensors, Plain, Whole, ListOfSamples])
+def test_every_kind_of_dataset_gives_the_same_batch(make):
+    batch = fetch(make(), INDICES)
+    assert all(map(torch.equal, batch, EXPECTED))
+    assert len(batch) == 2
+
+
+def test_a_batch_of_mappings_is_a_mapping_of_batches():
+    batch = fetch(Mappings(), INDICES)
+    assert list(batch) == ["x", "y"]
+    assert torch.equal(batch["x"], EXPECTED[0])
+    assert torch.equal(batch["y"], EXPECTED[1])
+
+
+def test_a_dataset_that_makes_batches_is_asked_once_with_plain_numbers():
+    dataset = Whole()
+    fetch(dataset, INDICES)
+    assert dataset.asked == [4, 0, 7]
+    assert all(type(index) is int for index in dataset.asked)
+
+
+def test_subsets_of_torch_are_fetched_whole():
+    subset = torch.utils.data.Subset(Whole(), [8, 7, 6, 5, 4])
+    batch = fetch(subset, torch.tensor([1, 4]))
+    assert torch.equal(batch[1], torch.tensor([70, 40]))
+
+
+def test_moving_a_batch_keeps_its_form():
+    batch = {"a": [torch.ones(1), (torch.zeros(2), "text")], "b": 3}
+    moved = to_device(batch, torch.device("cpu"))
+    assert moved["a"][0] is batch["a"][0]
+    assert type(moved["a"][1]) is tuple
+    assert moved["a"][1][1] == "text"
+    assert moved["b"] == 3
+
+
+def test_the_default_collation_is_torchs_own():
+    samples = [Plain()[index] for index in INDICES.tolist()]
+    assert all(map(torch.equal, fetch(Plain(), INDICES), default_collate(samples)))
+
+
+# --- workers -----------------------------------------------------------------------------------
+
+
+class Noisy:
+    """A dataset whose samples are partly random, from all three generators."""
+
+    def __init__(self, size=23, fails_at=None):
+        self.size, self.fails_at = size, fails_at
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        if index == self.fails_at:
+            raise OSError("the file system is gone")
+        noise = random.random() + np.random.rand() + torch.rand(3)
+        return noise + index, index
+
+
+def stream(workers, *, size=1, rank=0, dataset=None):
+    world = World(rank=rank, size=size)
+    return TrainStream(dataset or Noisy(), world, seed=3, global_batch_size=6, workers=workers)
+
+
+def first(batches, count):
+    return [(batch[0].tolist(), batch[1].tolist(), cursor) for (batch,), cursor in
+            islice(batches, count)]  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_are_the_same_with_workers_and_without(workers):
+    beginning = {"epoch": 0, "batch": 0}
+    torch.manual_seed(0)
+    expected = first(stream(0).batches(beginning), 7)
+    before = torch.get_rng_state()
+    assert first(stream(workers).batches(beginning), 7) == expected
+    assert torch.equal(torch.get_rng_state(), before)  # the training's generator is untouched
+    middle = expected[2][2]
+    assert first(stream(workers).batches(middle), 4) == expected[3:]
+    samples = EvalStream(Noisy(), World(), 5)
+    ahead = EvalStream(Noisy(), World(), 5, workers)
+    for (x, _), (other, _) in zip(samples.batches(), ahead.batches(), strict=True):
+        assert torch.equal(x, other)
+
+
+def test_random_samples_are_the_same_on_any_number_of_ranks():
+    beginning = {"epoch": 0, "batch": 0}
+    alone = first(stream(0).batches(beginning), 4)
+    ranks = [first(stream(0, size=3, rank=rank).batches(beginning), 4) for rank in range(3)]
+    for step, (x, y, _) in enumerate(alone):
+        assert [row for rank in ranks for row in rank[step][0]] == x
+        assert [row for rank in ranks for row in rank[step][1]] == y
+
+
+def test_an_error_in_a_worker_is_raised_where_the_batch_is_asked_for():
+    batches = stream(1, dataset=Noisy(fails_at=4)).batches({"epoch": 0, "batch": 0})
+    with pytest.raises(DataError, match=r"^sample 4 cannot be read: OSError: the file"):
+        list(islice(batches, 4))
+
+
+def test_it_is_known_whether_batches_are_there(tmp_path):
+    gate = tmp_path / "gate"
+
+    class Waiting(Noisy):
+        def __getitem__(self, index):
+            while not gate.exists():
+                time.sleep(0.01)
+            return super().__getitem__(index)
+
+    batches = stream(1, dataset=Waiting()).batches({"epoch": 0, "batch": 0})
+    assert not batches.has(1)
+    gate.touch()
+    until = time.monotonic() + 60
+    while not batches.has(2):
+        assert time.monotonic() < until
+    next(batches)
+    assert stream(0).batches({"epoch": 0, "batch": 0}).has(2)
+    over = EvalStream(Noisy(size=5), World(), 5, 1).batches()
+    list(over)
+    assert over.has(1)  # the end

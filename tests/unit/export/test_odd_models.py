@@ -1,0 +1,176 @@
+"""Models that a format stumbles over: it works, or the line is named and what would work."""
+
+import numpy as np
+import pytest
+import torch
+from support.trained_runs import a_trained_run
+
+from trainer.data.digits import Digits
+from trainer.errors import ConfigError
+from trainer.export.__main__ import main
+from trainer.export.calls import call_of
+from trainer.export.exporting import export
+from trainer.export.formats import open_export
+from trainer.export.samples import described
+from trainer.export.subject import Choices
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory):
+    """A function that builds and saves one of odd_models, and keeps the run for who asks next."""
+    kept = {}
+
+    def make(name, *overrides):
+        if name not in kept:
+            kept[name] = a_trained_run(
+                tmp_path_factory.mktemp(name), "data=digits", "~model.input_shape",
+                "~model.classes", f"model._target_=odd_models.{name}", *overrides, steps=0,
+            )  # fmt: skip
+        return kept[name]
+
+    return make
+
+
+DECIDES = ("a value of a tensor decides here", "format=torchscript method=script")
+
+
+@pytest.mark.parametrize(("name", "arguments", "texts"), [
+    ("Branches", ["format=torch_export"], ["if x.sum() > 0", "odd_models.py", *DECIDES]),
+    ("Branches", ["format=torchscript", "method=trace"],
+     ["if x.sum() > 0", "odd_models.py, line", "a trace would fix"]),
+    ("Counts", ["format=torch_export"], ["count = int(x", *DECIDES]),
+    ("Exotic", ["format=onnx"], ["ONNX has no operator for aten.linalg_eig", "torch_export"]),
+    ("Fixed", ["format=torch_export"], ["the size of the axis 'batch' is fixed to 3", "dynamic="]),
+    ("Chance", ["format=torchscript"], ["another one each time", "training=self.training"]),
+    ("Unscriptable", ["format=torchscript", "method=script"],
+     ["keyword-only", "forward(self, x: Tensor, **rest", "method=trace"]),
+    ("HalfScriptable", ["format=torchscript"],
+     ["if float(y.sum()) > 0", "cannot be scripted either", "traced="]),
+])  # fmt: skip
+def test_what_cannot_be_is_named_with_what_can(run_of, capsys, tmp_path, name, arguments, texts):
+    if "format=onnx" in arguments:
+        pytest.importorskip("onnxscript")
+    out = f"out={tmp_path}/a"
+    assert main([run_of(name), *arguments, "allow=odd_models", out]) == 1
+    error = capsys.readouterr().err
+    for text in texts:
+        assert text in error
+    assert len(error.splitlines()) <= 14
+    assert list(tmp_path.iterdir()) == []
+
+
+IMAGES = Digits().eval.tensors[0][:4]
+
+
+@pytest.mark.parametrize(("name", "form", "options"), [
+    ("Branches", "torchscript", {}),
+    ("Counts", "torchscript", {"method": "script"}),
+    ("Exotic", "torchscript", {}),
+    ("Fixed", "torchscript", {}),
+    ("Unscriptable", "torchscript", {}),
+    ("HalfScriptable", "torchscript", {"traced": "inner"}),
+    ("HalfScriptable", "full_model", {}),
+    ("Tied", "torchscript", {"freeze": "true"}),
+    ("Tied", "torch_export", {}),
+])  # fmt: skip
+def test_what_can_be_answers_as_the_class_does(run_of, tmp_path, name, form, options):
+    from support import export_models
+
+    run, allowed = run_of(name), Choices(allowed=["odd_models"])
+    done = export(run, form, out=f"{tmp_path}/a", choices=allowed, options=options)
+    model = getattr(export_models, name)().eval()
+    weights = export(run, "state_dict", out=f"{tmp_path}/w.pt").path
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    runner = open_export(done.path, trusted=True)
+    for sign in (1, -1):  # both branches
+        with torch.no_grad():
+            wanted = model(sign * IMAGES)
+        (found,) = runner.run({"x": (sign * IMAGES).numpy()}).values()
+        np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["torchscript", "torch_export", "full_model"])
+def test_a_nest_of_inputs_and_outputs_has_names(run_of, tmp_path, form):
+    from support.export_models import FromDict
+
+    run = run_of("FromDict", "task._target_=odd_models.DictTask")
+    allowed = Choices(allowed=["odd_models"])
+    done = export(run, form, out=f"{tmp_path}/a", choices=allowed)
+    model = FromDict().eval()
+    weights = export(run, "state_dict", out=f"{tmp_path}/w.pt").path
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    bias = torch.arange(4.0)
+    with torch.no_grad():
+        wanted = model({"image": IMAGES, "bias": bias}, scale=2.0)
+    runner = open_export(done.path, trusted=True)
+    assert runner.inputs == ["image", "bias"]
+    found = runner.run({"bias": bias.numpy(), "image": IMAGES.numpy()})
+    assert list(found) == ["logits", "rest_0", "rest_1"]
+    for value, tensor in zip(found.values(), (wanted.logits, *wanted.rest), strict=True):
+        np.testing.assert_allclose(value, tensor.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["torchscript", "full_model"])
+def test_two_inputs_and_a_tuple(run_of, tmp_path, form):
+    choices = Choices(allowed=["odd_models"], inputs="left:float32[1,8,8];right:float32[1,8,8]")
+    done = export(run_of("Pair"), form, out=f"{tmp_path}/a", choices=choices)
+    assert [each["name"] for each in done.record["inputs"]] == ["left", "right"]
+    assert [each["shape"] for each in done.record["outputs"]] == [["batch", 10], ["batch"]]
+    found = open_export(done.path, trusted=True).run(
+        {"left": IMAGES.numpy(), "right": IMAGES.numpy()}
+    )
+    np.testing.assert_allclose(found["output_1"], IMAGES.mean((1, 2, 3)).numpy(), rtol=1e-5)
+
+
+def test_an_output_that_is_called_as_an_input_gets_another_name(run_of, tmp_path):
+    choices = Choices(allowed=["odd_models"])
+    done = export(run_of("Named"), "torch_export", out=f"{tmp_path}/a", choices=choices)
+    found = open_export(done.path).run({"x": IMAGES.numpy()})
+    assert list(found) == ["logits", "x_out"]
+    np.testing.assert_array_equal(found["x_out"], 2 * IMAGES.numpy())
+
+
+def test_a_model_that_returns_no_tensor_fits_no_format(run_of, capsys):
+    assert main([run_of("NoTensor"), "format=torchscript", "allow=odd_models"]) == 2
+    assert "returns a str without tensors" in capsys.readouterr().err
+
+
+# --- names of calls ----------------------------------------------------------------------------
+
+
+class Any(torch.nn.Module):
+    def forward(self, first, *others, flag=True, **rest):
+        return first
+
+
+ONE, TWO = torch.zeros(2, 3), torch.ones(2)
+
+
+@pytest.mark.parametrize(("arguments", "keywords", "names"), [
+    ((ONE,), {}, ["first"]),
+    ((ONE, TWO, TWO), {"flag": False}, ["first", "others_0", "others_1"]),
+    (({"a.b": ONE, "c": [TWO, None]},), {}, ["a_b", "c_0"]),
+    (({"a": ONE}, {"a": TWO}), {}, ["first_a", "others_0_a"]),
+    ((ONE,), {"mask": TWO, "x": 3}, ["first", "mask"]),
+])  # fmt: skip
+def test_tensors_are_named_after_the_parameters(arguments, keywords, names):
+    call = call_of(Any(), arguments, keywords)
+    assert list(call.tensors()) == names
+    other = [tensor + 5 for tensor in call.tensors().values()]
+    given, named = call.filled(iter(other))
+    again = call_of(Any(), given, named)
+    assert [torch.equal(a, b) for a, b in zip(again.tensors().values(), other, strict=True)]
+    assert (again.names, len(given)) == (call.names, len(arguments))
+
+
+def test_a_description_becomes_inputs():
+    found = described("tokens:int64[16]<7; mask:bool[16];x:bfloat16[1,2]", 5, classes=3)
+    shapes = {name: (list(tensor.shape), tensor.dtype) for name, tensor in found.items()}
+    assert shapes == {
+        "tokens": ([5, 16], torch.int64), "mask": ([5, 16], torch.bool),
+        "x": ([5, 1, 2], torch.bfloat16),
+    }  # fmt: skip
+    assert 0 <= found["tokens"].min() <= found["tokens"].max() == 6
+    for text in ("x", "x:float32", "x:float32[3", "x:int64[3]<a", "x:object[3]", ""):
+        with pytest.raises(ConfigError, match="is no description of an input"):
+            described(text, 1, classes=3)

@@ -1,0 +1,201 @@
+"""DCP folders: any tensor of them, and nothing of what a hostile one would have run."""
+
+import io
+import os
+import pickle
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from support.state_dicts import Bomb, a_state, brought, nested, same, save_dcp
+from torch import nn
+from torch.distributed.checkpoint.filesystem import SerializationFormat
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
+
+from trainer.errors import CheckpointError
+from trainer.importing import pickles
+from trainer.importing.formats import open_foreign
+
+__all__ = ["brought"]
+
+
+def metadata(folder):
+    return pickle.loads((Path(folder) / ".metadata").read_bytes())
+
+
+def tampered(folder, change):
+    """Write a DCP folder whose metadata `change` has altered."""
+    save_dcp(folder, a_state())
+    found = metadata(folder)
+    change(found)
+    (folder / ".metadata").write_bytes(pickle.dumps(found))
+    return str(folder)
+
+
+def stored(found, name):
+    return next(info for index, info in found.storage_data.items() if index.fqn == name)
+
+
+def test_a_dcp_folder_is_read_back_as_it_was_saved(tmp_path, brought):
+    source = open_foreign(brought(save_dcp(tmp_path / "a", a_state())))
+    assert source.kind == "a DCP folder (torch.distributed.checkpoint)"
+    assert source.tensors["model.half"] == (torch.bfloat16, (4,))
+    assert source.paths["optimizer.param_groups.0.lr"] == ("optimizer", "param_groups", 0, "lr")
+    same(nested(source), a_state())
+    with pytest.raises(CheckpointError, match="has no tensor 'epoch'"):
+        source.fetch("epoch")
+
+
+def test_a_dcp_folder_without_a_planners_paths_has_its_own_names(tmp_path):
+    url = tampered(tmp_path / "a", lambda found: setattr(found, "planner_data", None))
+    assert open_foreign(url).paths["model.w"] == ("model.w",)
+
+
+def test_objects_that_torch_would_unpickle_stay_bytes(tmp_path):
+    bomb = tmp_path / "bomb"
+    state = {"stream": io.BytesIO(b"x"), "bomb": Bomb(bomb), "pair": (1, torch.ones(2)), "n": 1}
+    source = open_foreign(save_dcp(tmp_path / "a", state))
+    assert source.objects["n"] == 1
+    pair = torch.load(io.BytesIO(source.objects["pair"]), weights_only=True)
+    assert torch.equal(pair[1], torch.ones(2))
+    assert type(source.objects["bomb"]) is type(source.objects["stream"]) is bytes
+    assert not bomb.exists()
+
+
+def test_every_name_of_torch_that_is_known_still_exists():
+    for module, name in pickles.KNOWN:
+        if module.startswith(("torch", "collections", "builtins")):
+            assert hasattr(import_module(module), name), f"torch has no {module}.{name} any more"
+
+
+def test_a_bomb_in_the_metadata_is_named_and_never_goes_off(tmp_path):
+    bomb = tmp_path / "bomb"
+    for number, content in enumerate(
+        [Bomb(bomb), Metadata({"w": Bomb(bomb)}), Metadata({}, planner_data=[Bomb(bomb)])]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / ".metadata").write_bytes(pickle.dumps(content))
+        with pytest.raises(CheckpointError, match=r"/\.metadata asks for posix\.system, which"):
+            open_foreign(str(folder))
+    assert not bomb.exists()
+
+
+@pytest.mark.parametrize("wanted", [nn.Linear, torch.load, eval, os.system, Path.unlink])
+def test_the_metadata_can_ask_for_no_other_name(wanted):
+    with pytest.raises(CheckpointError, match="asks for"):
+        pickles.metadata(pickle.dumps([wanted]), "here")
+
+
+def test_what_stands_for_a_class_cannot_be_altered_by_a_pickle():
+    what = b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
+    for state in (b"(N(dVchunks\nI1\nstb.", b"(dVchunks\nI1\nsb."):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            pickles.metadata(what + state, "here")
+    assert pickles.Record().chunks is None
+
+
+def test_a_part_that_is_a_bomb_is_refused(tmp_path):
+    bomb, blob = tmp_path / "bomb", io.BytesIO()
+    torch.save(Bomb(bomb), blob)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "evil.distcp").write_bytes(blob.getvalue())
+
+    def change(found):
+        info = stored(found, "model.w")
+        info.relative_path, info.offset, info.length = "evil.distcp", 0, len(blob.getvalue())
+
+    source = open_foreign(tampered(tmp_path / "a", change))
+    with pytest.raises(CheckpointError, match=r"evil\.distcp: tensor 'model\.w' asks for posix"):
+        source.fetch("model.w")
+    assert not bomb.exists()
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../x", "a/../../x", "a\\b", "", "a//b", 3, "a\0b"]
+)
+def test_no_file_outside_of_the_folder_is_opened(tmp_path, path):
+    def change(found):
+        stored(found, "model.w").relative_path = path
+
+    with pytest.raises(CheckpointError, match=r"names .*which (is no file|would lie outside)"):
+        open_foreign(tampered(tmp_path / "a", change))
+
+
+def in_two(found):
+    """Say that a tensor of 5 rows has two parts, of 3 rows and of 3."""
+    found.state_dict_metadata["model.w"].chunks = [
+        ChunkStorageMetadata(torch.Size([at, 0]), torch.Size([3, 3])) for at in (0, 2)
+    ]
+
+
+@pytest.mark.parametrize(("change", "text"), [
+    (lambda found: found.storage_data.clear(), "malformed"),
+    (in_two, "parts of 'model.w' are not the whole"),
+    (lambda found: found.state_dict_metadata["model.w"].chunks.clear(), "parts of 'model.w'"),
+    (lambda found: setattr(found.state_dict_metadata["model.w"], "size", None), "malformed"),
+    (lambda found: setattr(stored(found, "epoch"), "offset", -1), "-1.* are not natural numbers"),
+    (lambda found: setattr(stored(found, "epoch"), "transform_descriptors", ["zstd"]), "zstd"),
+    (lambda found: found.planner_data.update(epoch=(1.5,)), "is no path of 'epoch'"),
+])  # fmt: skip
+def test_metadata_that_contradicts_itself_is_refused(tmp_path, change, text):
+    with pytest.raises(CheckpointError, match=text):
+        open_foreign(tampered(tmp_path / "a", change))
+
+
+def swap(found):
+    """Give one tensor the bytes of another."""
+    info, other = stored(found, "model.w"), stored(found, "model.half")
+    info.offset, info.length = other.offset, other.length
+
+
+def cut(found):
+    stored(found, "model.w").length = 10
+
+
+@pytest.mark.parametrize(("change", "text"), [
+    (swap, "tensor 'model.w' is torch.bfloat16 .*and should be torch.float32"),
+    (cut, "has 10 bytes, fewer than it needs"),
+    (lambda found: setattr(stored(found, "model.w"), "relative_path", "b"), "/b is missing"),
+    (lambda found: setattr(stored(found, "model.w"), "length", 1 << 60), "it was cut short"),
+    (lambda found: setattr(stored(found, "model.w"), "offset", 1), "not what torch.save writes"),
+])  # fmt: skip
+def test_bytes_that_do_not_fit_the_metadata_are_refused(tmp_path, change, text):
+    source = open_foreign(tampered(tmp_path / "a", change))
+    with pytest.raises(CheckpointError, match=text):
+        source.fetch("model.w")
+
+
+def test_a_damaged_part_is_refused_with_the_name_of_its_file(tmp_path):
+    url = save_dcp(tmp_path / "a", a_state())
+    file = tmp_path / "a" / "__0_0.distcp"
+    info = stored(metadata(url), "model.w")
+    data = bytearray(file.read_bytes())
+    data[info.offset + 8 : info.offset + info.length] = bytes(info.length - 8)
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: tensor 'model\.w' cannot be read"):
+        open_foreign(url).fetch("model.w")
+
+
+def test_a_dcp_folder_of_another_serialization_is_refused(tmp_path):
+    state = {"w": torch.ones(30)}
+    url = save_dcp(tmp_path / "a", state, serialization_format=SerializationFormat.SAFETENSORS)
+    with pytest.raises(CheckpointError, match="serialization_format=SAFETENSORS, which is not"):
+        open_foreign(url).fetch("w")
+
+
+def test_metadata_that_was_cut_or_altered_is_an_error_and_never_a_traceback(tmp_path):
+    folder = tmp_path / "a"
+    file = Path(save_dcp(folder, a_state())) / ".metadata"
+    data = file.read_bytes()
+    for cut_at in range(0, len(data), 11):
+        file.write_bytes(data[:cut_at])
+        with pytest.raises(CheckpointError, match="metadata"):
+            open_foreign(str(folder))
+    for at in range(0, len(data), 5):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 0x11]) + data[at + 1 :])
+        try:
+            nested(open_foreign(str(folder)))
+        except CheckpointError:
+            continue

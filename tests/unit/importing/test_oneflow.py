@@ -1,0 +1,180 @@
+"""OneFlow's folders: read as they are written, and never beyond what they say."""
+
+import re
+
+import pytest
+import torch
+from google.protobuf import text_format
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.oneflow_proto import Info
+from support.state_dicts import brought, oneflow_folder
+
+from trainer.errors import CheckpointError
+from trainer.importing import oneflow
+from trainer.importing.formats import open_foreign
+
+__all__ = ["brought"]
+
+
+NUMBERS = {dtype: number for number, dtype in oneflow.KINDS.values()}
+kinds = st.sampled_from(sorted(NUMBERS, key=str))
+shapes = st.lists(st.integers(0, 5) | st.integers(0, 1 << 40), max_size=4).filter(
+    lambda shape: len([dim for dim in shape if dim > 5]) < 2
+)
+
+
+# --- the text ----------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(kinds, shapes)
+def test_the_text_is_what_protobuf_reads_and_writes(dtype, shape):
+    text = oneflow.meta_text(dtype, tuple(shape))
+    parsed = text_format.Parse(text, Info())
+    assert (list(parsed.shape.dim), parsed.data_type) == (shape, NUMBERS[dtype])
+    for written in (
+        text,
+        text_format.MessageToString(parsed),
+        text_format.MessageToString(parsed, as_one_line=True),
+        text_format.MessageToString(parsed, use_short_repeated_primitives=True),
+        text_format.MessageToString(parsed, pointy_brackets=True, use_index_order=True),
+    ):
+        assert oneflow.parse_meta(written) == (dtype, tuple(shape))
+
+
+@pytest.mark.parametrize("text", [
+    "shape { dim: 64 dim: 784 } data_type: kFloat", "data_type: 2\nshape:{dim:64,dim:784;}",
+    "shape<dim:[64,784]>data_type:kFloat", "# said\nshape {dim: 64 # axis\n dim: 784} data_type: 2",
+])  # fmt: skip
+def test_any_spelling_that_protobuf_takes_is_taken(text):
+    parsed = text_format.Parse(text, Info())
+    assert (list(parsed.shape.dim), parsed.data_type) == ([64, 784], 2)
+    assert oneflow.parse_meta(text) == (torch.float32, (64, 784))
+
+
+@pytest.mark.parametrize("text", [
+    "", "shape {}", "data_type: kFloat", "shape { dim: -1 } data_type: kFloat",
+    "shape { dim: 1.5 } data_type: kFloat", "shape { dim: 1 data_type: kFloat",
+    "shape { dim: 1 } data_type: kFloat }", "shape { dim: 1 } shape { } data_type: kFloat",
+    "shape { dim: 1 } data_type: kFloat data_type: kFloat", "shape { dim: 1 } data_type: kString",
+    "shape { dim: 1 > data_type: kFloat", "shape { dim: 99999999999999999999 } data_type: kFloat",
+    "shape { dim 1 } data_type: kFloat", "shape { size: 1 } data_type: kFloat",
+    "shape { dim: [1 } data_type: kFloat", "shape { dim: 1 } data_type: 999", "shape: data_type",
+    "shape { dim: 1x } data_type: kFloat", "shape { dim: 1 } data_type: kFloat \0", "{", "shape",
+    "shape { dim: '1' } data_type: kFloat",
+])  # fmt: skip
+def test_what_protobuf_refuses_is_refused(text):
+    parsed = Info()
+    try:
+        is_read = text_format.Parse(text, parsed).IsInitialized()
+    except text_format.ParseError:
+        is_read = False
+    assert not is_read or any(dim < 0 for dim in parsed.shape.dim)
+    with pytest.raises(ValueError):
+        oneflow.parse_meta(text)
+
+
+@pytest.mark.parametrize("text", [
+    "shape { dim: 9223372036854775807 dim: 2 } data_type: kFloat",
+    "shape { dim: 0 dim: 9223372036854775807 dim: 9 } data_type: kFloat",
+    "shape { " + "dim: 1 " * 65 + "} data_type: kFloat",
+])  # fmt: skip
+def test_a_shape_that_no_tensor_has_is_refused(text):
+    with pytest.raises(ValueError, match="no tensor has such a shape"):
+        oneflow.parse_meta(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("shape{}dim:[1, 6]data_type: kFloat<>;#\n", max_size=40))
+def test_nothing_is_read_that_protobuf_would_not_read(text):
+    try:
+        dtype, shape = oneflow.parse_meta(text)
+    except ValueError:
+        return
+    parsed = text_format.Parse(text, Info())
+    assert parsed.IsInitialized()
+    assert (list(parsed.shape.dim), parsed.data_type) == (list(shape), NUMBERS[dtype])
+
+
+def test_a_dtype_that_oneflow_lacks_is_named():
+    with pytest.raises(CheckpointError, match=r"OneFlow has no torch\.complex64"):
+        oneflow.meta_text(torch.complex64, (1,))
+
+
+# --- the folder --------------------------------------------------------------------------------
+
+TENSORS = {
+    "fc.weight": torch.arange(6.0).reshape(2, 3), "scalar": torch.tensor(7),
+    "half": torch.randn(4).half(), "brain": torch.randn(4).bfloat16(), "empty": torch.empty(0, 3),
+    "mask": torch.tensor([True, False]), "byte": torch.tensor([255], dtype=torch.uint8),
+}  # fmt: skip
+
+
+def test_a_folder_from_anywhere_is_read_bit_for_bit(tmp_path, brought):
+    source = open_foreign(brought(oneflow_folder(tmp_path / "of", TENSORS)))
+    assert source.kind == "a folder of OneFlow variables"
+    assert set(source.tensors) == set(source.paths) == set(TENSORS)
+    assert (source.aliases, source.objects) == ({}, {})
+    for name, expected in TENSORS.items():
+        found = source.fetch(name)
+        assert source.tensors[name] == (expected.dtype, tuple(expected.shape))
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        assert torch.equal(found, expected), name
+    with pytest.raises(CheckpointError, match="has no tensor 'absent'"):
+        source.fetch("absent")
+
+
+def test_a_folder_that_was_not_finished_is_refused(tmp_path, brought):
+    (oneflow_folder(tmp_path / "of", TENSORS) / "snapshot_done").unlink()
+    with pytest.raises(CheckpointError, match="no snapshot_done, which is written last"):
+        open_foreign(brought(tmp_path / "of"))
+
+
+@pytest.mark.parametrize(("key", "content", "text"), [
+    ("fc.weight/out", bytes(23), r"out is 23 bytes, and torch\.float32 \[2, 3\] takes 24"),
+    ("fc.weight/out", bytes(25), "is 25 bytes"),
+    ("fc.weight/meta", b"shape { dim: 6 } data_type: kDouble", "is 24 bytes, and .* takes 48"),
+    ("fc.weight/meta", b"shape { dim: -6 } data_type: kFloat", "meta does not describe a variable"),
+    ("fc.weight/meta", b"\xff\xfe", "meta does not describe a variable"),
+    ("fc.weight/meta", b"#" * 70_000, "it is too long"),
+    ("fc.weight/out", None, "fc.weight lacks out or meta"),
+    ("fc.weight/meta", None, "fc.weight lacks out or meta"),
+    ("other/text", b"what is this", "other lacks out or meta"),
+])  # fmt: skip
+def test_a_variable_that_is_not_what_it_says_is_refused(tmp_path, brought, key, content, text):
+    path = oneflow_folder(tmp_path / "of", TENSORS) / key
+    if content is None:
+        path.unlink()
+    else:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=text):
+        open_foreign(brought(tmp_path / "of"))
+
+
+def test_bytes_that_are_no_truth_values_are_refused(tmp_path):
+    (oneflow_folder(tmp_path / "of", TENSORS) / "mask" / "out").write_bytes(b"\x01\x02")
+    with pytest.raises(CheckpointError, match="other bytes than 0 and 1"):
+        open_foreign(str(tmp_path / "of")).fetch("mask")
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path):
+    source = open_foreign(str(oneflow_folder(tmp_path / "of", TENSORS)))
+    (tmp_path / "of" / "fc.weight" / "out").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="cut short while it was read"):
+        source.fetch("fc.weight")
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a\\b", ""])
+def test_no_variable_lies_outside_of_the_folder(name):
+    class Hostile:
+        """A store that lists what no folder can hold."""
+
+        url = "s3://bucket/of"
+
+        def __getattr__(self, asked):
+            raise AssertionError(f"{asked} was called")
+
+    with pytest.raises(CheckpointError, match=re.escape(repr(name))):
+        oneflow.OneflowFolder("s3://bucket/of", Hostile(), ["snapshot_done", f"{name}/"])

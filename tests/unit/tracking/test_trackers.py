@@ -1,0 +1,408 @@
+"""Lines that survive a kill, several trackers at once, and trackers that do nothing."""
+
+import json
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.config.schema import Run
+from trainer.errors import ConfigError
+from trainer.storage import open_store
+from trainer.tracking import jsonl, libraries
+from trainer.tracking.console import Console
+from trainer.tracking.guarded import Guarded
+from trainer.tracking.jsonl import FILE_NAME, SAVES_NAME, Jsonl
+from trainer.tracking.several import Several, Silent
+from trainer.tracking.tensorboard import TensorBoard
+from trainer.tracking.wandb import Wandb
+from trainer.training import build
+
+
+def facts(folder, *, step=0, last_eval_step=0):
+    return {
+        "run_dir": str(folder), "step": step, "last_eval_step": last_eval_step, "max_steps": 30,
+        "steps_per_epoch": 10, "world_size": 1, "config": {}, "attempt": 1, "run_id": "one",
+        "store": open_store(str(folder)),
+    }  # fmt: skip
+
+
+def line(step, split="train", **figures):
+    position = {"step": step, "epoch": step // 10, "samples": 4 * step, "time": 1.5}
+    return {**position, "split": split, **figures}
+
+
+def parsed(folder):
+    def no_constant(text):
+        raise AssertionError(f"{text} is not strict JSON")
+
+    text = (folder / FILE_NAME).read_text(encoding="utf-8")
+    assert text == "" or text.endswith("\n")
+    return [json.loads(one, parse_constant=no_constant) for one in text.split("\n")[:-1]]
+
+
+def started(folder, *lines, **where):
+    """Begin an attempt, log some lines, end it."""
+    tracker = Jsonl()
+    tracker.start(facts(folder, **where))
+    for one in lines:
+        tracker.log(one)
+    tracker.close()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The directory of a run that has three training lines and two evaluations."""
+    folder = tmp_path / "run"
+    started(
+        folder, line(5, loss=0.5), line(10, loss=0.4), line(10, "eval", loss=0.45),
+        line(15, loss=0.3), line(20, "eval", loss=0.35),
+    )  # fmt: skip
+    return folder
+
+
+# --- metrics.jsonl -----------------------------------------------------------------------------
+
+
+def test_every_line_is_one_json_object(run):
+    assert parsed(run)[2] == line(10, "eval", loss=0.45)
+    assert len(parsed(run)) == 5
+
+
+def test_the_directory_is_made_and_the_file_is_there_from_the_start(tmp_path):
+    started(tmp_path / "deep" / "run")
+    assert parsed(tmp_path / "deep" / "run") == []
+
+
+@pytest.mark.parametrize(("step", "last_eval_step", "kept"), [
+    (20, 20, [(5, "train"), (10, "train"), (10, "eval"), (15, "train"), (20, "eval")]),
+    (15, 10, [(5, "train"), (10, "train"), (10, "eval"), (15, "train")]),
+    (20, 10, [(5, "train"), (10, "train"), (10, "eval"), (15, "train")]),  # 20 is evaluated again
+    (14, 10, [(5, "train"), (10, "train"), (10, "eval")]),
+    (10, 0, [(5, "train"), (10, "train")]),  # saved at 10 before its evaluation was complete
+    (0, 0, []),
+])  # fmt: skip
+def test_the_file_is_cut_back_to_where_the_attempt_starts(run, step, last_eval_step, kept):
+    started(run, step=step, last_eval_step=last_eval_step)
+    assert [(one["step"], one["split"]) for one in parsed(run)] == kept
+
+
+def test_lines_that_stay_are_the_same_bytes(run):
+    before = (run / FILE_NAME).read_bytes()
+    started(run, step=20, last_eval_step=20)
+    assert (run / FILE_NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize("tail", [
+    b'{"step": 20, "epo', b"{", b'{"step": 20, "split": "train", "\xc3', b"\0\0\0",
+])  # fmt: skip
+def test_a_last_line_that_was_cut_short_is_dropped(run, tail):
+    before = parsed(run)
+    with open(run / FILE_NAME, "ab") as file:
+        file.write(tail)
+    started(run, line(25, loss=0.1), step=30, last_eval_step=30)
+    assert parsed(run) == [*before, line(25, loss=0.1)]
+
+
+def test_a_last_line_that_only_lacks_its_end_is_kept(run):
+    text = (run / FILE_NAME).read_bytes()
+    (run / FILE_NAME).write_bytes(text[:-1])
+    started(run, step=30, last_eval_step=30)
+    assert (run / FILE_NAME).read_bytes() == text
+
+
+@pytest.mark.parametrize("damage", [
+    b"{", b"[1]", b"3", b'"x"', b"\xff\xfe", b'{"step": 1}', b'{"step": -1, "split": "train"}',
+    b'{"step": 1.5, "split": "train"}', b'{"step": true, "split": "train"}',
+    b'{"step": 1, "split": null}', b"[" * 100_000,
+])  # fmt: skip
+@pytest.mark.parametrize("where", [0, 2, 5])
+def test_for_people_damaged_lines_are_passed_over_and_counted(run, damage, where):
+    before = parsed(run)
+    texts = (run / FILE_NAME).read_bytes().splitlines()
+    (run / FILE_NAME).write_bytes(b"\n".join([*texts[:where], damage, *texts[where:], b""]))
+    found = jsonl.salvage(open_store(str(run)))
+    assert (found.lines, found.damaged) == (before, 1)
+    assert jsonl.newest(open_store(str(run))).lines == before
+
+
+@given(st.binary(max_size=300), st.integers(0, 400))
+@settings(max_examples=50)
+def test_no_bytes_break_the_reading_for_people(tmp_path_factory, noise, where):
+    folder = tmp_path_factory.mktemp("noise")
+    data = b"".join(json.dumps(line(step, loss=0.5)).encode() + b"\n" for step in range(1, 5))
+    (folder / FILE_NAME).write_bytes(data[:where] + noise + data[where:])
+    found = jsonl.salvage(open_store(str(folder)))
+    assert len(found.lines) + found.damaged >= 3  # noise can hide the end of one line
+
+
+def test_names_may_hold_any_character(tmp_path):
+    odd = line(1, **{"größe\u2028\x85\n": 1.0})
+    started(tmp_path, odd)
+    started(tmp_path, step=1)
+    assert parsed(tmp_path) == [odd]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_json_has_no_number_for_becomes_null_and_stays_it(tmp_path, value):
+    started(tmp_path, line(1, loss=value, accuracy=0.5))
+    started(tmp_path, step=1)
+    assert parsed(tmp_path) == [line(1, loss=None, accuracy=0.5)]
+
+
+def test_floats_come_back_exactly(tmp_path):
+    value = 0.1 + 0.2
+    started(tmp_path, line(1, loss=value))
+    assert parsed(tmp_path)[0]["loss"] == value
+
+
+def test_a_writer_that_should_be_dead_cannot_touch_the_new_file(run):
+    dead = Jsonl()
+    dead.start(facts(run, step=20, last_eval_step=20))
+    dead.log(line(21, loss=9.0))
+    alive = Jsonl()
+    alive.start(facts(run, step=10, last_eval_step=10))
+    dead.log(line(22, loss=9.0))
+    alive.log(line(11, loss=0.4))
+    dead.log(line(23, loss=9.0))
+    dead.close()
+    alive.close()
+    assert [one["step"] for one in parsed(run)] == [5, 10, 10, 11]
+
+
+def test_lines_reach_the_file_as_they_come(tmp_path):
+    tracker = Jsonl()
+    tracker.start(facts(tmp_path))
+    for step in (1, 2):
+        tracker.log(line(step))
+        assert [one["step"] for one in parsed(tmp_path)] == list(range(1, step + 1))
+    tracker.close()
+
+
+def test_no_temporary_file_is_left(run):
+    started(run)
+    assert sorted(path.name for path in run.iterdir()) == [FILE_NAME, SAVES_NAME]
+
+
+def a_save(step, attempt):
+    return {"step": step, "attempt": attempt, "time": 1.5, "save_s": 0.5, "stall_s": 0.0,
+            "bytes": 7}  # fmt: skip
+
+
+def test_saves_of_abandoned_timelines_stay(tmp_path):
+    for attempt in (1, 2):
+        tracker = Jsonl()
+        tracker.start(facts(tmp_path, step=10, last_eval_step=10))
+        tracker.saved(a_save(20, attempt))
+        tracker.close()
+    text = (tmp_path / SAVES_NAME).read_text()
+    assert [json.loads(one) for one in text.splitlines()] == [a_save(20, 1), a_save(20, 2)]
+    assert parsed(tmp_path) == []
+
+
+# --- several and none --------------------------------------------------------------------------
+
+
+class Remembers:
+    def __init__(self, calls, name):
+        self._calls, self._name = calls, name
+
+    def __getattr__(self, method):
+        return lambda *arguments: self._calls.append((self._name, method, *arguments))
+
+
+def test_several_pass_every_call_on_in_order(tmp_path):
+    calls = []
+    several = Several([Remembers(calls, "a"), Remembers(calls, "b")])
+    several.start({"step": 1})
+    several.log({"step": 2})
+    several.say("hello")
+    several.saved({"step": 3})
+    several.flush()
+    several.ended("done")
+    several.close()
+    expected = [
+        ("start", {"step": 1}), ("log", {"step": 2}), ("say", "hello"), ("saved", {"step": 3}),
+        ("flush",), ("ended", "done"), ("close",),
+    ]  # fmt: skip
+    assert calls == [(name, *call) for call in expected for name in ("a", "b")]
+
+
+@pytest.mark.parametrize("make", [
+    Jsonl, Console, Silent, lambda: Several([]), lambda: Several([Jsonl(), Silent()]), TensorBoard,
+    lambda: Guarded("x", Console()), lambda: Wandb(mode="disabled"),
+])  # fmt: skip
+def test_every_tracker_takes_every_call_in_any_state(make, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    tracker = make()
+    tracker.close()  # an attempt that failed before it began
+    tracker.flush()
+    tracker.start(facts(tmp_path))
+    tracker.log(line(1, loss=1.0))
+    tracker.say("hello")
+    for name, argument in (("saved", a_save(1, 1)), ("ended", "done")):
+        getattr(tracker, name, lambda argument: None)(argument)
+    tracker.flush()
+    tracker.close()
+    tracker.close()
+
+
+def test_silent_is_silent(tmp_path, capsys):
+    silent = Silent()
+    silent.start(facts(tmp_path))
+    silent.log(line(1))
+    silent.say("hello")
+    silent.close()
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- on an object store --------------------------------------------------------------------------
+
+attempts = st.lists(
+    st.tuples(st.integers(0, 4), st.integers(0, 3), st.booleans(), st.booleans()), max_size=6
+)
+
+
+def a_line(split, step, attempt):
+    return {"split": split, "step": step, "attempt": attempt, "loss": step / 7}
+
+
+@given(attempts=attempts)
+@settings(max_examples=60, deadline=None)
+def test_parts_of_attempts_are_joined_to_what_a_file_would_hold(tmp_path_factory, attempts):
+    """Of each attempt: steps committed, steps lost, whether it closed, whether it evaluated."""
+    folder = tmp_path_factory.mktemp("run")
+    store = open_store(f"memory:/{folder}")
+    committed = evaluated = 0
+    for number, (kept, lost, closes, evaluates) in enumerate([*attempts, (2, 0, True, True)], 1):
+        facts = {"step": committed, "last_eval_step": evaluated, "attempt": number, "store": store}
+        trackers = [Jsonl(), Jsonl()]
+        for tracker, place in zip(trackers, (str(folder), store.url), strict=True):
+            tracker.start({**facts, "run_dir": place})
+        for step in range(committed + 1, committed + kept + 1):
+            for tracker in trackers:
+                tracker.log(a_line("train", step, number))
+                if evaluates:
+                    tracker.log(a_line("eval", step, number))
+                tracker.flush()
+        evaluated = committed + kept if evaluates else evaluated
+        committed += kept
+        for step in range(committed + 1, committed + lost + 1):
+            for tracker in trackers:
+                tracker.log(a_line("train", step, number))
+        if closes:
+            for tracker in trackers:
+                tracker.close()
+        else:  # killed; only what the interpreter would complain of
+            trackers[0]._lines._file.close()
+            trackers[0]._saves._file.close()
+    as_file = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert jsonl.read(store) == as_file
+    assert jsonl.read(store, SAVES_NAME) == []
+    assert store.list("") == [FILE_NAME, SAVES_NAME]
+
+
+@given(attempts=st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=5))
+@settings(max_examples=40, deadline=None)
+def test_saves_that_were_flushed_are_kept_once_on_an_object_store(tmp_path_factory, attempts):
+    """Of each attempt: how many saves it made, and whether it closed."""
+    store = open_store(f"memory:/{tmp_path_factory.mktemp('run')}")
+    expected = []
+    for number, (saves, closes) in enumerate([*attempts, (1, True)], 1):
+        tracker = Jsonl()
+        where = {"step": 0, "last_eval_step": 0, "attempt": number, "store": store}
+        tracker.start({**where, "run_dir": store.url})
+        for step in range(saves):
+            tracker.saved(a_save(step, number))
+            tracker.flush()
+            expected.append(a_save(step, number))
+        if closes:
+            tracker.close()
+        assert jsonl.read(store, SAVES_NAME) == expected
+
+
+# --- trackers that fail ---------------------------------------------------------------------------
+
+METHODS = ["start", "log", "say", "saved", "flush", "ended", "close"]
+
+
+class Fails(Silent):
+    """Raises in one of its methods, and counts the calls of the others."""
+
+    def __init__(self, method, error):
+        self.calls = []
+        for name in METHODS:
+            setattr(self, name, self.fail if name == method else self.counted(name))
+        self.error = error
+
+    def fail(self, *arguments):
+        raise self.error
+
+    def counted(self, name):
+        return lambda *arguments: self.calls.append(name)
+
+
+def an_attempt(tracker, folder):
+    tracker.start(facts(folder))
+    for step in (1, 2):
+        tracker.log(line(step, loss=0.5))
+        tracker.say("hello")
+        tracker.saved(a_save(step, 1))
+        tracker.flush()
+    tracker.ended("done")
+    tracker.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tracker_that_fails_is_left_out_and_told_of_once(method, tmp_path, capsys):
+    bad, good = Fails(method, ZeroDivisionError("its own bug")), Fails(None, None)
+    an_attempt(Several([Jsonl(), Guarded("mine", bad), Guarded("other", good)]), tmp_path)
+    assert [one["step"] for one in parsed(tmp_path)] == [1, 2]
+    assert good.calls == ["start", *METHODS[1:5], *METHODS[1:5], "ended", "close"]
+    before = {"start": [], "ended": good.calls[:-2], "close": good.calls[:-1]}
+    first = METHODS[: METHODS.index(method)]
+    assert bad.calls == before.get(method, first) + ["close"] * (method != "close")
+    told = capsys.readouterr().err
+    assert told.count("TRACKER LOST: tracker.mine") == 1
+    assert f"its {method}() failed: ZeroDivisionError: its own bug ({__file__}:" in told
+    assert told.count("\n") == 1
+
+
+def test_a_tracker_that_asks_for_another_configuration_ends_the_attempt(tmp_path):
+    guarded = Guarded("mine", Fails("start", ConfigError("mine.key is wrong")))
+    with pytest.raises(ConfigError, match=r"mine\.key"):
+        guarded.start(facts(tmp_path))
+
+
+def test_what_is_no_tracker_is_refused_with_what_it_lacks():
+    with pytest.raises(ConfigError, match=r"tracker\.mine: object is no tracker, .* start, log"):
+        Guarded("mine", object())
+
+
+def test_optional_methods_may_be_missing(tmp_path):
+    class Least:
+        start = log = say = staticmethod(lambda given: None)
+        flush = close = staticmethod(lambda: None)
+
+    an_attempt(Several([Guarded("mine", Least())]), tmp_path)
+
+
+def test_a_library_that_is_missing_is_told_and_a_folder_of_its_name_is_none(tmp_path, monkeypatch):
+    (tmp_path / "wandb_of_old").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert libraries.missing("json", "x") == ""
+    for name in ("wandb_of_old", "no_such_library"):
+        assert libraries.missing(name, "x").endswith("pip install 'perdure[x]'")
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_missing_library_is_a_problem_of_the_configuration(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    target = {"wandb": Wandb, "tensorboard": TensorBoard}[name]
+    node = {"_target_": f"{target.__module__}.{target.__name__}"}
+    (problem,) = [p for p in build.check(Run(tracker={name: node})) if p.key == f"tracker.{name}"]
+    assert f"pip install 'perdure[{name}]'" in problem.text
+    with pytest.raises(ConfigError, match="not installed"):
+        target()

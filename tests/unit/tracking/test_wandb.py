@@ -1,0 +1,225 @@
+"""The real wandb: what it writes offline, and that no server, or a dead one, is no hindrance."""
+
+import os
+import socket
+import subprocess
+import threading
+from contextlib import contextmanager
+
+import pytest
+from support.event_files import wandb_run
+
+from trainer.checkpoint import Content, Writer, lineage
+from trainer.cluster.world import World
+from trainer.core.state import State
+from trainer.errors import ConfigError
+from trainer.storage import open_store
+from trainer.tracking import code
+from trainer.tracking.wandb import Wandb
+
+KEY = "a" * 40
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path, monkeypatch):
+    """Nothing of this machine's own settings, and nothing that stays."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "wandb-tracker":
+            thread.join()
+
+
+def aliases(found):
+    return [sorted(set(names) - {"latest"}) for _, names, _ in found]
+
+
+def line(step, split="train", **figures):
+    position = {"step": step, "epoch": 0, "samples": 4 * step, "time": 1.5, "split": split}
+    return {**position, **figures}
+
+
+def facts(run_dir, **more):
+    config = {"name": "a,b", "seed": 3, "checkpoint": {"metric": "accuracy", "mode": "max"}}
+    return {
+        "run_dir": str(run_dir), "store": open_store(str(run_dir)), "attempt": 1, "step": 0,
+        "run_id": "20260101-abc", "config": config, **more,
+    }  # fmt: skip
+
+
+def offline_files(folder):
+    return sorted(folder.rglob("wandb/offline-run-*/*.wandb"))
+
+
+def history(path):
+    return [
+        {key: value for key, value in each.items() if not key.startswith("_")}
+        for each in wandb_run(path)[2]
+    ]
+
+
+def test_attempts_are_one_run_and_steps_that_come_again_are_not_dropped(tmp_path, capsys):
+    hooks = os.sys.exit, os.sys.excepthook
+    for attempt, steps, outcome in ((1, (10, 20, 30), "preempted"), (2, (20, 30, 40), "done")):
+        tracker = Wandb(mode="offline", options={"tags": ["x"]})
+        # the library names folders by the second, and these attempts are short
+        tracker.start(facts(tmp_path / str(attempt), attempt=attempt))
+        for step in steps:
+            tracker.log(line(step, loss=1 / step, lr=0.5))
+        tracker.log(line(steps[-1], "eval", accuracy=0.5))
+        tracker.ended(outcome)
+        tracker.close()
+    assert (os.sys.exit, os.sys.excepthook) == hooks
+    first, second = (wandb_run(path) for path in offline_files(tmp_path))
+    assert first[0] == second[0] == "20260101-abc"
+    assert second[1]["seed"] == 3
+    assert second[1]["attempt"] == 2
+    assert (first[3], second[3]) == (1, 0)
+    shown = [history(path) for path in offline_files(tmp_path)]
+    assert [[each["step"] for each in run] for run in shown] == [[10, 20, 30, 30], [20, 30, 40, 40]]
+    assert shown[0][0] == {
+        "step": 10, "epoch": 0, "samples": 40, "train/loss": 0.1, "train/lr": 0.5
+    }  # fmt: skip
+    assert shown[0][3] == {"step": 30, "epoch": 0, "samples": 120, "eval/accuracy": 0.5}
+    out, err = capsys.readouterr()
+    assert out.count("wandb sync ") == 2
+    assert err == ""
+
+
+def test_disabled_leaves_nothing(tmp_path, capsys):
+    tracker = Wandb(mode="disabled")
+    tracker.start(facts(tmp_path / "run"))
+    tracker.log(line(1, loss=0.5))
+    tracker.ended("done")
+    tracker.close()
+    assert list((tmp_path / "run").iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+@contextmanager
+def server(kind):
+    """Yield the address of a server that refuses connections, or accepts them and says nothing."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if kind == "hangs":
+            listener.listen(64)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("kind", ["refuses", "hangs"])
+def test_a_dead_network_turns_the_attempt_into_an_offline_one(kind, tmp_path, monkeypatch, capfd):
+    with server(kind) as url:
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        tracker = Wandb(init_timeout_s=1.0, close_timeout_s=60.0)
+        tracker.start(facts(tmp_path))
+        tracker.log(line(1, loss=0.5))
+        tracker.ended("done")
+        tracker.close()
+    (path,) = offline_files(tmp_path)
+    assert [each["step"] for each in history(path)] == [1]
+    out, err = capfd.readouterr()
+    assert err.count("wandb: is kept offline for this attempt") == 1
+    assert f"wandb sync {path.parent}" in out
+
+
+def test_the_end_does_not_wait_for_a_server_that_hangs(tmp_path, monkeypatch, capsys):
+    with server("hangs") as url:
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        tracker = Wandb(init_timeout_s=4.0, close_timeout_s=0.0, queue_lines=2)
+        tracker.start(facts(tmp_path))
+        worker = tracker._thread
+        for step in range(5):
+            tracker.log(line(step, loss=0.5))
+        tracker.close()
+        assert worker.is_alive()
+        err = capsys.readouterr().err
+        assert err.count("2 lines wait to be sent") == 1
+        assert "did not end in 0 s" in err
+        assert "3 lines were left out" in err
+        worker.join()
+
+
+@pytest.mark.parametrize(("arguments", "environment", "netrc", "said"), [
+    ({}, {}, "", "wandb login"),
+    ({}, {}, "machine api.wandb.ai login user password x", ""),
+    ({}, {"WANDB_BASE_URL": "https://w.example.org"}, "machine api.wandb.ai login u password x",
+     "wandb login"),
+    ({}, {"WANDB_API_KEY": KEY}, "", ""),
+    ({}, {"WANDB_MODE": "offline"}, "", ""),
+    ({"mode": "offline"}, {}, "", ""),
+    ({"mode": "ofline"}, {}, "", "did you mean 'offline'"),
+    ({"mode": "offline", "artifacts": "file"}, {}, "", "did you mean 'files'"),
+])  # fmt: skip
+def test_what_cannot_work_is_a_problem_before_anything_starts(
+    arguments, environment, netrc, said, tmp_path, monkeypatch
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "netrc").write_text(netrc)
+    (tmp_path / "netrc").chmod(0o600)
+    text = Wandb.problem(arguments)
+    assert said in text
+    assert bool(said) == bool(text)
+    if said:
+        with pytest.raises(ConfigError, match=r"tracker\.wandb"):
+            Wandb(**arguments)
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+@pytest.mark.parametrize("artifacts", ["manifests", "files"])
+def test_a_finished_run_leaves_artifacts_where_asked(artifacts, place, tmp_path):
+    run_dir = str(tmp_path / "run") if place == "local" else f"memory:/{tmp_path}/run"
+    store = open_store(run_dir)
+    attempt = lineage.begin(store, {})
+    writer = Writer(store, World(), attempt)
+    for step, best in ((10, 10), (20, 10)):
+        state = State(step=step, metrics={"accuracy": 0.5}, best={"step": best, "value": 0.5})
+        content = Content(objects={"run": state.state_dict()})
+        writer.begin(content, step=step).result()
+    store.replace("exports/model.safetensors", b"weights")
+    tracker = Wandb(mode="offline", artifacts=artifacts)
+    tracker.start({**facts(run_dir), "store": store})
+    tracker.ended("done")
+    tracker.close()
+    if place == "memory":  # its files are copied to the run
+        (key,) = store.list("wandb")
+        path = tmp_path / "copy"
+        path.write_bytes(store.read(key))
+    else:
+        (path,) = offline_files(tmp_path / "run")
+    found = wandb_run(path)[4]
+    shards = {"manifests": 0, "files": 1}[artifacts]
+    assert [name for name, _, _ in found] == ["checkpoint-a-b", "checkpoint-a-b", "exports-a-b"]
+    assert aliases(found) == [["best", "step-10"], ["newest", "step-20"], []]
+    best, newest, exports = ({file.path for file in files} for _, _, files in found)
+    assert (len(best), len(newest), exports) == (1 + shards, 1 + shards, {"model.safetensors"})
+    assert "manifest.json" in best & newest
+
+
+def test_the_code_version_is_the_commit_and_whether_files_differ(tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        subprocess.run(
+            ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True
+        )
+
+    assert code.version(str(tmp_path)) == {}
+    git("init")
+    (tmp_path / "a.py").write_text("1")
+    git("add", "a.py")
+    git("commit", "-m", "first")
+    (tmp_path / "new.py").write_text("2")
+    found = code.version(str(tmp_path))
+    assert len(found["commit"]) == 40
+    assert found["dirty"] is False
+    (tmp_path / "a.py").write_text("3")
+    assert code.version(str(tmp_path)) == {**found, "dirty": True}
+    assert code.version("/nonexistent") == {}

@@ -1,0 +1,569 @@
+"""Targets judged before anything is called, and configuration made into objects."""
+
+# ruff: noqa: UP006, UP007, UP045 (users write these too)
+
+import importlib
+import inspect
+import sys
+import textwrap
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.cluster.world import World
+from trainer.config.schema import Checkpoint, Init, Preemption, Run, Sample, Trainer
+from trainer.config.targets import accepts, check_target
+from trainer.errors import ConfigError, DataError
+from trainer.task import Classification
+from trainer.tracking.several import Silent
+from trainer.training import build
+
+PACKAGE = {
+    "__init__.py": "CONSTANT = 3\n",
+    "nets.py": '''
+        from __future__ import annotations
+
+        from torch import nn
+
+
+        class Net(nn.Module):
+            """Annotations are text, as `from __future__ import annotations` makes them."""
+
+            def __init__(self, width: int, depth: int = 2, scale: float | None = None):
+                super().__init__()
+                if width < 0:
+                    raise ValueError(f"width={width} must not be negative")
+                self.lin = nn.Linear(4, width)
+
+            @classmethod
+            def small(cls, depth: int) -> Net:
+                return cls(1, depth)
+
+            @staticmethod
+            def fixed() -> Net:
+                return Net(1)
+
+            class Inner:
+                def __init__(self, size: int): ...
+
+
+        def annotated(width: int, other: NotImported = 0):
+            return width
+
+
+        def make(width: int, *, flag: bool = False) -> Net:
+            """Make one."""
+            return Net(width)
+
+
+        def anything(**kwargs):
+            return kwargs
+
+
+        def some(width: int, **kwargs):
+            return kwargs
+
+
+        def old_style(width: int = None, names: list = ()):
+            return width
+
+
+        def positional(width, /, depth: int):
+            return width, depth
+
+
+        def drawn():
+            import torch
+
+            return torch.rand(6).tolist()
+
+
+        def buggy(width: int):
+            return {}["a bug"]
+    ''',
+    "fails.py": "raise RuntimeError('my package is broken')\n",
+    "leaves.py": "import sys\nsys.exit(3)\n",
+    "needs.py": "import a_package_that_nobody_has\n",
+    "deep/__init__.py": "",
+    "deep/mod.py": "class Thing:\n    pass\n",
+}
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A user's own package, importable as `mine_build` for the length of a test."""
+    write_package(tmp_path / "mine_build", PACKAGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    yield "mine_build"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mine_build"]:
+        del sys.modules[name]
+
+
+def write_package(folder, files):
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+
+
+def problems_of(target, provided=0, **arguments):
+    found = check_target({"_target_": target, **arguments}, "model", provided)
+    return {problem.key: problem.text for problem in found}
+
+
+# --- names of targets --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("target", "arguments"), [
+    ("nets.Net", {"width": 3}),
+    ("nets.Net.small", {"depth": 3}),
+    ("nets.Net.fixed", {}),
+    ("nets.Net.Inner", {"size": 1}),
+    ("nets.make", {"width": 3, "flag": True}),
+    ("nets.anything", {"what": "ever", "_x": 1}),
+    ("deep.mod.Thing", {}),
+])  # fmt: skip
+def test_classes_methods_and_functions_can_be_targets(package, target, arguments):
+    assert problems_of(f"{package}.{target}", **arguments) == {}
+
+
+@pytest.mark.parametrize(("target", "text"), [
+    ("a_package_that_nobody_has.Net", "there is no module 'a_package_that_nobody_has'"),
+    ("Net", "there is no module 'Net'; give the dotted name"),
+    ("", "'' is not a dotted name"),
+    (".nets.Net", "'.nets.Net' is not a dotted name"),
+    ("torch..nn", "'torch..nn' is not a dotted name"),
+    ("torch.optim.Adm", "no 'Adm' in torch.optim (did you mean 'Adam'?)"),
+    ("mine_build.nets.Nt", "no 'Nt' in mine_build.nets (did you mean 'Net'?)"),
+    ("mine_build.nets.Net.smal", "no 'smal' in mine_build.nets (did you mean 'small'?)"),
+    ("mine_build.net.Net", "no 'net' in mine_build (did you mean 'nets'?)"),
+    ("mine_build.deep.mud.Thing", "no 'mud' in mine_build.deep (did you mean 'mod'?)"),
+    ("mine_build.CONSTANT", "is a int, not a class or function"),
+    ("mine_build.nets", "is a module, not a class or function"),
+    ("mine_build.fails.Net", "cannot be imported: RuntimeError: my package is broken"),
+    ("mine_build.leaves.Net", "cannot be imported: SystemExit: 3"),
+    ("mine_build.needs.Net", "cannot be imported: No module named 'a_package_that_nobody_has'"),
+])  # fmt: skip
+def test_a_target_that_cannot_be_found_says_what_is_there(package, target, text):
+    found = problems_of(target)
+    assert list(found) == ["model._target_"]
+    assert text in found["model._target_"]
+
+
+def test_a_users_own_models_folder_that_hides_ours_is_named(tmp_path, monkeypatch):
+    ours = {n: m for n, m in sys.modules.items() if n.partition(".")[0] == "models"}
+    write_package(tmp_path / "models", {"__init__.py": ""})
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ours:
+        monkeypatch.delitem(sys.modules, name)
+    finders = [finder for finder in sys.meta_path if "Editable" not in repr(finder)]
+    monkeypatch.setattr(sys, "meta_path", finders)  # as where the project is installed for good
+    importlib.invalidate_caches()
+    try:
+        found = problems_of("models.mlp.MLP")
+    finally:
+        sys.modules.pop("models", None)
+    assert f"'models' is {tmp_path / 'models'} here, which hides" in found["model._target_"]
+    assert "rename that folder" in found["model._target_"]
+
+
+def test_a_typo_in_our_own_models_is_not_blamed_on_a_folder():
+    found = problems_of("models.mpl.MLP")
+    assert "did you mean 'mlp'?" in found["model._target_"]
+    assert "hides" not in found["model._target_"]
+
+
+@pytest.mark.parametrize("node", [None, 3, "mine.Net", [], {}, {"width": 3}])
+def test_a_node_without_a_target_is_a_problem(node):
+    (problem,) = check_target(node, "tracker.x")
+    assert problem.key == "tracker.x"
+    assert "has no _target_" in problem.text
+
+
+# --- arguments ---------------------------------------------------------------------------------
+
+
+def test_unknown_missing_and_wrong_arguments_are_all_reported_with_full_keys(package):
+    found = problems_of(f"{package}.nets.Net", depht=3, scale="big")
+    assert found == {
+        "model.depht": f"{package}.nets.Net has no argument 'depht' (did you mean 'depth'?)",
+        "model.scale": "'big' is not float | None",
+        "model.width": f"{package}.nets.Net needs this argument",
+    }
+
+
+@pytest.mark.parametrize(("value", "shown"), [("a", "'a'"), (1.5, "1.5"), (True, "True")])
+def test_annotations_that_are_text_are_judged_where_they_can_be(package, value, shown):
+    found = problems_of(f"{package}.nets.make", width=value)
+    assert found == {"model.width": f"{shown} is not int"}
+
+
+def test_an_annotation_that_cannot_be_evaluated_accepts_anything(package):
+    assert problems_of(f"{package}.nets.annotated", width="x", other=[{}]) == {}
+
+
+def test_a_target_with_kwargs_takes_unknown_names_and_still_needs_its_own(package):
+    assert problems_of(f"{package}.nets.some", width=3, x=1) == {}
+    assert set(problems_of(f"{package}.nets.some", x=1)) == {"model.width"}
+    assert set(problems_of(f"{package}.nets.some", width="3")) == {"model.width"}
+
+
+def test_what_is_provided_is_neither_missing_nor_valid():
+    assert problems_of("torch.optim.SGD", provided=1, lr=0.1) == {}
+    found = problems_of("torch.optim.SGD", provided=1, params=[1])
+    assert "has no argument 'params'" in found["model.params"]
+    assert "params" not in found["model.params"].partition("valid:")[2]
+
+
+def test_positional_only_parameters_count_as_provided_first(package):
+    assert problems_of(f"{package}.nets.positional", provided=1, depth=3) == {}
+    assert set(problems_of(f"{package}.nets.positional", provided=1)) == {"model.depth"}
+
+
+def test_arguments_in_hydras_list_count_as_given():
+    assert problems_of("torch.nn.Linear", _args_=[3, 4]) == {}
+    assert set(problems_of("torch.nn.Linear", _args_=[3])) == {"model.out_features"}
+
+
+def test_a_partial_target_misses_nothing_but_is_judged_in_all_else():
+    assert problems_of("torch.optim.Adam", _partial_=True, lr=0.1) == {}
+    found = problems_of("torch.optim.Adam", _partial_=True, lrr=0.1, betas=[0.9])
+    assert set(found) == {"model.lrr", "model.betas"}
+
+
+def test_a_misspelt_word_of_hydra_is_not_swallowed():
+    assert set(problems_of("torch.nn.ReLU", _patial_=True)) == {"model._patial_"}
+    assert problems_of("torch.nn.ReLU", _convert_="all", _recursive_=False) == {}
+
+
+def test_null_is_accepted_where_null_is_the_default(package):
+    assert problems_of(f"{package}.nets.old_style", width=None) == {}
+    assert set(problems_of(f"{package}.nets.make", width=None)) == {"model.width"}
+
+
+def test_nested_targets_are_judged_at_every_depth(package):
+    found = problems_of(
+        f"{package}.nets.anything",
+        a={"_target_": "torch.nn.Linear", "in_features": "x", "out_features": 1},
+        b=[{"c": {"_target_": "torch.nn.Nope"}}, {"_target_": "torch.nn.ReLU", "inplac": True}],
+        d={"plain": [1, 2]},
+        _args_=[{"_target_": "torch.nn.Nope"}],
+    )
+    assert set(found) == {
+        "model.a.in_features", "model.b[0].c._target_", "model.b[1].inplac",
+        "model._args_[0]._target_",
+    }  # fmt: skip
+
+
+def test_a_builtin_without_a_signature_is_left_to_judge_itself():
+    with pytest.raises(ValueError, match="no signature"):
+        inspect.signature(dict)
+    assert problems_of("builtins.dict", anything=1) == {}
+
+
+@pytest.mark.parametrize(("annotation", "yes", "no"), [
+    (int, [0, -3], [1.0, True, "1", None, [1]]),
+    (float, [1, 1.5, -2], [True, "x", "1e-3", None]),
+    (bool, [True, False], [0, 1, "true", None]),
+    (str, ["", "a"], [1, None, ["a"]]),
+    (type(None), [None], [0, ""]),
+    (int | None, [None, 1], ["x", 1.5]),
+    (typing.Optional[int], [None, 1], ["x", 1.5]),
+    (typing.Union[int, str], [1, "x"], [[1], None]),
+    (float | Tensor, [1.0, 3], ["x", "1e-3"]),
+    (float | Literal["auto"], [1.0, "auto"], ["x"]),
+    (list[int], [[], [1, 2]], [["a"], [1.5], 3, "ab"]),
+    (Sequence[str], [["a"]], ["ab", [1]]),
+    (typing.List[int], [[1]], [["a"], 3]),
+    (typing.List, [[1], ["a"]], [3]),
+    (typing.Tuple, [[1], []], [3]),
+    (set[int], [[1]], [["a"], 1]),
+    (list[list[int]], [[[1], []]], [[1], [["a"]]]),
+    (tuple[float, float], [[0.9, 1]], [[0.9], [0.9, 1, 2], ["a", 1], 3]),
+    (tuple[int, ...], [[], [1, 2, 3]], [["a"], 1]),
+    (str | Sequence[str], ["a", ["a"]], [3, [3]]),
+    (Literal["a", "b"], ["a"], ["c", 1]),
+    (Any, [1, "a", None, [1]], []),
+    (inspect.Parameter.empty, [1, "a", None], []),
+    (Path, ["a/b"], []),  # in doubt, yes: what a callee makes of a text is its own affair
+    (torch.device, ["cpu"], []),
+    (Callable, ["relu"], []),
+    (Iterable[int], [[1]], []),
+    (Mapping[str, int], [{"a": 1}], []),
+    (typing.TypeVar("T"), [1, "a"], []),
+    (int, [{"_target_": "makes.an.Int"}], []),
+])  # fmt: skip
+def test_accepts_what_a_yaml_value_can_mean(annotation, yes, no):
+    assert [value for value in yes if not accepts(annotation, value)] == []
+    assert [value for value in no if accepts(annotation, value)] == []
+
+
+# --- a whole configuration ---------------------------------------------------------------------
+
+
+def a_run(**changes):
+    groups = {
+        "model": {"_target_": "models.mlp.MLP", "input_shape": [4], "hidden": [3], "classes": 3},
+        "data": {
+            "_target_": "trainer.data.synthetic.Synthetic", "shape": [4], "classes": 3,
+            "train_samples": 20, "eval_samples": 7,
+        },
+        "task": {"_target_": "trainer.task.Classification"},
+        "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1},
+        "sample": Sample(shape=[4], classes=3),
+        "trainer": Trainer(max_epochs=3, global_batch_size=6),
+    }  # fmt: skip
+    return Run(**{"name": "a", "run_dir": "a", **groups, **changes})
+
+
+def keys(run):
+    return [problem.key for problem in build.check(run)]
+
+
+def test_a_fine_configuration_has_no_problems():
+    assert build.check(a_run()) == []
+
+
+def test_every_group_is_judged():
+    run = a_run(
+        model={"_target_": "models.mlp.MLP", "hiden": [3]},
+        data={"_target_": "trainer.data.synthetic.Synthetic"},
+        task={"_target_": "trainer.task.Classification", "label_smoothing": "x"},
+        optimizer={"_target_": "torch.optim.SGD", "learning_rate": 0.1},
+        scheduler={"_target_": "torch.optim.lr_scheduler.StepLR", "interval": "epoch"},
+        tracker={"mine": {"_target_": "mine.Tracker"}, "none": None},
+        init=Init(weights="/nowhere/at/all"),
+        preemption=Preemption(signals=["SIGTERM", "SIGTREM", "SIGKILL"]),
+    )
+    assert keys(run) == [
+        "model.hiden", "data.shape", "task.label_smoothing", "optimizer.learning_rate",
+        "scheduler.step_size", "tracker.mine._target_", "tracker.none", "init.weights",
+        "preemption.signals", "preemption.signals",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", ["total_steps", "total_epochs", "steps_per_epoch"])
+def test_the_horizon_words_stand_for_numbers_in_a_scheduler_only(word):
+    scheduler = {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": word}
+    assert build.check(a_run(scheduler=scheduler)) == []
+    scheduler = {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": "never"}
+    assert keys(a_run(scheduler=scheduler)) == ["scheduler.step_size"]
+    smoothing = {"_target_": "trainer.task.Classification", "label_smoothing": word}
+    assert keys(a_run(task=smoothing)) == ["task.label_smoothing"]
+
+
+def make_job(run, world=None):
+    world = world or World()
+    return build.build_job(run, world, build.build_data(run), Silent())
+
+
+@pytest.mark.parametrize(("limits", "steps"), [
+    (Trainer(max_epochs=3, global_batch_size=6), 9),
+    (Trainer(max_epochs=3, max_steps=4, global_batch_size=6), 4),
+    (Trainer(max_epochs=None, max_steps=40, global_batch_size=6), 40),
+    (Trainer(max_epochs=1, max_steps=4, global_batch_size=6), 3),
+])  # fmt: skip
+def test_a_run_ends_at_whichever_limit_comes_first(limits, steps):
+    assert make_job(a_run(trainer=limits)).max_steps == steps
+
+
+def test_horizon_words_become_the_runs_length():
+    scheduler = {
+        "_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": "total_epochs",
+        "interval": "epoch",
+    }  # fmt: skip
+    limits = Trainer(max_epochs=None, max_steps=10, global_batch_size=6)
+    job = make_job(a_run(scheduler=scheduler, trainer=limits))
+    assert job.phases[0].scheduler.T_max == 4  # 10 steps at 3 an epoch
+    assert job.scheduler_interval == "epoch"
+    job = make_job(a_run(scheduler={**scheduler, "T_max": "steps_per_epoch"}))
+    assert job.phases[0].scheduler.T_max == 3
+    job = make_job(a_run(scheduler={**scheduler, "T_max": "total_steps"}))
+    assert job.phases[0].scheduler.T_max == 9
+
+
+def test_initial_weights_are_a_function_of_the_seed():
+    first, same = build.build_model(a_run()), build.build_model(a_run())
+    other = build.build_model(a_run(seed=1))
+    assert all(map(torch.equal, first.parameters(), same.parameters()))
+    assert not all(map(torch.equal, first.parameters(), other.parameters()))
+
+
+def test_the_evaluation_batch_is_a_ranks_share_unless_set():
+    assert make_job(a_run()).evaluation.batch_size == 6
+    limits = Trainer(global_batch_size=6, accumulate=3)
+    assert make_job(a_run(trainer=limits)).evaluation.batch_size == 2
+    limits = Trainer(global_batch_size=6, eval_batch_size=50)
+    assert make_job(a_run(trainer=limits)).evaluation.batch_size == 50
+
+
+def test_parameters_that_need_no_gradient_are_not_given_to_the_optimizer(package, tmp_path):
+    write_package(tmp_path / package, {
+        "frozen.py": """
+            from models.mlp import MLP
+
+
+            def make():
+                model = MLP((4,), (3,), 3)
+                model.layers[1].weight.requires_grad_(False)
+                return model
+        """
+    })  # fmt: skip
+    job = make_job(a_run(model={"_target_": f"{package}.frozen.make"}))
+    assert [len(group["params"]) for group in job.phases[0].optimizer.param_groups] == [3]
+
+
+def test_a_plain_dataset_is_trained_on_and_nothing_is_evaluated():
+    data = {"_target_": "trainer.data.synthetic.Synthetic", "shape": [4], "train_samples": 20}
+    train = build.build_data(a_run(data=data)).train
+    plain = {"_target_": "torch.utils.data.Subset", "dataset": train, "indices": [0, 1, 2]}
+    source = build.build_data(a_run(data=plain))
+    assert len(source.train) == 3
+    assert source.eval is None
+
+
+def test_a_source_is_recognised_without_loading_it(package, tmp_path):
+    write_package(tmp_path / package, {
+        "lazy.py": """
+            class Lazy:
+                loaded = []
+
+                @property
+                def train(self):
+                    self.loaded.append("train")
+                    return [1]
+
+                @property
+                def eval(self):
+                    raise AssertionError("nobody asked yet")
+        """
+    })  # fmt: skip
+    source = build.build_data(a_run(data={"_target_": f"{package}.lazy.Lazy"}))
+    assert type(source).__name__ == "Lazy"
+
+
+# --- what a user reads when a target cannot be made --------------------------------------------
+
+
+def test_what_a_target_says_of_its_values_is_a_configuration_error(package):
+    with pytest.raises(ConfigError, match=r"model: mine_build.nets.Net refused: width=-1 must not"):
+        build.build_model(a_run(model={"_target_": f"{package}.nets.Net", "width": -1}))
+
+
+def test_a_bug_in_a_target_keeps_its_own_exception(package):
+    with pytest.raises(KeyError, match="a bug"):
+        build.build_model(a_run(model={"_target_": f"{package}.nets.buggy", "width": 1}))
+
+
+def test_a_data_error_stays_one(tmp_path):
+    data = {"_target_": "trainer.data.mnist.Mnist", "dir": str(tmp_path / "none")}
+    with pytest.raises(DataError, match="there is no such directory"):
+        build.build_data(a_run(data=data))
+
+
+def test_a_model_that_is_no_module_is_refused(package):
+    with pytest.raises(ConfigError, match=r"gives a dict, not a torch\.nn\.Module"):
+        build.build_model(a_run(model={"_target_": f"{package}.nets.anything"}))
+
+
+def test_data_without_a_length_is_refused(package):
+    with pytest.raises(DataError, match="without a length"):
+        build.build_data(a_run(data={"_target_": "builtins.iter", "_args_": [[1]]}))
+
+
+def a_stream(**settings):
+    data = {"_target_": "torch.utils.data.DataLoader", "dataset": [1, 2, 3]}
+    return a_run(data=data, **settings)
+
+
+def test_a_stream_needs_to_be_told_where_the_run_ends():
+    with pytest.raises(ConfigError, match=r"gives a stream, .* set trainer\.max_steps"):
+        build.build_data(a_stream())
+    job = make_job(a_stream(trainer=Trainer(max_steps=7, max_epochs=2, global_batch_size=1)))
+    assert (job.max_steps, job.max_epochs, job.data.steps_per_epoch) == (7, 2, None)
+    assert make_job(a_run(trainer=Trainer(max_epochs=2, global_batch_size=5))).max_epochs is None
+
+
+@pytest.mark.parametrize("word", ["total_epochs", "steps_per_epoch"])
+def test_words_that_count_the_epochs_of_a_stream_are_refused(word):
+    scheduler = {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": word}
+    with pytest.raises(ConfigError, match=rf"scheduler\.step_size={word} cannot be counted"):
+        build.build_data(a_stream(scheduler=scheduler, trainer=Trainer(max_steps=7)))
+    scheduler["step_size"] = "total_steps"
+    build.build_data(a_stream(scheduler=scheduler, trainer=Trainer(max_steps=7)))
+
+
+def test_a_stream_to_evaluate_on_is_refused():
+    part = {"_target_": "torch.utils.data.DataLoader", "dataset": [1, 2, 3]}
+    data = {"_target_": "trainer.data.source.Datasets", "train": [1], "eval": part}
+    settings = Trainer(max_steps=7, global_batch_size=1)
+    for train in ([1, 2], part):
+        with pytest.raises(DataError, match="gives a stream to evaluate on"):
+            make_job(a_run(data={**data, "train": train}, trainer=settings))
+
+
+def test_an_empty_part_to_evaluate_on_is_refused():
+    data = {"_target_": "trainer.data.source.Datasets", "train": [1, 2], "eval": []}
+    with pytest.raises(DataError, match="an empty part"):
+        make_job(a_run(data=data, trainer=Trainer(max_steps=7, global_batch_size=1)))
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ({"trainer": Trainer(max_steps=7, global_batch_size=1, patience_evals=2)}, "patience_evals"),
+    ({"checkpoint": Checkpoint(metric="loss")}, "checkpoint.metric needs an evaluation"),
+    ({"scheduler": {"_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau"}}, "ReduceLROnPl"),
+])  # fmt: skip
+def test_what_needs_an_evaluation_is_refused_without_one(change, named):
+    settings = {
+        "data": {"_target_": "trainer.data.source.Datasets", "train": [1, 2], "eval": None},
+        "trainer": Trainer(max_steps=7, global_batch_size=1),
+    }
+    with pytest.raises(ConfigError, match=named):
+        make_job(a_run(**{**settings, **change}))
+    assert make_job(a_run(**settings)).evaluation is None
+
+
+def test_labels_that_the_model_does_not_know_are_refused_with_the_number_of_classes():
+    for labels, text in (
+        ([0, 5, 1], r"from 0 to 5, .* 0 … 2; set sample\.classes=6"),
+        ([0, -1, 1], r"from -1 to 1, .* 0 … 2; change the data"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            Classification().loss(nn.Linear(4, 3), (torch.zeros(3, 4), torch.tensor(labels)))
+
+
+def test_what_the_data_draws_when_it_is_made_is_a_function_of_the_seed(package):
+    run = a_run(data={"_target_": f"{package}.nets.drawn"})
+    first = build.build_data(run).train
+    torch.manual_seed(5)
+    assert build.build_data(run).train == first
+    assert build.build_data(a_run(data=run.data, seed=1)).train != first
+
+
+def test_a_shape_that_is_not_the_datas_is_refused_with_the_right_one():
+    with pytest.raises(ConfigError, match=r"set sample\.shape=\[4\]"):
+        make_job(a_run(sample=Sample(shape=[5], classes=3)))
+
+
+def test_a_global_batch_larger_than_the_data_is_refused():
+    with pytest.raises(DataError, match="20 samples, fewer than one global batch of 21"):
+        make_job(a_run(trainer=Trainer(global_batch_size=21)))
+
+
+def test_ranks_other_than_0_have_no_trackers():
+    run = a_run(tracker={"x": {"_target_": "trainer.tracking.several.Several", "trackers": []}})
+    assert isinstance(build.build_tracker(run, World(rank=1, size=2)), Silent)
+    assert not isinstance(build.build_tracker(run, World()), Silent)
+
+
+def test_a_users_own_module_trains_like_any_other(package):
+    model = {"_target_": f"{package}.nets.make", "width": 3}
+    job = make_job(a_run(model=model))
+    assert isinstance(job.model, nn.Module)
+    assert job.phases[0].wrapped is job.model  # one rank needs no wrapper

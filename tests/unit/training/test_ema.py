@@ -1,0 +1,138 @@
+"""Averaged weights: their values, where they are measured, saved and resumed."""
+
+import pytest
+import torch
+from support.loop_jobs import BEGINNING, Lines, Net, a_job, a_saver, everything, go_on, sgd
+from torch import nn
+
+from trainer.cluster.stop import Stop
+from trainer.core.intervals import Every
+from trainer.core.state import State
+from trainer.task import Classification
+from trainer.training import loop
+from trainer.training.ema import Ema
+
+DECAY = 0.8
+
+
+def averaged_job(**changes):
+    model = changes.pop("model", None) or a_job().model
+    return a_job(model=model, ema=Ema(model, DECAY), **changes)
+
+
+def test_after_each_update_the_average_is_what_its_definition_says():
+    job = averaged_job()
+    wanted = {name: p.detach().double() for name, p in job.model.named_parameters()}
+    batches = job.data.batches(BEGINNING)
+    for _ in range(5):
+        loop.train_step(job, next(batches)[0])
+        for name, parameter in job.model.named_parameters():
+            wanted[name] = DECAY * wanted[name] + (1 - DECAY) * parameter.detach().double()
+    for name, average in job.ema.averages.items():
+        torch.testing.assert_close(average.double(), wanted[name], rtol=1e-5, atol=1e-7)
+
+
+def test_what_is_frozen_is_not_averaged():
+    model = Net()
+    model.body[0].requires_grad_(False)
+    names = set(Ema(model, DECAY).averages)
+    assert names == {"body.1.weight", "body.1.bias", "body.4.weight", "body.4.bias"}
+
+
+def test_the_average_is_evaluated_and_training_goes_on_as_if_nothing_had_happened():
+    job = averaged_job()
+    batches = job.data.batches(BEGINNING)
+    for _ in range(3):
+        loop.train_step(job, next(batches)[0])
+    twin = a_job(model=Net())
+    twin.model.load_state_dict({**job.model.state_dict(), **job.ema.averages})
+    before = everything(job, State())
+    found = loop.evaluate(job, State(), Stop(job.world))
+    assert found == loop.evaluate(twin, State(), Stop(twin.world))
+    assert found != loop.evaluate(a_job(model=job.model), State(), Stop(job.world))
+    assert everything(job, State()) == before
+
+
+def test_an_evaluation_that_fails_leaves_the_weights_where_they_were():
+    class Fails(Classification):
+        def loss(self, model, batch):
+            raise KeyError("as asked")
+
+    job = averaged_job()
+    loop.train_step(job, next(job.data.batches(BEGINNING))[0])
+    job.task = Fails()
+    before = everything(job, State())
+    with pytest.raises(KeyError):
+        loop.evaluate(job, State(), Stop(job.world))
+    assert everything(job, State()) == before
+
+
+def test_a_resumed_run_ends_with_the_same_averages_bit_for_bit(tmp_path):
+    whole = averaged_job()
+    state, done = go_on(tmp_path / "whole", whole)
+    assert done
+    half = averaged_job(max_steps=7)
+    go_on(tmp_path / "half", half)
+    rest = averaged_job()
+    its_state, done = go_on(tmp_path / "half", rest)
+    assert done
+    assert everything(rest, its_state) == everything(whole, state)
+    assert "ema.body.0.weight" in everything(whole, state)[0]
+    assert not torch.equal(whole.ema.averages["body.0.weight"], whole.model.body[0].weight)
+
+
+def test_a_run_that_has_not_averaged_so_far_begins_with_its_weights(tmp_path):
+    go_on(tmp_path, a_job(max_steps=5))
+    job = averaged_job(max_steps=5)
+    go_on(tmp_path, job)
+    for name, parameter in job.model.named_parameters():
+        assert torch.equal(job.ema.averages[name], parameter)
+
+
+def test_a_model_without_parameters_to_train_has_no_averages():
+    ema = Ema(nn.Flatten(), DECAY)
+    ema.update()
+    assert ema.averages == {}
+
+
+# --- the end before its time -------------------------------------------------------------------
+
+
+class Worse(Classification):
+    """Its figures get worse after two evaluations: what is measured is out of our hands."""
+
+    def __init__(self, figures):
+        super().__init__()
+        self.figures_left = list(figures)
+
+    def metrics(self):
+        from torchmetrics import MeanMetric
+
+        return {"score": MeanMetric()}
+
+    def update(self, metrics, outputs, batch):
+        if not metrics["score"].update_called:
+            metrics["score"].update(self.figures_left.pop(0))
+
+
+def test_a_run_ends_when_its_metric_has_not_improved_for_so_many_evaluations(tmp_path):
+    tracker = Lines()
+    job = a_job(
+        task=Worse([0.1, 0.3, 0.2, 0.3, 0.9]), metric="score", patience_evals=2,
+        eval_every=Every(steps=2), tracker=tracker,
+    )  # fmt: skip
+    saver = a_saver(tmp_path)
+    state = State()
+    assert loop.train(job, state, saver, Stop(job.world))
+    assert state.step == 8
+    assert state.best == {"value": pytest.approx(0.3), "step": 4}
+    assert [line["step"] for line in tracker.of("eval")] == [2, 4, 6, 8]
+    assert saver.committed_step == 8
+
+
+def test_patience_goes_on_where_it_was_after_a_resume(tmp_path):
+    settings = {"metric": "score", "patience_evals": 2, "eval_every": Every(steps=2)}
+    go_on(tmp_path, a_job(task=Worse([0.3, 0.2]), max_steps=4, optimizer=sgd, **settings))
+    state, done = go_on(tmp_path, a_job(task=Worse([0.1, 0.9]), **settings))
+    assert done
+    assert state.step == 6

@@ -1,0 +1,1 @@
+"""Ranks and machines: launch, agreement, stops and the watchdog."""

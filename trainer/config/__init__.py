@@ -1,0 +1,1 @@
+"""Configuration: its schema, overrides, composition and targets."""

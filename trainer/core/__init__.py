@@ -1,0 +1,1 @@
+"""State, intervals, generators and threads: what needs no other folder."""

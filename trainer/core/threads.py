@@ -1,0 +1,51 @@
+"""Work shared by threads that never keep the process from leaving."""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+_PR_SET_PDEATHSIG = 1
+
+
+def in_parallel(do: Callable[[T], object], items: Sequence[T], count: int) -> None:
+    """Call `do` on every item, from up to `count` threads; raise the first error.
+
+    Returns when every call has returned; after an error no further one is begun. The threads are
+    daemons, unlike those of concurrent.futures: one that hangs in a dead file system must not
+    keep the process from leaving.
+    """
+    errors: list[BaseException] = []
+    remaining, lock = iter(items), threading.Lock()
+
+    def work() -> None:
+        while not errors:
+            with lock:
+                item = next(remaining, None)
+            if item is None:
+                return
+            try:
+                do(item)
+            except BaseException as error:  # raised below, on the caller's thread
+                errors.append(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(count, len(items)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends (prctl(2), Linux).
+
+    Otherwise the children of a killed process would go on: ranks as a second job on the same run.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

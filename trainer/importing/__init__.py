@@ -1,0 +1,1 @@
+"""Weights and checkpoints in other formats, read without running their code."""

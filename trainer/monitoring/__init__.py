@@ -1,0 +1,1 @@
+"""Timing, FLOPs, memory and profiling of a run."""

@@ -1,0 +1,90 @@
+"""What a step of the model computes, and what a device could compute in the same time."""
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.core import rng
+from trainer.data.source import to_device
+from trainer.protocols import Batch
+
+_PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
+    (r"B200", {"bf16": 2250, "fp16": 2250, "tf32": 1125, "fp32": 75}),
+    (r"(H100|H200) NVL", {"bf16": 835, "fp16": 835, "tf32": 417.5, "fp32": 60}),
+    (r"H100 PCIe", {"bf16": 756, "fp16": 756, "tf32": 378, "fp32": 51}),
+    (r"H100|H200|GH200", {"bf16": 989.4, "fp16": 989.4, "tf32": 494.7, "fp32": 67}),
+    (r"A100", {"bf16": 312, "fp16": 312, "tf32": 156, "fp32": 19.5}),
+    (r"A40", {"bf16": 149.7, "fp16": 149.7, "tf32": 74.8, "fp32": 37.4}),
+    (r"A30", {"bf16": 165, "fp16": 165, "tf32": 82, "fp32": 10.3}),
+    (r"A10", {"bf16": 125, "fp16": 125, "tf32": 62.5, "fp32": 31.2}),
+    (r"L40S", {"bf16": 362, "fp16": 362, "tf32": 183, "fp32": 91.6}),
+    (r"L40", {"bf16": 181, "fp16": 181, "tf32": 90.5, "fp32": 90.5}),
+    (r"L4", {"bf16": 121, "fp16": 121, "tf32": 60, "fp32": 30.3}),
+    (r"T4", {"fp16": 65, "fp32": 8.1}),
+    (r"V100S", {"fp16": 130, "fp32": 16.4}),
+    (r"V100 PCIe", {"fp16": 112, "fp32": 14}),
+    (r"V100", {"fp16": 125, "fp32": 15.7}),
+    (r"RTX 4090", {"bf16": 165.2, "fp16": 165.2, "tf32": 82.6, "fp32": 82.6}),
+    (r"RTX 3090", {"bf16": 71, "fp16": 71, "tf32": 35.6, "fp32": 35.6}),
+)
+"""Dense TFLOP/s by name and arithmetic, fp32 without tensor cores, half precision summed in fp32.
+
+From NVIDIA's data sheets, whose sparse figures are halved here: HGX B200 (2024), H100 (2023), H200
+(2024), A100, A40, A30, A10 (2021), L40S, L40, L4 (2023), T4 (2018), V100 (2020); and the white
+papers of Ada (v2.1, 2023) and GA102 (v2.1, 2021).
+"""
+_PLACES = r"( |-|$)(SXM\d?|PCIE?|\d+ ?GB|HBM\w*|NVL|FHHL|[ -])*$"
+"""What may follow a name: the same chip in other clothes. Not `Laptop GPU`, `MIG 1g.5gb`, `D`."""
+
+
+def peak_flops_per_s(name: str, arithmetic: str) -> float | None:
+    """Return the peak of a device by its name, as torch.cuda.get_device_name says it, or None.
+
+    Args:
+        name: of the device.
+        arithmetic: `fp32`, `tf32`, `bf16` or `fp16`.
+    """
+    wanted = re.sub(r"^(NVIDIA |Tesla |GeForce )+", "", name)
+    wanted = re.sub(r"^(\w+)-(?=PCIE)", r"\1 ", wanted, flags=re.IGNORECASE)
+    for pattern, peaks in _PEAKS:
+        if re.match(f"(?:{pattern}){_PLACES}", wanted, re.IGNORECASE):
+            return peaks[arithmetic] * 1e12 if arithmetic in peaks else None
+    return None
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` whose parameters and buffers have shapes and no data."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def count(twin: nn.Module, loss: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> int:
+    """Return the FLOPs of matrix products, convolutions and attention, forward and backward.
+
+    A multiplication and an addition are two. Nothing is computed, and no generator moves. What
+    is computed again in the backward (parallel.recompute) does not count: these are the model's.
+
+    Args:
+        twin: a copy of the plain model on the meta device.
+        loss: of the model on a batch.
+        batch: a microbatch, on any device.
+
+    Raises:
+        Exception: whatever the model or the loss raises where tensors have no data.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import; where it is of use
+
+    with rng.forked(0), FlopCounterMode(display=False) as counter:
+        found = loss(twin, to_device(batch, torch.device("meta")))
+        if found.requires_grad:
+            found.backward()
+    return int(counter.get_total_flops())

@@ -1,0 +1,1 @@
+"""The training loop, the step, and everything built around them."""

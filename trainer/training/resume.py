@@ -1,0 +1,482 @@
+"""Where a run goes on from, and whether this configuration may go on from there. Reads only."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from trainer import checkpoint, schedule
+from trainer.checkpoint import lineage, state_tree
+from trainer.checkpoint.lineage import FOLDER, MANIFEST, Commit
+from trainer.checkpoint.manifest import Manifest, parse_folder
+from trainer.checkpoint.plan import TORCH_DTYPES
+from trainer.checkpoint.tiers import Survey, Tiers
+from trainer.config.schema import Init, ObjectStore, Run, flatten
+from trainer.core import intervals, rng
+from trainer.core.state import State
+from trainer.errors import CheckpointError, ConfigError
+from trainer.storage import open_store
+from trainer.storage.store import Fallback
+from trainer.training import loop
+from trainer.training.ema import PREFIX
+
+_STATE_KEYS = ("model", "data", "task", "optimizer", "scheduler", "seed")
+_STATE_SETTINGS = ("trainer.global_batch_size",)
+_LENGTH = ("trainer.max_steps", "trainer.max_epochs")
+_LOCATIONS = ("dir", "path", "root", "cache_dir")
+_PLACE_KEYS = ("name", "run_dir", "resume")
+_PLACE_GROUPS = ("store.", "init.")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting that differs from the checkpoint's."""
+
+    key: str
+    old: Any
+    new: Any
+
+    @property
+    def refuses(self) -> bool:
+        """Whether the state of the checkpoint makes no sense under the new value."""
+        head, _, rest = self.key.partition(".")
+        if head == "data" and rest.rpartition(".")[2] in _LOCATIONS:
+            return False
+        return head in _STATE_KEYS or self.key in _STATE_SETTINGS
+
+    @property
+    def moves_data(self) -> bool:
+        """Whether a position in the data means something else under the new value."""
+        head = self.key.partition(".")[0]
+        return head in ("seed", "data") or self.key in _STATE_SETTINGS
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_shown(self.old)} -> {_shown(self.new)}"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an attempt starts from."""
+
+    urls: tuple[str, ...] = ()
+    """Where its bytes are looked for, in this order."""
+    commit: Commit | None = None
+    manifest: Manifest | None = None
+    """None: from scratch."""
+    is_fork: bool = False
+    """The checkpoint belongs to another run."""
+    is_named: bool = False
+    """It was asked for by its step or as `best`, so no other one will do."""
+    is_copied: bool = True
+    """The mirror has it, if there is a mirror."""
+    differences: tuple[Difference, ...] = ()
+    skipped: tuple[str, ...] = ()
+    """Newer checkpoints that were passed over, and why."""
+    filled: tuple[str, ...] = ()
+    """What there is to say of the weights that a run begins with."""
+
+    @property
+    def step(self) -> int:
+        """The step to go on from; 0 from scratch."""
+        return self.manifest.step if self.manifest else 0
+
+    @property
+    def epoch(self) -> int:
+        """Complete epochs at that step."""
+        return self.manifest.epoch if self.manifest else 0
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """Return the settings that differ, sorted by key.
+
+    Where a run lies, and what it began with, is not one of them.
+    """
+    before, after = flatten(old), flatten(new)
+    keys = sorted(
+        key
+        for key in {*before, *after}
+        if key not in _PLACE_KEYS and not key.startswith(_PLACE_GROUPS)
+    )
+    return [
+        Difference(key, before.get(key, _ABSENT), after.get(key, _ABSENT))
+        for key in keys
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+    ]
+
+
+_ABSENT = "(not set)"
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def open_tiers(run: Run) -> Tiers:
+    """Open the run's store, and its mirror, if it has one."""
+    mirror = run.checkpoint.mirror
+    return Tiers(
+        open_store(run.run_dir, run.store), open_store(mirror, run.store) if mirror else None
+    )
+
+
+def choose(
+    tiers: Tiers,
+    run: Run,
+    config: Mapping[str, Any],
+    *,
+    attempt: int | None = None,
+    damaged: Collection[tuple[Commit, tuple[str, ...]]] = (),
+) -> Start:
+    """Decide where to start. Rank 0 only.
+
+    Args:
+        tiers: the run's own stores.
+        run: the configuration; `run.resume` says what is wanted.
+        config: the configuration as it would be stored.
+        attempt: the number of the attempt that asks, where it has one already.
+        damaged: checkpoints that were found damaged while loading, and where they were read from.
+
+    A step, `best` or `never` is honoured once: when the same command runs again, as it does after
+    a preemption, the run goes on from its newest checkpoint.
+
+    Raises:
+        ConfigError: this configuration cannot go on with this run, or `resume` names nothing.
+        CheckpointError: checkpoints exist and none of them is whole.
+    """
+    survey = tiers.survey()
+    commits = survey.commits
+    request = run.resume
+    earlier = [r for r in survey.records if attempt is None or r["attempt"] < attempt]
+    honoured = any(r.get("resume") == request and r.get("resumed_from") for r in earlier[-1:])
+    if request == "never":
+        if commits and not honoured:
+            raise ConfigError(
+                f"resume=never, but {run.run_dir} has checkpoints up to step "
+                f"{commits[-1].step:,}. Choose another name=…, or delete that directory yourself"
+            )
+        request = "auto"
+    wants_step = request.isdecimal() or request == "best"
+    if wants_step and not (honoured and commits):
+        commit = _named(survey, request, run)
+        start = replace(_newest_whole(survey, [commit], damaged, run.run_dir), is_named=True)
+    elif survey.with_damaged:
+        start = _newest_whole(survey, commits, damaged, run.run_dir)
+    elif request == "auto":
+        return Start()
+    else:
+        start = _fork(request, run.store)
+    assert start.manifest is not None  # noqa: S101 (for the type checker)
+    if "run" not in start.manifest.objects:
+        raise ConfigError(
+            f"resume={run.resume}: that checkpoint was not written by a run but by another loop; "
+            f"begin from its weights alone: init.weights={run.resume}"
+        )
+    differences = tuple(compare(start.manifest.config, config))
+    if not start.is_fork and any(difference.refuses for difference in differences):
+        raise ConfigError(_refusal(run, start, differences))
+    other_optimizer = next((d for d in differences if d.key == "optimizer._target_"), None)
+    if other_optimizer is not None:
+        raise ConfigError(
+            f"resume={run.resume}: {other_optimizer}; one optimizer cannot go on with the state of "
+            "another. Begin from the weights alone: init.weights=<file>, exported with python -m "
+            "trainer.export"
+        )
+    return replace(start, differences=differences)
+
+
+def _newest_whole(
+    survey: Survey,
+    commits: Sequence[Commit],
+    damaged: Collection[tuple[Commit, tuple[str, ...]]],
+    where: str,
+) -> Start:
+    skipped = []
+    for commit in reversed(commits):
+        for stores in survey.views(commit):
+            urls = tuple(store.url for store in stores)
+            if (commit, urls) in damaged:
+                continue
+            try:
+                manifest = lineage.read_manifest(Fallback(stores), commit)
+            except CheckpointError as error:
+                skipped.append(str(error))
+                continue
+            copied = survey.is_copied(commit)
+            return Start(urls, commit, manifest, skipped=tuple(skipped), is_copied=copied)
+    raise CheckpointError(
+        f"{where} has checkpoints and none of them is whole; the run is not begun anew, so "
+        "that nothing is overwritten. "
+        + " ".join(skipped)
+        + " Restore one of them, or start elsewhere with name=…"
+    )
+
+
+def _named(survey: Survey, request: str, run: Run) -> Commit:
+    if request == "best":
+        best = _best(survey, run)
+        if best is None:
+            raise ConfigError(
+                f"resume=best, but no checkpoint in {run.run_dir} has a measured metric; set "
+                "checkpoint.metric, or use resume=auto"
+            )
+        return best
+    chosen = [commit for commit in survey.commits if commit.step == int(request)]
+    if not chosen:
+        steps = ", ".join(f"{commit.step:,}" for commit in survey.commits) or "none"
+        raise ConfigError(
+            f"resume={request}: {run.run_dir} has no checkpoint of that step; steps there: {steps}"
+        )
+    return chosen[-1]
+
+
+def _best(survey: Survey, run: Run) -> Commit | None:
+    metric = run.checkpoint.metric
+    if metric is None:
+        return None
+    by_step = {commit.step: commit for commit in survey.commits}
+    manifests = {
+        step: lineage.read_manifest(Fallback(survey.views(commit)[0]), commit)
+        for step, commit in by_step.items()
+    }
+    values = {step: lineage.measured(made, metric) for step, made in manifests.items()}
+    best = intervals.best_first(values, run.checkpoint.mode)
+    return by_step[best[0]] if best else None
+
+
+def _fork(request: str, settings: ObjectStore) -> Start:
+    """Open a checkpoint of another run: its directory, one of its folders, or a manifest."""
+    url = request.removeprefix("file://").rstrip("/").removesuffix(f"/{MANIFEST}")
+    parent, _, name = url.rpartition("/")
+    parsed = parse_folder(name)
+    if parsed is not None and (parent == FOLDER or parent.endswith(f"/{FOLDER}")):
+        store = open_store(parent[: -len(FOLDER) - 1] or ".", settings)
+        commit = Commit(*parsed, f"{FOLDER}/{name}")
+        if commit.manifest_key in store.list(commit.folder):
+            manifest = lineage.read_manifest(store, commit)
+            return Start((store.url,), commit, manifest, is_fork=True)
+    else:
+        survey = Tiers(open_store(url, settings)).survey()
+        if survey.commits:
+            return replace(_newest_whole(survey, survey.commits, (), url), is_fork=True)
+    raise ConfigError(
+        f"resume={request}: there is no committed checkpoint; give auto, never, best, a step, a "
+        f"run's directory, or one of the folders in its {FOLDER}/"
+    )
+
+
+def _refusal(run: Run, start: Start, differences: tuple[Difference, ...]) -> str:
+    refused = [str(d) for d in differences if d.refuses]
+    return "\n".join(
+        [
+            f"{run.run_dir} is at step {start.step:,} of a run with another configuration, which "
+            "this one cannot continue:",
+            *(f"  {text}" for text in refused),
+            "Take these back to go on with it, or",
+            "  name=…                        begin a new run from scratch",
+            f"  name=… resume={run.run_dir}   begin a new run from its full state",
+            "  name=… init.weights=<file>    begin a new run from its weights alone, exported with",
+            f"    python -m trainer.export {run.run_dir} format=safetensors",
+        ]
+    )
+
+
+def finished(run: Run, start: Start) -> bool:
+    """Return whether the checkpoint is the end that `run` asks for, evaluated and copied."""
+    if start.manifest is None or start.is_fork or not start.is_copied:
+        return False
+    limits = run.trainer
+    by_steps = limits.max_steps is not None and start.manifest.step >= limits.max_steps
+    by_epochs = limits.max_epochs is not None and start.manifest.epoch >= limits.max_epochs
+    state = start.manifest.objects["run"]
+    patience = limits.patience_evals
+    by_patience = patience is not None and state.get("stale_evals", 0) >= patience
+    return (by_steps or by_epochs or by_patience) and state["last_eval_step"] == start.step
+
+
+def load(
+    job: loop.Job,
+    start: Start,
+    settings: ObjectStore = ObjectStore(),  # noqa: B008 (frozen)
+) -> State:
+    """Bring model, optimizer, scheduler, scaler and generators to `start`; return the state.
+
+    No collectives: call it on every rank, then let the ranks vote.
+
+    Raises:
+        DamagedError: bytes of the checkpoint are proven wrong.
+        CheckpointError: it does not fit this model or optimizer.
+        ConfigError: the training data has another number of samples than this run had.
+    """
+    manifest = start.manifest
+    if manifest is None or start.commit is None:
+        return State()
+    reader = checkpoint.Reader(
+        Fallback([open_store(url, settings) for url in start.urls]),
+        start.commit.folder,
+        manifest,
+        peers=job.world.local_size,
+    )
+    state = State()
+    state.load_state_dict(dict(manifest.objects["run"]))
+    moves_data = _moves_data(job, start, manifest)
+    if moves_data:
+        state.cursor = {"epoch": state.cursor["epoch"], "batch": 0}
+    reader.read(_model_targets(job, manifest))
+    state_tree.load_model(job.model, manifest.objects, reader.fetch)
+    has_new_length = moves_data or any(d.key in _LENGTH for d in start.differences)
+    has_new_length &= _uses_length(manifest) and state.step < job.max_steps
+    given = [_changed_hyperparameters(phase, start) for phase in job.phases]
+    replayed = _load_schedules(job, start, manifest, given, reader.fetch, replay=has_new_length)
+    _load_optimizer(job, manifest, reader)
+    for phase, changed in zip(job.phases, given, strict=True):
+        for group in phase.optimizer.param_groups:
+            group |= changed | ({"initial_lr": changed["lr"]} if "lr" in changed else {})
+    for scheduler, place in replayed:
+        place.take(scheduler)
+    _load_ema(job, manifest, reader)
+    if job.scaler.is_enabled() and manifest.objects.get("scaler"):
+        job.scaler.load_state_dict(state_tree.join(manifest.objects["scaler"], reader.fetch))
+    _restore_generators(job, manifest, state.step, reader.fetch)
+    return state
+
+
+def _moves_data(job: loop.Job, start: Start, manifest: Manifest) -> bool:
+    """Return whether a fork's position in the data means something else now.
+
+    Raises:
+        ConfigError: it does in the same run, which would not notice.
+    """
+    then, now = manifest.objects.get("data", {}).get("samples"), job.data.samples
+    is_other = then is not None and now is not None and then != now
+    if start.is_fork:
+        return is_other or any(d.moves_data for d in start.differences)
+    if is_other:
+        raise ConfigError(
+            f"the training data has {now:,} samples, and had {then:,} when step {start.step:,} was "
+            f"saved: their order is another one. Bring those back to go on, or begin a new run "
+            f"from the full state: name=… resume={start.urls[0]}"
+        )
+    return False
+
+
+def _uses_length(manifest: Manifest) -> bool:
+    """Return whether the schedule was made for the length of the run."""
+    arguments = manifest.config.get("scheduler") or {}
+    return any(isinstance(v, str) and v in schedule.HORIZON_WORDS for v in arguments.values())
+
+
+def _load_schedules(
+    job: loop.Job,
+    start: Start,
+    manifest: Manifest,
+    given: Sequence[Mapping[str, Any]],
+    fetch: Callable[[str], torch.Tensor],
+    *,
+    replay: bool,
+) -> list[tuple[LRScheduler, schedule.Place]]:
+    """Load the schedules that go on; with `replay`, return where the others have to be taken.
+
+    One whose settings or learning rate this configuration changes begins anew.
+    """
+    if any(d.key.split(".")[0] == "scheduler" for d in start.differences):
+        return []
+    stored, replayed = manifest.objects.get("scheduler", {}), []
+    for phase, changed in zip(job.phases, given, strict=True):
+        if phase.scheduler is None or "lr" in changed:
+            continue
+        own = state_tree.join(stored[phase.name] if phase.name else stored, fetch)
+        place = schedule.replay(phase.scheduler, own) if replay else None
+        if place is None:
+            phase.scheduler.load_state_dict(own)
+        else:
+            replayed.append((phase.scheduler, place))
+    return replayed
+
+
+def _model_targets(job: loop.Job, manifest: Manifest) -> dict[str, torch.Tensor]:
+    targets = state_tree.model_targets(job.model)
+    stored = {name for name in manifest.tensors if name.startswith("model.")}
+    aliased = {name for name in stored if manifest.tensors[name].alias is not None}
+    missing, extra = sorted(set(targets) - stored), sorted(stored - aliased - set(targets))
+    if missing or extra:
+        raise CheckpointError(
+            f"step {manifest.step:,} does not fit this model: it lacks {missing[:4] or 'nothing'}, "
+            f"and holds {extra[:4] or 'nothing'} besides; a changed model can start from "
+            "init.weights=<safetensors>"
+        )
+    return targets
+
+
+def _load_optimizer(job: loop.Job, manifest: Manifest, reader: checkpoint.Reader) -> None:
+    stored = {
+        name: (TORCH_DTYPES[entry.dtype], entry.shape)
+        for name, entry in manifest.tensors.items()
+        if name.startswith("optimizer.")
+    }
+    optimizers = [phase.optimizer for phase in job.phases]
+    slots = state_tree.optimizer_slots(job.model, optimizers, stored)
+    reader.read({name: slot.tensor for name, slot in slots.items()})
+    objects = manifest.objects["optimizer"]
+    state_tree.load_optimizers(job.model, optimizers, objects, slots, reader.fetch)
+
+
+def _load_ema(job: loop.Job, manifest: Manifest, reader: checkpoint.Reader) -> None:
+    if job.ema is None:
+        return
+    targets = {PREFIX + name: average for name, average in job.ema.averages.items()}
+    if any(name.startswith(PREFIX) for name in manifest.tensors):
+        reader.read(targets)
+    else:
+        job.ema.restart()  # the run has not averaged so far
+
+
+def _changed_hyperparameters(phase: loop.Phase, start: Start) -> dict[str, Any]:
+    """Return the optimizer's settings that this configuration changes, which win in a fork."""
+    changed = {}
+    own = f"optimizer.phases.{phase.name}."
+    kept = set(flatten(start.manifest.config)) if start.manifest else set()
+    kept -= {difference.key for difference in start.differences}
+    for difference in start.differences:
+        key = difference.key.removeprefix(own if phase.name else "").removeprefix("optimizer.")
+        is_general = difference.key == f"optimizer.{key}"
+        if not (is_general or difference.key == own + key) or (is_general and own + key in kept):
+            continue
+        if key in phase.optimizer.param_groups[0]:
+            # as the optimizer itself has it
+            changed[key] = phase.optimizer.defaults.get(key, difference.new)
+    return changed
+
+
+def _restore_generators(
+    job: loop.Job, manifest: Manifest, step: int, fetch: Callable[[str], torch.Tensor]
+) -> None:
+    prefix = f"rng.{job.world.rank}."
+    names = [name for name in manifest.tensors if name.startswith(prefix)]
+    if manifest.world_size == job.world.size and names:
+        rng.restore({name.removeprefix(prefix): fetch(name) for name in names})
+    else:
+        rng.seed_all(rng.derive("rank", job.seed, step, job.world.rank))
+
+
+def load_weights(
+    model: torch.nn.Module,
+    wanted: Init,
+    settings: ObjectStore = ObjectStore(),  # noqa: B008 (frozen)
+    *,
+    warn: Callable[[str], None] = print,
+) -> Start:
+    """Fill the model with weights alone, as `init` says. Any rank, no collectives.
+
+    Returns:
+        A start from scratch, with what there is to say of the weights.
+
+    Raises:
+        ConfigError: there are none, or they do not fit.
+        CheckpointError: they are damaged, or in a file that is not read.
+    """
+    from trainer.importing import weights  # with everything that knows other formats
+
+    loaded = weights.load(model, wanted, settings, warn=warn)
+    return Start(skipped=tuple(loaded.passed_over), filled=tuple(loaded.lines))
