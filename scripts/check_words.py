@@ -70,7 +70,20 @@ PHRASES = {
     r"whatever": "'any', 'regardless of'",
     r"none of (it|them)": "'no'",
 }  # fmt: skip
-FIRST_WORDS = ("What", "Whether", "Where", "How", "Of", "Which", "When", "One", "That", "Who", "Whose", "Why")
+FIRST_WORDS = (
+    "What",
+    "Whether",
+    "Where",
+    "How",
+    "Of",
+    "Which",
+    "When",
+    "One",
+    "That",
+    "Who",
+    "Whose",
+    "Why",
+)
 NAMES = frozenset(
     "found made wanted given told known kept chosen shown taken held each most own whole left share "
     "place what why inner besides said heard gone ours theirs whose".split()
@@ -79,7 +92,9 @@ TEST_NAME = re.compile(
     r"test_(what|whether|where|how|who|whose|which|why|one|a|an|the|of|that|there|nobody|somebody|it|its)_"
     r"|_(nobody|somebody|whoever|told|foretold|gone|litter|judged|ours|theirs|besides|likewise|beside|refused|whole|foreign|is_no|are_no)(_|$)"
 )  # fmt: skip
-PATTERNS = [(re.compile(rf"(?<![\w.])(?:{p})(?![\w])", re.IGNORECASE), use) for p, use in PHRASES.items()]
+PATTERNS = [
+    (re.compile(rf"(?<![\w.])(?:{p})(?![\w])", re.IGNORECASE), use) for p, use in PHRASES.items()
+]
 
 
 def files(paths: list[str]) -> Iterator[Path]:
@@ -119,10 +134,18 @@ def names(tree: ast.Module) -> Iterator[tuple[int, str, str]]:
             bound = ""
         if bound.strip("_").lower() in NAMES:
             yield node.lineno, f"name {bound}", "a noun for a value, a verb for an action"
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
             first = node.value.value.strip().split(" ", 1)[0].rstrip(",:")
             if first in FIRST_WORDS:
-                yield node.lineno, f"note begins with {first}", "a noun phrase or an imperative verb"
+                yield (
+                    node.lineno,
+                    f"note begins with {first}",
+                    "a noun phrase or an imperative verb",
+                )
 
 
 def findings(path: Path) -> list[tuple[int, str, str]]:

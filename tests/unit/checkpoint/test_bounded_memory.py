@@ -25,7 +25,9 @@ import re, resource, sys
 from pathlib import Path
 import torch
 from trainer import checkpoints
-from trainer.checkpoint import dcp, foreign, places
+from trainer.checkpoint import dcp
+from trainer.checkpoint import location as places
+from trainer.importing import formats
 torch.set_num_threads(1)
 held = int(re.search(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
 resource.setrlimit(resource.RLIMIT_DATA, (held + ALLOWED, held + ALLOWED))
@@ -120,7 +122,7 @@ def test_a_torch_save_file_is_brought_over_tensor_by_tensor(tmp_path):
 import re, sys, threading, time
 from pathlib import Path
 from trainer import checkpoints
-from trainer.checkpoint import dcp_folder, foreign
+from trainer.importing import dcp_folder, formats
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
 before, peak = anonymous(), 0

@@ -128,7 +128,11 @@ def test_a_failure_is_not_overruled_by_who_would_run_again(environ, tmp_path):
 def test_who_leaves_because_of_a_peer_does_not_overrule_the_peer(tmp_path, first, second, stays):
     for code in (first, second):
         left = subprocess.run(
-            [sys.executable, "-c", f"from trainer.launch import leave_at_once as l; l({code})"],
+            [
+                sys.executable,
+                "-c",
+                f"from trainer.cluster.launch import leave_at_once as l; l({code})",
+            ],
             env={**os.environ, "PERDURE_OUTCOME": str(tmp_path / "outcome")},
         )
         assert left.returncode == code

@@ -92,8 +92,8 @@ def test_names_that_are_no_signals_to_handle_are_found():
 
 HANGS = """
 import time
-from trainer.distributed import World
-from trainer.preemption import Stop
+from trainer.cluster.world import World
+from trainer.cluster.stop import Stop
 stop = Stop(World())
 stop.listen(["SIGINT"], interrupts_end=True)
 print("ready", flush=True)

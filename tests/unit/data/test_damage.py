@@ -85,7 +85,7 @@ def test_by_default_a_damaged_sample_is_named_and_ends_the_run(workers, kind):
         list(islice(batches, 10))
     text = str(caught.value)
     assert text.startswith("sample 17 (points/17.bin) cannot be read: OSError: the file is torn (")
-    assert "test_damaged_samples.py:" in text
+    assert "test_damage.py:" in text
     assert text.endswith("trainer.on_damaged=skip")
 
 

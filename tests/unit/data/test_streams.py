@@ -432,7 +432,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 from trainer.data.source import TrainStream
 from trainer.data.streams import Streamed
-from trainer.distributed import World
+from trainer.cluster.world import World
 
 dataset, beginning = TensorDataset(torch.arange(8)), {"epoch": 0, "batch": 0}
 loader = DataLoader(dataset, batch_size=4, num_workers=1)
