@@ -20,40 +20,10 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.storage import open_store
 from trainer.storage.store import Fallback
 from trainer.training import loop
+from trainer.training.differences import Difference, compare, rejection_text
 from trainer.training.ema import PREFIX
 
-_STATE_KEYS = ("model", "data", "task", "optimizer", "scheduler", "seed")
-_STATE_SETTINGS = ("trainer.global_batch_size",)
 _LENGTH = ("trainer.max_steps", "trainer.max_epochs")
-_LOCATIONS = ("dir", "path", "root", "cache_dir")
-_PLACE_KEYS = ("name", "run_dir", "resume")
-_PLACE_GROUPS = ("store.", "init.")
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A setting that differs from the checkpoint's."""
-
-    key: str
-    old: Any
-    new: Any
-
-    @property
-    def refuses(self) -> bool:
-        """Whether the state of the checkpoint makes no sense under the new value."""
-        head, _, rest = self.key.partition(".")
-        if head == "data" and rest.rpartition(".")[2] in _LOCATIONS:
-            return False
-        return head in _STATE_KEYS or self.key in _STATE_SETTINGS
-
-    @property
-    def moves_data(self) -> bool:
-        """Whether a position in the data means something else under the new value."""
-        head = self.key.partition(".")[0]
-        return head in ("seed", "data") or self.key in _STATE_SETTINGS
-
-    def __str__(self) -> str:
-        return f"{self.key}: {_shown(self.old)} -> {_shown(self.new)}"
 
 
 @dataclass(frozen=True)
@@ -86,31 +56,6 @@ class Start:
     def epoch(self) -> int:
         """Complete epochs at that step."""
         return self.manifest.epoch if self.manifest else 0
-
-
-def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """Return the settings that differ, sorted by key.
-
-    Where a run lies, and what it began with, is not one of them.
-    """
-    before, after = flatten(old), flatten(new)
-    keys = sorted(
-        key
-        for key in {*before, *after}
-        if key not in _PLACE_KEYS and not key.startswith(_PLACE_GROUPS)
-    )
-    return [
-        Difference(key, before.get(key, _ABSENT), after.get(key, _ABSENT))
-        for key in keys
-        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
-    ]
-
-
-_ABSENT = "(not set)"
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value)
 
 
 def open_tiers(run: Run) -> Tiers:
@@ -173,9 +118,9 @@ def choose(
             f"resume={run.resume}: that checkpoint was not written by a run but by another loop; "
             f"begin from its weights alone: init.weights={run.resume}"
         )
-    differences = tuple(compare(start.manifest.config, config))
-    if not start.is_fork and any(difference.refuses for difference in differences):
-        raise ConfigError(_refusal(run, start, differences))
+    differences = compare(start.manifest.config, config)
+    if not start.is_fork and any(d.prevents_resume for d in differences):
+        raise ConfigError(rejection_text(run.run_dir, start.step, differences))
     other_optimizer = next((d for d in differences if d.key == "optimizer._target_"), None)
     if other_optimizer is not None:
         raise ConfigError(
@@ -263,22 +208,6 @@ def _fork(request: str, settings: ObjectStore) -> Start:
     raise ConfigError(
         f"resume={request}: there is no committed checkpoint; give auto, never, best, a step, a "
         f"run's directory, or one of the folders in its {FOLDER}/"
-    )
-
-
-def _refusal(run: Run, start: Start, differences: tuple[Difference, ...]) -> str:
-    refused = [str(d) for d in differences if d.refuses]
-    return "\n".join(
-        [
-            f"{run.run_dir} is at step {start.step:,} of a run with another configuration, which "
-            "this one cannot continue:",
-            *(f"  {text}" for text in refused),
-            "Take these back to go on with it, or",
-            "  name=…                        begin a new run from scratch",
-            f"  name=… resume={run.run_dir}   begin a new run from its full state",
-            "  name=… init.weights=<file>    begin a new run from its weights alone, exported with",
-            f"    python -m trainer.export {run.run_dir} format=safetensors",
-        ]
     )
 
 

@@ -1,6 +1,5 @@
 """Where a run goes on from: what differs, what refuses, what was asked for and what is there."""
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
+from tests.support.run_configs import CONFIG, changed
 from trainer.checkpoint import Content, Writer, lineage, save
 from trainer.checkpoint.dcp import PerdureStorageWriter
 from trainer.checkpoint.tiers import Tiers
@@ -16,119 +16,7 @@ from trainer.config.schema import Checkpoint, Init, Run, Trainer
 from trainer.core.state import State
 from trainer.errors import CheckpointError, ConfigError
 from trainer.storage import open_store
-from trainer.training.resume import (
-    Difference,
-    Start,
-    choose,
-    compare,
-    finished,
-    flatten,
-    load_weights,
-)
-
-CONFIG = {
-    "name": "a", "run_dir": "runs/a", "seed": 0, "resume": "auto",
-    "sample": {"shape": [1, 8, 8], "classes": 10},
-    "model": {"_target_": "models.cnn.CNN", "hidden": 16, "channels": [4, 8]},
-    "data": {"_target_": "trainer.data.mnist.Mnist", "dir": "data/mnist", "mean": 0.5},
-    "task": {"_target_": "trainer.task.Classification"},
-    "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1},
-    "scheduler": {},
-    "parallel": {"strategy": "ddp"},
-    "trainer": {"max_epochs": 3, "global_batch_size": 64, "accumulate": 1, "log_every_steps": 5},
-    "launch": {"nproc": "1"},
-    "checkpoint": {"every_steps": 5, "metric": "accuracy", "mode": "max"},
-    "tracker": {"console": {"_target_": "trainer.tracking.console.Console"}},
-    "init": {"weights": None},
-}  # fmt: skip
-
-
-def changed(**changes):
-    """Return CONFIG with dotted changes (`__` stands for a dot)."""
-    config = copy.deepcopy(CONFIG)
-    for key, value in changes.items():
-        node = config
-        *parents, last = key.split("__")
-        for parent in parents:
-            node = node[parent]
-        node[last] = value
-    return config
-
-
-# --- differences -------------------------------------------------------------------------------
-
-
-def test_flatten_names_leaves_by_their_dotted_keys():
-    nested = {"a": {"b": {"c": 1}, "d": [1, {"e": 2}]}, "f": {}, "g": None}
-    assert flatten(nested) == {"a.b.c": 1, "a.d": [1, {"e": 2}], "f": {}, "g": None}
-
-
-def test_equal_configurations_have_no_differences():
-    assert compare(CONFIG, copy.deepcopy(CONFIG)) == []
-
-
-@pytest.mark.parametrize(("key", "value", "shown"), [
-    ("trainer__max_epochs", 5, "trainer.max_epochs: 3 -> 5"),
-    ("checkpoint__metric", None, "checkpoint.metric: accuracy -> null"),
-    ("model__dropout", 0.5, "model.dropout: (not set) -> 0.5"),
-    ("model__channels", [4, 16], "model.channels: [4, 8] -> [4, 16]"),
-])  # fmt: skip
-def test_a_difference_is_shown_with_its_key_and_both_values(key, value, shown):
-    (difference,) = compare(CONFIG, changed(**{key: value}))
-    assert str(difference) == shown
-    (back,) = compare(changed(**{key: value}), CONFIG)
-    assert (back.old, back.new) == (difference.new, difference.old)
-
-
-def test_differences_are_sorted_by_key():
-    found = compare(CONFIG, changed(trainer__max_epochs=9, data__mean=0.1, seed=4))
-    assert [difference.key for difference in found] == ["data.mean", "seed", "trainer.max_epochs"]
-
-
-@pytest.mark.parametrize("key", ["name", "run_dir", "resume", "init__weights", "init__skip"])
-def test_where_a_run_lies_and_how_it_began_is_no_difference(key):
-    assert compare(CONFIG, changed(**{key: "other"})) == []
-
-
-@pytest.mark.parametrize(("key", "value"), [
-    ("seed", 1),
-    ("model__hidden", 32), ("model___target_", "models.mlp.MLP"), ("model__dropout", 0.1),
-    ("data__mean", 0.1), ("data___target_", "mine.Data"), ("task__label_smoothing", 0.1),
-    ("optimizer__lr", 0.2), ("optimizer___target_", "torch.optim.Adam"),
-    ("scheduler", {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 3}),
-    ("trainer__global_batch_size", 32),
-])  # fmt: skip
-def test_a_change_that_cannot_continue_refuses(key, value):
-    found = compare(CONFIG, changed(**{key: value}))
-    assert found
-    assert all(difference.refuses for difference in found)
-
-
-@pytest.mark.parametrize(("key", "value"), [
-    ("trainer__max_epochs", 30), ("trainer__max_steps", 7), ("trainer__log_every_steps", 50),
-    ("trainer__accumulate", 2), ("trainer__clip_norm", 1.0), ("trainer__eval_every_steps", 3),
-    ("checkpoint__every_steps", 50), ("checkpoint__metric", "loss"), ("launch__nproc", "4"),
-    ("parallel__strategy", "single"), ("tracker", {}), ("data__dir", "/elsewhere"),
-    ("data__cache_dir", "/tmp"), ("preemption", {"grace_s": 5.0}),
-])  # fmt: skip
-def test_a_change_that_is_safe_is_only_shown(key, value):
-    found = compare(CONFIG, changed(**{key: value}))
-    assert found
-    assert not any(difference.refuses for difference in found)
-
-
-def test_where_nested_data_lies_is_only_shown():
-    old = changed(data={"train": {"_target_": "x", "root": "a"}})
-    new = changed(data={"train": {"_target_": "x", "root": "b"}})
-    assert [d.refuses for d in compare(old, new)] == [False]
-
-
-def test_what_moves_a_position_in_the_data():
-    moving = ("seed", "data.mean", "trainer.global_batch_size")
-    still = ("model.hidden", "optimizer.lr", "trainer.max_epochs", "trainer.accumulate")
-    assert all(Difference(key, 1, 2).moves_data for key in moving)
-    assert not any(Difference(key, 1, 2).moves_data for key in still)
-
+from trainer.training.resume import Start, choose, finished, load_weights
 
 # --- choosing ----------------------------------------------------------------------------------
 
