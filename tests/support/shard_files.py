@@ -7,8 +7,8 @@ from torch import Tensor
 
 from trainer.checkpoint import shard
 from trainer.checkpoint.plan import DTYPE_NAMES, Box, Plan
+from trainer.checkpoint.shard_writer import write_shard
 from trainer.checkpoint.snapshot import Snapshot
-from trainer.checkpoint.writer import write_shard
 from trainer.storage import Store
 
 
@@ -22,4 +22,4 @@ def write_tensors(
     )
     sources = {name: (name, Box((0,) * t.ndim, tuple(t.shape))) for name, t in tensors.items()}
     snapshot.begin(Plan([], layout, sources, {}), tensors, late=tensors)
-    return layout, write_shard(store.open_new(key, layout.total_bytes), snapshot, layout)
+    return layout, write_shard(store.open_new(key, layout.total_bytes), layout, snapshot)

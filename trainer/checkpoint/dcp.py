@@ -46,7 +46,7 @@ from trainer.checkpoint.lineage import MANIFEST
 from trainer.checkpoint.manifest import DCP_OBJECT, Manifest, ShardFile, TensorEntry
 from trainer.checkpoint.plan import DTYPE_NAMES, TORCH_DTYPES, Box, columns
 from trainer.checkpoint.reader import Reader
-from trainer.checkpoint.stream import write_stream
+from trainer.checkpoint.shard_writer import LiveTensors, write_shard
 from trainer.config.schema import ObjectStore
 from trainer.errors import CheckpointError, ConfigError, StoreError
 from trainer.storage.store import AlreadyExists
@@ -174,7 +174,7 @@ class PerdureStorageWriter(StorageWriter):
                 return held if isinstance(held, Tensor) else _resolved(held, planner)
 
             file = self._store.open_new(f"{self._folder}/{name}", layout.total_bytes)
-            record = write_stream(file, layout, tensor_of)
+            record = write_shard(file, layout, LiveTensors(layout, tensor_of))
         results = []
         for item, _, found in stored:
             if found.dtype:

@@ -43,6 +43,11 @@ class HostBuffer:
         return len(self.array)
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether the tensor's memory is its elements in order."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
 def bytes_of(tensor: Tensor) -> Bytes:
     """Return the memory of a contiguous CPU tensor."""
     flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # an axis of one: any stride

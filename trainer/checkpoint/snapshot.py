@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from trainer.checkpoint import shard
-from trainer.checkpoint.memory import HostBuffer, bytes_of
+from trainer.checkpoint.memory import HostBuffer, bytes_of, is_plain
 from trainer.checkpoint.plan import TORCH_DTYPES, Box, Plan, local
 from trainer.errors import CheckpointError
 
@@ -35,7 +35,6 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._buffer = HostBuffer(0, pinned=False)
-        self._layout = shard.Layout((), 0, 0)
         self._changed = threading.Condition()
         self._copied_bytes = 0  # all before this byte of the file is in place
         self._finished = True
@@ -50,7 +49,6 @@ class Snapshot:
 
         Call it on the thread that trains, when no other copy is being made or written.
         """
-        self._layout = plan.layout
         on_gpu = any(tensors[name].is_cuda for name, _ in plan.sources.values())
         if len(self._buffer) < plan.layout.total_bytes:
             self._buffer = HostBuffer(0, pinned=False)  # give the old one back first
@@ -114,8 +112,7 @@ class Snapshot:
                 self._changed.notify_all()
 
     def _copy(self, chunk: shard.Chunk, source: Tensor, *, advance: bool = False) -> None:
-        is_plain = source.is_contiguous() and not source.is_conj() and not source.is_neg()
-        if source.device.type != "cpu" or not is_plain:
+        if source.device.type != "cpu" or not is_plain(source):
             place = self._buffer.tensor[chunk.start : chunk.stop]
             place = place.view(TORCH_DTYPES[chunk.dtype]).view(chunk.shape)
             place.copy_(source, non_blocking=advance)
@@ -134,23 +131,32 @@ class Snapshot:
             self._copied_bytes = copied_bytes
             self._changed.notify_all()
 
-    def wait(self, stop: int | None = None) -> None:
-        """Wait until all bytes before `stop` of the file are in place; None: the whole copy.
+    def wait(self) -> None:
+        """Wait until the copy has finished or failed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._finished)
+
+    def part(self, start: int, stop: int) -> nullcontext[memoryview]:
+        """Return the file's bytes from `start` to `stop`, once they are copied.
 
         Raises:
-            CheckpointError: with `stop`: the copy failed, or is not of one moment.
+            CheckpointError: the copy failed.
         """
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._finished or (stop is not None and stop <= self._copied_bytes)
-            )
-        if stop is not None and self._error is not None:
+            self._changed.wait_for(lambda: self._finished or stop <= self._copied_bytes)
+        if self._error is not None:
             raise self._error
+        return nullcontext(self._buffer.view[start:stop])
 
-    @property
-    def view(self) -> memoryview:
-        """The shard's bytes; the header is still to be put in place."""
-        return self._buffer.view[: self._layout.total_bytes]
+    def check(self) -> None:
+        """Wait until the copy has finished.
+
+        Raises:
+            CheckpointError: it failed, or a tensor changed while it was copied.
+        """
+        self.wait()
+        if self._error is not None:
+            raise self._error
 
 
 def _part(tensor: Tensor, box: Box) -> Tensor:

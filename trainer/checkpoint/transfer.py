@@ -14,7 +14,7 @@ from trainer.checkpoint.lineage import MANIFEST
 from trainer.checkpoint.manifest import Manifest, TensorEntry
 from trainer.checkpoint.plan import DTYPE_NAMES
 from trainer.checkpoint.reader import DamagedError, Reader
-from trainer.checkpoint.stream import write_stream
+from trainer.checkpoint.shard_writer import LiveTensors, write_shard
 from trainer.errors import CheckpointError
 from trainer.storage.store import AlreadyExists, Readable, Store
 
@@ -122,7 +122,7 @@ def bring(
     name = manifest.shard_name(rank=0, world_size=1, token=token, save=1)
     layout = shard.lay_out((key, *size) for key, size in sizes.items())
     file = target.open_new(f"{folder}/{name}", layout.total_bytes)
-    record = write_stream(file, layout, tensor_of, threads=1)
+    record = write_shard(file, layout, LiveTensors(layout, tensor_of), threads=1)
     entries: Mapping[str, Any] = {
         key: TensorEntry(dtype, shape, file=0) for key, (dtype, shape) in sizes.items()
     }

@@ -12,15 +12,12 @@ import torch
 from trainer.checkpoint import lineage, manifest, plan, shard, values
 from trainer.checkpoint.lineage import FOLDER, Attempt, Commit
 from trainer.checkpoint.manifest import Manifest, ShardFile, TensorEntry
+from trainer.checkpoint.shard_writer import write_shard
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.state_tree import Content
 from trainer.cluster.world import World
-from trainer.core.threads import in_parallel
 from trainer.errors import CheckpointError, PerdureError, StoreError
-from trainer.storage.store import AlreadyExists, NewFile, Store
-
-_WRITERS = 8
-"""Parts in flight: as deep a queue as disks want (and object stores take)."""
+from trainer.storage.store import AlreadyExists, Store
 
 
 class Save:
@@ -179,7 +176,7 @@ class Writer:
             except AlreadyExists:
                 litter.clear()  # it is somebody else's
                 raise
-            return name, write_shard(file, self._snapshot, layout)
+            return name, write_shard(file, layout, self._snapshot)
 
         def check() -> None:
             before_commit()
@@ -225,57 +222,3 @@ class Writer:
             self._unsure = here
             raise
         return complete
-
-
-def write_shard(file: NewFile, snapshot: Snapshot, layout: shard.Layout) -> ShardFile:
-    """Write a snapshot while it is being made; durable on return. The header goes last.
-
-    Several threads each take a part, wait until it is copied, compute the checksums of the blocks
-    that end in it, and write it. The header needs them all, but not that they are written.
-    """
-    data, blocks = snapshot.view, layout.blocks()
-    digests = [""] * len(blocks)
-    starts = range(0, layout.total_bytes, file.part_bytes)
-    in_header = sum(start < layout.header_bytes for start in starts)
-    by_part: dict[int, list[int]] = {start: [] for start in starts}
-    for index, (_, stop) in enumerate(blocks):
-        by_part[(stop - 1) // file.part_bytes * file.part_bytes].append(index)
-    rest = threading.Semaphore(0)  # released by each part that has its checksums, or failed
-    sealing, record = threading.Lock(), ShardFile(0, 0, "")
-
-    def hash_part(start: int) -> None:
-        snapshot.wait(min(start + file.part_bytes, layout.total_bytes))
-        for index in by_part[start]:
-            digests[index] = manifest.checksum(data[blocks[index][0] : blocks[index][1]])
-
-    def put(start: int) -> None:
-        if start < layout.header_bytes:  # the last parts, whichever thread has them
-            with sealing:
-                seal()
-        else:
-            try:
-                hash_part(start)
-            finally:
-                rest.release()
-        file.put(start, data[start : start + file.part_bytes])
-
-    def seal() -> None:
-        nonlocal record
-        if record.bytes:
-            return
-        for start in starts[:in_header]:
-            hash_part(start)
-        for _ in starts[in_header:]:
-            rest.acquire()
-        header = shard.header(layout, digests)
-        data[: layout.header_bytes] = header
-        record = ShardFile(layout.total_bytes, len(header), manifest.checksum(header))
-
-    try:
-        in_parallel(put, [*starts[in_header:], *starts[:in_header]], _WRITERS)
-        snapshot.wait(layout.total_bytes)
-        file.finish()
-    except BaseException:
-        file.abort()
-        raise
-    return record

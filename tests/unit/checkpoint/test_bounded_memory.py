@@ -11,7 +11,7 @@ import torch
 from trainer.checkpoint import lineage, manifest, shard
 from trainer.checkpoint.location import open_place
 from trainer.checkpoint.manifest import Manifest, TensorEntry
-from trainer.checkpoint.stream import write_stream
+from trainer.checkpoint.shard_writer import LiveTensors, write_shard
 from trainer.storage import LocalStore
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -60,7 +60,7 @@ def write(folder: Path, change: float = 0.0) -> None:
     made = Manifest(
         step=1, epoch=0, samples=0, attempt=0, token="0" * 8, save=1, world_size=1, versions={},
         tensors={key: TensorEntry(*size, file=0) for key, size in sizes.items()},
-        files={name: write_stream(file, layout, tensor_of)}, objects={},
+        files={name: write_shard(file, layout, LiveTensors(layout, tensor_of))}, objects={},
     )  # fmt: skip
     store.create(f"{folder.name}/{lineage.MANIFEST}", manifest.to_bytes(made))
 
@@ -174,7 +174,7 @@ def test_a_thousand_shards_are_read_without_a_process_group(tmp_path):
         layout = shard.lay_out((key, "F32", tuple(t.shape)) for key, t in part.items())
         name = manifest.shard_name(rank=rank, world_size=count, token="0" * 8, save=1)
         file = store.open_new(f"step-5/{name}", layout.total_bytes)
-        files[name] = write_stream(file, layout, part.__getitem__, threads=1)
+        files[name] = write_shard(file, layout, LiveTensors(layout, part.__getitem__), threads=1)
         tensors[f"own.{rank}"] = TensorEntry("F32", (3,), file=rank)
     tensors["cut"] = TensorEntry("F32", (count * 2, 3), grid=(count, 1))
     made = Manifest(
