@@ -16,7 +16,8 @@ from trainer.cluster.world import World
 from trainer.config.schema import Run, Sample, Trainer
 from trainer.core.state import State
 from trainer.tracking.several import Silent
-from trainer.training import build, loop
+from trainer.training import build
+from trainer.training.step import train_step
 
 CLASSES = 4
 
@@ -88,7 +89,7 @@ def measure(folder: str, workers: int, options: argparse.Namespace) -> tuple[flo
             waiting_s, began = 0.0, asked
         microbatches, _ = next(batches)
         waiting_s += time.perf_counter() - asked
-        loop.train_step(job, microbatches)
+        train_step(job, microbatches)
     return waiting_s, time.perf_counter() - began
 
 

@@ -17,7 +17,7 @@ from trainer.errors import DONE, ConfigError, closest
 from trainer.export import rebuild
 from trainer.export.source import open_source
 from trainer.tracking.several import Silent
-from trainer.training import build, loop
+from trainer.training import build, evaluation
 from trainer.training.ema import PREFIX
 
 _WEIGHTS = ("auto", "model", "ema")
@@ -117,7 +117,7 @@ def evaluate(
     has_averages = any(name.startswith(PREFIX) for name in source.manifest.tensors)
     chosen = weights if weights != "auto" else "ema" if has_averages else "model"
     rebuild.fill(job.model, source, averaged=chosen == "ema")
-    figures = loop.evaluate(job, State(step=source.commit.step), Stop(world)) or {}
+    figures = evaluation.evaluate(job, State(step=source.commit.step), Stop(world)) or {}
     count = len(job.evaluation.dataset)
     return Evaluation(place, source.commit.step, chosen, count, figures)
 

@@ -27,9 +27,9 @@ class Task(Protocol):
     A task may have `phases`, a mapping: by the phase's name, a pattern of the names of the
     parameters that are trained in it, or a list of them. Each step then takes one update for each
     phase, in this order, with an optimizer and a schedule of its own; gradients are clipped and
-    looked at phase by phase, and reach its own parameters alone. `loss`, `figures` and `update`
-    are told the phase's name as their last argument, and called for each phase; all parts of the
-    model may be called in any of them. Names of figures get the phase's name before them, and
+    looked at phase by phase, and reach its own parameters alone. `loss`, `train_metrics` and
+    `update` are called once per phase, with the phase's name as the last argument; all parts of
+    the model may be called in any of them. Names of figures get the phase's name before them, and
     `loss` is the sum of the phases' losses, in training and in evaluation.
 
     A task may have `samples(model, dataset)`: what to show a person of the trained model, by name:
@@ -50,7 +50,7 @@ class Task(Protocol):
         must not communicate.
         """
 
-    def figures(self, outputs: Any, batch: Batch) -> Mapping[str, Tensor]:
+    def train_metrics(self, outputs: Any, batch: Batch) -> Mapping[str, Tensor]:
         """Return means over the samples of `batch` that training logs beside the loss (0-dim)."""
 
     def metrics(self) -> Mapping[str, Any]:

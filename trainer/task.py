@@ -45,9 +45,12 @@ class Classification:
             ) from None
         return loss, logits
 
-    def figures(self, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:
+    def train_metrics(self, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:
         """Return the accuracy on this batch."""
         return {"accuracy": (outputs.argmax(1) == batch[1]).float().mean()}
+
+    figures = train_metrics
+    """Former name of `train_metrics`; deprecated."""
 
     def metrics(self) -> Mapping[str, Any]:
         """Return the accuracy: the share of samples whose largest logit is their label's."""
@@ -119,9 +122,12 @@ class LanguageModel:
         """Return the number of counted targets."""
         return (batch[1] != _NOT_COUNTED).sum()
 
-    def figures(self, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:
+    def train_metrics(self, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:
         """Return nothing besides the loss."""
         return {}
+
+    figures = train_metrics
+    """Former name of `train_metrics`; deprecated."""
 
     def metrics(self) -> Mapping[str, Any]:
         """Return the bits per byte: what the model would need to store the text."""
@@ -199,11 +205,16 @@ class Adversarial:
         real, fake = model.discriminator(images), model.discriminator(made)
         return _judged(real, self._real) + _judged(fake, 0.0), (real, fake)
 
-    def figures(self, outputs: tuple[Tensor, ...], batch: Any, phase: str) -> Mapping[str, Tensor]:
+    def train_metrics(
+        self, outputs: tuple[Tensor, ...], batch: Any, phase: str
+    ) -> Mapping[str, Tensor]:
         """Return how sure the discriminator is, on average, that either kind is real."""
         if phase == "generator":
             return {}
         return dict(zip(_KINDS, (logits.sigmoid().mean() for logits in outputs), strict=True))
+
+    figures = train_metrics
+    """Former name of `train_metrics`; deprecated."""
 
     def metrics(self) -> Mapping[str, Any]:
         """Return the same for samples that it was not trained on: 0.5 when it cannot tell."""

@@ -16,6 +16,7 @@ def trained(world, folder, slow_rank, what, strategy):
     from torch.utils.data import TensorDataset
 
     from trainer.training import loop, parallel
+    from trainer.training.job import Job, Phase
     from trainer.checkpoint import lineage
     from trainer.checkpoint.saver import Saver
     from trainer.data.source import TrainStream
@@ -57,9 +58,9 @@ def trained(world, folder, slow_rank, what, strategy):
     wrapped = parallel.wrap(model, world, options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     tracker = Says()
-    job = loop.Job(
+    job = Job(
         world=world, model=model, task=Sleepy(), tracker=tracker, max_steps=30,
-        phases=[loop.Phase(wrapped=wrapped, optimizer=optimizer)],
+        phases=[Phase(wrapped=wrapped, optimizer=optimizer)],
         data=TrainStream(SleepyData(), world, 5, 6), eval_every=Every(), log_every_steps=10,
     )  # fmt: skip
     store = open_store(folder)

@@ -1,6 +1,7 @@
 """Phases on several ranks: the update of each is the large batch's, and a resume is exact."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def pair_job(world, options=None, accumulate=1):
         def weight(self, batch):
             return batch[2].sum()
 
-        def figures(self, outputs, batch, phase):
+        def train_metrics(self, outputs, batch, phase):
             return {}
 
         def metrics(self):
@@ -53,7 +54,7 @@ def pair_job(world, options=None, accumulate=1):
 
     job = masked_job(dataset(), accumulate, world)
     torch.manual_seed(0)
-    job.model, job.task = Pair(), Duel()
+    job = replace(job, model=Pair(), task=Duel())
     return phased(job, options, stated=Duel.phases, make=lambda phase, params: (
         torch.optim.SGD(params, lr={"one": 0.3, "two": 0.1}[phase], momentum=0.9)
     ))  # fmt: skip
@@ -62,13 +63,14 @@ def pair_job(world, options=None, accumulate=1):
 def steps(world, options, accumulate, clip_norm):
     """Three steps; return the means of the ranks' losses, and the weights."""
     from trainer.training import loop, parallel
+    from trainer.training.step import train_step, warm_up
 
     job = pair_job(world, options, accumulate)
     job.clip_norm = clip_norm
-    loop.warm_up(job)
+    warm_up(job)
     batches, losses = job.data.batches({"epoch": 0, "batch": 0}), []
     for _ in range(3):
-        figures, _ = loop.train_step(job, next(batches)[0])
+        figures, _ = train_step(job, next(batches)[0])
         losses += [world.mean(figures[name]).item() for name in ("loss", "one_loss", "two_loss")]
     parallel.reshard(job.phases[0].wrapped)
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in job.model.parameters()]
@@ -105,7 +107,7 @@ def runs(world, folder, options):
         phased(job, options, schedule=lambda o: torch.optim.lr_scheduler.StepLR(o, 2))
         job.ema = Ema(job.model, 0.9, job.phases[0].wrapped)
         rng.seed_all(world.rank)
-        loop.warm_up(job)
+        warm_up(job)
         run = Run(name="a", run_dir=f"{folder}/{name}")
         start = world.from_rank0(lambda: resume.choose(Tiers(store), run, {}))
         state = resume.load(job, start)

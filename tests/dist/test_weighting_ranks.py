@@ -13,17 +13,19 @@ def steps(world, strategy, accumulate):
     import torch
     from support.weighted_jobs import dataset, masked_job
 
-    from trainer.training import loop, parallel
+    from trainer.training import parallel
+    from trainer.training.job import Phase
+    from trainer.training.step import train_step
 
     job = masked_job(dataset(), accumulate, world)
     if strategy:
         options = parallel.DdpOptions() if strategy == "ddp" else parallel.FsdpOptions()
         wrapped = parallel.wrap(job.model, world, options)
         optimizer = torch.optim.SGD(job.model.parameters(), lr=0.1, momentum=0.9)
-        job.phases = [loop.Phase(wrapped=wrapped, optimizer=optimizer)]
+        job.phases = [Phase(wrapped=wrapped, optimizer=optimizer)]
     batches, losses = job.data.batches({"epoch": 0, "batch": 0}), []
     for _ in range(3):
-        figures, _ = loop.train_step(job, next(batches)[0])
+        figures, _ = train_step(job, next(batches)[0])
         losses.append(world.mean(figures["loss"]).item())
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in job.model.parameters()]
     return losses, [p.detach().numpy().copy() for p in whole]

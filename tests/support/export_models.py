@@ -124,7 +124,7 @@ class DictTask:
         answer = model({"image": images, "bias": labels.float()}, scale=2.0)
         return F.cross_entropy(answer.logits, labels), answer.logits
 
-    def figures(self, outputs, batch):
+    def train_metrics(self, outputs, batch):
         return {}
 
     def metrics(self):

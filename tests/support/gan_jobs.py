@@ -9,8 +9,9 @@ from trainer.cluster.world import World
 from trainer.core import rng
 from trainer.data.source import EvalStream, TrainStream
 from trainer.task import Adversarial
-from trainer.training import loop, parallel, parameters
+from trainer.training import parallel, parameters
 from trainer.training.ema import Ema
+from trainer.training.job import Phase
 
 RATES = {"discriminator": 0.02, "generator": 0.01}
 
@@ -36,7 +37,7 @@ def phased(job, options=None, *, make=adam, schedule=None, stated=Adversarial.ph
     named = dict(job.model.named_parameters())
     made = {phase: make(phase, [named[n] for n in own]) for phase, own in names.items()}
     job.phases = [
-        loop.Phase(
+        Phase(
             name=phase,
             wrapped=wrapped[phase],
             optimizer=optimizer,

@@ -18,6 +18,7 @@ from trainer.storage import open_store
 from trainer.task import Classification
 from trainer.tracking.several import Silent
 from trainer.training import loop, resume
+from trainer.training.job import Job, Phase
 
 BEGINNING = {"epoch": 0, "batch": 0}
 BATCH = 8
@@ -70,13 +71,11 @@ def a_job(*, model=None, optimizer=sgd, schedule=None, dataset=DATA, accumulate=
         "eval_every": Every(),
         "log_every_steps": 1,
     }  # fmt: skip
-    return loop.Job(
+    return Job(
         world=World(),
         model=model,
         phases=[
-            loop.Phase(
-                wrapped=model, optimizer=made, scheduler=schedule(made) if schedule else None
-            )
+            Phase(wrapped=model, optimizer=made, scheduler=schedule(made) if schedule else None)
         ],
         **{**given, **changes},
     )

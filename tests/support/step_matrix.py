@@ -21,6 +21,7 @@ from trainer.storage import open_store
 from trainer.task import Classification
 from trainer.tracking.several import Silent
 from trainer.training import build, loop, parallel, resume
+from trainer.training.step import train_step, warm_up
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXTRAS = ("accumulate", "clip", "ema")
@@ -118,7 +119,7 @@ def a_job(case, world, max_steps=5):
     """Build a job as a run does."""
     run = configured(case, max_steps)
     job = build.build_job(run, world, build.build_data(run), Silent())
-    loop.warm_up(job)
+    warm_up(job)
     return job
 
 
@@ -147,7 +148,7 @@ def steps(world, case, count=3):
     batches = job.data.batches({"epoch": 0, "batch": 0})
     losses, applied = [], []
     for _ in range(count):
-        figures, done = loop.train_step(job, next(batches)[0])
+        figures, done = train_step(job, next(batches)[0])
         losses.append(world.mean(figures["loss"].double()).item())
         applied.append(took(done))
     return losses, applied, whole(job, State())

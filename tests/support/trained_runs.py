@@ -17,6 +17,7 @@ from trainer.core.state import State
 from trainer.storage import open_store
 from trainer.tracking.several import Silent
 from trainer.training import build, loop
+from trainer.training.step import train_step
 
 
 @contextmanager
@@ -51,7 +52,7 @@ def a_trained_run(folder, *overrides, steps=3, accuracy=0.5, changes=None):
     batches = job.data.batches(state.cursor)
     for _ in range(steps):
         microbatches, cursor = next(batches)
-        _, applied = loop.train_step(job, microbatches)
+        _, applied = train_step(job, microbatches)
         state.advance(cursor, samples=8, applied=all(applied))
     state.evaluated({"accuracy": accuracy}, metric="accuracy", mode="max")
     attempt = lineage.begin(store, {})

@@ -22,7 +22,7 @@ class Masked:
     def weight(self, batch):
         return batch[2].sum()
 
-    def figures(self, outputs, batch):
+    def train_metrics(self, outputs, batch):
         return {}
 
     def metrics(self):

@@ -15,7 +15,7 @@ from trainer.cluster.world import World
 from trainer.core.state import State
 from trainer.data.source import EvalStream, TrainStream
 from trainer.task import LanguageModel
-from trainer.training import loop
+from trainer.training.evaluation import evaluate
 
 
 def a_batch():
@@ -57,7 +57,7 @@ def test_bits_per_byte_are_those_of_all_that_is_evaluated(model):
         model=model, task=LanguageModel(bytes_per_token=3.0),
         data=TrainStream(data, World(), 5, 2), evaluation=EvalStream(data, World(), 1),
     )  # fmt: skip
-    found = loop.evaluate(job, State(), Stop(World()))
+    found = evaluate(job, State(), Stop(World()))
     total, count = by_definition(model, a_batch())
     assert found["loss"] == pytest.approx(total / count, rel=1e-6)
     assert found["bits_per_byte"] == pytest.approx(total / count / math.log(2) / 3, rel=1e-6)

@@ -40,7 +40,9 @@ from trainer.protocols import Tracker
 from trainer.storage import Store, open_store
 from trainer.tracking import jsonl
 from trainer.training import build, loop, messages, oom, resume, sample_outputs
+from trainer.training.job import Job
 from trainer.training.resume import Start
+from trainer.training.step import warm_up
 
 _STACKS_S = 10.0
 """How long a store may take for the last words of a process that leaves."""
@@ -90,7 +92,7 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
         try:
             source = world.together(lambda: build.build_data(run))
             job = build.build_job(run, world, source, tracker)
-            loop.warm_up(job)
+            warm_up(job)
             start, state = _load(run, stored, job, tiers, attempt)
             mirror = _mirror(run, job, tiers, attempt, start)
             saver = _saver(run, stored, job, store, attempt, start, stop.grace_s, mirror, is_shared)
@@ -215,7 +217,7 @@ class _Notes:
         self._facts: Callable[[], dict[str, Any]] = dict
         self._over = threading.Event()
 
-    def keep(self, state: State, saver: Saver, stop: Stop, job: loop.Job, began: float) -> None:
+    def keep(self, state: State, saver: Saver, stop: Stop, job: Job, began: float) -> None:
         """Begin to note where the attempt is."""
         first_step, first_s = state.step, 0.0
 
@@ -265,7 +267,7 @@ def _totals(pace: Pace) -> dict[str, Any]:
     }
 
 
-def _profiler(run: Run, job: loop.Job, store: Store, attempt: Attempt) -> Profiler | None:
+def _profiler(run: Run, job: Job, store: Store, attempt: Attempt) -> Profiler | None:
     if not run.profile or job.world.rank != 0:
         return None
     return Profiler(
@@ -362,7 +364,7 @@ def _facts(world: World, threads: int) -> dict[str, Any]:
 
 
 def _load(
-    run: Run, stored: Mapping[str, Any], job: loop.Job, tiers: Tiers, attempt: Attempt
+    run: Run, stored: Mapping[str, Any], job: Job, tiers: Tiers, attempt: Attempt
 ) -> tuple[Start, State]:
     """Load the newest checkpoint that every rank finds whole; set damaged ones aside.
 
@@ -413,7 +415,7 @@ def _refuse_damaged(run: Run, start: Start, error: DamagedError) -> None:
     raise DamagedError(f"{error}. Older whole steps: {', '.join(older) or 'none'}; {advice}")
 
 
-def _mirror(run: Run, job: loop.Job, tiers: Tiers, attempt: Attempt, start: Start) -> Mirror | None:
+def _mirror(run: Run, job: Job, tiers: Tiers, attempt: Attempt, start: Start) -> Mirror | None:
     """Begin to copy; first what the mirror lacks of the checkpoint we start from. Collective."""
     if tiers.mirror is None:
         return None
@@ -458,7 +460,7 @@ def _history(store: Store) -> dict[str, bytes]:
 def _saver(
     run: Run,
     stored: Mapping[str, Any],
-    job: loop.Job,
+    job: Job,
     store: Store,
     attempt: Attempt,
     start: Start,
@@ -501,7 +503,7 @@ def _saver(
 def _record_start(
     run: Run,
     stored: Mapping[str, Any],
-    job: loop.Job,
+    job: Job,
     tiers: Tiers,
     attempt: Attempt,
     start: Start,
@@ -550,7 +552,7 @@ def _record_start(
 
 def _resume_lines(
     run: Run,
-    job: loop.Job,
+    job: Job,
     tiers: Tiers,
     start: Start,
     state: State,

@@ -31,7 +31,7 @@ from trainer.tracking.jsonl import Jsonl
 from trainer.tracking.several import Several, Silent
 from trainer.training import parallel, parameters
 from trainer.training.ema import Ema
-from trainer.training.loop import Job, Phase
+from trainer.training.job import Job, Phase, TaskOptions
 
 T = TypeVar("T")
 _OURS = ("groups", "phases")
@@ -348,7 +348,7 @@ def _build_phases(
     is_fsdp = run.parallel.strategy == "fsdp"
     ddp, fsdp = _options(run, parallel.DdpOptions), _options(run, parallel.FsdpOptions)
     options = fsdp if is_fsdp else ddp
-    stated = dict(getattr(task, "phases", None) or {})
+    stated = dict(TaskOptions.of(task).phases)
     if text := parameters.check_phases(run.optimizer.get("phases", {}), stated):
         raise ConfigError(f"optimizer.phases {text}")
     names, lines = parameters.phases(model, stated) if stated else ({}, [])

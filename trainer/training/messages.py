@@ -11,7 +11,7 @@ from trainer.core.state import State
 from trainer.errors import RUN_AGAIN
 from trainer.monitoring import memory
 from trainer.monitoring.timing import Pace, Totals
-from trainer.training import loop
+from trainer.training.job import Job
 
 
 def count(number: int, noun: str) -> str:
@@ -20,7 +20,7 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else plural)
 
 
-def banner(run: Run, job: loop.Job, record: Mapping[str, Any]) -> list[str]:
+def banner(run: Run, job: Job, record: Mapping[str, Any]) -> list[str]:
     """Return what will be trained, on what, for how long, and how often it is saved.
 
     Args:
@@ -71,7 +71,7 @@ def _batch(run: Run, ranks: int) -> str:
     )
 
 
-def _length(run: Run, job: loop.Job) -> str:
+def _length(run: Run, job: Job) -> str:
     per_epoch = job.data.steps_per_epoch
     limit = f", or {run.trainer.max_time} an attempt" if run.trainer.max_time else ""
     stale = f", or {run.trainer.patience_evals} evaluations without a better one"

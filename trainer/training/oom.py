@@ -10,7 +10,7 @@ from trainer.config.schema import Run
 from trainer.core.formatting import size
 from trainer.errors import TrainingError
 from trainer.monitoring.timing import peak_bytes
-from trainer.training import loop
+from trainer.training.evaluation import evaluate
 
 _SIGNS = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -30,8 +30,7 @@ def explain(error: BaseException, run: Run, world: World) -> TrainingError | Non
         return None
     line = next((line for line in text.splitlines() if sign is None or sign in line), "")
     evaluates = any(
-        frame.f_code is loop.evaluate.__code__
-        for frame, _ in traceback.walk_tb(error.__traceback__)
+        frame.f_code is evaluate.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)
     )
     ways = _evaluation_ways(run, world) if evaluates else _training_ways(run, world)
     when = " in an evaluation" if evaluates else ""

@@ -19,9 +19,9 @@ from trainer.core.state import State
 from trainer.errors import CheckpointError, ConfigError
 from trainer.storage import open_store
 from trainer.storage.store import Fallback
-from trainer.training import loop
 from trainer.training.differences import Difference, compare, rejection_text
 from trainer.training.ema import PREFIX
+from trainer.training.job import Job, Phase
 
 _LENGTH = ("trainer.max_steps", "trainer.max_epochs")
 
@@ -225,7 +225,7 @@ def finished(run: Run, start: Start) -> bool:
 
 
 def load(
-    job: loop.Job,
+    job: Job,
     start: Start,
     settings: ObjectStore = ObjectStore(),  # noqa: B008 (frozen)
 ) -> State:
@@ -271,7 +271,7 @@ def load(
     return state
 
 
-def _moves_data(job: loop.Job, start: Start, manifest: Manifest) -> bool:
+def _moves_data(job: Job, start: Start, manifest: Manifest) -> bool:
     """Return whether a fork's position in the data means something else now.
 
     Raises:
@@ -297,7 +297,7 @@ def _uses_length(manifest: Manifest) -> bool:
 
 
 def _load_schedules(
-    job: loop.Job,
+    job: Job,
     start: Start,
     manifest: Manifest,
     given: Sequence[Mapping[str, Any]],
@@ -324,7 +324,7 @@ def _load_schedules(
     return replayed
 
 
-def _model_targets(job: loop.Job, manifest: Manifest) -> dict[str, torch.Tensor]:
+def _model_targets(job: Job, manifest: Manifest) -> dict[str, torch.Tensor]:
     targets = state_tree.model_targets(job.model)
     stored = {name for name in manifest.tensors if name.startswith("model.")}
     aliased = {name for name in stored if manifest.tensors[name].alias is not None}
@@ -338,7 +338,7 @@ def _model_targets(job: loop.Job, manifest: Manifest) -> dict[str, torch.Tensor]
     return targets
 
 
-def _load_optimizer(job: loop.Job, manifest: Manifest, reader: checkpoint.Reader) -> None:
+def _load_optimizer(job: Job, manifest: Manifest, reader: checkpoint.Reader) -> None:
     stored = {
         name: (TORCH_DTYPES[entry.dtype], entry.shape)
         for name, entry in manifest.tensors.items()
@@ -351,7 +351,7 @@ def _load_optimizer(job: loop.Job, manifest: Manifest, reader: checkpoint.Reader
     state_tree.load_optimizers(job.model, optimizers, objects, slots, reader.fetch)
 
 
-def _load_ema(job: loop.Job, manifest: Manifest, reader: checkpoint.Reader) -> None:
+def _load_ema(job: Job, manifest: Manifest, reader: checkpoint.Reader) -> None:
     if job.ema is None:
         return
     targets = {PREFIX + name: average for name, average in job.ema.averages.items()}
@@ -361,7 +361,7 @@ def _load_ema(job: loop.Job, manifest: Manifest, reader: checkpoint.Reader) -> N
         job.ema.restart()  # the run has not averaged so far
 
 
-def _changed_hyperparameters(phase: loop.Phase, start: Start) -> dict[str, Any]:
+def _changed_hyperparameters(phase: Phase, start: Start) -> dict[str, Any]:
     """Return the optimizer's settings that this configuration changes, which win in a fork."""
     changed = {}
     own = f"optimizer.phases.{phase.name}."
@@ -379,7 +379,7 @@ def _changed_hyperparameters(phase: loop.Phase, start: Start) -> dict[str, Any]:
 
 
 def _restore_generators(
-    job: loop.Job, manifest: Manifest, step: int, fetch: Callable[[str], torch.Tensor]
+    job: Job, manifest: Manifest, step: int, fetch: Callable[[str], torch.Tensor]
 ) -> None:
     prefix = f"rng.{job.world.rank}."
     names = [name for name in manifest.tensors if name.startswith(prefix)]

@@ -18,7 +18,7 @@ from trainer.core import rng
 from trainer.errors import PerdureError
 from trainer.storage import Store
 from trainer.training import parallel
-from trainer.training.loop import Job
+from trainer.training.job import Job
 
 FOLDER = "samples"
 INDEX = f"{FOLDER}/index.json"

@@ -28,6 +28,7 @@ from trainer.importing.formats import open_foreign
 from trainer.storage import open_store
 from trainer.training import loop
 from trainer.training.ema import Ema
+from trainer.training.job import Phase
 
 
 def a_run(folder, content, step=3, config=None):
@@ -280,9 +281,7 @@ def several(seed=1):
         schedule = a_schedule(optimizer)
         trained(part, optimizer)
         schedule.step()
-        job.phases.append(
-            loop.Phase(name=name, wrapped=part, optimizer=optimizer, scheduler=schedule)
-        )
+        job.phases.append(Phase(name=name, wrapped=part, optimizer=optimizer, scheduler=schedule))
     return job
 
 

@@ -11,6 +11,8 @@ from trainer.core.state import State
 from trainer.task import Classification
 from trainer.training import loop
 from trainer.training.ema import Ema
+from trainer.training.evaluation import evaluate
+from trainer.training.step import train_step
 
 DECAY = 0.8
 
@@ -25,7 +27,7 @@ def test_after_each_update_the_average_is_what_its_definition_says():
     wanted = {name: p.detach().double() for name, p in job.model.named_parameters()}
     batches = job.data.batches(BEGINNING)
     for _ in range(5):
-        loop.train_step(job, next(batches)[0])
+        train_step(job, next(batches)[0])
         for name, parameter in job.model.named_parameters():
             wanted[name] = DECAY * wanted[name] + (1 - DECAY) * parameter.detach().double()
     for name, average in job.ema.averages.items():
@@ -43,13 +45,13 @@ def test_the_average_is_evaluated_and_training_goes_on_as_if_nothing_had_happene
     job = averaged_job()
     batches = job.data.batches(BEGINNING)
     for _ in range(3):
-        loop.train_step(job, next(batches)[0])
+        train_step(job, next(batches)[0])
     twin = a_job(model=Net())
     twin.model.load_state_dict({**job.model.state_dict(), **job.ema.averages})
     before = everything(job, State())
-    found = loop.evaluate(job, State(), Stop(job.world))
-    assert found == loop.evaluate(twin, State(), Stop(twin.world))
-    assert found != loop.evaluate(a_job(model=job.model), State(), Stop(job.world))
+    found = evaluate(job, State(), Stop(job.world))
+    assert found == evaluate(twin, State(), Stop(twin.world))
+    assert found != evaluate(a_job(model=job.model), State(), Stop(job.world))
     assert everything(job, State()) == before
 
 
@@ -59,11 +61,11 @@ def test_an_evaluation_that_fails_leaves_the_weights_where_they_were():
             raise KeyError("as asked")
 
     job = averaged_job()
-    loop.train_step(job, next(job.data.batches(BEGINNING))[0])
+    train_step(job, next(job.data.batches(BEGINNING))[0])
     job.task = Fails()
     before = everything(job, State())
     with pytest.raises(KeyError):
-        loop.evaluate(job, State(), Stop(job.world))
+        evaluate(job, State(), Stop(job.world))
     assert everything(job, State()) == before
 
 

@@ -40,6 +40,8 @@ from trainer.errors import CheckpointError, ConfigError, StoreError
 from trainer.storage import LocalStore, open_store
 from trainer.task import Classification
 from trainer.training import loop, resume
+from trainer.training.evaluation import evaluate
+from trainer.training.step import train_step, warm_up
 
 
 class Meddling(Classification):
@@ -106,7 +108,7 @@ def test_every_update_is_bit_equal_to_a_loop_written_by_hand(make, clip_norm):
     with_ours = rng.capture()
     for microbatches, _ in islice(job.data.batches(BEGINNING), 7):
         rng.restore(with_ours)
-        loop.train_step(job, microbatches)
+        train_step(job, microbatches)
         after = rng.capture()
         rng.restore(with_ours)
         inputs, labels = microbatches[0]
@@ -135,8 +137,8 @@ def test_accumulated_microbatches_are_one_large_batch(accumulate):
     both = zip(large.data.batches(BEGINNING), small.data.batches(BEGINNING), strict=True)
     for (one, _), (several, _) in islice(both, 6):
         assert (len(one), len(several)) == (1, accumulate)
-        wanted, _ = loop.train_step(large, one, want_figures=True)
-        found, _ = loop.train_step(small, several, want_figures=True)
+        wanted, _ = train_step(large, one, want_figures=True)
+        found, _ = train_step(small, several, want_figures=True)
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)  # figures are float32
         for ours, theirs in zip(small.model.parameters(), large.model.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
@@ -154,7 +156,7 @@ def test_figures_are_the_loss_the_tasks_own_and_the_norm_before_clipping():
     loss.backward()
     norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in twin.parameters()))
     rng.seed_all(7)
-    figures, applied = loop.train_step(job, microbatches, want_figures=True)
+    figures, applied = train_step(job, microbatches, want_figures=True)
     assert applied
     assert list(figures) == ["loss", "accuracy", "grad_norm"]
     assert figures["loss"].item() == loss.item()
@@ -165,7 +167,7 @@ def test_figures_are_the_loss_the_tasks_own_and_the_norm_before_clipping():
 def test_without_figures_nothing_is_computed_for_them_and_no_gradient_is_left():
     job = a_job()
     microbatches, _ = next(job.data.batches(BEGINNING))
-    figures, _ = loop.train_step(job, microbatches)
+    figures, _ = train_step(job, microbatches)
     assert set(figures) == {"loss"}  # which is looked at before the next save
     assert all(parameter.grad is None for parameter in job.model.parameters())
 
@@ -181,9 +183,9 @@ def test_half_precision_forward_leaves_parameters_in_full_precision():
 
     job = a_job(precision="bf16", task=Looks(), max_steps=2)
     state = State()
-    loop.evaluate(job, state, Stop(World()))
+    evaluate(job, state, Stop(World()))
     microbatches, _ = next(job.data.batches(BEGINNING))
-    loop.train_step(job, microbatches)
+    train_step(job, microbatches)
     assert set(seen) == {torch.bfloat16}
     assert {parameter.dtype for parameter in job.model.parameters()} == {torch.float32}
 
@@ -205,10 +207,10 @@ def by_hand(model):
 @pytest.mark.parametrize("batch_size", [1, 5, 7, 23, 100])
 def test_an_evaluation_is_the_mean_over_all_samples_whatever_the_batches(batch_size):
     job = a_job(evaluation=EvalStream(DATA.eval, World(), batch_size))
-    loop.train_step(job, next(job.data.batches(BEGINNING))[0])
-    figures = loop.evaluate(job, State(), Stop(World()))
+    train_step(job, next(job.data.batches(BEGINNING))[0])
+    figures = evaluate(job, State(), Stop(World()))
     assert figures == pytest.approx(by_hand(job.model), rel=1e-6)
-    again = loop.evaluate(job, State(), Stop(World()))
+    again = evaluate(job, State(), Stop(World()))
     assert again == figures  # the metrics begin anew each time
 
 
@@ -229,7 +231,7 @@ def test_batches_of_mappings_are_weighted_by_their_samples():
             super().update(metrics, outputs, (batch["x"], batch["y"]))
 
     job = a_job(task=OfMappings(), evaluation=EvalStream(Mappings(), World(), 5))
-    figures = loop.evaluate(job, State(), Stop(World()))
+    figures = evaluate(job, State(), Stop(World()))
     assert figures == pytest.approx(by_hand(job.model), rel=1e-6)
 
 
@@ -240,9 +242,9 @@ def test_an_evaluation_leaves_no_trace():
             return super().loss(model, batch)
 
     job = a_job(task=Random())
-    loop.train_step(job, next(job.data.batches(BEGINNING))[0])
+    train_step(job, next(job.data.batches(BEGINNING))[0])
     before = everything(job, State())
-    loop.evaluate(job, State(), Stop(World()))
+    evaluate(job, State(), Stop(World()))
     assert everything(job, State()) == before
     assert job.model.training
 
@@ -252,7 +254,7 @@ def test_an_evaluation_that_fails_leaves_training_mode_and_generators_as_they_we
     job.model.train()
     before = everything(job, State())
     with pytest.raises(Killed):
-        loop.evaluate(job, State(), Stop(World()))
+        evaluate(job, State(), Stop(World()))
     assert everything(job, State()) == before
     assert job.model.training
 
@@ -263,7 +265,7 @@ def test_a_stop_ends_an_evaluation_without_figures():
     try:
         job = a_job(task=Meddling(raised, evaluation=2))
         before = everything(job, State())
-        assert loop.evaluate(job, State(), stop) is None
+        assert evaluate(job, State(), stop) is None
     finally:
         stop.restore_handlers()
     assert everything(job, State()) == before
@@ -580,7 +582,7 @@ def test_hyper_parameters_that_a_fork_changes_win(tmp_path):
     assert group["nesterov"] is False  # no longer set: the optimizer's own default
     assert its_state.step == 7
     assert torch.equal(job.model.body[0].weight, origin.model.body[0].weight)
-    loop.train_step(job, next(job.data.batches(its_state.cursor))[0])
+    train_step(job, next(job.data.batches(its_state.cursor))[0])
 
 
 @pytest.mark.parametrize(("new", "cursor"), [
@@ -699,7 +701,7 @@ def test_scaling_by_powers_of_two_changes_no_bit():
     for job in (plain, scaled):
         rng.seed_all(7)
         for microbatches, _ in islice(job.data.batches(BEGINNING), 4):
-            loop.train_step(job, microbatches)
+            train_step(job, microbatches)
     for ours, theirs in zip(scaled.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -709,7 +711,7 @@ def test_scaling_by_powers_of_two_changes_no_bit():
 
 def test_what_a_rank_brings_to_a_checkpoint():
     job = a_job(optimizer=lambda model: torch.optim.Adam(model.parameters()))
-    loop.train_step(job, next(job.data.batches(BEGINNING))[0])
+    train_step(job, next(job.data.batches(BEGINNING))[0])
     content = loop.collect(job, State(step=3))
     names = {*content.tensors, *content.own}
     parameters = {name for name, _ in job.model.named_parameters()}
@@ -729,7 +731,7 @@ def test_what_a_rank_brings_to_a_checkpoint():
 def test_one_rank_needs_no_warm_up():
     job = a_job()
     before = everything(job, State())
-    loop.warm_up(job)
+    warm_up(job)
     assert everything(job, State()) == before
 
 
@@ -740,10 +742,10 @@ def test_a_dataset_of_tensors_alone_is_a_batch_of_one_tensor():
             outputs = model(inputs)
             return outputs.square().mean(), outputs
 
-        def figures(self, outputs, batch):
+        def train_metrics(self, outputs, batch):
             return {}
 
     data = TrainStream(TensorDataset(DATA.train.tensors[0]), World(), 0, BATCH)
     job = a_job(task=Rebuild(), data=data, evaluation=None)
-    figures, _ = loop.train_step(job, next(job.data.batches(BEGINNING))[0], want_figures=True)
+    figures, _ = train_step(job, next(job.data.batches(BEGINNING))[0], want_figures=True)
     assert list(figures) == ["loss"]

@@ -12,7 +12,8 @@ from trainer.core.intervals import Every
 from trainer.core.state import State
 from trainer.errors import TrainingError
 from trainer.task import Classification
-from trainer.training import loop
+from trainer.training import loop, nonfinite
+from trainer.training.step import train_step
 
 
 class Bad(Classification):
@@ -66,7 +67,7 @@ def test_no_evaluation_is_made_of_it(tmp_path):
 
 
 def test_losses_that_nobody_looks_at_do_not_fill_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop._Losses, "_many", 4)
+    monkeypatch.setattr(nonfinite.Losses, "_many", 4)
     job = a_job(task=Bad([5]), log_every_steps=100)
     with pytest.raises(TrainingError, match="step 5"):
         loop.train(job, State(), a_saver(tmp_path), Stop(job.world))
@@ -79,7 +80,7 @@ def test_a_skipped_step_is_counted_and_changes_no_weight(tmp_path):
     twin = a_job(max_steps=5)
     batches = twin.data.batches(BEGINNING)
     for _ in range(4):
-        loop.train_step(twin, next(batches)[0])
+        train_step(twin, next(batches)[0])
     rng.seed_all(7)
     state, done = go_on(tmp_path, job)
     assert done

@@ -13,7 +13,9 @@ from trainer.config.schema import Parallel, Run, Trainer
 from trainer.core.state import State
 from trainer.errors import ConfigError, TrainingError
 from trainer.task import Classification
-from trainer.training import loop, oom
+from trainer.training import oom
+from trainer.training.evaluation import evaluate
+from trainer.training.step import train_step
 
 CPU = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
@@ -89,14 +91,14 @@ def test_an_evaluation_has_a_batch_of_its_own():
 
     job = a_job(task=Full())
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        loop.evaluate(job, State(), Stop(World()))
+        evaluate(job, State(), Stop(World()))
     found = lines(a_run(), error=caught.value)
     assert found[0].startswith("out of memory on rank 0 in an evaluation: ")
     assert found[-1].strip().startswith("trainer.eval_batch_size=48: it is 96 now")
     found = lines(a_run(eval_batch_size=10), error=caught.value)
     assert found[-1].strip().startswith("trainer.eval_batch_size=5: it is 10 now")
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        loop.train_step(job, next(job.data.batches(State().cursor))[0])
+        train_step(job, next(job.data.batches(State().cursor))[0])
     assert "in an evaluation" not in lines(a_run(), error=caught.value)[0]
 
 

@@ -19,7 +19,9 @@ from trainer.core.intervals import Every
 from trainer.core.state import State
 from trainer.errors import ConfigError, TrainingError
 from trainer.task import Adversarial
-from trainer.training import build, loop, parameters
+from trainer.training import build, parameters
+from trainer.training.evaluation import evaluate
+from trainer.training.step import train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,7 +71,7 @@ def test_every_step_is_bit_equal_to_a_loop_written_by_hand(accumulate, clip_norm
         for average, parameter in zip(averages, twin.parameters(), strict=True):
             average.lerp_(parameter.detach(), 1 - 0.8)
         rng.restore(both)
-        figures, applied = loop.train_step(job, microbatches)
+        figures, applied = train_step(job, microbatches)
         both = rng.capture()
         assert applied == [True, True]
         assert figures["discriminator_loss"].item() == pytest.approx(losses[0], rel=1e-6)
@@ -95,7 +97,7 @@ def test_no_gradient_is_computed_for_what_another_phase_trains():
         phase.optimizer.register_step_pre_hook(lambda *_, name=phase.name: look(name))
         for phase in job.phases
     ]
-    loop.train_step(job, next(job.data.batches(BEGINNING))[0])
+    train_step(job, next(job.data.batches(BEGINNING))[0])
     assert seen == {"discriminator": {"discriminator"}, "generator": {"generator"}}
     assert all(p.requires_grad and p.grad is None for p in job.model.parameters())
     for hook in hooks:
@@ -104,7 +106,7 @@ def test_no_gradient_is_computed_for_what_another_phase_trains():
 
 def test_figures_have_the_phases_names():
     job = gan_job(clip_norm=1.0)
-    figures, _ = loop.train_step(job, next(job.data.batches(BEGINNING))[0], want_figures=True)
+    figures, _ = train_step(job, next(job.data.batches(BEGINNING))[0], want_figures=True)
     assert list(figures) == [
         "loss", "discriminator_loss", "discriminator_real", "discriminator_fake",
         "discriminator_grad_norm", "generator_loss", "generator_grad_norm",
@@ -148,7 +150,7 @@ def test_lines_have_both_learning_rates_and_evaluations_both_losses(tmp_path):
 def test_an_evaluation_sees_every_sample_and_leaves_the_training_alone():
     job = gan_job()
     before = rng.capture(), job.model.state_dict()["discriminator.layers.0.weight"].clone()
-    found = loop.evaluate(job, State(), Stop(World()))
+    found = evaluate(job, State(), Stop(World()))
     job.model.eval()
     with torch.no_grad():
         real = job.model.discriminator(images().tensors[0]).sigmoid().mean()

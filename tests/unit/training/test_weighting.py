@@ -8,7 +8,8 @@ from trainer.cluster.stop import Stop
 from trainer.cluster.world import World
 from trainer.core import rng
 from trainer.core.state import State
-from trainer.training import loop
+from trainer.training.evaluation import evaluate
+from trainer.training.step import train_step
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 4, 12])
@@ -18,8 +19,8 @@ def test_microbatches_of_unequal_weight_are_one_large_batch(accumulate):
     pairs = zip(large.data.batches({"epoch": 0, "batch": 0}),
                 small.data.batches({"epoch": 0, "batch": 0}), strict=False)  # fmt: skip
     for _, ((one, _), (several, _)) in zip(range(5), pairs, strict=False):
-        wanted, _ = loop.train_step(large, one)
-        found, _ = loop.train_step(small, several)
+        wanted, _ = train_step(large, one)
+        found, _ = train_step(small, several)
         assert found["loss"].item() == pytest.approx(wanted["loss"].item(), rel=1e-6)
         for ours, theirs in zip(small.model.parameters(), large.model.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
@@ -29,7 +30,7 @@ def test_a_microbatch_without_items_counts_for_nothing():
     data = dataset(12, empty=range(12))
     job = masked_job(data, 3)
     before = [p.detach().clone() for p in job.model.parameters()]
-    figures, _ = loop.train_step(job, next(job.data.batches({"epoch": 0, "batch": 0}))[0])
+    figures, _ = train_step(job, next(job.data.batches({"epoch": 0, "batch": 0}))[0])
     assert figures["loss"].item() == 0
     assert all(torch.equal(a, b) for a, b in zip(job.model.parameters(), before, strict=True))
 
@@ -40,6 +41,6 @@ def test_an_evaluation_is_the_mean_over_all_items():
     inputs, targets, wanted = data.tensors
     with torch.no_grad():
         error = (job.model(inputs) - targets).square() * wanted
-    found = loop.evaluate(job, State(), Stop(World()))
+    found = evaluate(job, State(), Stop(World()))
     assert found["loss"] == pytest.approx((error.sum() / wanted.sum()).item(), rel=1e-6)
     rng.seed_all(0)
