@@ -42,6 +42,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from trainer.checkpoint import location, manifest, shard, values
+from trainer.checkpoint.commit import commit, deleted_unless_committed, readable_bytes
 from trainer.checkpoint.lineage import MANIFEST
 from trainer.checkpoint.manifest import DCP_OBJECT, Manifest, ShardFile, TensorEntry
 from trainer.checkpoint.plan import DTYPE_NAMES, TORCH_DTYPES, Box, columns
@@ -215,23 +216,23 @@ class PerdureStorageWriter(StorageWriter):
                 }
             },
         )
-        data = manifest.to_bytes(complete)
-        manifest.from_bytes(data, str(self.checkpoint_id))  # never commit what cannot be read
-        try:
-            self._store.create(f"{self._folder}/{MANIFEST}", data)
-        except AlreadyExists:
-            raise CheckpointError(
-                f"{self.checkpoint_id} was committed by somebody else meanwhile; what was just "
-                "written does not count"
-            ) from None
-        kept = {f"{self._folder}/{name}" for name in (*files, MANIFEST)}
-        litter = [
-            f"{self._folder}/{name}"
-            for name in self._store.entries(self._folder)
-            if manifest.is_shard_name(name)
-        ]
-        with suppress(StoreError):  # it is committed; litter harms nobody
-            self._store.delete([key for key in litter if key not in kept])
+        shard_keys = [f"{self._folder}/{name}" for name in files]
+        with deleted_unless_committed(self._store, shard_keys):
+            try:
+                data = readable_bytes(complete, str(self.checkpoint_id))
+                commit(self._store, self._folder, data)
+            except AlreadyExists:
+                raise CheckpointError(
+                    f"{self.checkpoint_id} was committed by another process during this save; the "
+                    "new shards were deleted. Save into another folder"
+                ) from None
+        with suppress(StoreError):  # the checkpoint is committed; orphaned files only use space
+            orphans = [
+                f"{self._folder}/{name}"
+                for name in self._store.entries(self._folder)
+                if manifest.is_shard_name(name) and name not in files
+            ]
+            self._store.delete(orphans)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

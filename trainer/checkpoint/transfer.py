@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint import manifest, shard, values
+from trainer.checkpoint.commit import commit, deleted_unless_committed, readable_bytes
 from trainer.checkpoint.lineage import MANIFEST
 from trainer.checkpoint.manifest import Manifest, TensorEntry
 from trainer.checkpoint.plan import DTYPE_NAMES
@@ -74,7 +75,7 @@ def copy_checkpoint(
                 f"{target.url}/{target_folder}/{file} was changed while it was being copied; is "
                 "another copy under way? Nothing was committed: copy again"
             )
-    target.create(f"{target_folder}/{MANIFEST}", data)
+    commit(target, target_folder, data)
 
 
 def bring(
@@ -140,7 +141,6 @@ def bring(
         files={name: record},
         objects=objects,
     )
-    data = manifest.to_bytes(made)
-    manifest.from_bytes(data, f"{target.url}/{folder}")  # never commit what cannot be read
-    target.create(f"{folder}/{MANIFEST}", data)
+    with deleted_unless_committed(target, [f"{folder}/{name}"]):
+        commit(target, folder, readable_bytes(made, f"{target.url}/{folder}"))
     return made

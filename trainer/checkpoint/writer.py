@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from trainer.checkpoint import lineage, manifest, plan, shard, values
+from trainer.checkpoint.commit import UnconfirmedError, commit, deleted_unless_committed
 from trainer.checkpoint.lineage import FOLDER, Attempt, Commit
 from trainer.checkpoint.manifest import Manifest, ShardFile, TensorEntry
 from trainer.checkpoint.shard_writer import write_shard
@@ -79,7 +80,7 @@ class Writer:
         self._snapshot = Snapshot()
         self._saves = 0
         self._save: Save | None = None
-        self._unsure: Commit | None = None  # the last commit that was answered by an error
+        self._unconfirmed: Commit | None = None  # the store failed while creating its manifest
 
     @property
     def stall_s(self) -> float:
@@ -164,7 +165,7 @@ class Writer:
             token=self._attempt.token,
             save=made.save,
         )
-        litter = [f"{folder}/{name}"]  # what to delete if this save fails; space may be short
+        shard_keys = [f"{folder}/{name}"]
 
         def write() -> tuple[str, ShardFile]:
             if problem is not None:
@@ -174,51 +175,45 @@ class Writer:
             try:
                 file = self._store.open_new(f"{folder}/{name}", layout.total_bytes)
             except AlreadyExists:
-                litter.clear()  # it is somebody else's
+                shard_keys.clear()  # another process wrote it
                 raise
             return name, write_shard(file, layout, self._snapshot)
 
-        def check() -> None:
+        def commit_complete() -> Manifest:
             before_commit()
-            lineage.refuse_if_superseded(self._store, self._attempt)
+            return self._commit(complete)
 
-        committing = False
         try:
-            complete = replace(made, files=dict(self._aside.on_each(write)))
-            self._aside.from_rank0(check)
-            committing = True
-            committed = self._aside.from_rank0(lambda: self._commit(complete))
-            if committed.save != made.save:
-                with suppress(StoreError):
-                    self._store.delete(litter)
-        except PerdureError as error:
-            if not (committing and isinstance(error, StoreError)):  # else it may be committed
-                with suppress(StoreError):
-                    self._store.delete(litter)
-            raise
+            with deleted_unless_committed(self._store, shard_keys):
+                complete = replace(made, files=dict(self._aside.on_each(write)))
+                committed = self._aside.from_rank0(commit_complete)
         finally:
-            self._snapshot.wait()  # also where the store failed before the copy was complete
+            self._snapshot.wait()  # the store may have failed before the copy was complete
+        if committed.save != made.save:
+            with suppress(StoreError):
+                self._store.delete(shard_keys)
         return committed
 
     def _commit(self, complete: Manifest) -> Manifest:
-        """Create the manifest. Return it, or the one of this step that turns out to be there.
+        """Create the manifest. Return it, or that of an earlier save of the same step.
 
-        That one is of an earlier save, which wrote the same and whose commit was answered by an
-        error though it had succeeded.
+        The earlier save wrote the same state, and its commit succeeded although the store
+        reported an error.
         """
         here = Commit(complete.step, complete.attempt, f"{FOLDER}/{complete.folder}")
         try:
-            self._store.create(here.manifest_key, manifest.to_bytes(complete))
+            commit(self._store, here.folder, manifest.to_bytes(complete), self._attempt)
         except AlreadyExists:
-            if self._unsure == here:
-                found = lineage.read_manifest(self._store, here)
-                if found.token == complete.token:
-                    return found
+            if self._unconfirmed == here:
+                earlier = lineage.read_manifest(self._store, here)
+                if earlier.token == complete.token:
+                    return earlier
             raise CheckpointError(
-                f"{self._store.url}/{here.folder} has a manifest already; it was given up or "
-                "committed by somebody else, and what was just written does not count"
+                f"{self._store.url}/{here.folder} already has a manifest: another process "
+                "committed this checkpoint or marked it abandoned. The shards just written were "
+                "deleted"
             ) from None
-        except StoreError:
-            self._unsure = here
+        except UnconfirmedError:
+            self._unconfirmed = here
             raise
         return complete

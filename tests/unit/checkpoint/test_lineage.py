@@ -397,7 +397,7 @@ def test_a_writer_whose_folder_was_voided_cannot_commit(tmp_path, store):
         second = start(store, 10)
         lineage.clean(store, second, save(store, second, 15))
 
-    with pytest.raises(CheckpointError, match="given up or committed by somebody else"):
+    with pytest.raises(CheckpointError, match="committed this checkpoint or marked it abandoned"):
         save(AtCreation(tmp_path, successor), first, 20)
     assert surviving(store) == [(10, 1), (15, 2)]
     assert store.list(f"checkpoints/{folder_name(20, 1)}") == [

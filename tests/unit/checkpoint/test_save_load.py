@@ -791,7 +791,7 @@ def test_a_commit_whose_reply_was_lost_is_recognised_when_its_step_is_saved_agai
     save(writer, newer(SMALL), 3)
     assert keys_on(store) == before
     assert checkpoint.latest(store).step == 3
-    with pytest.raises(CheckpointError, match="has a manifest already"):
+    with pytest.raises(CheckpointError, match="already has a manifest"):
         save(writer, SMALL, 2)  # of that one nothing was unclear
 
 
@@ -847,7 +847,7 @@ def test_a_step_that_is_committed_cannot_be_written_again(tmp_path):
     save(writer, SMALL, 1)
     before = keys_on(store)
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="has a manifest already"):
+        with pytest.raises(CheckpointError, match="already has a manifest"):
             save(writer, newer(SMALL), 1)
     assert keys_on(store) == before
     assert_equal(load_all(store, SMALL), SMALL)
