@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from trainer.config.schema import Parallel
 from trainer.training import parallel
 from trainer.cluster.world import World
 from trainer.errors import ConfigError
@@ -33,7 +34,7 @@ def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(0, 11, (24,)), torch.randint(0, 11, (24,))
 
 
-def steps(world: World, options: parallel.FsdpOptions | None):
+def steps(world: World, options: Parallel | None):
     """Three steps of two microbatches, clipped; return norms, weights and this rank's buffers."""
     torch.manual_seed(0)
     model = Tied()
@@ -61,8 +62,8 @@ def steps(world: World, options: parallel.FsdpOptions | None):
 def test_three_steps_are_those_of_the_plain_model(on_ranks):
     norms, weights = steps(World(), None)
     for options in (
-        parallel.FsdpOptions(min_parameters=50),
-        parallel.FsdpOptions(blocks=["BatchNorm1d"], reshard_after_forward=False),
+        Parallel(strategy="fsdp", min_parameters=50),
+        Parallel(strategy="fsdp", blocks=["BatchNorm1d"], reshard_after_forward=False),
     ):
         for found, theirs in on_ranks(2, steps, options):
             np.testing.assert_allclose(found, norms, rtol=1e-5)
@@ -75,7 +76,7 @@ def halved(world: World):
     """bf16 in the blocks, fp32 in what is stored and in BatchNorm."""
     torch.manual_seed(0)
     model = parallel.wrap(
-        Tied(), world, parallel.FsdpOptions(min_parameters=50, param_dtype="bf16")
+        Tied(), world, Parallel(strategy="fsdp", min_parameters=50, param_dtype="bf16")
     )
     seen = {}
     model.blocks[0].register_forward_hook(lambda m, i, o: seen.update(block=o.dtype))
@@ -89,7 +90,7 @@ def halved(world: World):
 
 def buffers(world: World):
     """Rank 0's are everybody's before each forward of the training."""
-    model = parallel.wrap(Tied(), world, parallel.FsdpOptions())
+    model = parallel.wrap(Tied(), world, Parallel(strategy="fsdp"))
     model.norm.running_mean.fill_(float(world.rank))
     model(batch(world.rank)[0])
     first = model.norm.running_mean.clone()
@@ -114,7 +115,7 @@ def test_mixed_precision_and_buffers(on_ranks):
 
 
 def names(model: nn.Module, **options) -> list[str]:
-    found = parallel._blocks(model, parallel.FsdpOptions(**options))
+    found = parallel._blocks(model, Parallel(strategy="fsdp", **options))
     by_id = {id(module): name for name, module in model.named_modules()}
     return [by_id[id(module)] for module in found]
 
@@ -128,5 +129,5 @@ def test_blocks_are_chosen_by_size_or_by_class():
     assert names(nested, min_parameters=80) == ["0.0"]
     assert names(nested, min_parameters=12) == ["0.1", "0.0"]
     assert names(nested, min_parameters=91) == ["0"]
-    with pytest.raises(ConfigError, match=r"is a Linaer \(did you mean 'Linear'\?\)"):
+    with pytest.raises(ConfigError, match=r"of class Linaer \(did you mean 'Linear'\?\)"):
         names(nested, blocks=["Linaer"])

@@ -3,6 +3,7 @@
 import sys
 import time
 from pathlib import Path
+from trainer.config.schema import Parallel
 
 
 SLOW_S = 0.05
@@ -54,7 +55,7 @@ def trained(world, folder, slow_rank, what, strategy):
 
     torch.manual_seed(0)
     model = Net()
-    options = parallel.DdpOptions() if strategy == "ddp" else parallel.FsdpOptions()
+    options = Parallel() if strategy == "ddp" else Parallel(strategy="fsdp")
     wrapped = parallel.wrap(model, world, options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     tracker = Says()

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from trainer.config.schema import Parallel
 from trainer.training import parallel
 from trainer.core import rng
 from trainer.cluster.world import World
@@ -17,7 +18,7 @@ def make_model():
 
 def warm_up(world: World, static_graph: bool):
     model = make_model()
-    options = parallel.DdpOptions(bucket_cap_mb=0.0005, static_graph=static_graph)
+    options = Parallel(bucket_cap_mb=0.0005, static_graph=static_graph)
     wrapped = parallel.wrap(model, world, options)
     rng.seed_all(world.rank)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -40,7 +41,7 @@ def test_the_warm_up_leaves_no_trace_and_the_buckets_are_final(on_ranks):
 def gradients(world: World, size: int):
     torch.manual_seed(0)
     model = nn.Linear(8, 4)
-    wrapped = parallel.wrap(model, world, parallel.DdpOptions())
+    wrapped = parallel.wrap(model, world, Parallel())
     inputs = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
     mine = inputs.chunk(world.size)[world.rank].chunk(2)
     for index, piece in enumerate(mine):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from trainer.config.schema import Parallel
 
 
 
@@ -19,7 +20,7 @@ def steps(world, strategy, accumulate):
 
     job = masked_job(dataset(), accumulate, world)
     if strategy:
-        options = parallel.DdpOptions() if strategy == "ddp" else parallel.FsdpOptions()
+        options = Parallel() if strategy == "ddp" else Parallel(strategy="fsdp")
         wrapped = parallel.wrap(job.model, world, options)
         optimizer = torch.optim.SGD(job.model.parameters(), lr=0.1, momentum=0.9)
         job.phases = [Phase(wrapped=wrapped, optimizer=optimizer)]

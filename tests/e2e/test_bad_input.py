@@ -148,7 +148,7 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(command):
     assert command(*TINY, "name=a").returncode == 0
     again = command(*TINY, "name=a")
     assert again.returncode == 0
-    assert "runs/a is finished: it is at step 4" in again.stdout
+    assert "runs/a is already finished at step 4" in again.stdout
     longer = command(*TINY, "name=a", "trainer.max_steps=6", "tracker=console")
     assert longer.returncode == 0, longer.stderr
     assert "resuming from step 4; 2 steps left" in longer.stdout

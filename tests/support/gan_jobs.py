@@ -6,6 +6,7 @@ from torch.utils.data import TensorDataset
 
 from models.dcgan import DCGAN
 from trainer.cluster.world import World
+from trainer.config.schema import Parallel
 from trainer.core import rng
 from trainer.data.source import EvalStream, TrainStream
 from trainer.task import Adversarial
@@ -33,7 +34,7 @@ def adam(phase, params):
 def phased(job, options=None, *, make=adam, schedule=None, stated=Adversarial.phases):
     """Give a job phases, as build.py does from a configuration."""
     names, _ = parameters.phases(job.model, stated)
-    wrapped = parallel.wrap_phases(job.model, job.world, options or parallel.DdpOptions(), names)
+    wrapped = parallel.wrap_phases(job.model, job.world, options or Parallel(), names)
     named = dict(job.model.named_parameters())
     made = {phase: make(phase, [named[n] for n in own]) for phase, own in names.items()}
     job.phases = [

@@ -1,11 +1,10 @@
 """The only place where configuration becomes objects, and where it is judged before."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,6 @@ from trainer.training import parallel, parameters
 from trainer.training.ema import Ema
 from trainer.training.job import Job, Phase, TaskOptions
 
-T = TypeVar("T")
 _OURS = ("groups", "phases")
 """What stands beside an optimizer's arguments."""
 _PARTS = ("train", "eval")
@@ -210,12 +208,6 @@ def build_tracker(run: Run, world: World) -> Tracker:
     return Several([Jsonl(), *(Guarded(name, tracker) for name, tracker in made.items())])
 
 
-def _options(run: Run, kind: Callable[..., T]) -> T:
-    """Make one of parallel's options of the settings that have its names."""
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    return kind(**{name: getattr(run.parallel, name) for name in names})
-
-
 def _build_training_data(run: Run, world: World, source: DataSource) -> TrainStream | Streamed:
     settings = run.trainer
     kind = Streamed if is_stream(source.train) else TrainStream
@@ -242,7 +234,7 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
     notes = parameters.freeze(model, settings.freeze)
     peak = settings.peak_flops_per_s or _peak_flops_per_s(run, world)
     twin, uncounted = _twin(model) if peak is not None and world.rank == 0 else (None, [])
-    parallel.modify(model, _options(run, parallel.BlockOptions))
+    parallel.modify(model, run.parallel)
     task = targets.make(run.task, "task")
     phases, matched = _build_phases(run, world, model, task, max_steps, per_epoch)
     share = settings.global_batch_size // world.size // settings.accumulate
@@ -345,17 +337,14 @@ def _build_phases(
     steps_per_epoch: int,
 ) -> tuple[list[Phase], list[str]]:
     """Build what trains the model, and a line for each pattern of names. Collective."""
-    is_fsdp = run.parallel.strategy == "fsdp"
-    ddp, fsdp = _options(run, parallel.DdpOptions), _options(run, parallel.FsdpOptions)
-    options = fsdp if is_fsdp else ddp
     stated = dict(TaskOptions.of(task).phases)
     if text := parameters.check_phases(run.optimizer.get("phases", {}), stated):
         raise ConfigError(f"optimizer.phases {text}")
     names, lines = parameters.phases(model, stated) if stated else ({}, [])
     if stated:
-        wrapped = parallel.wrap_phases(model, world, options, names)
+        wrapped = parallel.wrap_phases(model, world, run.parallel, names)
     else:
-        wrapped = {"": parallel.wrap(model, world, options)}
+        wrapped = {"": parallel.wrap(model, world, run.parallel)}
     rules = run.optimizer.get("groups", [])
     groups, matched = parameters.groups(model, rules)
     named = dict(model.named_parameters())

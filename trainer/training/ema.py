@@ -1,29 +1,29 @@
-"""An exponential moving average of the weights, that is evaluated and can be exported."""
+"""Exponential moving average of the trained weights, for evaluation and export."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from trainer.training import parallel
 
 PREFIX = "ema."
-"""Before the parameter's name, in checkpoints."""
+"""Prefix of averaged parameters' names in checkpoints."""
 
 
 class Ema:
-    """Averages of the parameters that are trained; each lies where its parameter does.
+    """Averages of the trained parameters, on the parameters' devices and sharded like them.
 
     After each update: average = decay * average + (1 - decay) * parameter (B. Polyak and
     A. Juditsky, Acceleration of stochastic approximation by averaging, SIAM J. Control Optim.
     1992, with exponential weights). Buffers are not averaged: an evaluation uses the model's.
 
     Args:
-        model: the plain module, or one that `fully_shard` has cut; its parameters are referred to.
-        decay: share of the old average that is left after an update, 0 … 1.
-        wrapped: what training calls, where that is not the model itself.
+        model: the plain module, or one sharded by `fully_shard`; its parameters are referenced.
+        decay: weight of the old average in an update, 0 … 1.
+        wrapped: the module that training calls, if not the model itself.
     """
 
     def __init__(self, model: nn.Module, decay: float, wrapped: nn.Module | None = None) -> None:
@@ -33,36 +33,30 @@ class Ema:
         self.averages = {name: p.detach().clone() for name, p in self._live.items()}
 
     def update(self) -> None:
-        """Take the parameters as they are now into the averages. No communication."""
-        if self.averages:
-            live = [_local(parameter.detach()) for parameter in self._live.values()]
-            self._blend([_local(average) for average in self.averages.values()], live, 0)
+        """Update the averages with the present parameters. No communication."""
+        if self.averages:  # local parts: each operation on a DTensor costs more
+            live = [parallel.local_part(p.detach()) for p in self._live.values()]
+            self._blend([parallel.local_part(a) for a in self.averages.values()], live, 0)
 
     def restart(self) -> None:
-        """Let every average be its parameter, as at the beginning."""
+        """Reset every average to its parameter."""
         with torch.no_grad():
             for name, parameter in self._live.items():
                 self.averages[name].copy_(parameter)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the model have the averages as its parameters for a while."""
-        self._exchange()
+        """Temporarily swap the averaged weights into the model."""
+        self._swap()
         try:
             yield
         finally:
-            self._exchange()
+            self._swap()
 
-    def _exchange(self) -> None:
-        parallel.reshard(self._wrapped)  # what was gathered is another copy
+    def _swap(self) -> None:
+        parallel.reshard(self._wrapped)  # a gathered copy would keep the old values
         with torch.no_grad():
             for name, parameter in self._live.items():
-                held = parameter.detach().clone()
+                live = parameter.detach().clone()
                 parameter.copy_(self.averages[name])
-                self.averages[name].copy_(held)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a DTensor; each operation on a DTensor costs more."""
-    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return found
+                self.averages[name].copy_(live)

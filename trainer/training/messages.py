@@ -1,6 +1,6 @@
-"""What a person reads before the first step and after the last: sizes, lengths, times."""
+"""Terminal output of a run: the banner before the first step and the table after the last."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from trainer.checkpoint.saver import Saver
@@ -14,6 +14,11 @@ from trainer.monitoring.timing import Pace, Totals
 from trainer.training.job import Job
 
 
+def row(label: str, text: str) -> str:
+    """Return one line of the banner or the end table."""
+    return f"  {label:<13}  {text}"
+
+
 def count(number: int, noun: str) -> str:
     """Return `1 step`, `2 steps`, `2 batches` and the like."""
     plural = "es" if noun.endswith("ch") else "s"
@@ -21,128 +26,97 @@ def count(number: int, noun: str) -> str:
 
 
 def banner(run: Run, job: Job, record: Mapping[str, Any]) -> list[str]:
-    """Return what will be trained, on what, for how long, and how often it is saved.
+    """Return lines with the model, memory, batch, length and checkpoints of an attempt.
 
     Args:
         run: the configuration.
-        job: what was built of it.
-        record: of this attempt.
+        job: the job built from it.
+        record: the attempt's record.
     """
-    world = job.world
-    found = memory.measure(
-        job.model,
-        [phase.optimizer for phase in job.phases],
-        job.ema.averages if job.ema is not None else {},
-        world.size,
+    world, trainer = job.world, run.trainer
+    averages = job.ema.averages if job.ema is not None else {}
+    optimizers = [phase.optimizer for phase in job.phases]
+    sizes = memory.measure(job.model, optimizers, averages, world.size)
+    frozen = sizes.trained < sizes.parameters
+    optimizer, checkpoint = (
+        "size unknown" if number is None else size(number)
+        for number in (sizes.optimizer_bytes, sizes.checkpoint_bytes)
     )
-    trained = "all" if found.trained == found.parameters else f"{found.trained:,} of them"
-    where = (
-        f"{count(world.size, 'rank')} ({world.device.type}, {count(record['threads'], 'thread')})"
-    )
-    rows = [
-        ("model", f"{found.parameters:,} parameters, {trained} trained"),
-        ("memory", _memory(found, world.size)),
-        ("batch", _batch(run, world.size)),
-        ("length", _length(run, job)),
-        ("checkpoint", f"{_about(found)}, {_how_often(run)}"),
+    microbatch = trainer.global_batch_size // world.size // trainer.accumulate
+    return [
+        f"{run.name}, attempt {record['attempt']}: {count(world.size, 'rank')} "
+        f"({world.device.type}, {count(record['threads'], 'thread')})",
+        row("parameters", f"{sizes.parameters:,}" + f" ({sizes.trained:,} trained)" * frozen),
+        row(
+            "memory",
+            f"weights {size(sizes.weights_bytes)}, gradients {size(sizes.gradients_bytes)}, "
+            f"optimizer {optimizer}" + " per rank" * (world.size > 1),
+        ),
+        row(
+            "batch",
+            f"{count(trainer.global_batch_size, 'sample')} = {count(world.size, 'rank')} x "
+            f"{count(trainer.accumulate, 'microbatch')} x {microbatch:,}",
+        ),
+        row("length", _length(run, job)),
+        row("checkpoints", f"{checkpoint}, {_intervals(run)}"),
+        row("retention", _retention(run)),
     ]
-    head = f"{run.name}, attempt {record['attempt']}, on {where}"
-    return [head, *(f"  {name:<10}  {text}" for name, text in rows)]
-
-
-def _memory(found: memory.Sizes, ranks: int) -> str:
-    optimizer = (
-        "an unknown size of optimizer state"
-        if found.optimizer_bytes is None
-        else f"{size(found.optimizer_bytes)} optimizer state"
-    )
-    each = "" if ranks == 1 else ", on each rank"
-    return (
-        f"{size(found.weights_bytes)} weights, {size(found.gradients_bytes)} gradients, "
-        f"{optimizer}{each}"
-    )
-
-
-def _batch(run: Run, ranks: int) -> str:
-    total, accumulate = run.trainer.global_batch_size, run.trainer.accumulate
-    return (
-        f"{total:,} samples a step = {count(ranks, 'rank')} x {count(accumulate, 'microbatch')} x "
-        f"{total // ranks // accumulate:,}"
-    )
 
 
 def _length(run: Run, job: Job) -> str:
-    per_epoch = job.data.steps_per_epoch
-    limit = f", or {run.trainer.max_time} an attempt" if run.trainer.max_time else ""
-    stale = f", or {run.trainer.patience_evals} evaluations without a better one"
-    if per_epoch is None:
-        of_epochs = f" or {count(job.max_epochs, 'epoch')} of the stream" if job.max_epochs else ""
-    elif job.max_steps < per_epoch:
-        of_epochs = f", less than an epoch of {per_epoch:,}"
-    else:
-        noun = "epoch" if job.max_steps == per_epoch else "epochs"
-        of_epochs = f" = {job.max_steps / per_epoch:.4g} {noun} of {per_epoch:,}"
-    return (
-        f"{count(job.max_steps, 'step')}{of_epochs}{limit}"
-        f"{stale if run.trainer.patience_evals else ''}"
-    )
+    per_epoch, trainer = job.data.steps_per_epoch, run.trainer
+    limits = [count(job.max_steps, "step")]
+    if per_epoch is not None:
+        epochs = job.max_steps / per_epoch
+        limits[0] += f" = {epochs:.4g} {'epoch' if epochs == 1 else 'epochs'} of {per_epoch:,}"
+    elif job.max_epochs:
+        limits.append(f"{count(job.max_epochs, 'epoch')} of the stream")
+    if trainer.max_time:
+        limits.append(f"{trainer.max_time} per attempt")
+    if trainer.patience_evals:
+        limits.append(f"{count(trainer.patience_evals, 'evaluation')} without improvement")
+    return " or ".join(limits)
 
 
-def _about(found: memory.Sizes) -> str:
-    if found.checkpoint_bytes is None:
-        return "of unknown size"
-    return f"about {size(found.checkpoint_bytes)}"
-
-
-def _how_often(run: Run) -> str:
-    wanted = run.checkpoint
-    times = [
-        *([f"every {wanted.every_steps:,} steps"] if wanted.every_steps else []),
-        *(_every_epochs(wanted.every_epochs)),
-        *([f"every {wanted.every_s:g} s"] if wanted.every_s else []),
+def _intervals(run: Run) -> str:
+    steps, epochs = run.checkpoint.every_steps, run.checkpoint.every_epochs
+    intervals = [
+        *(["every step" if steps == 1 else f"every {steps:,} steps"] if steps else []),
+        *(["every epoch" if epochs == 1 else f"every {epochs:,} epochs"] if epochs else []),
+        *([f"every {run.checkpoint.every_s:g} s"] if run.checkpoint.every_s else []),
     ]
-    kept = "the newest" if wanted.keep_last == 1 else f"the newest {wanted.keep_last}"
-    if wanted.metric and wanted.keep_best:
-        best = "the best" if wanted.keep_best == 1 else f"the best {wanted.keep_best}"
-        kept += f" and {best}"
-    if wanted.keep_every_steps:
-        kept += f" and every {wanted.keep_every_steps:,}th step"
-    often = " and ".join(times) or "at the end"
-    return f"{often}; {kept} {'is' if kept == 'the newest' else 'are'} kept"
+    return ", ".join(intervals) or "at the end"
 
 
-def _every_epochs(epochs: int | None) -> list[str]:
-    if epochs is None:
-        return []
-    return ["after every epoch"] if epochs == 1 else [f"after every {epochs} epochs"]
+def _retention(run: Run) -> str:
+    settings = run.checkpoint
+    kinds = [
+        f"newest {settings.keep_last}",
+        *([f"best {settings.keep_best}"] if settings.metric and settings.keep_best else []),
+        *([f"every {settings.keep_every_steps:,} steps"] if settings.keep_every_steps else []),
+    ]
+    return ", ".join(kinds)
 
 
 def end_lines(totals: Totals) -> list[str]:
-    """Return how fast the attempt was, what its time went into, and its memory."""
+    """Return the speed, time and memory of an attempt."""
     if not totals.steps:
         return []
-    rate = totals.samples / max(totals.seconds, 1e-9)
-    mfu = "" if totals.mfu is None else f"; MFU {100 * totals.mfu:.1f} %"
-    shares = [
-        (totals.data_wait_s, "waiting for data"),
-        (totals.eval_s, "evaluating"),
-        (totals.save_stall_s, "saving"),
-    ]
-    spent = ", ".join(
-        f"{100 * part / max(totals.seconds, 1e-9):.1f} % {name}" for part, name in shares
-    )
+    seconds = max(totals.seconds, 1e-9)
+    p50, p95 = _time(totals.step_p50_s), _time(totals.step_p95_s)
+    mfu = "" if totals.mfu is None else f", MFU {100 * totals.mfu:.1f} %"
+    parts = {
+        "data wait": totals.data_wait_s,
+        "evaluation": totals.eval_s,
+        "checkpoint stalls": totals.save_stall_s,
+    }
+    peak = max(totals.peak_bytes)
+    rank = f" (rank {totals.peak_bytes.index(peak)})" if len(totals.peak_bytes) > 1 else ""
     return [
-        f"  speed     {rate:,.0f} samples/s; a step {_time(totals.step_p50_s)}, "
-        f"19 of 20 within {_time(totals.step_p95_s)}{mfu}",
-        f"  time      {spent}",
-        f"  memory    {_peak(totals.peak_bytes)}",
+        row("speed", f"{totals.samples / seconds:,.0f} samples/s; step p50 {p50}, p95 {p95}{mfu}"),
+        row("time", ", ".join(f"{name} {100 * s / seconds:.1f} %" for name, s in parts.items())),
+        row("memory", f"peak {size(peak)}{rank}"),
     ]
-
-
-def _peak(peaks: Sequence[int]) -> str:
-    most = max(peaks)
-    rank = f" (rank {list(peaks).index(most)})" if len(peaks) > 1 else ""
-    return f"at most {size(most)}{rank}"
 
 
 def _time(seconds: float) -> str:
@@ -161,60 +135,61 @@ def end_text(
     done: bool,
     seconds: float,
 ) -> str:
-    """Return what an attempt says at its end: how far it came, what is saved, how to go on.
+    """Return the final text of an attempt: its last step, its newest checkpoint, next commands.
 
     Args:
         run: the configuration.
-        state: where it ended.
-        saver: knows the newest checkpoint.
-        stop: knows why it ended, unless it is done.
-        pace: of its steps; None: there were none.
-        done: whether the run is at its end.
-        seconds: since the attempt's beginning.
+        state: the state at the end.
+        saver: the source of the newest checkpoint's step.
+        stop: the source of the reason, unless the run is done.
+        pace: the attempt's timing; None if it took no step.
+        done: whether the run has reached its end.
+        seconds: time spent in training.
     """
     newest = "none" if saver.committed_step is None else f"step {saver.committed_step:,}"
     if not done:
         return (
             f"Stopped by {reason_text(stop.reason)} at step {state.step:,}; newest checkpoint: "
-            f"{newest}. Run the same command again to go on (exit code {RUN_AGAIN})."
+            f"{newest}.\nRun the same command again to continue (exit code {RUN_AGAIN})."
         )
-    figures = "  ".join(f"{name} {_figure(value)}" for name, value in state.metrics.items())
-    lines = [f"Finished at step {state.step:,} after {seconds:.1f} s.  {figures}"]
+    metrics = "  ".join(f"{name} {_number(value)}" for name, value in state.metrics.items())
+    lines = [f"Finished at step {state.step:,} after {seconds:.1f} s.  {metrics}"]
     if saver.committed_step != state.step:
         lines.append(
-            f"The last step could NOT be saved; newest checkpoint: {newest}. Run the same command "
-            "again to repeat what is missing."
+            f"warning: the last step was not saved; newest checkpoint: {newest}.\n"
+            "Run the same command again to repeat the missing steps."
         )
     lines += end_lines(pace.totals()) if pace is not None else []
     return "\n".join([*lines, *_next_steps(run, state.step, state.epoch)])
 
 
-def _figure(value: float) -> str:
+def _number(value: float) -> str:
     return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
 def finished_text(run: Run, step: int, epoch: int) -> str:
-    """Return what to say of a run that is already at its end."""
-    text = (
-        f"{run.run_dir} is finished: it is at step {step:,}, as far as this configuration goes. "
-        "Nothing to do."
+    """Return the text for a run that was already finished when started."""
+    return "\n".join(
+        [
+            f"{run.run_dir} is already finished at step {step:,}. Nothing to do.",
+            *_next_steps(run, step, epoch),
+        ]
     )
-    return "\n".join([text, *_next_steps(run, step, epoch)])
 
 
 def _next_steps(run: Run, step: int, epoch: int) -> list[str]:
     limits = run.trainer
-    further = []
+    longer = []
     if limits.max_steps is not None and step >= limits.max_steps:
-        further.append(f"trainer.max_steps={2 * step}")
+        longer.append(f"trainer.max_steps={2 * step}")
     if limits.max_epochs is not None and epoch >= limits.max_epochs:
-        further.append(f"trainer.max_epochs={2 * epoch}")
-    if not further and limits.patience_evals is not None:
-        further.append(f"trainer.patience_evals={2 * limits.patience_evals}")
+        longer.append(f"trainer.max_epochs={2 * epoch}")
+    if not longer and limits.patience_evals is not None:
+        longer.append(f"trainer.patience_evals={2 * limits.patience_evals}")
     return [
-        f"  the run   {run.run_dir}",
-        f"  go on     the same command with {' '.join(further)}",
-        *([f"  mirror    {run.checkpoint.mirror}"] if run.checkpoint.mirror else []),
-        f"  look      {run.run_dir}/metrics.jsonl",
-        f"  export    python -m trainer.export {run.run_dir} format=safetensors",
+        row("run directory", run.run_dir),
+        *([row("mirror", run.checkpoint.mirror)] if run.checkpoint.mirror else []),
+        row("metrics", f"{run.run_dir}/metrics.jsonl"),
+        row("continue", f"same command with {' '.join(longer)}"),
+        row("export", f"python -m trainer.export {run.run_dir} format=safetensors"),
     ]

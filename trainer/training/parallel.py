@@ -1,11 +1,12 @@
-"""How the model is spread over ranks: DDP and its warm-up, FSDP2, mixed precision, clipping."""
+"""Parallel strategies and numerics: DDP and its warm-up, FSDP2, mixed precision, clipping."""
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,114 +18,63 @@ from trainer.cluster.world import World
 from trainer.core import rng
 from trainer.errors import ConfigError, closest
 
+if TYPE_CHECKING:
+    from trainer.config.schema import Parallel
+
 NOTHING = nullcontext()
-"""The context of which nothing comes; one for all steps."""
+"""Shared no-op context."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _WARM_UP_PASSES = 2  # static_graph rebuilds its buckets after the second
 
 
-@dataclass(frozen=True)
-class DdpOptions:
-    """DistributedDataParallel's own options, with its own names."""
+def modify(model: nn.Module, options: "Parallel") -> None:
+    """Compile the model or its blocks, and recompute block activations; in place, before `wrap`.
 
-    bucket_cap_mb: float = 25.0
-    gradient_as_bucket_view: bool = True
-    static_graph: bool = False
-    find_unused_parameters: bool = False
-
-
-@dataclass(frozen=True)
-class BlockOptions:
-    """What is done to a model before it is spread; its names stay as they are."""
-
-    blocks: Sequence[str] = ()
-    """Names of the classes of modules that are blocks. Empty: by size."""
-    min_parameters: int = 1_000_000
-    """By size: a module with so many parameters that no inner one has taken."""
-    compile: str = "no"
-    """`no`; `model`: torch.compile of the whole; `blocks`: of each block, which starts sooner."""
-    compile_backend: str = "inductor"
-    recompute: bool = False
-    """Compute each block's activations again in the backward instead of keeping them."""
-
-
-@dataclass(frozen=True)
-class FsdpOptions:
-    """What FSDP2 gathers at a time, and in which dtype."""
-
-    blocks: Sequence[str] = ()
-    """Names of the classes of modules that are gathered one by one. Empty: by size."""
-    min_parameters: int = 1_000_000
-    """By size: a module with so many parameters that no inner one has taken."""
-    reshard_after_forward: bool = True
-    """Free a block's parameters after its forward, and gather them again in the backward."""
-    param_dtype: str = "fp32"
-    """In which blocks are gathered and computed: `fp32`, `bf16` or `fp16`. Gradients are summed in
-    fp32; what is stored and updated is fp32, and so are all of BatchNorm and what the model
-    returns, of which the loss is made."""
-
-
-def modify(model: nn.Module, options: BlockOptions) -> None:
-    """Let blocks recompute their activations, and compile; in place, before `wrap`.
-
-    T. Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
+    Parameter names do not change. Activation checkpointing: T. Chen et al., Training Deep Nets
+    with Sublinear Memory Cost, 2016.
 
     Raises:
-        ConfigError: there are no such blocks, or recomputing one would change what it computes.
+        ConfigError: the model has no blocks, or a block has BatchNorm and would be recomputed.
     """
     if options.recompute or options.compile == "blocks":
         blocks = _blocks(model, options)
         if not blocks:
             raise ConfigError(
-                f"no module below the model has {options.min_parameters:,} parameters, so there "
-                "are no blocks; name their classes with parallel.blocks, or lower "
-                "parallel.min_parameters"
+                f"the model has no blocks: no submodule has {options.min_parameters:,} parameters. "
+                "List block classes in parallel.blocks, or lower parallel.min_parameters"
             )
-        if options.recompute:
-            _recompute(blocks)
-    if options.compile == "blocks":
-        for block in blocks:
-            _compile(block, options)
-    elif options.compile == "model":
-        _compile(model, options)
+        for block in blocks if options.recompute else ():
+            _recompute(block)
+    if options.compile != "no":
+        # Module.compile() does not compile containers of torch's own classes, and a wrapper would
+        # add its name to every parameter's. Hooks, FSDP's among them, stay outside.
+        for module in blocks if options.compile == "blocks" else [model]:
+            module.forward = torch.compile(module.forward, backend=options.compile_backend)
 
 
-def _compile(module: nn.Module, options: BlockOptions) -> None:
-    # A wrapper would put its own name into every parameter's; Module.compile() leaves containers
-    # of torch's own classes as they are; and hooks, FSDP's among them, stay outside this way.
-    module.forward = torch.compile(module.forward, backend=options.compile_backend)
-
-
-def _recompute(blocks: Sequence[nn.Module]) -> None:
-    for block in blocks:
-        if any(isinstance(module, _NORMS) for module in block.modules()):
-            raise ConfigError(
-                f"parallel.recompute: {type(block).__name__} has a BatchNorm, whose statistics "
-                "would take every batch twice; choose blocks without one (parallel.blocks)"
-            )
-        block.forward = _again(block.forward)
-
-
-def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recompute(block: nn.Module) -> None:
     from torch.utils.checkpoint import checkpoint
 
-    def recomputed(*arguments: Any, **named: Any) -> Any:
-        return checkpoint(forward, *arguments, use_reentrant=False, **named)
+    if any(isinstance(module, _NORMS) for module in block.modules()):
+        raise ConfigError(
+            f"parallel.recompute: {type(block).__name__} contains BatchNorm, whose running "
+            "statistics would be updated twice per batch; choose blocks without it "
+            "(parallel.blocks)"
+        )
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
-    return recomputed
 
+def wrap(model: nn.Module, world: World, options: "Parallel") -> nn.Module:
+    """Return the module that training calls, parallelised over all ranks. Collective.
 
-def wrap(model: nn.Module, world: World, options: DdpOptions | FsdpOptions) -> nn.Module:
-    """Return what training calls: `model` itself on one rank, else spread over ranks. Collective.
-
-    DDP is a wrapper around `model`; FSDP2 changes it in place: its parameters become DTensors, and
-    an optimizer has to be made afterwards.
+    DDP wraps `model`; on one rank it is `model` itself. FSDP2 changes `model` in place: its
+    parameters become DTensors, so build the optimizer afterwards.
 
     Raises:
-        ConfigError: no module is of a class that `blocks` names.
+        ConfigError: no module has a class listed in `parallel.blocks`.
     """
-    if isinstance(options, FsdpOptions):
+    if options.strategy == "fsdp":
         return _shard(model, world, options)
     if world.size == 1 or not any(p.requires_grad for p in model.parameters()):
         return model
@@ -139,7 +89,10 @@ def wrap(model: nn.Module, world: World, options: DdpOptions | FsdpOptions) -> n
 
 
 class Inside(nn.Module):
-    """Calls functions of a model in one forward of its own, so that a wrapper sees it as one."""
+    """Wrapper that calls any function of the model within a single forward.
+
+    DDP and FSDP hooks then run once, even if the function calls parts of the model.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -153,53 +106,53 @@ class Inside(nn.Module):
 def wrap_phases(
     model: nn.Module,
     world: World,
-    options: DdpOptions | FsdpOptions,
+    options: "Parallel",
     phases: Mapping[str, Sequence[str]],
 ) -> dict[str, nn.Module]:
-    """Return what the training of each phase calls, as `Inside` is called. Collective.
+    """Return, by phase, the module that its training calls as `Inside` is called. Collective.
 
-    DDP is one wrapper for each phase, that reduces the gradients of this phase's parameters alone;
-    FSDP2 is one for all, and changes `model` in place as in `wrap`.
+    DDP gets one wrapper per phase, which reduces only that phase's gradients. FSDP2 shares one
+    root among all phases and changes `model` in place, as in `wrap`.
 
     Args:
         model: the plain module.
         world: the ranks.
-        options: whose type decides how.
-        phases: by name, the names of the parameters that are trained in it.
+        options: the parallel settings.
+        phases: parameter names by phase.
     """
-    if isinstance(options, FsdpOptions):
+    if options.strategy == "fsdp":
         return dict.fromkeys(phases, _shard(model, world, options, Inside(model)))
     named = dict(model.named_parameters())
     wrapped = {}
     for phase, names in phases.items():
-        with training_only(model, [named[name] for name in names]):  # as its reducer takes them
+        with training_only(model, [named[name] for name in names]):  # DDP registers only these
             wrapped[phase] = wrap(Inside(model), world, options)
     return wrapped
 
 
 @contextmanager
 def training_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let a backward reach these parameters only; of the others, no gradient is computed.
+    """Disable gradients for all parameters of `model` but these.
 
-    A sharded model computes them all the same: what it gathers is another parameter.
+    FSDP2 computes all gradients regardless, since it gathers into other parameters.
     """
-    chosen = set(parameters)
-    paused = [p for p in model.parameters() if p.requires_grad and p not in chosen]
-    for parameter in paused:
+    active = set(parameters)
+    frozen = [p for p in model.parameters() if p.requires_grad and p not in active]
+    for parameter in frozen:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in paused:
+        for parameter in frozen:
             parameter.requires_grad_(True)
 
 
 def inside(
     wrapped: nn.Module, model: nn.Module, compute: Callable[..., Any], *arguments: Any
 ) -> Any:
-    """Return `compute(model, *arguments)`, outside of training. Collective where it is sharded.
+    """Return `compute(model, *arguments)`, outside of training. Collective if sharded.
 
-    Functions that call parts of a sharded model need what its root has gathered.
+    A function that calls parts of a sharded model needs the parameters its root gathers.
     """
     if isinstance(wrapped, Inside) and is_sharded(wrapped):
         return wrapped(compute, *arguments)
@@ -207,11 +160,13 @@ def inside(
 
 
 def _shard(
-    model: nn.Module, world: World, options: FsdpOptions, root: nn.Module | None = None
+    model: nn.Module, world: World, options: "Parallel", root: nn.Module | None = None
 ) -> nn.Module:
     """Shard parameters, gradients and optimizer state evenly over all ranks.
 
-    Y. Zhao et al., PyTorch FSDP, VLDB 2023; per-parameter sharding as torch's `fully_shard` has it.
+    Each block is gathered on its own, in `param_dtype`; gradients are reduced in fp32, and
+    BatchNorm and the model's outputs stay fp32. Y. Zhao et al., PyTorch FSDP, VLDB 2023;
+    per-parameter sharding as in torch's `fully_shard`.
     """
     root = root or model
     blocks = world.together(lambda: _blocks(model, options))
@@ -220,57 +175,58 @@ def _shard(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    plain = policy = whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+    fp32 = policy = root_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     norms: list[nn.Module] = []
     if options.param_dtype != "fp32":
         policy = MixedPrecisionPolicy(_DTYPES[options.param_dtype], torch.float32)
-        whole = replace(policy, output_dtype=torch.float32)
+        root_policy = replace(policy, output_dtype=torch.float32)
         norms = [module for module in model.modules() if isinstance(module, _NORMS)]
     mesh = init_device_mesh(world.device.type, (world.size,))
     for module in dict.fromkeys([*norms, *blocks, root]):
         fully_shard(
             module,
             mesh=mesh,
-            mp_policy=whole if module is root else plain if module in norms else policy,
+            mp_policy=root_policy if module is root else fp32 if module in norms else policy,
             reshard_after_forward=options.reshard_after_forward and module is not root,
         )
-    if any(True for _ in model.buffers()):  # rank 0's are everybody's, as under DDP
+    if any(True for _ in model.buffers()):  # broadcast from rank 0, as under DDP
         root.register_forward_pre_hook(
             lambda *_: take_rank0_buffers(model, world) if model.training else None
         )
     return root
 
 
-def _blocks(model: nn.Module, options: BlockOptions | FsdpOptions) -> list[nn.Module]:
-    """Return the modules below `model` that are its blocks, inner ones first."""
-    inner = [module for name, module in model.named_modules() if name][::-1]
+def _blocks(model: nn.Module, options: "Parallel") -> list[nn.Module]:
+    """Return the submodules that are blocks, by class or else by size, innermost first.
+
+    By size, a module is a block if at least `min_parameters` of its parameters are in no inner
+    block, and if no module outside uses any of them.
+    """
+    modules = [module for name, module in model.named_modules() if name][::-1]
     if options.blocks:
-        found = [module for module in inner if type(module).__name__ in options.blocks]
-        lacking = sorted(set(options.blocks) - {type(module).__name__ for module in found})
-        if lacking:
-            classes = {type(module).__name__ for module in inner}
+        classes = {type(module).__name__ for module in modules}
+        for name in sorted(set(options.blocks) - classes):
             raise ConfigError(
-                f"parallel.blocks: no module of the model is a {lacking[0]}"
-                f"{closest(lacking[0], classes)}"
+                f"parallel.blocks: the model has no module of class {name}{closest(name, classes)}"
             )
-        return found
+        return [module for module in modules if type(module).__name__ in options.blocks]
     uses = _uses(model)
-    taken: set[nn.Parameter] = set()
-    chosen = []
-    for module in inner:
-        own = set(module.parameters()) - taken
-        size = sum(parameter.numel() for parameter in own)
+    assigned: set[nn.Parameter] = set()
+    blocks = []
+    for module in modules:
+        free = set(module.parameters()) - assigned
+        size = sum(parameter.numel() for parameter in free)
         if size < options.min_parameters or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             continue
         if all(uses[parameter] == count for parameter, count in _uses(module).items()):
-            chosen.append(module)
-            taken |= own
-    return chosen
+            blocks.append(module)
+            assigned |= free
+    return blocks
 
 
 def _uses(module: nn.Module) -> Counter[nn.Parameter]:
-    """Return how many modules use each parameter; tied ones have to be gathered for all of them."""
-    return Counter(p for inner in module.modules() for p in inner.parameters(recurse=False))
+    """Return how many modules use each parameter; tied ones are used by several."""
+    return Counter(p for user in module.modules() for p in user.parameters(recurse=False))
 
 
 def settle_buckets(
@@ -278,14 +234,14 @@ def settle_buckets(
 ) -> None:
     """Bring DDP's reducer to its final buckets before any state is loaded. Collective.
 
-    The first iteration of every reducer sums gradients in other buckets, and so in another order,
-    than all later ones. With two ranks a sum is the same either way round; with three or more, a
-    resumed run would differ from its first step on. So every attempt, fresh or resumed, first
-    runs `passes` (a forward and a backward on the run's first batch) without an update; then
-    buffers, gradients and generators are put back.
+    The first iteration of a reducer sums gradients in different buckets, and so in a different
+    order, than all later ones. Two ranks give the same sum in either order; with three or more, a
+    resumed run would differ from its first step. Therefore every attempt, fresh or resumed, first
+    runs `passes` (a forward and a backward on the run's first batch) without an update, then
+    restores buffers, gradients and generators.
 
-    A static graph needs the same on two ranks: its first iteration may not leave out the reduction,
-    as accumulation does.
+    A static graph needs this on two ranks too: its first iteration must not skip the reduction,
+    as gradient accumulation does.
     """
     if not isinstance(wrapped, DistributedDataParallel):
         return
@@ -303,28 +259,27 @@ def settle_buckets(
     rng.restore(generators)
     rebuilds_by_now = not (wrapped.find_unused_parameters or wrapped.static_graph)
     if rebuilds_by_now and not has_rebuilt_buckets(wrapped):
-        raise RuntimeError("DDP kept its first buckets after the warm-up; resume is not exact")
+        raise RuntimeError("DDP did not rebuild its buckets in the warm-up: resume is not exact")
 
 
 def has_rebuilt_buckets(wrapped: DistributedDataParallel) -> bool:
     """Return whether the reducer has its final buckets.
 
-    torch has no public word for it; a test fails when this attribute changes. Without unused
-    parameters the reducer rebuilds at the second forward, with a static graph at the third, and
-    with find_unused_parameters never.
+    torch has no public attribute for it; a test fails when this one changes. The reducer rebuilds
+    at the second forward, with a static graph at the third, and with find_unused_parameters never.
     """
     return bool(wrapped._has_rebuilt_buckets)
 
 
 def take_rank0_buffers(model: nn.Module, world: World) -> None:
-    """Give every rank rank 0's buffers, as DDP's next forward would. Collective."""
+    """Broadcast rank 0's buffers to all ranks, as DDP's next forward would. Collective."""
     if world.size > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def reducing(wrapped: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    """Return the context in which gradients are reduced over ranks only if `last` in the step."""
+    """Return a context that reduces gradients over ranks only in the `last` microbatch."""
     if is_sharded(wrapped):
         wrapped.set_requires_gradient_sync(last)  # type: ignore[operator]  # FSDPModule's
     elif isinstance(wrapped, DistributedDataParallel) and not last:
@@ -333,40 +288,45 @@ def reducing(wrapped: nn.Module, *, last: bool) -> AbstractContextManager[None]:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Return whether a forward of `module` gathers its parameters, on all ranks together."""
-    return hasattr(type(module), "set_requires_gradient_sync")  # FSDPModule's: `fully_shard`'s
+    """Return whether `module` is FSDP2's: its forward gathers parameters from all ranks."""
+    return hasattr(type(module), "set_requires_gradient_sync")  # as added by `fully_shard`
 
 
 def reshard(module: nn.Module) -> None:
-    """Drop gathered copies of the parameters, where `module` is sharded. No communication."""
-    for inner in module.modules():
-        if is_sharded(inner):
-            inner.reshard()  # type: ignore[operator]  # FSDPModule's
+    """Free gathered parameters if `module` is sharded. No communication."""
+    for submodule in module.modules():
+        if is_sharded(submodule):
+            submodule.reshard()  # type: ignore[operator]  # FSDPModule's
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a DTensor, or a plain tensor itself."""
+    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
 
 
 def are_finite(model: nn.Module) -> bool:
-    """Return whether all that is trained is, of what lies on this rank. No communication."""
-    trained = [p.detach() for p in model.parameters() if p.requires_grad]
-    local = [p.to_local() if hasattr(p, "to_local") else p for p in trained]
+    """Return whether this rank's part of the trained parameters is finite. No communication."""
+    local = [local_part(p.detach()) for p in model.parameters() if p.requires_grad]
     largest = [torch.linalg.vector_norm(p, math.inf).isfinite() for p in local if p.numel()]
     return not largest or bool(torch.stack(largest).all())
 
 
 def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Clip the gradients to this 2-norm over these parameters of all ranks; return what it was.
+    """Clip gradients to a global 2-norm of `max_norm`; return the norm before, 0-dim.
 
-    Collective where they are sharded. The norm is 0-dim, the same on every rank.
+    Collective if the parameters are sharded. The norm is the same on every rank.
     """
     norm = clip_grad_norm_(parameters, max_norm)
-    whole: torch.Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return whole
+    total: torch.Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return total
 
 
 def choose_arithmetic(precision: str, *, deterministic: bool) -> None:
-    """Set what matrix products and convolutions in float32 may be computed in, process-wide.
+    """Set the arithmetic of fp32 matrix products and convolutions, for the process.
 
-    `tf32` allows Ampere and later GPUs 10 bits of mantissa in them (NVIDIA A100 whitepaper, 2020);
-    under every other precision all 23 are kept, also by cuDNN, whose own default is otherwise.
+    `tf32` allows a 10-bit mantissa on Ampere and later GPUs (NVIDIA A100 whitepaper, 2020). Every
+    other precision uses all 23 bits, also in cuDNN, which allows TF32 by default.
     """
     is_tf32 = precision == "tf32"
     torch.set_float32_matmul_precision("high" if is_tf32 else "highest")
@@ -376,12 +336,12 @@ def choose_arithmetic(precision: str, *, deterministic: bool) -> None:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context of forward passes in `precision`."""
+    """Return the autocast context for forward passes in `precision`."""
     if precision not in _DTYPES:
         return NOTHING
     return torch.autocast(device.type, dtype=_DTYPES[precision])
 
 
 def gradient_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Return the loss scaler; it does nothing unless `precision` is fp16."""
+    """Return the loss scaler, disabled unless `precision` is fp16."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -1,4 +1,4 @@
-"""What a trained model shows a person: text, images and figures, written into the run."""
+"""Sample outputs of a trained model: text, images and tables, written into the run directory."""
 
 import json
 import math
@@ -19,108 +19,108 @@ from trainer.errors import PerdureError
 from trainer.storage import Store
 from trainer.training import parallel
 from trainer.training.job import Job
+from trainer.training.messages import row
 
 FOLDER = "samples"
 INDEX = f"{FOLDER}/index.json"
-"""Of which step the samples are, and the names of their files."""
+"""Index of the samples: their step and file names."""
 _LINES, _COLUMNS = 10, 100
-"""Of a text, what is shown on a terminal."""
+"""Maximum lines and columns of a text on the terminal."""
 _TILE = 48
-"""Smaller images are enlarged to about so many pixels, so that a person can see them."""
+"""Size to which smaller images are enlarged, in pixels."""
 _COLOURS = {1: 0, 3: 2}
-"""PNG's colour type, by the number of channels."""
+"""PNG colour type by number of channels."""
 
 
 def show(job: Job, step: int, store: Store) -> list[str]:
-    """Let the task show what the trained model can do, once for each step. Collective.
+    """Write the task's samples into the run, once per step. Collective.
 
-    The files are in the run when it returns. The weights are averaged where the run averages;
-    nothing that a resume depends on changes. Whatever goes wrong is told and never raised: the run
-    is finished and safe by now.
+    The files are complete on return. Uses averaged weights if the run has them, and changes
+    nothing that a resume depends on. Reports errors instead of raising them: the run is already
+    finished and saved.
 
     Args:
-        job: after its training.
-        step: that the model is at.
-        store: the run's.
+        job: the job, after training.
+        step: the model's step.
+        store: the run's store.
 
     Returns:
-        Lines for a person: where the samples are, the beginning of each text, or what failed.
+        Lines for the terminal: the files, the first lines of each text, or an error.
     """
     if not hasattr(job.task, "samples"):
         return []
     try:
-        if not job.world.from_rank0(lambda: _told(store).get("step") != step):
+        if not job.world.from_rank0(lambda: _index(store).get("step") != step):
             return []
-        found = job.world.together(partial(_ask, job, step))
-        return job.world.from_rank0(lambda: _write(store, step, found))
+        samples = job.world.together(partial(_samples, job, step))
+        return job.world.from_rank0(lambda: _write(store, step, samples))
     except PerdureError as error:
-        return [f"  NO SAMPLES: {error}. The run itself is finished and saved."]
+        return [f"  warning: no samples: {error}. The run itself is finished and saved."]
     except Exception:
-        told = traceback.format_exc().rstrip()
-        return [f"  NO SAMPLES; the run itself is finished and saved. What failed:\n{told}"]
+        trace = traceback.format_exc().rstrip()
+        return [f"  warning: no samples; the run itself is finished and saved. Error:\n{trace}"]
 
 
-def _ask(job: Job, step: int) -> Mapping[str, Any]:
+def _samples(job: Job, step: int) -> Mapping[str, Any]:
     dataset = job.data.dataset if job.evaluation is None else job.evaluation.dataset
     parallel.take_rank0_buffers(job.model, job.world)
     job.model.eval()
     try:
         averaged = job.ema.in_place() if job.ema is not None else nullcontext()
-        own_rng = rng.forked(rng.derive("samples", job.seed, step))  # the same on every rank
-        arithmetic = parallel.autocast(job.precision, job.world.device)
-        with own_rng, averaged, torch.no_grad(), arithmetic:
-            found: Mapping[str, Any] = parallel.inside(
+        generators = rng.forked(rng.derive("samples", job.seed, step))  # the same on every rank
+        precision = parallel.autocast(job.precision, job.world.device)
+        with generators, averaged, torch.no_grad(), precision:
+            samples: Mapping[str, Any] = parallel.inside(
                 job.phases[0].wrapped,
                 job.model,
-                job.task.samples,  # type: ignore[attr-defined]  # a task may have it
+                job.task.samples,  # type: ignore[attr-defined]  # optional method
                 dataset,
             )
-            return found
+            return samples
     finally:
         job.model.train()
 
 
-def _told(store: Store) -> dict[str, Any]:
-    """Return the index of the samples that are there."""
+def _index(store: Store) -> dict[str, Any]:
     with suppress(FileNotFoundError, ValueError):
-        told = json.loads(store.read(INDEX))
-        if isinstance(told, dict):
-            return told
+        index = json.loads(store.read(INDEX))
+        if isinstance(index, dict):
+            return index
     return {}
 
 
 def _write(store: Store, step: int, samples: Mapping[str, Any]) -> list[str]:
     files = dict(_encoded(name, value) for name, value in samples.items())
-    older = set(_told(store).get("files", [])) - set(files)
+    outdated = set(_index(store).get("files", [])) - set(files)
     for name, data in files.items():
         store.replace(f"{FOLDER}/{name}", data)
     store.replace(INDEX, json.dumps({"step": step, "files": sorted(files)}).encode())
-    store.delete(f"{FOLDER}/{name}" for name in sorted(older))
+    store.delete(f"{FOLDER}/{name}" for name in sorted(outdated))
     if not files:
         return []
-    lines = [f"  samples   {store.url}/{FOLDER}: {', '.join(sorted(files))}"]
+    output = [row("samples", f"{store.url}/{FOLDER}: {', '.join(sorted(files))}")]
     for name, value in samples.items():
         if isinstance(value, str):
-            shown = value.splitlines()
-            lines += [f"  {name}:", *(f"    | {_plain(line)}" for line in shown[:_LINES])]
-            lines += ["    | …"] * (len(shown) > _LINES)
-    return lines
+            lines = value.splitlines()
+            output += [f"  {name}:", *(f"    | {_printable(line)}" for line in lines[:_LINES])]
+            output += ["    | …"] * (len(lines) > _LINES)
+    return output
 
 
-def _plain(line: str) -> str:
-    """Return a line of a model's text without what would move the cursor or change colours."""
-    plain = "".join(c if c.isprintable() else "·" for c in line.expandtabs())
-    return plain if len(plain) <= _COLUMNS else plain[: _COLUMNS - 1] + "…"
+def _printable(line: str) -> str:
+    """Return a line without control characters, at most `_COLUMNS` long."""
+    text = "".join(c if c.isprintable() else "·" for c in line.expandtabs())
+    return text if len(text) <= _COLUMNS else text[: _COLUMNS - 1] + "…"
 
 
 def _encoded(name: str, value: Any) -> tuple[str, bytes]:
-    """Return the file that shows `value`: its name and its bytes.
+    """Return a sample's file name and bytes: text, PNG for tensors, JSON for anything else.
 
     Raises:
-        TypeError: it is of a kind that nothing shows.
+        TypeError: the name has other characters, or the value has no such encoding.
     """
     if not re.fullmatch(r"[\w-]+", name):
-        raise TypeError(f"a sample is called {name!r}; use letters, digits, _ and -")
+        raise TypeError(f"invalid sample name {name!r}; use letters, digits, _ and -")
     if isinstance(value, str):
         return f"{name}.txt", value.encode()
     if isinstance(value, Tensor):
@@ -129,29 +129,29 @@ def _encoded(name: str, value: Any) -> tuple[str, bytes]:
 
 
 def grid(images: Tensor) -> Tensor:
-    """Lay images (N, C, H, W) uint8 out in rows, about as many as columns: (C, H', W')."""
+    """Arrange images (N, C, H, W), uint8, in a nearly square grid (C, H', W')."""
     zoom = max(1, _TILE // max(images.shape[2:]))
     images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     images = torch.nn.functional.pad(images, (0, 2, 0, 2))  # black between them
     count, channels, height, width = images.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    whole = images.new_zeros(rows * columns, channels, height, width)
-    whole[:count] = images
-    tiles = whole.reshape(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
+    padded = images.new_zeros(rows * columns, channels, height, width)
+    padded[:count] = images
+    tiles = padded.reshape(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
     return tiles.reshape(channels, rows * height, columns * width)[:, :-2, :-2]
 
 
 def png(image: Tensor) -> bytes:
-    """Encode an image (C, H, W) uint8, C of 1 or 3. ISO/IEC 15948, filter 0 in every line.
+    """Encode an image (C, H, W), uint8, C = 1 or 3, as PNG (ISO/IEC 15948, filter 0).
 
     Raises:
-        TypeError: it is of another dtype or shape.
+        TypeError: the image has another dtype or shape.
     """
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in _COLOURS:
         raise TypeError(
-            f"an image is {image.dtype} of shape {list(image.shape)}; give uint8 with 1 or 3 "
-            "channels, (C, H, W), or (N, C, H, W) for several"
+            f"image with dtype {image.dtype} and shape {list(image.shape)}; use uint8 with 1 or 3 "
+            "channels, (C, H, W), or (N, C, H, W) for several images"
         )
     channels, height, width = image.shape
     lines = image.permute(1, 2, 0).reshape(height, width * channels).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Averaged weights: their values, where they are measured, saved and resumed."""
+"""Averaged weights: values, evaluation, checkpoints; and early stopping."""
 
 import pytest
 import torch
@@ -22,26 +22,26 @@ def averaged_job(**changes):
     return a_job(model=model, ema=Ema(model, DECAY), **changes)
 
 
-def test_after_each_update_the_average_is_what_its_definition_says():
+def test_update_follows_the_definition_of_the_average():
     job = averaged_job()
-    wanted = {name: p.detach().double() for name, p in job.model.named_parameters()}
+    expected = {name: p.detach().double() for name, p in job.model.named_parameters()}
     batches = job.data.batches(BEGINNING)
     for _ in range(5):
         train_step(job, next(batches)[0])
         for name, parameter in job.model.named_parameters():
-            wanted[name] = DECAY * wanted[name] + (1 - DECAY) * parameter.detach().double()
+            expected[name] = DECAY * expected[name] + (1 - DECAY) * parameter.detach().double()
     for name, average in job.ema.averages.items():
-        torch.testing.assert_close(average.double(), wanted[name], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(average.double(), expected[name], rtol=1e-5, atol=1e-7)
 
 
-def test_what_is_frozen_is_not_averaged():
+def test_ema_excludes_frozen_parameters():
     model = Net()
     model.body[0].requires_grad_(False)
     names = set(Ema(model, DECAY).averages)
     assert names == {"body.1.weight", "body.1.bias", "body.4.weight", "body.4.bias"}
 
 
-def test_the_average_is_evaluated_and_training_goes_on_as_if_nothing_had_happened():
+def test_evaluate_uses_averages_and_leaves_training_state_unchanged():
     job = averaged_job()
     batches = job.data.batches(BEGINNING)
     for _ in range(3):
@@ -49,16 +49,16 @@ def test_the_average_is_evaluated_and_training_goes_on_as_if_nothing_had_happene
     twin = a_job(model=Net())
     twin.model.load_state_dict({**job.model.state_dict(), **job.ema.averages})
     before = everything(job, State())
-    found = evaluate(job, State(), Stop(job.world))
-    assert found == evaluate(twin, State(), Stop(twin.world))
-    assert found != evaluate(a_job(model=job.model), State(), Stop(job.world))
+    metrics = evaluate(job, State(), Stop(job.world))
+    assert metrics == evaluate(twin, State(), Stop(twin.world))
+    assert metrics != evaluate(a_job(model=job.model), State(), Stop(job.world))
     assert everything(job, State()) == before
 
 
-def test_an_evaluation_that_fails_leaves_the_weights_where_they_were():
+def test_evaluate_failure_restores_the_weights():
     class Fails(Classification):
         def loss(self, model, batch):
-            raise KeyError("as asked")
+            raise KeyError("expected")
 
     job = averaged_job()
     train_step(job, next(job.data.batches(BEGINNING))[0])
@@ -69,21 +69,21 @@ def test_an_evaluation_that_fails_leaves_the_weights_where_they_were():
     assert everything(job, State()) == before
 
 
-def test_a_resumed_run_ends_with_the_same_averages_bit_for_bit(tmp_path):
-    whole = averaged_job()
-    state, done = go_on(tmp_path / "whole", whole)
+def test_resumed_run_ends_with_identical_averages(tmp_path):
+    full = averaged_job()
+    state, done = go_on(tmp_path / "full", full)
     assert done
     half = averaged_job(max_steps=7)
     go_on(tmp_path / "half", half)
     rest = averaged_job()
     its_state, done = go_on(tmp_path / "half", rest)
     assert done
-    assert everything(rest, its_state) == everything(whole, state)
-    assert "ema.body.0.weight" in everything(whole, state)[0]
-    assert not torch.equal(whole.ema.averages["body.0.weight"], whole.model.body[0].weight)
+    assert everything(rest, its_state) == everything(full, state)
+    assert "ema.body.0.weight" in everything(full, state)[0]
+    assert not torch.equal(full.ema.averages["body.0.weight"], full.model.body[0].weight)
 
 
-def test_a_run_that_has_not_averaged_so_far_begins_with_its_weights(tmp_path):
+def test_resume_from_a_run_without_averages_starts_from_its_weights(tmp_path):
     go_on(tmp_path, a_job(max_steps=5))
     job = averaged_job(max_steps=5)
     go_on(tmp_path, job)
@@ -91,21 +91,21 @@ def test_a_run_that_has_not_averaged_so_far_begins_with_its_weights(tmp_path):
         assert torch.equal(job.ema.averages[name], parameter)
 
 
-def test_a_model_without_parameters_to_train_has_no_averages():
+def test_ema_without_trainable_parameters_is_empty():
     ema = Ema(nn.Flatten(), DECAY)
     ema.update()
     assert ema.averages == {}
 
 
-# --- the end before its time -------------------------------------------------------------------
+# --- early stopping -------------------------------------------------------------------------
 
 
-class Worse(Classification):
-    """Its figures get worse after two evaluations: what is measured is out of our hands."""
+class Scored(Classification):
+    """Reports given scores, one per evaluation."""
 
-    def __init__(self, figures):
+    def __init__(self, scores):
         super().__init__()
-        self.figures_left = list(figures)
+        self.scores = list(scores)
 
     def metrics(self):
         from torchmetrics import MeanMetric
@@ -114,13 +114,13 @@ class Worse(Classification):
 
     def update(self, metrics, outputs, batch):
         if not metrics["score"].update_called:
-            metrics["score"].update(self.figures_left.pop(0))
+            metrics["score"].update(self.scores.pop(0))
 
 
-def test_a_run_ends_when_its_metric_has_not_improved_for_so_many_evaluations(tmp_path):
+def test_train_stops_after_patience_evaluations_without_improvement(tmp_path):
     tracker = Lines()
     job = a_job(
-        task=Worse([0.1, 0.3, 0.2, 0.3, 0.9]), metric="score", patience_evals=2,
+        task=Scored([0.1, 0.3, 0.2, 0.3, 0.9]), metric="score", patience_evals=2,
         eval_every=Every(steps=2), tracker=tracker,
     )  # fmt: skip
     saver = a_saver(tmp_path)
@@ -132,9 +132,9 @@ def test_a_run_ends_when_its_metric_has_not_improved_for_so_many_evaluations(tmp
     assert saver.committed_step == 8
 
 
-def test_patience_goes_on_where_it_was_after_a_resume(tmp_path):
+def test_patience_continues_after_a_resume(tmp_path):
     settings = {"metric": "score", "patience_evals": 2, "eval_every": Every(steps=2)}
-    go_on(tmp_path, a_job(task=Worse([0.3, 0.2]), max_steps=4, optimizer=sgd, **settings))
-    state, done = go_on(tmp_path, a_job(task=Worse([0.1, 0.9]), **settings))
+    go_on(tmp_path, a_job(task=Scored([0.3, 0.2]), max_steps=4, optimizer=sgd, **settings))
+    state, done = go_on(tmp_path, a_job(task=Scored([0.1, 0.9]), **settings))
     assert done
     assert state.step == 6

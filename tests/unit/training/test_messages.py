@@ -1,4 +1,4 @@
-"""The lines before the first step and after the last."""
+"""Banner and end table of a run."""
 
 import dataclasses
 
@@ -14,81 +14,99 @@ from trainer.training import messages
 RECORD = {"attempt": 3, "threads": 2}
 
 
-def shown(job=None, checkpoint=None, **trainer):
-    given = {"global_batch_size": 8, **trainer}
-    run = Run(name="mine", run_dir="a", trainer=Trainer(**given),
+def banner(job=None, checkpoint=None, **trainer):
+    """Return the banner of a small run."""
+    run = Run(name="mine", run_dir="a", trainer=Trainer(**{"global_batch_size": 8, **trainer}),
               checkpoint=Checkpoint(**(checkpoint or {})))  # fmt: skip
     return messages.banner(run, job or a_job(max_steps=3 * PER_EPOCH), RECORD)
 
 
-def test_a_banner_says_what_is_trained_for_how_long_and_how_it_is_saved():
+def cell(lines, label):
+    """Return the text of the row with this label."""
+    (text,) = (line[17:] for line in lines if line[2:].startswith(f"{label}  "))
+    return text
+
+
+def test_banner_lists_model_memory_batch_length_and_checkpoints():
     adam = a_job(optimizer=lambda m: torch.optim.Adam(m.parameters()), max_steps=15)
     parameters = 6 * 8 + 8 + 8 + 8 + 8 * 3 + 3
-    assert shown(adam) == [
-        "mine, attempt 3, on 1 rank (cpu, 2 threads)",
-        f"  model       {parameters} parameters, all trained",
-        "  memory      468 B weights, 396 B gradients, 816 B optimizer state",
-        "  batch       8 samples a step = 1 rank x 1 microbatch x 8",
-        "  length      15 steps = 3 epochs of 5",
-        "  checkpoint  about 11.4 kB, after every epoch and every 600 s; the newest 2 are kept",
+    assert banner(adam) == [
+        "mine, attempt 3: 1 rank (cpu, 2 threads)",
+        f"  parameters     {parameters}",
+        "  memory         weights 468 B, gradients 396 B, optimizer 816 B",
+        "  batch          8 samples = 1 rank x 1 microbatch x 8",
+        "  length         15 steps = 3 epochs of 5",
+        "  checkpoints    11.4 kB, every epoch, every 600 s",
+        "  retention      newest 2",
     ]
 
 
-@pytest.mark.parametrize(("limits", "step", "epoch", "said"), [
+@pytest.mark.parametrize(("limits", "step", "epoch", "settings"), [
     ({"max_epochs": 3}, 15, 3, "trainer.max_epochs=6"),
-    ({"max_epochs": 1}, 15, 3, "trainer.max_epochs=6"),  # asked for less than there is
+    ({"max_epochs": 1}, 15, 3, "trainer.max_epochs=6"),  # already beyond the limit
     ({"max_epochs": None, "max_steps": 15}, 15, 3, "trainer.max_steps=30"),
     ({"max_epochs": 3, "max_steps": 15}, 15, 3, "trainer.max_steps=30 trainer.max_epochs=6"),
     ({"max_epochs": 9, "max_steps": 15}, 15, 3, "trainer.max_steps=30"),
     ({"max_epochs": 9, "patience_evals": 2}, 15, 3, "trainer.patience_evals=4"),
 ])  # fmt: skip
-def test_what_goes_on_raises_every_limit_that_was_reached(limits, step, epoch, said):
+def test_continue_command_raises_every_reached_limit(limits, step, epoch, settings):
     run = Run(name="mine", run_dir="a", trainer=Trainer(**limits))
-    text = messages.finished_text(run, step, epoch)
-    assert f"  go on     the same command with {said}\n" in text
+    lines = messages.finished_text(run, step, epoch).splitlines()
+    assert lines[0] == "a is already finished at step 15. Nothing to do."
+    assert cell(lines, "continue") == f"same command with {settings}"
 
 
-def test_frozen_parameters_and_unknown_optimizers_are_told():
+def test_banner_shows_frozen_parameters_and_unknown_sizes():
     class Mine(torch.optim.SGD):
         pass
 
     model = Net()
     model.body[0].requires_grad_(False)
-    lines = shown(a_job(model=model, optimizer=lambda m: Mine(m.parameters(), lr=0.1)))
-    assert lines[1] == "  model       99 parameters, 43 of them trained"
-    assert lines[2].endswith("172 B gradients, an unknown size of optimizer state")
-    assert lines[5].startswith("  checkpoint  of unknown size, after every epoch")
+    lines = banner(a_job(model=model, optimizer=lambda m: Mine(m.parameters(), lr=0.1)))
+    assert cell(lines, "parameters") == "99 (43 trained)"
+    assert cell(lines, "memory").endswith("gradients 172 B, optimizer size unknown")
+    assert cell(lines, "checkpoints").startswith("size unknown, every epoch")
 
 
 @pytest.mark.parametrize(("checkpoint", "text"), [
-    ({"every_steps": 1500}, "every 1,500 steps and after every epoch and every 600 s"),
-    ({"every_epochs": 3, "every_s": None}, "after every 3 epochs; "),
-    ({"every_epochs": None, "every_s": None}, "at the end; "),
-    ({"keep_last": 1}, "; the newest is kept"),
-    ({"metric": "accuracy"}, "; the newest 2 and the best are kept"),
-    ({"metric": "accuracy", "keep_best": 0}, "; the newest 2 are kept"),
-    ({"metric": "accuracy", "keep_best": 3, "keep_every_steps": 1000},
-     "; the newest 2 and the best 3 and every 1,000th step are kept"),
+    ({"every_steps": 1500}, ", every 1,500 steps, every epoch, every 600 s"),
+    ({"every_epochs": 3, "every_s": None}, ", every 3 epochs"),
+    ({"every_epochs": None, "every_s": None}, ", at the end"),
 ])  # fmt: skip
-def test_how_often_it_is_saved_and_what_is_kept(checkpoint, text):
-    assert text in shown(checkpoint=checkpoint)[5]
+def test_banner_lists_checkpoint_intervals(checkpoint, text):
+    assert cell(banner(checkpoint=checkpoint), "checkpoints").endswith(text)
 
 
-def test_the_length_has_all_that_can_end_it():
-    assert shown(a_job(max_steps=5))[4] == "  length      5 steps = 1 epoch of 5"
-    assert shown(a_job(max_steps=2))[4] == "  length      2 steps, less than an epoch of 5"
-    lines = shown(a_job(max_steps=12), max_time="1:00:00", patience_evals=4)
-    assert lines[4] == (
-        "  length      12 steps = 2.4 epochs of 5, or 1:00:00 an attempt, or 4 evaluations without "
-        "a better one"
+@pytest.mark.parametrize(("checkpoint", "text"), [
+    ({"keep_last": 1}, "newest 1"),
+    ({"metric": "accuracy"}, "newest 2, best 1"),
+    ({"metric": "accuracy", "keep_best": 0}, "newest 2"),
+    ({"metric": "accuracy", "keep_best": 3, "keep_every_steps": 1000},
+     "newest 2, best 3, every 1,000 steps"),
+])  # fmt: skip
+def test_banner_lists_retention(checkpoint, text):
+    assert cell(banner(checkpoint=checkpoint), "retention") == text
+
+
+def test_banner_length_lists_every_limit():
+    assert cell(banner(a_job(max_steps=5)), "length") == "5 steps = 1 epoch of 5"
+    assert cell(banner(a_job(max_steps=2)), "length") == "2 steps = 0.4 epochs of 5"
+    lines = banner(a_job(max_steps=12), max_time="1:00:00", patience_evals=4)
+    assert cell(lines, "length") == (
+        "12 steps = 2.4 epochs of 5 or 1:00:00 per attempt or 4 evaluations without improvement"
     )
 
 
-def test_the_batch_is_divided():
+def test_banner_batch_is_divided_over_ranks_and_microbatches():
     job = dataclasses.replace(a_job(), world=World(size=4))
-    lines = shown(job, global_batch_size=96, accumulate=3)
-    assert lines[3] == "  batch       96 samples a step = 4 ranks x 3 microbatches x 8"
-    assert lines[2].endswith(", on each rank")
+    lines = banner(job, global_batch_size=96, accumulate=3)
+    assert cell(lines, "batch") == "96 samples = 4 ranks x 3 microbatches x 8"
+    assert lines[2].endswith(" per rank")
+
+
+def test_banner_fits_80_columns_with_large_numbers():
+    every = {"metric": "loss", "every_steps": 10**6, "keep_every_steps": 10**6}
+    assert all(len(line) < 80 for line in banner(checkpoint=every))
 
 
 TOTALS = Totals(
@@ -98,18 +116,16 @@ TOTALS = Totals(
 )  # fmt: skip
 
 
-def test_the_end_says_how_fast_it_was_and_where_the_time_went():
+def test_end_lines_show_speed_time_and_memory():
     assert messages.end_lines(TOTALS) == [
-        "  speed     320 samples/s; a step 150 ms, 19 of 20 within 1.25 s",
-        "  time      10.0 % waiting for data, 15.0 % evaluating, 5.0 % saving",
-        "  memory    at most 3 GB (rank 1)",
+        "  speed          320 samples/s; step p50 150 ms, p95 1.25 s",
+        "  time           data wait 10.0 %, evaluation 15.0 %, checkpoint stalls 5.0 %",
+        "  memory         peak 3 GB (rank 1)",
     ]
-    known = dataclasses.replace(TOTALS, mfu=0.4123, step_p50_s=250e-6, peak_bytes=(5_000_000,))
-    assert messages.end_lines(known)[0].endswith(
-        "a step 250 µs, 19 of 20 within 1.25 s; MFU 41.2 %"
-    )
-    assert messages.end_lines(known)[2] == "  memory    at most 5 MB"
+    totals = dataclasses.replace(TOTALS, mfu=0.4123, step_p50_s=250e-6, peak_bytes=(5_000_000,))
+    assert messages.end_lines(totals)[0].endswith("step p50 250 µs, p95 1.25 s, MFU 41.2 %")
+    assert messages.end_lines(totals)[2] == "  memory         peak 5 MB"
 
 
-def test_an_attempt_without_steps_has_nothing_to_say():
+def test_end_lines_without_steps_are_empty():
     assert messages.end_lines(dataclasses.replace(TOTALS, steps=0)) == []

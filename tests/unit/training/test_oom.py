@@ -1,4 +1,4 @@
-"""Out of memory: what is taken for it, and the numbers of the advice."""
+"""Out-of-memory errors: detection and advice."""
 
 import json
 
@@ -24,22 +24,22 @@ CPU = RuntimeError(
 
 
 def a_run(strategy="ddp", recompute=False, **trainer):
-    given = {"global_batch_size": 96, **trainer}
     parallel = Parallel(strategy=strategy, recompute=recompute)
-    return Run(name="a", run_dir="a", trainer=Trainer(**given), parallel=parallel)
+    settings = Trainer(**{"global_batch_size": 96, **trainer})
+    return Run(name="a", run_dir="a", trainer=settings, parallel=parallel)
 
 
 def lines(run, world=None, error=CPU):
-    found = oom.explain(error, run, world or World())
-    assert isinstance(found, TrainingError)
-    return str(found).splitlines()
+    explained = oom.explain(error, run, world or World())
+    assert isinstance(explained, TrainingError)
+    return str(explained).splitlines()
 
 
 @pytest.mark.parametrize("error", [
     CPU, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     MemoryError("Unable to allocate 2.00 GiB"), RuntimeError("CUDA error: out of memory"),
 ])  # fmt: skip
-def test_memory_that_is_short_is_known_in_all_its_forms(error):
+def test_explain_recognises_every_out_of_memory_error(error):
     first = lines(a_run(), error=error)[0]
     assert first.startswith("out of memory on rank 0: ")
     assert str(error) in first
@@ -49,31 +49,31 @@ def test_memory_that_is_short_is_known_in_all_its_forms(error):
     RuntimeError("shapes do not fit"), ValueError("CUDA error: out of memory"),
     ConfigError("x"), KeyboardInterrupt(),
 ])  # fmt: skip
-def test_other_errors_are_not_taken_for_it(error):
+def test_explain_other_errors_returns_none(error):
     assert oom.explain(error, a_run(), World()) is None
 
 
 @pytest.mark.parametrize(("size", "ranks", "accumulate", "advice"), [
     (96, 1, 1, "trainer.accumulate=2: microbatches of 48"),
-    (96, 4, 2, "trainer.accumulate=3: microbatches of 8"),  # 24 a rank
+    (96, 4, 2, "trainer.accumulate=3: microbatches of 8"),  # 24 per rank
     (50, 2, 1, "trainer.accumulate=5: microbatches of 5"),
     (7, 1, 1, "trainer.accumulate=7: microbatches of 1"),
 ])  # fmt: skip
-def test_the_next_division_of_a_rank_s_share_is_named(size, ranks, accumulate, advice):
+def test_advice_names_the_next_divisor_of_the_batch_per_rank(size, ranks, accumulate, advice):
     world = World(size=ranks, rank=ranks - 1)
-    found = lines(a_run(global_batch_size=size, accumulate=accumulate), world)
-    assert found[0].startswith(f"out of memory on rank {ranks - 1}: ")
-    assert found[1].startswith("  At most ")
-    share = size // ranks
-    assert found[2].startswith(
-        f"  A microbatch is {share // accumulate} samples now: {share} a rank, "
-        f"trainer.accumulate={accumulate}"
+    explained = lines(a_run(global_batch_size=size, accumulate=accumulate), world)
+    assert explained[0].startswith(f"out of memory on rank {ranks - 1}: ")
+    assert explained[1].startswith("  Peak use of this rank: ")
+    per_rank = size // ranks
+    assert explained[2].startswith(
+        f"  Microbatch: {per_rank // accumulate} samples ({per_rank} per rank, "
+        f"trainer.accumulate={accumulate})"
     )
-    assert found[3].strip().startswith(advice)
+    assert explained[3].strip().startswith(advice)
     assert Trainer(accumulate=int(advice.split("=")[1].split(":")[0])).accumulate > accumulate
 
 
-def test_only_what_is_not_done_yet_is_advised():
+def test_advice_omits_settings_already_in_use():
     everything = "\n".join(lines(a_run(), World(size=4)))
     for word in ("trainer.accumulate=", "precision=bf16", "recompute=true", "keeps 1/4 of"):
         assert word in everything
@@ -84,7 +84,7 @@ def test_only_what_is_not_done_yet_is_advised():
     assert larger[3:] == ["    a smaller model, or more ranks"]
 
 
-def test_an_evaluation_has_a_batch_of_its_own():
+def test_advice_in_an_evaluation_names_eval_batch_size():
     class Full(Classification):
         def loss(self, model, batch):
             raise torch.OutOfMemoryError("no room")
@@ -92,26 +92,26 @@ def test_an_evaluation_has_a_batch_of_its_own():
     job = a_job(task=Full())
     with pytest.raises(torch.OutOfMemoryError) as caught:
         evaluate(job, State(), Stop(World()))
-    found = lines(a_run(), error=caught.value)
-    assert found[0].startswith("out of memory on rank 0 in an evaluation: ")
-    assert found[-1].strip().startswith("trainer.eval_batch_size=48: it is 96 now")
-    found = lines(a_run(eval_batch_size=10), error=caught.value)
-    assert found[-1].strip().startswith("trainer.eval_batch_size=5: it is 10 now")
+    explained = lines(a_run(), error=caught.value)
+    assert explained[0].startswith("out of memory on rank 0 in an evaluation: ")
+    assert explained[-1].strip().startswith("trainer.eval_batch_size=48: it is 96 now")
+    explained = lines(a_run(eval_batch_size=10), error=caught.value)
+    assert explained[-1].strip().startswith("trainer.eval_batch_size=5: it is 10 now")
     with pytest.raises(torch.OutOfMemoryError) as caught:
         train_step(job, next(job.data.batches(State().cursor))[0])
     assert "in an evaluation" not in lines(a_run(), error=caught.value)[0]
 
 
-def test_what_the_ranks_agree_on_stays_agreed():
+def test_explain_keeps_the_agreed_flag():
     agreed = RuntimeError(f"rank 1: Traceback (most recent call last):\n  File …\n{CPU}")
     agreed.agreed = True
-    found = oom.explain(agreed, a_run(), World())
-    assert found.agreed
-    assert "Traceback" not in str(found)
+    explained = oom.explain(agreed, a_run(), World())
+    assert explained.agreed
+    assert "Traceback" not in str(explained)
     assert not hasattr(oom.explain(CPU, a_run(), World()), "agreed")
 
 
-def test_one_rank_s_shortage_is_shown_by_the_launcher_without_a_traceback(tmp_path, monkeypatch):
+def test_launcher_shows_out_of_memory_without_a_traceback(tmp_path, monkeypatch):
     file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
     launch.report_crash(TrainingError("out of memory on rank 1"))

@@ -1,25 +1,25 @@
-"""What is done to a model's blocks: names stay, and so do the numbers."""
+"""Compilation and recomputation of blocks: same parameter names, same numbers."""
 
 import pytest
 import torch
 from torch import nn
 
+from trainer.config.schema import Parallel
 from trainer.core import rng
 from trainer.errors import ConfigError
 from trainer.training import parallel
-from trainer.training.parallel import BlockOptions
 
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch's own tracing
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")  # from torch's tracing
 
 
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Linear(6, 6)
+        self.linear = nn.Linear(6, 6)
         self.dropout = nn.Dropout(0.3)
 
     def forward(self, x):
-        return x + self.dropout(torch.tanh(self.inner(x)))
+        return x + self.dropout(torch.tanh(self.linear(x)))
 
 
 class Counting(Block):
@@ -38,73 +38,77 @@ def a_model(block=Block):
 
 
 def gradients(model):
-    """Return what one forward and backward with dropout makes, bit for bit."""
+    """Return the output and gradients of one forward and backward with dropout."""
     rng.seed_all(5)
     out = model(torch.linspace(-1, 1, 12).view(3, 4))
     out.square().sum().backward()
     return [out.detach(), *(p.grad for p in model.parameters())]
 
 
-def assert_same(found, wanted):
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+def assert_same(actual, expected):
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_recomputed_blocks_give_the_same_bits_and_are_computed_twice():
-    plain, ours = a_model(Counting), a_model(Counting)
-    parallel.modify(ours, BlockOptions(blocks=["Counting"], recompute=True))
-    assert_same(gradients(ours), gradients(plain))
-    assert [block.calls for block in (*plain[1:3], *ours[1:3])] == [1, 1, 2, 2]
-    assert list(ours.state_dict()) == list(plain.state_dict())
+def test_modify_recompute_runs_blocks_twice_with_identical_gradients():
+    plain, modified = a_model(Counting), a_model(Counting)
+    parallel.modify(modified, Parallel(blocks=["Counting"], recompute=True))
+    assert_same(gradients(modified), gradients(plain))
+    assert [block.calls for block in (*plain[1:3], *modified[1:3])] == [1, 1, 2, 2]
+    assert list(modified.state_dict()) == list(plain.state_dict())
     with torch.no_grad():
-        ours(torch.zeros(1, 4))
-    assert ours[1].calls == 3
+        modified(torch.zeros(1, 4))
+    assert modified[1].calls == 3
 
 
 @pytest.mark.parametrize("compile", ["model", "blocks"])
-def test_compiled_blocks_may_recompute_too(compile):
-    plain, ours = a_model(), a_model()
-    options = BlockOptions(["Block"], compile=compile, compile_backend="aot_eager", recompute=True)
-    parallel.modify(ours, options)
-    assert_same(gradients(ours), gradients(plain))
+def test_modify_compile_with_recompute_gives_identical_gradients(compile):
+    plain, modified = a_model(), a_model()
+    options = Parallel(
+        blocks=["Block"], compile=compile, compile_backend="aot_eager", recompute=True
+    )
+    parallel.modify(modified, options)
+    assert_same(gradients(modified), gradients(plain))
 
 
 @pytest.mark.parametrize("compile", ["model", "blocks"])
-def test_a_compiled_model_keeps_its_names_and_what_it_computes(compile):
+def test_modify_compile_preserves_names_and_gradients(compile):
     compiled = []
 
     def backend(graph, inputs):
         compiled.append(graph)
         return graph.forward
 
-    plain, ours = a_model(), a_model()
-    parallel.modify(ours, BlockOptions(["Block"], compile=compile, compile_backend=backend))
-    assert_same(gradients(ours), gradients(plain))
+    plain, modified = a_model(), a_model()
+    parallel.modify(modified, Parallel(blocks=["Block"], compile=compile, compile_backend=backend))
+    assert_same(gradients(modified), gradients(plain))
     assert compiled
-    assert list(ours.state_dict()) == list(plain.state_dict())
-    assert [name for name, _ in ours.named_modules()] == [name for name, _ in plain.named_modules()]
+    assert list(modified.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in modified.named_modules()] == [
+        name for name, _ in plain.named_modules()
+    ]
 
 
-def test_blocks_are_found_by_their_size_too():
+def test_modify_selects_blocks_by_size():
     model = a_model()
-    parallel.modify(model, BlockOptions(min_parameters=40, recompute=True))
+    parallel.modify(model, Parallel(min_parameters=40, recompute=True))
     changed = [name for name, module in model.named_modules() if "forward" in vars(module)]
-    assert changed == ["1.inner", "2.inner"]  # and nothing around them has 40 more
+    assert changed == ["1.linear", "2.linear"]  # no module around them has 40 more
 
 
-def test_nothing_asked_for_changes_nothing():
+def test_modify_defaults_change_nothing():
     model = a_model()
-    parallel.modify(model, BlockOptions())
+    parallel.modify(model, Parallel())
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-def test_blocks_that_are_not_there_are_refused():
+def test_modify_without_matching_blocks_raises():
     with pytest.raises(ConfigError, match=r"Blok.*did you mean 'Block'"):
-        parallel.modify(a_model(), BlockOptions(blocks=["Blok"], compile="blocks"))
+        parallel.modify(a_model(), Parallel(blocks=["Blok"], compile="blocks"))
     with pytest.raises(ConfigError, match=r"1,000,000 parameters.*parallel\.blocks"):
-        parallel.modify(a_model(), BlockOptions(recompute=True))
+        parallel.modify(a_model(), Parallel(recompute=True))
 
 
-def test_a_block_whose_statistics_would_take_a_batch_twice_is_refused():
+def test_modify_recompute_of_batchnorm_raises():
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Linear(4, 2))
     with pytest.raises(ConfigError, match="BatchNorm"):
-        parallel.modify(model, BlockOptions(blocks=["Sequential"], recompute=True))
+        parallel.modify(model, Parallel(blocks=["Sequential"], recompute=True))

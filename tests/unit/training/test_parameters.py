@@ -1,4 +1,4 @@
-"""Freezing and groups of parameters by patterns over their names."""
+"""Freezing and optimizer groups by name patterns."""
 
 import re
 
@@ -17,7 +17,7 @@ def names_of(model, group):
     return [name for name, p in model.named_parameters() if id(p) in ids]
 
 
-def test_frozen_parameters_are_those_that_match_and_a_line_tells():
+def test_freeze_stops_matching_parameters_and_reports_each_pattern():
     model = Net()
     lines = parameters.freeze(model, ["body.0.*", "*.bias"])
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -28,7 +28,7 @@ def test_frozen_parameters_are_those_that_match_and_a_line_tells():
     ]
 
 
-def test_the_first_rule_that_matches_has_a_parameter_and_the_rest_come_first():
+def test_groups_assign_by_first_matching_rule_after_the_rest():
     model = Net()
     biases = {"names": ["*.bias", "body.1.*"], "weight_decay": 0.0}
     rules = [biases, {"names": ["body.4.*"], "lr": 1}]
@@ -46,41 +46,41 @@ def test_the_first_rule_that_matches_has_a_parameter_and_the_rest_come_first():
         "weight_decay=0.0  body.1.*  1 tensors, 8 parameters",
         "lr=1  body.4.*  1 tensors, 24 parameters",
     ]
-    ours = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.5)
-    assert [g["weight_decay"] for g in ours.param_groups] == [0.5, 0.0, 0.5]
+    optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.5)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.5, 0.0, 0.5]
 
 
-def test_without_rules_there_is_one_group_in_the_models_order():
+def test_groups_without_rules_are_one_group_in_model_order():
     model = Net()
     groups, lines = parameters.groups(model, [])
     assert list(groups[0]["params"]) == list(model.parameters())
     assert lines == []
 
 
-@pytest.mark.parametrize(("patterns", "wanted"), [
-    (["body.0.wieght"], r"no parameter is called 'body\.0\.wieght'.*body\.0\.weight"),
-    (["*"], "leaves nothing to train"),
+@pytest.mark.parametrize(("patterns", "text"), [
+    (["body.0.wieght"], r"no parameter matches 'body\.0\.wieght'.*body\.0\.weight"),
+    (["*"], "freezes every parameter"),
 ])  # fmt: skip
-def test_a_pattern_that_matches_nothing_or_everything_is_refused(patterns, wanted):
-    with pytest.raises(ConfigError, match=wanted):
+def test_freeze_with_no_match_or_everything_frozen_raises(patterns, text):
+    with pytest.raises(ConfigError, match=text):
         parameters.freeze(Net(), patterns)
 
 
-def test_a_rule_whose_matches_are_taken_or_frozen_is_refused():
+def test_groups_rule_with_assigned_or_frozen_matches_raises():
     model = Net()
-    taken = [{"names": ["*.bias"], "lr": 1}, {"names": ["body.0.bias"], "lr": 2}]
+    rules = [{"names": ["*.bias"], "lr": 1}, {"names": ["body.0.bias"], "lr": 2}]
     with pytest.raises(ConfigError, match=r"groups\[1\].*earlier pattern"):
-        parameters.groups(model, taken)
+        parameters.groups(model, rules)
     model.body[0].requires_grad_(False)
     with pytest.raises(ConfigError, match="frozen"):
         parameters.groups(model, [{"names": ["body.0.*"], "lr": 1}])
 
 
-def test_a_model_without_anything_to_train_has_one_empty_group():
+def test_groups_without_parameters_are_one_empty_group():
     assert parameters.groups(nn.Flatten(), []) == ([{"params": []}], [])
 
 
-def test_tied_parameters_go_by_their_first_name():
+def test_groups_match_tied_parameters_by_first_name():
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     model[1].weight = model[0].weight
     groups, _ = parameters.groups(model, [{"names": ["0.*"], "lr": 1}])
@@ -89,15 +89,15 @@ def test_tied_parameters_go_by_their_first_name():
         parameters.groups(model, [{"names": ["1.*"], "lr": 1}])
 
 
-@pytest.mark.parametrize(("rules", "wanted"), [
+@pytest.mark.parametrize(("rules", "text"), [
     ({"names": ["a"]}, "is not a list"),
-    ([{"lr": 1}], r"\[0\] has no names"),
-    ([{"names": "a", "lr": 1}], r"\[0\] has no names"),
-    ([{"names": [], "lr": 1}], r"\[0\] has no names"),
+    ([{"lr": 1}], r"\[0\] needs a list of patterns"),
+    ([{"names": "a", "lr": 1}], r"\[0\] needs a list of patterns"),
+    ([{"names": [], "lr": 1}], r"\[0\] needs a list of patterns"),
     ([{"names": ["a"]}], r"\[0\] has no setting"),
 ])  # fmt: skip
-def test_rules_of_another_form_are_a_problem_of_the_configuration(rules, wanted):
+def test_check_reports_malformed_group_rules(rules, text):
     run = Run(name="a", run_dir="a", optimizer={"_target_": "torch.optim.SGD", "groups": rules})
-    found = [problem for problem in build.check(run) if problem.key == "optimizer.groups"]
-    assert len(found) == 1
-    assert re.search(wanted, found[0].text)
+    problems = [problem for problem in build.check(run) if problem.key == "optimizer.groups"]
+    assert len(problems) == 1
+    assert re.search(text, problems[0].text)
