@@ -24,7 +24,7 @@ def run_of(tmp_path_factory):
         if name not in kept:
             kept[name] = a_trained_run(
                 tmp_path_factory.mktemp(name), "data=digits", "~model.input_shape",
-                "~model.classes", f"model._target_=odd_models.{name}", *overrides, steps=0,
+                "~model.classes", f"model._target_=support.export_models.{name}", *overrides, steps=0,
             )  # fmt: skip
         return kept[name]
 
@@ -35,9 +35,9 @@ DECIDES = ("a value of a tensor decides here", "format=torchscript method=script
 
 
 @pytest.mark.parametrize(("name", "arguments", "texts"), [
-    ("Branches", ["format=torch_export"], ["if x.sum() > 0", "odd_models.py", *DECIDES]),
+    ("Branches", ["format=torch_export"], ["if x.sum() > 0", "export_models.py", *DECIDES]),
     ("Branches", ["format=torchscript", "method=trace"],
-     ["if x.sum() > 0", "odd_models.py, line", "a trace would fix"]),
+     ["if x.sum() > 0", "export_models.py, line", "a trace would fix"]),
     ("Counts", ["format=torch_export"], ["count = int(x", *DECIDES]),
     ("Exotic", ["format=onnx"], ["ONNX has no operator for aten.linalg_eig", "torch_export"]),
     ("Fixed", ["format=torch_export"], ["the size of the axis 'batch' is fixed to 3", "dynamic="]),
@@ -51,7 +51,7 @@ def test_what_cannot_be_is_named_with_what_can(run_of, capsys, tmp_path, name, a
     if "format=onnx" in arguments:
         pytest.importorskip("onnxscript")
     out = f"out={tmp_path}/a"
-    assert main([run_of(name), *arguments, "allow=odd_models", out]) == 1
+    assert main([run_of(name), *arguments, "allow=support.export_models", out]) == 1
     error = capsys.readouterr().err
     for text in texts:
         assert text in error
@@ -76,7 +76,7 @@ IMAGES = Digits().eval.tensors[0][:4]
 def test_what_can_be_answers_as_the_class_does(run_of, tmp_path, name, form, options):
     from support import export_models
 
-    run, allowed = run_of(name), Choices(allowed=["odd_models"])
+    run, allowed = run_of(name), Choices(allowed=["support.export_models"])
     done = export(run, form, out=f"{tmp_path}/a", choices=allowed, options=options)
     model = getattr(export_models, name)().eval()
     weights = export(run, "state_dict", out=f"{tmp_path}/w.pt").path
@@ -93,8 +93,8 @@ def test_what_can_be_answers_as_the_class_does(run_of, tmp_path, name, form, opt
 def test_a_nest_of_inputs_and_outputs_has_names(run_of, tmp_path, form):
     from support.export_models import FromDict
 
-    run = run_of("FromDict", "task._target_=odd_models.DictTask")
-    allowed = Choices(allowed=["odd_models"])
+    run = run_of("FromDict", "task._target_=support.export_models.DictTask")
+    allowed = Choices(allowed=["support.export_models"])
     done = export(run, form, out=f"{tmp_path}/a", choices=allowed)
     model = FromDict().eval()
     weights = export(run, "state_dict", out=f"{tmp_path}/w.pt").path
@@ -112,7 +112,9 @@ def test_a_nest_of_inputs_and_outputs_has_names(run_of, tmp_path, form):
 
 @pytest.mark.parametrize("form", ["torchscript", "full_model"])
 def test_two_inputs_and_a_tuple(run_of, tmp_path, form):
-    choices = Choices(allowed=["odd_models"], inputs="left:float32[1,8,8];right:float32[1,8,8]")
+    choices = Choices(
+        allowed=["support.export_models"], inputs="left:float32[1,8,8];right:float32[1,8,8]"
+    )
     done = export(run_of("Pair"), form, out=f"{tmp_path}/a", choices=choices)
     assert [each["name"] for each in done.record["inputs"]] == ["left", "right"]
     assert [each["shape"] for each in done.record["outputs"]] == [["batch", 10], ["batch"]]
@@ -123,7 +125,7 @@ def test_two_inputs_and_a_tuple(run_of, tmp_path, form):
 
 
 def test_an_output_that_is_called_as_an_input_gets_another_name(run_of, tmp_path):
-    choices = Choices(allowed=["odd_models"])
+    choices = Choices(allowed=["support.export_models"])
     done = export(run_of("Named"), "torch_export", out=f"{tmp_path}/a", choices=choices)
     found = open_export(done.path).run({"x": IMAGES.numpy()})
     assert list(found) == ["logits", "x_out"]
@@ -131,7 +133,7 @@ def test_an_output_that_is_called_as_an_input_gets_another_name(run_of, tmp_path
 
 
 def test_a_model_that_returns_no_tensor_fits_no_format(run_of, capsys):
-    assert main([run_of("NoTensor"), "format=torchscript", "allow=odd_models"]) == 2
+    assert main([run_of("NoTensor"), "format=torchscript", "allow=support.export_models"]) == 2
     assert "returns a str without tensors" in capsys.readouterr().err
 
 
