@@ -28,7 +28,8 @@ TEXT = ["data=text", "task=language_model", "sample.shape=[16]", "+data.files={c
         "+data.eval_share=0.3"]  # fmt: skip
 MODELS = {
     "mlp": ["data=digits", "model=mlp"],
-    "resnet": ["data=digits", "model=resnet18", "model._target_=support.export_models.small_resnet"],
+    "resnet": ["data=digits", "model=resnet18",
+               "model._target_=support.export_models.small_resnet"],
     "gpt": [*TEXT, "model=gpt", "model.layers=2", "model.heads=2", "model.width=16"],
     "dcgan": ["data=digits", "model=dcgan", "task=adversarial", "+model.width=4"],
     "gpt2": [*TEXT, "model=mlp", "~model.input_shape", "~model.classes", f"+model.config={GPT2}",
