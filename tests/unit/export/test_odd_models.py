@@ -23,7 +23,8 @@ def run_of(tmp_path_factory):
     def make(name, *overrides):
         if name not in kept:
             kept[name] = a_trained_run(
-                tmp_path_factory.mktemp(name), "data=digits", "~model.input_shape", "~model.classes",
+                tmp_path_factory.mktemp(name), "data=digits",
+                "~model.input_shape", "~model.classes",
                 f"model._target_=support.export_models.{name}", *overrides, steps=0,
             )  # fmt: skip
         return kept[name]
