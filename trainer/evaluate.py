@@ -18,7 +18,7 @@ from trainer.export import rebuild
 from trainer.export.source import open_source
 from trainer.tracking.several import Silent
 from trainer.training import build, evaluation
-from trainer.training.ema import PREFIX
+from trainer.training.contents import EMA
 
 _WEIGHTS = ("auto", "model", "ema")
 _OPTIONS = {"step": "latest", "weights": "auto", "allow": ""}
@@ -114,7 +114,7 @@ def evaluate(
     job = build.build_job(run, world, data, Silent())
     if job.evaluation is None:
         raise ConfigError(f"{place}: its data has nothing to evaluate on")
-    has_averages = any(name.startswith(PREFIX) for name in source.manifest.tensors)
+    has_averages = any(name.startswith(EMA) for name in source.manifest.tensors)
     chosen = weights if weights != "auto" else "ema" if has_averages else "model"
     rebuild.fill(job.model, source, averaged=chosen == "ema")
     figures = evaluation.evaluate(job, State(step=source.commit.step), Stop(world)) or {}

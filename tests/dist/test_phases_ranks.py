@@ -64,6 +64,7 @@ def pair_job(world, options=None, accumulate=1):
 def steps(world, options, accumulate, clip_norm):
     """Three steps; return the means of the ranks' losses, and the weights."""
     from trainer.training import loop, parallel
+    from trainer.training.contents import collect
     from trainer.training.step import train_step, warm_up
 
     job = pair_job(world, options, accumulate)
@@ -123,7 +124,7 @@ def runs(world, folder, options):
             told = sample_outputs.show(job, state.step, store)
             assert "no samples" not in "".join(told)
             assert world.from_rank0(lambda: store.read("samples/images.png"))[1:4] == b"PNG"
-        content = loop.collect(job, state)
+        content = collect(job, state)
         tensors = {
             name: (t.to_local() if hasattr(t, "to_local") else t).detach().numpy().tobytes()
             for name, t in {**content.tensors, **content.own}.items()

@@ -18,6 +18,7 @@ from trainer.storage import open_store
 from trainer.task import Classification
 from trainer.tracking.several import Silent
 from trainer.training import loop, resume
+from trainer.training.contents import collect
 from trainer.training.job import Job, Phase
 
 BEGINNING = {"epoch": 0, "batch": 0}
@@ -122,7 +123,7 @@ def saved_steps(folder):
 
 def everything(job, state):
     """Return all that moves, in a form that compares bit for bit."""
-    content = loop.collect(job, state)
+    content = collect(job, state)
     tensors = {name: (t.dtype, t.numpy().tobytes()) for name, t in content.tensors.items()}
     return tensors, repr(content.objects)
 

@@ -21,6 +21,7 @@ from trainer.storage import open_store
 from trainer.task import Classification
 from trainer.tracking.several import Silent
 from trainer.training import build, loop, parallel, resume
+from trainer.training.contents import collect
 from trainer.training.step import train_step, warm_up
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -129,7 +130,7 @@ def whole(job, state):
     Buffers become rank 0's, as before each forward.
     """
     parallel.take_rank0_buffers(job.model, job.world)
-    content = loop.collect(job, state)
+    content = collect(job, state)
     tensors = {**content.tensors, **dict(job.model.named_buffers(prefix="model"))}
     return {
         name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().numpy().copy()
@@ -256,7 +257,7 @@ def load(world, case, folder, max_steps=5):
 
 def everything(job, state):
     """Return all that moves on this rank, in a form that compares bit for bit."""
-    content = loop.collect(job, state)
+    content = collect(job, state)
     tensors = {**content.tensors, **content.own, **dict(job.model.named_buffers(prefix="model"))}
     local = {name: t.to_local() if hasattr(t, "to_local") else t for name, t in tensors.items()}
     found = {name: (t.dtype, t.numpy().tobytes()) for name, t in local.items()}

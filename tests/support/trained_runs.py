@@ -16,7 +16,8 @@ from trainer.config.schema import Run
 from trainer.core.state import State
 from trainer.storage import open_store
 from trainer.tracking.several import Silent
-from trainer.training import build, loop
+from trainer.training import build
+from trainer.training.contents import collect
 from trainer.training.step import train_step
 
 
@@ -57,7 +58,7 @@ def a_trained_run(folder, *overrides, steps=3, accuracy=0.5, changes=None):
     state.evaluated({"accuracy": accuracy}, metric="accuracy", mode="max")
     attempt = lineage.begin(store, {})
     lineage.amend(store, attempt, {"resumed_from": {"step": 0, "attempt": None}})
-    content = loop.collect(job, state)
+    content = collect(job, state)
     save(Writer(store, World(), attempt), content, step=steps, config={**stored, **(changes or {})})
     return str(folder)
 

@@ -12,7 +12,7 @@ from trainer.export.source import Source
 from trainer.export.subject import Subject
 from trainer.export.updates import refuse_changes, updates
 from trainer.importing.names import clean_names
-from trainer.training.ema import PREFIX
+from trainer.training.contents import EMA
 
 SUFFIX = ".ckpt"
 OPTIONS: Mapping[str, str] = {}
@@ -72,7 +72,7 @@ def extra_state(source: Source) -> dict[str, Any]:
 
 def has_averages(source: Source) -> bool:
     """Whether the run averages its weights."""
-    return any(name.startswith(PREFIX) for name in source.manifest.tensors)
+    return any(name.startswith(EMA) for name in source.manifest.tensors)
 
 
 def save(content: Mapping[str, Any], path: Path) -> None:

@@ -11,7 +11,7 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError
 from trainer.importing.names import clean_names
-from trainer.training.ema import PREFIX
+from trainer.training.contents import EMA
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Source:
                 f"{self.place}: no tensor of step {self.manifest.step:,} is called model.…, so "
                 "there is no model in it to export"
             )
-        averages = {name for name in self.manifest.tensors if name.startswith(PREFIX)}
+        averages = {name for name in self.manifest.tensors if name.startswith(EMA)}
         if averaged and not averages:
             raise ConfigError(
                 f"{self.place}: step {self.manifest.step:,} has no averaged weights; the run was "
@@ -52,7 +52,7 @@ class Source:
         for name in names:
             owner = self.manifest.tensors[name].alias or name
             if owner not in tensors:
-                average = PREFIX + owner.removeprefix("model.")
+                average = EMA + owner.removeprefix("model.")
                 chosen = average if averaged and average in averages else owner
                 tensors[owner] = self.reader.fetch(chosen)
             tensors[name] = tensors[owner]

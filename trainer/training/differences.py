@@ -56,6 +56,27 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Difference,
     return tuple(pair for pair in pairs if pair.old != pair.new)
 
 
+def optimizer_changes(
+    differences: Sequence[Difference], old: Mapping[str, Any], phase: str
+) -> dict[str, Any]:
+    """Return new values of the optimizer settings that changed for a phase, by name.
+
+    Args:
+        differences: between the checkpoint's configuration and the present one.
+        old: the checkpoint's configuration.
+        phase: the phase's name; its own settings precede general ones. Empty: no phases.
+    """
+    unchanged = set(flatten(old)) - {difference.key for difference in differences}
+    prefix = f"optimizer.phases.{phase}." if phase else "optimizer."
+    changes = {}
+    for difference in differences:
+        key = difference.key.removeprefix(prefix).removeprefix("optimizer.")
+        is_general = difference.key == f"optimizer.{key}"
+        if difference.key == prefix + key or (is_general and prefix + key not in unchanged):
+            changes[key] = difference.new
+    return changes
+
+
 def rejection_text(run_dir: str, step: int, differences: Sequence[Difference]) -> str:
     """Return the error text for a run that cannot resume because of `differences`."""
     return "\n".join(

@@ -9,9 +9,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from trainer.training import parallel
 
-PREFIX = "ema."
-"""Prefix of averaged parameters' names in checkpoints."""
-
 
 class Ema:
     """Averages of the trained parameters, on the parameters' devices and sharded like them.

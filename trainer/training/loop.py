@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from trainer.checkpoint import state_tree
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state_tree import Content
 from trainer.cluster.stop import Stop
-from trainer.core import intervals, rng
+from trainer.core import intervals
 from trainer.core.intervals import Every
 from trainer.core.state import State
 from trainer.data.source import Feed
 from trainer.errors import ConfigError, closest
 from trainer.monitoring.timing import Pace
-from trainer.training.ema import PREFIX
+from trainer.training.contents import collect
 from trainer.training.evaluation import count_damaged, evaluate, to_training
 from trainer.training.job import Job
 from trainer.training.nonfinite import Losses
@@ -197,31 +196,3 @@ def _log_steps(
 def _log(job: Job, state: State, split: str, figures: Mapping[str, float]) -> None:
     position = {"step": state.step, "epoch": state.epoch, "samples": state.samples}
     job.tracker.log({**position, "time": round(time.time(), 3), "split": split, **figures})
-
-
-def collect(job: Job, state: State) -> Content:
-    """Return what this rank brings to a checkpoint: live tensors by name, and plain values."""
-    content = Content()
-    state_tree.add_model(content, job.model, with_buffers=job.world.rank == 0)
-    state_tree.add_optimizers(content, job.model, [phase.optimizer for phase in job.phases])
-    for name, average in job.ema.averages.items() if job.ema is not None else ():
-        content.tensors[PREFIX + name] = average
-        content.late.add(PREFIX + name)  # it changes just after the weights
-    rank0s = content.own if job.world.rank == 0 else {}
-    for name, value in rng.capture().items():
-        content.own[f"rng.{job.world.rank}.{name}"] = value
-    schedules = {
-        phase.name: phase.scheduler.state_dict()
-        for phase in job.phases
-        if phase.scheduler is not None
-    }
-    if schedules:
-        stored = schedules.get("", schedules)  # by the phase's name, if it has one
-        content.objects["scheduler"] = state_tree.split(stored, "scheduler", rank0s)
-    if job.phases[0].name:
-        content.objects["phases"] = [[p.name, len(p.optimizer.param_groups)] for p in job.phases]
-    content.objects["scaler"] = state_tree.split(job.scaler.state_dict(), "scaler", rank0s)
-    content.objects["run"] = state.state_dict()
-    if job.data.samples is not None:
-        content.objects["data"] = {"samples": job.data.samples}
-    return content

@@ -5,25 +5,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler
 
-from trainer import checkpoint, schedule
-from trainer.checkpoint import lineage, state_tree
+from trainer import checkpoint
+from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import FOLDER, MANIFEST, Commit
 from trainer.checkpoint.manifest import Manifest, parse_folder
-from trainer.checkpoint.plan import TORCH_DTYPES
 from trainer.checkpoint.tiers import Survey, Tiers
-from trainer.config.schema import Init, ObjectStore, Run, flatten
-from trainer.core import intervals, rng
+from trainer.config.schema import Init, ObjectStore, Run
+from trainer.core import intervals
 from trainer.core.state import State
 from trainer.errors import CheckpointError, ConfigError
 from trainer.storage import open_store
 from trainer.storage.store import Fallback
-from trainer.training.differences import Difference, compare, rejection_text
-from trainer.training.ema import PREFIX
-from trainer.training.job import Job, Phase
-
-_LENGTH = ("trainer.max_steps", "trainer.max_epochs")
+from trainer.training import contents
+from trainer.training.differences import Difference, compare, optimizer_changes, rejection_text
+from trainer.training.job import Job
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,17 @@ class Start:
     """Newer checkpoints that were passed over, and why."""
     filled: tuple[str, ...] = ()
     """What there is to say of the weights that a run begins with."""
+
+    def differs(self, *keys: str) -> bool:
+        """Return whether a setting with one of these keys, or below one, differs."""
+        return any(
+            d.key == key or d.key.startswith(f"{key}.") for d in self.differences for key in keys
+        )
+
+    def changed_optimizer_settings(self, phase: str) -> dict[str, Any]:
+        """Return new values of the optimizer settings that changed for a phase, by name."""
+        config = self.manifest.config if self.manifest else {}
+        return optimizer_changes(self.differences, config, phase)
 
     @property
     def step(self) -> int:
@@ -113,7 +120,7 @@ def choose(
     else:
         start = _fork(request, run.store)
     assert start.manifest is not None  # noqa: S101 (for the type checker)
-    if "run" not in start.manifest.objects:
+    if contents.RUN not in start.manifest.objects:
         raise ConfigError(
             f"resume={run.resume}: that checkpoint was not written by a run but by another loop; "
             f"begin from its weights alone: init.weights={run.resume}"
@@ -218,7 +225,7 @@ def finished(run: Run, start: Start) -> bool:
     limits = run.trainer
     by_steps = limits.max_steps is not None and start.manifest.step >= limits.max_steps
     by_epochs = limits.max_epochs is not None and start.manifest.epoch >= limits.max_epochs
-    state = start.manifest.objects["run"]
+    state = start.manifest.objects[contents.RUN]
     patience = limits.patience_evals
     by_patience = patience is not None and state.get("stale_evals", 0) >= patience
     return (by_steps or by_epochs or by_patience) and state["last_eval_step"] == start.step
@@ -229,164 +236,16 @@ def load(
     start: Start,
     settings: ObjectStore = ObjectStore(),  # noqa: B008 (frozen)
 ) -> State:
-    """Bring model, optimizer, scheduler, scaler and generators to `start`; return the state.
+    """Restore the job from `start`; return the state of the run. No collectives.
 
-    No collectives: call it on every rank, then let the ranks vote.
-
-    Raises:
-        DamagedError: bytes of the checkpoint are proven wrong.
-        CheckpointError: it does not fit this model or optimizer.
-        ConfigError: the training data has another number of samples than this run had.
+    Call it on every rank, then let the ranks vote. Raises as `contents.restore`.
     """
-    manifest = start.manifest
-    if manifest is None or start.commit is None:
+    if start.manifest is None or start.commit is None:
         return State()
-    reader = checkpoint.Reader(
-        Fallback([open_store(url, settings) for url in start.urls]),
-        start.commit.folder,
-        manifest,
-        peers=job.world.local_size,
-    )
-    state = State()
-    state.load_state_dict(dict(manifest.objects["run"]))
-    moves_data = _moves_data(job, start, manifest)
-    if moves_data:
-        state.cursor = {"epoch": state.cursor["epoch"], "batch": 0}
-    reader.read(_model_targets(job, manifest))
-    state_tree.load_model(job.model, manifest.objects, reader.fetch)
-    has_new_length = moves_data or any(d.key in _LENGTH for d in start.differences)
-    has_new_length &= _uses_length(manifest) and state.step < job.max_steps
-    given = [_changed_hyperparameters(phase, start) for phase in job.phases]
-    replayed = _load_schedules(job, start, manifest, given, reader.fetch, replay=has_new_length)
-    _load_optimizer(job, manifest, reader)
-    for phase, changed in zip(job.phases, given, strict=True):
-        for group in phase.optimizer.param_groups:
-            group |= changed | ({"initial_lr": changed["lr"]} if "lr" in changed else {})
-    for scheduler, place in replayed:
-        place.take(scheduler)
-    _load_ema(job, manifest, reader)
-    if job.scaler.is_enabled() and manifest.objects.get("scaler"):
-        job.scaler.load_state_dict(state_tree.join(manifest.objects["scaler"], reader.fetch))
-    _restore_generators(job, manifest, state.step, reader.fetch)
-    return state
-
-
-def _moves_data(job: Job, start: Start, manifest: Manifest) -> bool:
-    """Return whether a fork's position in the data means something else now.
-
-    Raises:
-        ConfigError: it does in the same run, which would not notice.
-    """
-    then, now = manifest.objects.get("data", {}).get("samples"), job.data.samples
-    is_other = then is not None and now is not None and then != now
-    if start.is_fork:
-        return is_other or any(d.moves_data for d in start.differences)
-    if is_other:
-        raise ConfigError(
-            f"the training data has {now:,} samples, and had {then:,} when step {start.step:,} was "
-            f"saved: their order is another one. Bring those back to go on, or begin a new run "
-            f"from the full state: name=… resume={start.urls[0]}"
-        )
-    return False
-
-
-def _uses_length(manifest: Manifest) -> bool:
-    """Return whether the schedule was made for the length of the run."""
-    arguments = manifest.config.get("scheduler") or {}
-    return any(isinstance(v, str) and v in schedule.HORIZON_WORDS for v in arguments.values())
-
-
-def _load_schedules(
-    job: Job,
-    start: Start,
-    manifest: Manifest,
-    given: Sequence[Mapping[str, Any]],
-    fetch: Callable[[str], torch.Tensor],
-    *,
-    replay: bool,
-) -> list[tuple[LRScheduler, schedule.Place]]:
-    """Load the schedules that go on; with `replay`, return where the others have to be taken.
-
-    One whose settings or learning rate this configuration changes begins anew.
-    """
-    if any(d.key.split(".")[0] == "scheduler" for d in start.differences):
-        return []
-    stored, replayed = manifest.objects.get("scheduler", {}), []
-    for phase, changed in zip(job.phases, given, strict=True):
-        if phase.scheduler is None or "lr" in changed:
-            continue
-        own = state_tree.join(stored[phase.name] if phase.name else stored, fetch)
-        place = schedule.replay(phase.scheduler, own) if replay else None
-        if place is None:
-            phase.scheduler.load_state_dict(own)
-        else:
-            replayed.append((phase.scheduler, place))
-    return replayed
-
-
-def _model_targets(job: Job, manifest: Manifest) -> dict[str, torch.Tensor]:
-    targets = state_tree.model_targets(job.model)
-    stored = {name for name in manifest.tensors if name.startswith("model.")}
-    aliased = {name for name in stored if manifest.tensors[name].alias is not None}
-    missing, extra = sorted(set(targets) - stored), sorted(stored - aliased - set(targets))
-    if missing or extra:
-        raise CheckpointError(
-            f"step {manifest.step:,} does not fit this model: it lacks {missing[:4] or 'nothing'}, "
-            f"and holds {extra[:4] or 'nothing'} besides; a changed model can start from "
-            "init.weights=<safetensors>"
-        )
-    return targets
-
-
-def _load_optimizer(job: Job, manifest: Manifest, reader: checkpoint.Reader) -> None:
-    stored = {
-        name: (TORCH_DTYPES[entry.dtype], entry.shape)
-        for name, entry in manifest.tensors.items()
-        if name.startswith("optimizer.")
-    }
-    optimizers = [phase.optimizer for phase in job.phases]
-    slots = state_tree.optimizer_slots(job.model, optimizers, stored)
-    reader.read({name: slot.tensor for name, slot in slots.items()})
-    objects = manifest.objects["optimizer"]
-    state_tree.load_optimizers(job.model, optimizers, objects, slots, reader.fetch)
-
-
-def _load_ema(job: Job, manifest: Manifest, reader: checkpoint.Reader) -> None:
-    if job.ema is None:
-        return
-    targets = {PREFIX + name: average for name, average in job.ema.averages.items()}
-    if any(name.startswith(PREFIX) for name in manifest.tensors):
-        reader.read(targets)
-    else:
-        job.ema.restart()  # the run has not averaged so far
-
-
-def _changed_hyperparameters(phase: Phase, start: Start) -> dict[str, Any]:
-    """Return the optimizer's settings that this configuration changes, which win in a fork."""
-    changed = {}
-    own = f"optimizer.phases.{phase.name}."
-    kept = set(flatten(start.manifest.config)) if start.manifest else set()
-    kept -= {difference.key for difference in start.differences}
-    for difference in start.differences:
-        key = difference.key.removeprefix(own if phase.name else "").removeprefix("optimizer.")
-        is_general = difference.key == f"optimizer.{key}"
-        if not (is_general or difference.key == own + key) or (is_general and own + key in kept):
-            continue
-        if key in phase.optimizer.param_groups[0]:
-            # as the optimizer itself has it
-            changed[key] = phase.optimizer.defaults.get(key, difference.new)
-    return changed
-
-
-def _restore_generators(
-    job: Job, manifest: Manifest, step: int, fetch: Callable[[str], torch.Tensor]
-) -> None:
-    prefix = f"rng.{job.world.rank}."
-    names = [name for name in manifest.tensors if name.startswith(prefix)]
-    if manifest.world_size == job.world.size and names:
-        rng.restore({name.removeprefix(prefix): fetch(name) for name in names})
-    else:
-        rng.seed_all(rng.derive("rank", job.seed, step, job.world.rank))
+    stores = Fallback([open_store(url, settings) for url in start.urls])
+    peers = job.world.local_size
+    reader = checkpoint.Reader(stores, start.commit.folder, start.manifest, peers=peers)
+    return contents.restore(job, start, start.manifest, reader)
 
 
 def load_weights(

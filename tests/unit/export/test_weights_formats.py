@@ -27,6 +27,7 @@ from trainer.importing import oneflow, weights
 from trainer.importing.formats import open_foreign
 from trainer.storage import open_store
 from trainer.training import loop
+from trainer.training.contents import collect
 from trainer.training.ema import Ema
 from trainer.training.job import Phase
 
@@ -192,7 +193,7 @@ def test_what_a_checkpoint_has_besides(tmp_path):
     for average in job.ema.averages.values():
         average.add_(1.0)
     state = State(step=9, samples=72, cursor={"epoch": 2, "batch": 1}, metrics={"loss": 0.5})
-    run = a_run(tmp_path / "run", loop.collect(job, state), 9)
+    run = a_run(tmp_path / "run", collect(job, state), 9)
     found = torch.load(export(run, "checkpoint").path, weights_only=True)
     assert (found["global_step"], found["samples"], found["loss"]) == (9, 72, 0.5)
     assert (found["scheduler_state_dict"], found["scaler_state_dict"]) == (None, {})
@@ -220,7 +221,7 @@ def test_extra_state_and_tied_weights_load_strictly(tmp_path):
     model = nn.ModuleDict({"a": Extra(), "b": nn.Linear(2, 2, bias=False)})
     model["b"].weight = model["a"].weight
     job = a_job(model=model)
-    run = a_run(tmp_path / "run", loop.collect(job, State(step=3)))
+    run = a_run(tmp_path / "run", collect(job, State(step=3)))
     found = torch.load(export(run, "checkpoint").path, weights_only=True)
     assert found["parameter_names"] == [["a.weight", "a.bias"]]  # one tensor, one parameter
     assert len(found["optimizer_state_dict"]["param_groups"][0]["params"]) == 2
@@ -237,7 +238,7 @@ def test_extra_state_and_tied_weights_load_strictly(tmp_path):
 ])  # fmt: skip
 @pytest.mark.parametrize("format", ["checkpoint", "bundle"])
 def test_weights_that_no_optimizer_goes_on_with_are_refused(tmp_path, choices, format):
-    run = a_run(tmp_path / "run", loop.collect(a_job(), State(step=3)))
+    run = a_run(tmp_path / "run", collect(a_job(), State(step=3)))
     with pytest.raises(ConfigError, match=f"does not go with format={format}"):
         export(run, format, choices=choices)
     assert not (tmp_path / "run" / "exports").exists()
@@ -287,7 +288,7 @@ def several(seed=1):
 
 def test_every_model_of_a_bundle_goes_on_with_its_own_optimizer(tmp_path):
     job = several()
-    run = a_run(tmp_path / "run", loop.collect(job, State(step=3)))
+    run = a_run(tmp_path / "run", collect(job, State(step=3)))
     done = export(run, "bundle")
     assert done.path.name == "step-00000003.tar"
     found = torch.load(done.path, weights_only=True)
@@ -308,7 +309,7 @@ def test_every_model_of_a_bundle_goes_on_with_its_own_optimizer(tmp_path):
 
 
 def test_several_optimizers_are_no_checkpoint_of_one(tmp_path):
-    run = a_run(tmp_path / "run", loop.collect(several(), State(step=3)))
+    run = a_run(tmp_path / "run", collect(several(), State(step=3)))
     with pytest.raises(ConfigError, match="for each of discriminator, generator; format=bundle"):
         export(run, "checkpoint")
 
@@ -316,7 +317,7 @@ def test_several_optimizers_are_no_checkpoint_of_one(tmp_path):
 def test_a_bundle_with_one_optimizer_for_all(tmp_path):
     job = a_job(model=Two(1))
     trained(job.model, job.phases[0].optimizer)
-    run = a_run(tmp_path / "run", loop.collect(job, State(step=3)))
+    run = a_run(tmp_path / "run", collect(job, State(step=3)))
     found = torch.load(export(run, "bundle").path, weights_only=True)
     assert set(found) >= {"generator_state_dict", "discriminator_state_dict", "model_state_dict"}
     fresh = Two(2)
@@ -332,7 +333,7 @@ def test_names_that_a_bundle_cannot_keep_apart_are_refused(tmp_path):
 
     for part, text in (("model", "has a part called 'model'"), ("optimizer", "both be called")):
         job = a_job(model=Model(part))
-        run = a_run(tmp_path / part, loop.collect(job, State(step=3)))
+        run = a_run(tmp_path / part, collect(job, State(step=3)))
         with pytest.raises(ConfigError, match=text):
             export(run, "bundle")
 
@@ -427,7 +428,7 @@ def test_what_was_exported_begins_a_run(tmp_path, format):
     job = several()
     if format == "checkpoint":
         job.phases = a_job(model=job.model).phases
-    run = a_run(tmp_path / "run", loop.collect(job, State(step=3)))
+    run = a_run(tmp_path / "run", collect(job, State(step=3)))
     options = {"max_shard_bytes": "20"} if format == "safetensors" else {}
     done = export(run, format, options=options)
     fresh = Two(5)

@@ -40,6 +40,7 @@ from trainer.errors import CheckpointError, ConfigError, StoreError
 from trainer.storage import LocalStore, open_store
 from trainer.task import Classification
 from trainer.training import loop, resume
+from trainer.training.contents import collect
 from trainer.training.evaluation import evaluate
 from trainer.training.step import train_step, warm_up
 
@@ -525,7 +526,7 @@ def test_other_samples_do_not_go_unnoticed(tmp_path):
         return a_job(dataset=Synthetic((6,), classes=3, train_samples=samples))
 
     loop.train(job(43), State(), a_saver(tmp_path / "a"), Stop(World()))
-    with pytest.raises(ConfigError, match=f"has 51 samples, and had 43 .*resume={tmp_path}/a"):
+    with pytest.raises(ConfigError, match=f"has 51 samples but had 43 .*resume={tmp_path}/a"):
         resumed(tmp_path / "a", job(51), {})
     assert resumed(tmp_path / "a", job(43), {}).cursor == {"epoch": 2, "batch": 2}
     fork = resumed(tmp_path / "b", job(51), {}, resume=str(tmp_path / "a"))
@@ -612,7 +613,7 @@ def test_on_another_number_of_ranks_generators_are_derived_from_seed_step_and_ra
 def test_a_model_that_does_not_fit_is_refused_by_name(tmp_path):
     loop.train(a_job(max_steps=1), State(), a_saver(tmp_path), Stop(World()))
     start = resume.choose(Tiers(open_store(str(tmp_path))), Run(name="a", run_dir="a"), {})
-    with pytest.raises(CheckpointError, match=r"lacks \['model.bias', 'model.weight'\]"):
+    with pytest.raises(CheckpointError, match=r"missing \['model.bias', 'model.weight'\]"):
         resume.load(a_job(model=nn.Linear(6, 3)), start)
     wider = Net()
     wider.body[4] = nn.Linear(8, 4)
@@ -712,7 +713,7 @@ def test_scaling_by_powers_of_two_changes_no_bit():
 def test_what_a_rank_brings_to_a_checkpoint():
     job = a_job(optimizer=lambda model: torch.optim.Adam(model.parameters()))
     train_step(job, next(job.data.batches(BEGINNING))[0])
-    content = loop.collect(job, State(step=3))
+    content = collect(job, State(step=3))
     names = {*content.tensors, *content.own}
     parameters = {name for name, _ in job.model.named_parameters()}
     assert {f"model.{name}" for name in job.model.state_dict()} <= names
@@ -722,7 +723,7 @@ def test_what_a_rank_brings_to_a_checkpoint():
     assert content.objects["run"] == State(step=3).state_dict()
     job.world = World(rank=1, size=2)
     buffers = {f"model.{name}" for name, _ in job.model.named_buffers()}
-    assert names - {n for n in loop.collect(job, State()).tensors if not n.startswith("rng.1")} == {
+    assert names - {n for n in collect(job, State()).tensors if not n.startswith("rng.1")} == {
         *buffers, "rng.0.python", "rng.0.numpy", "rng.0.torch",
         *(name for name in names if name.startswith("rng.0.cuda")),
     }  # fmt: skip
