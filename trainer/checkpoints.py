@@ -22,7 +22,7 @@ from trainer.checkpoint.manifest import Manifest, TensorEntry, is_void
 from trainer.checkpoint.shard import DTYPES, element_count
 from trainer.cli import Arguments
 from trainer.core import intervals
-from trainer.core.formatting import age, ask, counted, iso, progress, short, size, table
+from trainer.core.formatting import age, ask, iso, pluralize, progress, short_repr, size, table
 from trainer.errors import (
     DONE,
     FAILURE,
@@ -161,14 +161,14 @@ def _show(given: Arguments) -> _Answer:
     versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
     lines = [
         f"step {made.step:,} of {place.url} ({commit.folder}), saved by attempt {made.attempt} on "
-        f"{counted(made.world_size, 'rank')}",
+        f"{pluralize(made.world_size, 'rank')}",
         f"epoch {made.epoch:,}, {made.samples:,} samples; {versions}",
-        f"{counted(len(made.files), 'file')}, {size(_files_bytes(made))}; "
-        f"{counted(len(made.tensors), 'tensor')}, {size(sum(sizes.values()))}",
+        f"{pluralize(len(made.files), 'file')}, {size(_files_bytes(made))}; "
+        f"{pluralize(len(made.tensors), 'tensor')}, {size(sum(sizes.values()))}",
         "",
         table(rows),
         "",
-        table([["value", ""], *([key, short(value)] for key, value in objects.items())]),
+        table([["value", ""], *([key, short_repr(value)] for key, value in objects.items())]),
     ]
     return DONE, content, "\n".join(lines)
 
@@ -269,7 +269,7 @@ def _diff(given: Arguments) -> _Answer:
     lines = [
         f"first   {names[0]}",
         f"second  {names[1]}",
-        f"equal   {counted(found.equal, 'tensor')}",
+        f"equal   {pluralize(found.equal, 'tensor')}",
     ]
     if found.changed:
         rows = [["changed tensor", "dtype", "shape", "elements", "largest change", "relative"]]
@@ -285,7 +285,7 @@ def _diff(given: Arguments) -> _Answer:
         if only:
             lines += ["", table([[f"only in the {title}"], *([name] for name in only)])]
     if found.values:
-        rows = [[key, short(old), short(new)] for key, old, new in found.values]
+        rows = [[key, short_repr(old), short_repr(new)] for key, old, new in found.values]
         lines += ["", table([["value", "first", "second"], *rows])]
     if found.is_equal:
         lines.append("nothing differs")
@@ -313,7 +313,8 @@ def _prune(given: Arguments) -> _Answer:
         return DONE, content, "nothing is to be deleted"
     is_agreed = "--yes" in given.flags
     ask(
-        f"{table(rows)}\ndelete {counted(len(going), 'folder')} of {place.url}", is_agreed=is_agreed
+        f"{table(rows)}\ndelete {pluralize(len(going), 'folder')} of {place.url}",
+        is_agreed=is_agreed,
     )
     if _plan(place, given.options) != (kept, going):
         raise ConfigError(f"{place.url} has changed meanwhile; nothing was deleted: look again")
@@ -325,7 +326,7 @@ def _prune(given: Arguments) -> _Answer:
             lineage.discard(place.store, folder, newest)
         else:
             lineage.delete(place.store, folder)
-    return DONE, content, f"{counted(len(going), 'folder')} deleted, {size(total_bytes)} freed"
+    return DONE, content, f"{pluralize(len(going), 'folder')} deleted, {size(total_bytes)} freed"
 
 
 def _plan(place: Place, options: Mapping[str, str]) -> tuple[set[int], list[Found]]:
@@ -418,7 +419,7 @@ def _copy(given: Arguments) -> _Answer:
             transfer.copy_checkpoint(place.store, commit.folder, made, store, folder, advance)
             copied.append(commit.step)
     content = {"source": place.url, "target": target, "copied": copied, "present": present}
-    text = f"{target}: {counted(len(copied), 'checkpoint')} copied"
+    text = f"{target}: {pluralize(len(copied), 'checkpoint')} copied"
     text += f", {len(present)} were there, whole" if present else ""
     return DONE, content, text
 

@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -16,7 +15,9 @@ from trainer.cli import Arguments, command, parse
 from trainer.config import targets
 from trainer.config.compose import compose
 from trainer.config.schema import ObjectStore
-from trainer.core.formatting import table
+from trainer.core.atomic_file import atomic_file
+from trainer.core.formatting import pluralize, table
+from trainer.core.nested import map_leaves
 from trainer.errors import DONE, ConfigError, problems_text
 from trainer.export import inputs
 from trainer.export.contract import is_true
@@ -60,7 +61,7 @@ def _predict(argv: list[str]) -> int:
     places = [*given.places, *filter(None, [given.options["model"]])]
     wanted = 2 if "--compare" in given.flags else 1
     if len(places) != wanted:
-        text = f"{wanted} export{'s' * (wanted > 1)} needed, {len(places)} given"
+        text = f"{pluralize(wanted, 'export')} needed, {len(places)} given"
         raise ConfigError(f"{text}\n{_USAGE}")
     device, batch_size = given.options["device"], _count(given, "batch_size")
     trusted = is_true(given.options, "trusted")
@@ -166,7 +167,7 @@ def _tell(answers: Iterator[Answer], interface: Interface, given: Arguments) -> 
                 labelled += 1
                 right += int(answer.chances.argmax()) == answer.label
             if file is not None:
-                file.write(json.dumps(_strict(line), ensure_ascii=False) + "\n")
+                file.write((json.dumps(_strict(line), ensure_ascii=False) + "\n").encode())
             elif counted <= _SHOWN:
                 rows.append(_row(line))
     if rows:
@@ -179,33 +180,25 @@ def _tell(answers: Iterator[Answer], interface: Interface, given: Arguments) -> 
 
 
 @contextmanager
-def _lines(out: str) -> Iterator[TextIO | None]:
+def _lines(out: str) -> Iterator[IO[bytes] | None]:
     """Give a file for lines that appears whole, or not at all; None without a name."""
     if not out:
         yield None
         return
-    temporary = Path(out).with_name(f".tmp-{os.getpid()}-{Path(out).name}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with atomic_file(Path(out), durable=False) as file:
             yield file
-        temporary.replace(out)
     except OSError as error:
         raise ConfigError(f"out={out} cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _save(answers: Sequence[Answer], path: Path) -> None:
     arrays = {key: np.stack([a.outputs[key] for a in answers]) for key in answers[0].outputs}
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
-        with open(temporary, "wb") as file:  # by its name, NumPy would add a suffix to it
+        with atomic_file(path, durable=False) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
-        temporary.replace(path)
     except OSError as error:
         raise ConfigError(f"out={path} cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     shapes = ", ".join(f"{key} {list(array.shape)}" for key, array in arrays.items())
     print(f"{path}: {shapes}")
 
@@ -228,12 +221,8 @@ def _described(answer: Answer, classes: list[str] | None, top: int) -> dict[str,
 
 
 def _strict(value: Any) -> Any:
-    """Return a value as JSON can have it, which has no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Return a value as JSON can hold it: null for NaN and infinity."""
+    return map_leaves(lambda v: v if not isinstance(v, float) or math.isfinite(v) else None, value)
 
 
 def _name(index: int, classes: list[str] | None, count: int) -> str | int:

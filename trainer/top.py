@@ -10,12 +10,12 @@ from typing import Any
 
 from trainer import cli
 from trainer.cli import Arguments
-from trainer.core.formatting import age, plain, table
+from trainer.core.formatting import age, duration, number, plain, table
 from trainer.core.threads import in_parallel
 from trainer.errors import DONE, ConfigError, PerdureError
 from trainer.reporting import board
 from trainer.reporting.board import Row
-from trainer.reporting.scales import SIZE, duration, fitting, number
+from trainer.reporting.scales import SIZE, fitting
 
 _MOST_PLACES = 1000
 _MOST_AT_ONCE = 8

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trainer.config.schema import Launch
+from trainer.core.atomic_file import atomic_file
 from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError, PerdureError
 
 _OUTCOME = "PERDURE_OUTCOME"
@@ -148,9 +149,8 @@ def leave_outcome(code: int) -> None:
     """Tell whoever started it all how the run ended; exit codes get lost on the way. Rank 0."""
     path = os.environ.get(_OUTCOME)
     if path is not None:
-        written = Path(f"{path}.{os.getpid()}")
-        written.write_text(str(code))
-        written.replace(path)
+        with atomic_file(Path(path), durable=False) as file:
+            file.write(str(code).encode())
 
 
 def _has_outcome() -> bool:

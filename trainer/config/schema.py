@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from trainer.core.formatting import pluralize
 from trainer.errors import Problem, closest
 
 _MAX_SEED = (1 << 63) - 1
@@ -457,10 +458,9 @@ def check_world(run: Run, world_size: int) -> list[Problem]:
     if size % unit:
         lower, upper = size // unit * unit, (size // unit + 1) * unit
         nearest = f"{lower:,} or {upper:,}" if lower else f"{upper:,}"
-        ranks = "1 rank" if world_size == 1 else f"{world_size:,} ranks"
         text = (
-            f"{size:,} samples cannot be divided over {ranks} x {run.trainer.accumulate:,} "
-            f"microbatches (nearest: {nearest})"
+            f"{size:,} samples cannot be divided over {pluralize(world_size, 'rank')} x "
+            f"{run.trainer.accumulate:,} microbatches (nearest: {nearest})"
         )
         problems.append(Problem("trainer.global_batch_size", text))
     if world_size > 1 and run.parallel.strategy == "single":

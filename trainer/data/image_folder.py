@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.core.formatting import listing
 from trainer.data import images
 from trainer.data.images import Augment, Transform
 from trainer.errors import ConfigError, DataError
@@ -240,8 +241,7 @@ def _held(folder: Path) -> str:
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 8:,} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more if names else "nothing"
+    return listing(names, 8)
 
 
 def _place(name: str) -> float:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from trainer.cluster.world import World
 from trainer.core import rng, threads
+from trainer.core.nested import map_leaves
 from trainer.core.state import Cursor, State
 from trainer.data import damage, order
 from trainer.errors import DataError, PerdureError, WorkerLostError
@@ -132,16 +133,13 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return `batch` with every tensor on `device`; tuples, lists and dicts keep their form."""
     if device.type == "cpu":
         return batch  # where it was made
-    if isinstance(batch, Tensor):
-        if device.type != "cuda":
-            return batch.to(device)
-        return batch.pin_memory().to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        placed = [to_device(value, device) for value in batch]
-        return type(batch)(*placed) if hasattr(batch, "_fields") else type(batch)(placed)
-    return batch
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor) or device.type != "cuda":
+            return value.to(device) if isinstance(value, Tensor) else value
+        return value.pin_memory().to(device, non_blocking=True)
+
+    return map_leaves(move, batch)
 
 
 class Feed(Generic[T]):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trainer.core import rng
+from trainer.core.formatting import pluralize
 from trainer.data import corpus, token_shards
 from trainer.data.corpus import Corpus, Document
 from trainer.data.token_shards import INDEX, VERSION, Part, Prepared
@@ -273,7 +274,7 @@ class Text:
                 raise DataError(
                     f"data.eval_share={self._eval_share} leaves nothing to "
                     f"{'train' if part == 'train' else 'evaluate'} on: data.files has "
-                    f"{len(places):,} document{'s' * (len(places) != 1)}; {advice}"
+                    f"{pluralize(len(places), 'document')}; {advice}"
                 )
         return split
 

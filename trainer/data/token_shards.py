@@ -7,22 +7,21 @@ ends it. `index.json`, written last, describes them.
 import fcntl
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from trainer.core.atomic_file import TEMPORARY, atomic_file
 from trainer.data.corpus import Document
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
 
 VERSION = 1
 INDEX = "index.json"
-_TEMPORARY = ".tmp-"
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Maker:
         dtype = np.dtype(self.dtype).newbyteorder("<")
         end = np.array([self.tokenizer.end], dtype).tobytes()
         count = tokens = count_bytes = 0
-        with _new_file(self.folder / file) as out:
+        with atomic_file(self.folder / file, durable=True) as out:
             while tokens < self.shard_tokens and first + count < len(documents):
                 document = documents[first + count]
                 data = self.read(document)
@@ -136,32 +135,9 @@ def _is_whole(folder: Path, shard: Shard, dtype: str) -> bool:
         return False
 
 
-@contextmanager
-def _new_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that gets its name when it is whole and durable, or never.
-
-    Of two processes that make the same one, the later replaces it by the same bytes.
-    """
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def clear_temporaries(folder: Path) -> None:
     """Remove what killed processes left; only for who holds the lock, as nobody else writes."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
+    for path in folder.glob(f"{TEMPORARY}*"):
         path.unlink(missing_ok=True)
 
 
@@ -187,7 +163,7 @@ def alone(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with _new_file(path) as file:
+    with atomic_file(path, durable=True) as file:
         file.write(json.dumps(content, indent=1).encode())
 
 

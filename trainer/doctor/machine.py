@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from trainer.cluster.world import World
-from trainer.core.formatting import counted, size
+from trainer.core.formatting import pluralize, size
 from trainer.doctor.finding import Finding
 
 _SKEW_S = 1.0
@@ -105,7 +105,7 @@ def devices(seen: Sequence[Seen], wanted: str) -> list[Finding]:
     """
     hosts = list(dict.fromkeys(each.host for each in seen))
     kinds = list(dict.fromkeys(each.device for each in seen))
-    ranks = f"{counted(len(seen), 'rank')} on {counted(len(hosts), 'host')}"
+    ranks = f"{pluralize(len(seen), 'rank')} on {pluralize(len(hosts), 'host')}"
     text = f"{ranks} ({', '.join(hosts[:8])}{', …' * (len(hosts) > 8)}): {'; '.join(kinds)}"
     if wanted == "cuda" and "cpu" in kinds:
         advice = (

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config.schema import ObjectStore
+from trainer.core.atomic_file import TEMPORARY, sync
 from trainer.errors import ConfigError
 from trainer.export.formats import RECORD_SUFFIX, record_path
 from trainer.storage import Store, is_local, open_store
-
-_TEMPORARY = ".tmp-"
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Target:
                 f"out={path} cannot be written: it is a folder, and not one that an export wrote "
                 f"({record_path(path).name} would be beside it); choose another name"
             )
-        here = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+        here = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
         missing = [folder for folder in path.parents if not folder.exists()]
         try:
             try:
@@ -108,18 +107,14 @@ def _sync(path: Path) -> None:
     """Make a file, or a folder with everything in it, durable."""
     inner = sorted(path.rglob("*"), reverse=True) if path.is_dir() else []  # the deepest first
     for each in (*inner, path):
-        descriptor = os.open(each, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(each)
 
 
 def _replace(new: Path, path: Path) -> None:
     """Rename; a folder, which rename(2) does not replace, is put aside before and removed after."""
     aside = None
     if path.is_dir() or (new.is_dir() and path.exists()):
-        aside = path.with_name(f"{_TEMPORARY}{os.getpid()}-old-{path.name}")
+        aside = path.with_name(f"{TEMPORARY}{os.getpid()}-old-{path.name}")
         path.rename(aside)
     try:
         new.rename(path)

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from trainer.core.formatting import pluralize
 from trainer.importing.names import Match
 
 _SHOWN = 8
@@ -77,8 +78,7 @@ def _row(
 ) -> Iterator[str]:
     if not names:
         return
-    count = "1 tensor" if len(names) == 1 else f"{len(names):,} tensors"
-    yield f"  {what:<{_INDENT}}{count}{why}"
+    yield f"  {what:<{_INDENT}}{pluralize(len(names), 'tensor')}{why}"
     shown = names[:_SHOWN]
     width = min(max(len(name) for name in shown), _WIDEST)
     for name in shown:

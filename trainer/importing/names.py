@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import combinations
 
+from trainer.core.formatting import listing
 from trainer.errors import CheckpointError, ConfigError, closest
 
 _WRAPPERS = (
@@ -208,9 +209,7 @@ def _is_whole(names: Iterable[str], groups: Mapping[str, str], needed: Collectio
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    text = ", ".join(f'"{name}"' for name in names[:_SHOWN])
-    return f"{text} and {more:,} more" if more > 0 else text
+    return listing([f'"{name}"' for name in names], _SHOWN)
 
 
 # --- what the user says of them ----------------------------------------------------------------

@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.checkpoint import attempts
-from trainer.core.formatting import size
+from trainer.core.formatting import duration, integer, size
 from trainer.reporting import clock, timeline
 from trainer.reporting.curves import is_number
 from trainer.reporting.facts import Facts
 from trainer.reporting.markup import Html, joined, listing, tag
-from trainer.reporting.scales import duration, whole
 
 
 def draw(run: Facts) -> Html:
@@ -38,7 +37,7 @@ def _attempt(run: Facts, record: Mapping[str, Any], took: str) -> list[object]:
     how = [tag("span", state, class_=f"pill {state}"), " ", _reason(run, record, is_newest)]
     if lines:
         how.append(tag("div", "changed: ", joined((tag("code", one) for one in lines), ", ")))
-    steps = f"{whole(record.get('first_step'))} … {whole(last)}"
+    steps = f"{integer(record.get('first_step'))} … {integer(last)}"
     return [record.get("attempt"), began, where, steps, took, joined(how)]
 
 

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trainer.core.formatting import number
 from trainer.reporting import curves
 from trainer.reporting.curves import Curve
 from trainer.reporting.markup import Html, data, joined, tag
-from trainer.reporting.scales import SIZE, Scale, fitting, labels, number, whole_ticks
+from trainer.reporting.scales import SIZE, Scale, fitting, labels, whole_ticks
 
 _DIGITS = 6
 _X_TICKS = 7

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from trainer.core.formatting import number
 from trainer.errors import PerdureError
 from trainer.reporting.curves import is_number
 from trainer.reporting.facts import Facts
 from trainer.reporting.markup import Html, joined, tag
-from trainer.reporting.scales import number
 
 FOLDER = "samples"
 _PNG = b"\x89PNG\r\n\x1a\n"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.core.formatting import size
+from trainer.core.formatting import compact, duration, number, size
 
 SIZE = 1000.0
 """Side of the square that everything is drawn in; the page stretches it."""
@@ -94,63 +94,13 @@ def whole_ticks(low: int, high: int, most: int = 5) -> list[int]:
     return sorted({int(value) for value in values if value == int(value)})
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """Return a number as a person reads it: 12,345 or 0.9861 or 9.6e-9."""
-    if value is None:
-        return "–"
-    if abs(value) >= 1 << 1000 or not math.isfinite(value):  # a damaged file may hold any integer
-        return str(value) if isinstance(value, float) else "…"
-    if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}"
-    magnitude = abs(value)
-    if magnitude < 1e-4 or magnitude >= 1e15:
-        mantissa, _, power = f"{value:.{digits - 2}e}".partition("e")
-        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-        return f"{mantissa}e{int(power)}"
-    decimals = max(digits - 1 - math.floor(math.log10(magnitude)), 0)
-    text = f"{value:,.{decimals}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-def whole(value: object) -> str:
-    """Return a whole number as a person reads it."""
-    return f"{value:,}" if type(value) is int else "–"
-
-
-def duration(seconds: float | None) -> str:
-    """Return seconds as a person reads them: 0.2 ms, 12.3 s, 4 min 5 s, 3 h 20 min, 2 d 4 h."""
-    if seconds is None or not math.isfinite(seconds):
-        return "–"
-    if seconds < 0.1:
-        return f"{number(1000 * seconds, 3)} ms"
-    if seconds < 60:
-        return f"{number(round(seconds, 1 if seconds >= 10 else 2))} s"
-    for unit, length, smaller, part in (
-        ("d", 86400, "h", 3600),
-        ("h", 3600, "min", 60),
-        ("min", 60, "s", 1),
-    ):
-        if seconds >= length:
-            rest = int(seconds % length // part)
-            return f"{int(seconds // length):,} {unit}" + (f" {rest} {smaller}" if rest else "")
-    return f"{seconds:.0f} s"
-
-
-def short(value: float) -> str:
-    """Return a number in few characters: 12k, 3.4M, 0.05."""
-    for unit, one in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if one <= abs(value) < 1e15:
-            return f"{number(value / one, 3)}{unit}"
-    return number(value)
-
-
 def labels(name: str, values: Sequence[float]) -> list[str]:
     """Return figures as an axis has them; the unit of a rate stands in the chart's head."""
     if name.endswith(("_s", "_bytes")) and not is_rate(name):
         return [quantity(name, value) for value in values]
     if max(map(abs, values), default=0.0) < 10_000:
         return [number(value) for value in values]
-    return [short(value) for value in values]
+    return [compact(value) for value in values]
 
 
 def is_rate(name: str) -> bool:
@@ -163,7 +113,7 @@ def quantity(name: str, value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return number(value)
     if is_rate(name):
-        text = short(value) if abs(value) >= 1e6 else number(value)
+        text = compact(value) if abs(value) >= 1e6 else number(value)
         return f"{text} {name.removesuffix('_per_s').replace('_', ' ')}/s"
     if name.endswith("_bytes"):
         return size(value)

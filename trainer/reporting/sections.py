@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.checkpoint.location import Found
-from trainer.core.formatting import age, iso, size
+from trainer.core.formatting import age, duration, integer, iso, number, pluralize, size
 from trainer.reporting import figures
 from trainer.reporting.curves import is_number, points
 from trainer.reporting.facts import Facts
 from trainer.reporting.markup import Html, joined, listing, tag
-from trainer.reporting.scales import duration, number, quantity, whole
+from trainer.reporting.scales import quantity
 
 _KNOWN = frozenset(
     {
@@ -52,7 +52,7 @@ def tiles(run: Facts) -> Html:
     took_s = good.starting_s + good.training_s
     shown = [
         _tile("step", number(run.step), _of(run.step, run.max_steps), share=_share(run)),
-        _tile("epoch", whole(newest.get("epoch")), f"{whole(newest.get('samples'))} samples"),
+        _tile("epoch", integer(newest.get("epoch")), f"{integer(newest.get('samples'))} samples"),
     ]
     if best is not None:
         shown.append(_tile(f"best {best.metric}", number(best.value), f"at step {best.step:,}"))
@@ -66,7 +66,7 @@ def tiles(run: Facts) -> Html:
         shown.append(_tile("time", duration(took_s), parts))
     if run.records:
         lost = good.all_steps - good.useful_steps
-        text = f"{lost:,} {'step' if lost == 1 else 'steps'} repeated"
+        text = f"{pluralize(lost, 'step')} repeated"
         shown.append(_tile("goodput", f"{100 * good.share:.1f} %", text))
     rates = sorted(value for _, value in points(run.lines, "train", "samples_per_s"))
     if rates:

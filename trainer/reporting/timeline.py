@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.core.formatting import iso
+from trainer.core.formatting import duration, iso
 from trainer.reporting.clock import Clock, Span, clock
 from trainer.reporting.curves import is_number
 from trainer.reporting.facts import Facts
 from trainer.reporting.markup import Html, joined, tag
-from trainer.reporting.scales import duration
 
 _TICKS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200,
             86400, 172800, 604800)  # fmt: skip

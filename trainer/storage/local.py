@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.core.atomic_file import TEMPORARY, sync
 from trainer.errors import StoreError
 from trainer.storage.store import AlreadyExists
 
-_TEMPORARY = ".tmp-"
 _PAGE_BYTES = 4096
 _PART_BYTES = 4 << 20
 _DIRECT_READ_BYTES = 1 << 16
@@ -63,7 +63,7 @@ class LocalStore:
                     raise AlreadyExists(f"{path} exists already") from None
             finally:
                 os.unlink(temporary)
-            _sync_folder(path.parent)
+            sync(path.parent)
 
     def replace(self, key: str, data: bytes) -> None:
         """Publish by rename(2)."""
@@ -75,7 +75,7 @@ class LocalStore:
             except OSError:
                 os.unlink(temporary)
                 raise
-            _sync_folder(path.parent)
+            sync(path.parent)
 
     def read(self, key: str) -> bytes:
         """Return the whole file."""
@@ -120,7 +120,7 @@ class LocalStore:
                 return []
             with os.scandir(path) as found:
                 names = [entry.name + "/" * os.path.isdir(entry.path) for entry in found]
-        return sorted(name for name in names if not name.startswith(_TEMPORARY))
+        return sorted(name for name in names if not name.startswith(TEMPORARY))
 
     def list(self, prefix: str, *, unfinished: bool = False) -> list[str]:
         """Walk the folder; files that `create` and `replace` have not published are left out.
@@ -132,7 +132,7 @@ class LocalStore:
         with _store_errors("list", top):
             for folder, _, names in os.walk(top, onerror=_raise_unless_missing):
                 relative = Path(folder).relative_to(self._root)
-                found += [str(relative / n) for n in names if not n.startswith(_TEMPORARY)]
+                found += [str(relative / n) for n in names if not n.startswith(TEMPORARY)]
         return sorted(found)
 
     def modified_s(self, key: str) -> float:
@@ -159,7 +159,7 @@ class LocalStore:
 
     def probe(self) -> str:
         """Create the directory, write a small file, delete it."""
-        key = f"{_TEMPORARY}probe-{secrets.token_hex(4)}"
+        key = f"{TEMPORARY}probe-{secrets.token_hex(4)}"
         self.create(key, b"probe")
         self.delete([key])
         return ""
@@ -178,11 +178,11 @@ class LocalStore:
             folder.mkdir(exist_ok=True)
         except FileExistsError:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
-        _sync_folder(folder.parent)
+        sync(folder.parent)
 
     def _write_temporary(self, path: Path, data: bytes) -> Path:
         self._make_folder(path.parent)
-        temporary = path.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
+        temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
         try:
             with open(temporary, "xb", buffering=0) as file:
                 _write_all(file.fileno(), data)
@@ -195,13 +195,13 @@ class LocalStore:
     def _leave(self, folder: Path) -> None:
         if folder == self._root or not folder.is_dir():
             return
-        _sync_folder(folder)
+        sync(folder)
         left = list(folder.iterdir())
-        if all(path.name.startswith(_TEMPORARY) for path in left):
+        if all(path.name.startswith(TEMPORARY) for path in left):
             for path in left:
                 path.unlink(missing_ok=True)
             folder.rmdir()
-            _sync_folder(folder.parent)
+            sync(folder.parent)
 
 
 class _NewFile:
@@ -248,7 +248,7 @@ class _NewFile:
         with _store_errors("write", self._path):
             os.fsync(self._plain)
             self._close()
-            _sync_folder(self._path.parent)
+            sync(self._path.parent)
 
     def abort(self) -> None:
         with suppress(OSError):
@@ -313,14 +313,6 @@ def _write_all(descriptor: int, data: bytes | memoryview, start: int = 0) -> Non
     while view:
         count = os.pwrite(descriptor, view, start)
         view, start = view[count:], start + count
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _raise_unless_missing(error: OSError) -> None:

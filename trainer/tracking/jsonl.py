@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from trainer.core.atomic_file import atomic_file
 from trainer.storage import Store, is_local
 
 FILE_NAME = "metrics.jsonl"
@@ -79,13 +80,9 @@ class _File:
     def __init__(self, path: Path, keep: Callable[[_Line], bool]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         data = path.read_bytes() if path.exists() else b""
-        temporary = path.with_name(f".tmp-{path.name}")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(kept := _kept(_lines(data), keep))
-            file.flush()
-            if kept:
-                os.fsync(file.fileno())
-        os.rename(temporary, path)
+        kept = "".join(_kept(_lines(data), keep))
+        with atomic_file(path, durable=bool(kept)) as file:
+            file.write(kept.encode())
         self._is_durable = True
         self._file: TextIO = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (close)
 

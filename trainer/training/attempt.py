@@ -30,6 +30,7 @@ from trainer.cluster.stop import DEADLINE, Stop, reason_text
 from trainer.cluster.world import World
 from trainer.config import schema
 from trainer.config.schema import Run
+from trainer.core.formatting import pluralize
 from trainer.core.intervals import Every
 from trainer.core.state import State
 from trainer.data.source import lost_worker
@@ -561,7 +562,7 @@ def _resume_lines(
     lines = [*(f"PASSED OVER: {text}" for text in start.skipped), *start.filled]
     if start.manifest is None or start.commit is None:
         return lines
-    left = messages.count(job.max_steps - state.step, "step")
+    left = pluralize(job.max_steps - state.step, "step")
     how = f"forking {start.urls[0]}/{start.commit.folder}" if start.is_fork else "resuming"
     copy = "" if start.is_fork or _is_own(tiers, start) else f" of {run.checkpoint.mirror}"
     lines.append(f"{how} from step {state.step:,}{copy}; {left} left")

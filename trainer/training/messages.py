@@ -6,7 +6,7 @@ from typing import Any
 from trainer.checkpoint.saver import Saver
 from trainer.cluster.stop import Stop, reason_text
 from trainer.config.schema import Run
-from trainer.core.formatting import size
+from trainer.core.formatting import pluralize, size
 from trainer.core.state import State
 from trainer.errors import RUN_AGAIN
 from trainer.monitoring import memory
@@ -17,12 +17,6 @@ from trainer.training.job import Job
 def row(label: str, text: str) -> str:
     """Return one line of the banner or the end table."""
     return f"  {label:<13}  {text}"
-
-
-def count(number: int, noun: str) -> str:
-    """Return `1 step`, `2 steps`, `2 batches` and the like."""
-    plural = "es" if noun.endswith("ch") else "s"
-    return f"{number:,} {noun}" + ("" if number == 1 else plural)
 
 
 def banner(run: Run, job: Job, record: Mapping[str, Any]) -> list[str]:
@@ -44,8 +38,8 @@ def banner(run: Run, job: Job, record: Mapping[str, Any]) -> list[str]:
     )
     microbatch = trainer.global_batch_size // world.size // trainer.accumulate
     return [
-        f"{run.name}, attempt {record['attempt']}: {count(world.size, 'rank')} "
-        f"({world.device.type}, {count(record['threads'], 'thread')})",
+        f"{run.name}, attempt {record['attempt']}: {pluralize(world.size, 'rank')} "
+        f"({world.device.type}, {pluralize(record['threads'], 'thread')})",
         row("parameters", f"{sizes.parameters:,}" + f" ({sizes.trained:,} trained)" * frozen),
         row(
             "memory",
@@ -54,8 +48,8 @@ def banner(run: Run, job: Job, record: Mapping[str, Any]) -> list[str]:
         ),
         row(
             "batch",
-            f"{count(trainer.global_batch_size, 'sample')} = {count(world.size, 'rank')} x "
-            f"{count(trainer.accumulate, 'microbatch')} x {microbatch:,}",
+            f"{pluralize(trainer.global_batch_size, 'sample')} = {pluralize(world.size, 'rank')} x "
+            f"{pluralize(trainer.accumulate, 'microbatch')} x {microbatch:,}",
         ),
         row("length", _length(run, job)),
         row("checkpoints", f"{checkpoint}, {_intervals(run)}"),
@@ -65,16 +59,16 @@ def banner(run: Run, job: Job, record: Mapping[str, Any]) -> list[str]:
 
 def _length(run: Run, job: Job) -> str:
     per_epoch, trainer = job.data.steps_per_epoch, run.trainer
-    limits = [count(job.max_steps, "step")]
+    limits = [pluralize(job.max_steps, "step")]
     if per_epoch is not None:
         epochs = job.max_steps / per_epoch
         limits[0] += f" = {epochs:.4g} {'epoch' if epochs == 1 else 'epochs'} of {per_epoch:,}"
     elif job.max_epochs:
-        limits.append(f"{count(job.max_epochs, 'epoch')} of the stream")
+        limits.append(f"{pluralize(job.max_epochs, 'epoch')} of the stream")
     if trainer.max_time:
         limits.append(f"{trainer.max_time} per attempt")
     if trainer.patience_evals:
-        limits.append(f"{count(trainer.patience_evals, 'evaluation')} without improvement")
+        limits.append(f"{pluralize(trainer.patience_evals, 'evaluation')} without improvement")
     return " or ".join(limits)
 
 
