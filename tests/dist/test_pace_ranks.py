@@ -19,7 +19,7 @@ def trained(world, folder, slow_rank, what, strategy):
     from trainer.training import loop, parallel
     from trainer.training.job import Job, Phase
     from trainer.checkpoint import lineage
-    from trainer.checkpoint.saver import Saver
+    from support.savers import a_saver_for
     from trainer.data.source import TrainStream
     from trainer.core.intervals import Every
     from trainer.cluster.stop import Stop
@@ -67,9 +67,10 @@ def trained(world, folder, slow_rank, what, strategy):
     store = open_store(folder)
     attempt = world.from_rank0(lambda: lineage.begin(store, {}))
     world.from_rank0(lambda: lineage.amend(store, attempt, {"resumed_from": {"step": 0}}))
-    saver = Saver(store, world, attempt, config={}, every=Every())
-    loop.train(job, State(), saver, Stop(world))
-    return tracker.said, job.pace.totals().peak_bytes
+    saver, state, stop = a_saver_for(store, attempt, world), State(), Stop(world)
+    timing = loop.start_timing(job, state, saver, stop)
+    loop.train(job, state, saver, stop, timing=timing)
+    return tracker.said, timing.totals().peak_bytes
 
 
 CASES = [(1, "forward", "ddp"), (0, "data", "ddp"), (1, "forward", "fsdp")]
@@ -83,9 +84,9 @@ def test_the_slow_rank_is_named_once(on_ranks, tmp_path):
     for answers in on_ranks(2, all_cases, str(tmp_path)):
         for (slow_rank, what, _), (said, peaks) in zip(CASES, answers, strict=True):
             (text,) = said  # on rank 0 it is heard
-            assert text.startswith(f"rank {slow_rank} (")
-            data_s = float(text.partition("its data takes ")[2].split()[0])
-            forward_s = float(text.partition("its forward ")[2].split()[0])
+            assert text.startswith(f"straggler: rank {slow_rank} (")
+            data_s = float(text.partition("its data: ")[2].split()[0])
+            forward_s = float(text.partition("its forward: ")[2].split()[0])
             assert (data_s if what == "data" else forward_s) >= SLOW_S
             assert len(peaks) == 2
             assert min(peaks) > 10_000_000

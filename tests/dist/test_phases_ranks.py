@@ -89,7 +89,7 @@ def runs(world, folder, options):
     from trainer.core import rng
     from trainer.checkpoint import lineage
     from trainer.checkpoint.retention import Retention
-    from trainer.checkpoint.saver import Saver
+    from support.savers import a_saver_for
     from trainer.checkpoint.tiers import Tiers
     from trainer.config.schema import Run
     from trainer.data.source import EvalStream, TrainStream
@@ -117,7 +117,7 @@ def runs(world, folder, options):
         origin = {"step": start.step, "attempt": None}
         world.from_rank0(lambda: lineage.amend(store, attempt, {"resumed_from": origin}))
         retention = Retention(store, attempt, keep_last=9)
-        saver = Saver(store, world, attempt, config={}, every=Every(), retention=retention)
+        saver = a_saver_for(store, attempt, world, retention=retention)
         assert loop.train(job, state, saver, Stop(world))
         assert measures == ("generator_loss" in state.metrics)
         if measures:  # parts of a sharded model are called there

@@ -11,6 +11,7 @@ from trainer import checkpoint
 from trainer.checkpoint import lineage
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
+from support.savers import a_saver_for
 from trainer.cluster.world import World
 from trainer.errors import SaveHangsError, StoreError
 from trainer.core.intervals import Every
@@ -23,16 +24,8 @@ def begin(world: World, store: LocalStore, **settings) -> Saver:
     attempt = world.from_rank0(lambda: lineage.begin(store, {}))
     world.from_rank0(lambda: lineage.amend(store, attempt, {"resumed_from": {"step": 0}}))
     said: list[str] = []
-    saver = Saver(
-        store,
-        world,
-        attempt,
-        config={},
-        every=Every(),
-        retention=Retention(store, attempt, keep_last=100),
-        say=said.append,
-        **settings,
-    )
+    retention = Retention(store, attempt, keep_last=100)
+    saver = a_saver_for(store, attempt, world, retention=retention, say=said.append, **settings)
     saver.said = said
     return saver
 
@@ -48,9 +41,8 @@ def content_of(world: World, step: int) -> checkpoint.Content:
 def walk(world: World, saver: Saver, steps, *, due, until=lambda: False):
     """Pass boundaries as the loop does; return the step at which an error surfaced, and it."""
     stop = Stop(world)
-    stop.saves_ended = saver.ended
     for step in steps:
-        vote = stop.agree()
+        vote = stop.agree(saves=saver)
         content = partial(content_of, world, step)
         try:
             saver.at_boundary(State(step=step), content, due=due(step), ended=vote.saves_ended)

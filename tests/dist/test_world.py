@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 from trainer.cluster.world import World
 from trainer.errors import CheckpointError, DataError
@@ -48,18 +49,20 @@ def stop_at(world: World, rank: int, boundary: int):
     """Walk over 12 boundaries; one rank gets a signal before one of them."""
     stop = Stop(world)
     stop.listen(["SIGUSR1", "SIGTERM"])
-    stop.save_due = lambda: world.rank == 1  # only rank 0's clock counts
-    saves = 0
+    saves = SimpleNamespace(  # only rank 0's clock counts
+        reserve_s=0.0, due_by_clock=lambda: world.rank == 1, ended=lambda: 0
+    )
+    count = 0
     for step in range(12):
         if (world.rank, step) == (rank, boundary):
             os.kill(os.getpid(), signal.SIGUSR1)
             os.kill(os.getpid(), signal.SIGUSR1)
-        saves += stop.agree().save_due
+        count += stop.agree(saves=saves).save_due
         if stop.reason:
             break
     stop.settle()
     stop.restore_handlers()
-    return step, stop.reason, saves
+    return step, stop.reason, count
 
 
 def test_one_ranks_signal_stops_all_at_the_same_boundary(on_ranks):

@@ -1,6 +1,7 @@
 """Jobs built and trained by hand, without Hydra, in one process; and all that moves in them."""
 
 import torch
+from support.savers import a_saver_for
 from torch import nn
 
 from trainer.checkpoint import lineage
@@ -98,11 +99,11 @@ def a_saver(folder, start=None, *, every=None, store=None, **settings):
     origin = {"step": start.step if start else 0, "attempt": None}
     lineage.amend(store, attempt, {"resumed_from": origin})
     retention = Retention(store, attempt, keep_last=100)
-    settings = {"retention": retention, "config": {}, "every": every or Every(), **settings}
-    saver = Prompt(store, World(), attempt, **settings)
-    if start is not None and start.manifest is not None:
-        saver.committed_step = start.step
-    return saver
+    resumed = start is not None and start.manifest is not None
+    settings = {"retention": retention, "every": every or Every(), **settings}
+    return a_saver_for(
+        store, attempt, kind=Prompt, resumed_step=start.step if resumed else None, **settings
+    )
 
 
 def go_on(folder, job, **settings):

@@ -5,16 +5,15 @@ from functools import partial
 from itertools import combinations, product
 
 import torch
+from support.savers import a_saver_for
 from torch.nn.utils import clip_grad_norm_
 
 from trainer.checkpoint import lineage
-from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.tiers import Tiers
 from trainer.cluster.stop import Stop
 from trainer.config import targets
 from trainer.config.schema import Parallel, Run, Sample, Trainer
 from trainer.core import rng
-from trainer.core.intervals import Every
 from trainer.core.state import State
 from trainer.data import order
 from trainer.storage import open_store
@@ -238,8 +237,7 @@ def train(world, case, folder, max_steps):
     store = open_store(str(folder))
     attempt = world.from_rank0(lambda: lineage.begin(store, {"resume": "auto"}))
     job, state = load(world, case, folder, max_steps)
-    saver = Saver(store, world, attempt, config={}, every=Every())
-    saver.committed_step = state.step or None
+    saver = a_saver_for(store, attempt, world, resumed_step=state.step or None)
     assert loop.train(job, state, saver, Stop(world))
     return job, state
 

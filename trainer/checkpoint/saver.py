@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.checkpoint import lineage
@@ -40,76 +40,108 @@ class _Flight:
     """How long updates had waited for earlier saves, all together."""
 
 
-class Saver:
-    """Saves the checkpoints of one attempt and deletes those that are no longer wanted.
+@dataclass(frozen=True, kw_only=True)
+class SaveTarget:
+    """The run that checkpoints belong to, and the attempt that writes them."""
 
-    One save is in flight at a time. It ends on a thread of its own; what came of it is known to
-    all ranks at the next boundary after it has ended on the last of them.
+    store: Store
+    """The run's store."""
+    world: World
+    attempt: Attempt
+    config: Mapping[str, Any]
+    """Configuration stored in every manifest."""
+    is_shared: bool = True
+    """True if all nodes see the same files in `store`."""
+    resumed_step: int | None = None
+    """Step of this run's checkpoint that the attempt resumed from."""
+    last_save_s: float | None = None
+    """Duration of the last save of an earlier attempt, seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavePolicy:
+    """Save intervals, time limits, and the reaction to a failed save."""
+
+    every: intervals.Every = field(default_factory=intervals.Every)
+    """Interval in steps and epochs."""
+    every_s: float | None = None
+    """Interval by rank 0's clock, seconds; None: no interval."""
+    timeout_s: float = 1800.0
+    """Seconds after which an unfinished save ends the attempt."""
+    grace_s: float = math.inf
+    """Seconds between a signal and SIGKILL; slower saves cause a warning."""
+    stop_on_error: bool = False
+    """Raise at the first failed save; the third consecutive failure always raises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveHooks:
+    """Functions that a saver calls on rank 0."""
+
+    before_commit: Callable[[], None] = lambda: None
+    """Called before each manifest is written, on the save thread."""
+    say: Callable[[str], None] = print
+    """Called with messages for the user."""
+    saved: Callable[[Mapping[str, Any]], None] = lambda save: None
+    """Called once a save is committed, with `step`, `attempt`, `time` (start, seconds since 1970),
+    `save_s`, `stall_s` and `bytes`."""
+
+
+class Saver:
+    """Saves the checkpoints of one attempt and deletes expired ones.
+
+    At most one save is in flight. It finishes on its own thread; all ranks learn its result at the
+    first boundary after it has ended on every rank. Every method is collective and runs on the
+    training thread.
 
     Args:
-        store: the run's store.
-        world: the ranks; every method is collective, on the thread that trains.
-        attempt: this attempt.
-        config: the configuration as it is stored in every manifest.
-        every: intervals in steps and epochs.
-        every_s: seconds between saves by rank 0's clock, or None.
-        retention: what is kept in `store`; None: the two newest.
-        mirror: copies what is committed to a second store.
-        is_shared: whether `store` is the same place on all nodes.
-        stop_on_error: raise when a save fails, instead of going on (three in a row always raise).
-        timeout_s: seconds after which a save that has not ended ends the attempt.
-        grace_s: seconds between a signal and SIGKILL, with which saves are compared.
-        before_commit: called on rank 0 before each manifest is written, on the save's thread.
-        say: called on rank 0 with what a person should know.
-        saved: called on rank 0 with what a save was, when it is known to be committed: `step`,
-            `attempt`, `time` of its begin (since 1970), `save_s`, `stall_s`, `bytes`.
-        clock: seconds, monotonic.
+        target: store, ranks, attempt and configuration.
+        policy: intervals and time limits.
+        retention: deletes expired checkpoints; None: keep the two newest.
+        mirror: copies committed checkpoints to a second store.
+        hooks: functions called on rank 0.
+        clock: returns monotonic seconds.
     """
 
     def __init__(
         self,
-        store: Store,
-        world: World,
-        attempt: Attempt,
-        *,
-        config: Mapping[str, Any],
-        every: intervals.Every,
-        every_s: float | None = None,
+        target: SaveTarget,
+        policy: SavePolicy,
         retention: Retention | None = None,
         mirror: Mirror | None = None,
-        is_shared: bool = True,
-        stop_on_error: bool = False,
-        timeout_s: float = 1800.0,
-        grace_s: float = math.inf,
-        before_commit: Callable[[], None] = lambda: None,
-        say: Callable[[str], None] = print,
-        saved: Callable[[Mapping[str, Any]], None] = lambda save: None,
+        hooks: SaveHooks | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.every = every
-        self.committed_step: int | None = None
-        """The step of the newest checkpoint that this attempt committed or resumed from."""
-        self.save_s: float | None = None
-        """How long the last save took, or those of an earlier attempt; None: unknown."""
+        self.policy = policy
+        self.committed_step = target.resumed_step
+        """Step of the newest checkpoint that this attempt committed or resumed from."""
+        self.save_s = target.last_save_s
+        """Duration of the last save, seconds; None: unknown."""
         self.stall_s = 0.0
-        """For how long saves held the thread that trains between steps, all together."""
-        self._store, self._world, self._attempt = store, world, attempt
-        self._writer = Writer(store, world, attempt)
-        self._config = config
-        self._every_s = every_s
-        self._retention = retention or Retention(store, attempt)
-        self._mirror, self._is_shared, self._aside = mirror, is_shared, world.aside()
-        self._stop_on_error = stop_on_error
-        self._timeout_s, self._grace_s = timeout_s, grace_s
+        """Total time that saves blocked the training thread between steps, seconds."""
+        self._store, self._world, self._attempt = target.store, target.world, target.attempt
+        self._writer = Writer(target.store, target.world, target.attempt)
+        self._config, self._is_shared = target.config, target.is_shared
+        self._retention = retention or Retention(target.store, target.attempt)
+        self._mirror, self._aside = mirror, target.world.aside()
+        self._hooks, self._clock = hooks or SaveHooks(), clock
         self._fitted_grace = True
-        self._before_commit, self._say, self._clock = before_commit, say, clock
-        self._saved = saved
         self._last_save_s = clock()
         self._failures = 0
         self._flight: _Flight | None = None
         self._begun = 0
         self._is_due = False
-        self._notes: list[str] = []  # from the save's thread, for a person
+        self._notes: list[str] = []  # messages from the save thread
+
+    @property
+    def reserve_s(self) -> float:
+        """Seconds to reserve before a deadline: two saves, and two copies to the mirror."""
+        copy_s = self._mirror.copy_s if self._mirror is not None else 0.0
+        return 2 * ((self.save_s or 0.0) + copy_s)
+
+    def discard_commit(self) -> None:
+        """Mark the current step as unsaved, because its state has changed since the commit."""
+        self.committed_step = None
 
     @property
     def update_stall_s(self) -> float:
@@ -126,13 +158,16 @@ class Saver:
 
     def due_by_clock(self) -> bool:
         """Return whether `every_s` has passed since the last save. Rank 0's answer counts."""
-        return self._every_s is not None and self._clock() - self._last_save_s >= self._every_s
+        return (
+            self.policy.every_s is not None
+            and self._clock() - self._last_save_s >= self.policy.every_s
+        )
 
     def ended(self) -> int:
         """Return how many saves of this attempt have ended on this rank, or take too long."""
         if self._flight is None:
             return self._begun
-        late = self._clock() - self._flight.began_s > self._timeout_s
+        late = self._clock() - self._flight.began_s > self.policy.timeout_s
         return self._begun if late or self._flight.save.ended else self._begun - 1
 
     def at_boundary(
@@ -191,7 +226,7 @@ class Saver:
             self._await_mirror(until_s)
         except _OutOfTime as error:
             if self._world.rank == 0:
-                self._say(str(error))
+                self._hooks.say(str(error))
 
     def finish(self) -> None:
         """Wait for the save that is under way, if there is one. Collective; raises as above."""
@@ -205,10 +240,10 @@ class Saver:
         if not self._mirror.settle(0.0):
             step = self.committed_step or 0
             if self._world.rank == 0:
-                self._say(f"copying step {step:,} to {self._mirror.url}")
+                self._hooks.say(f"copying step {step:,} to {self._mirror.url}")
             left_s = None if until_s is None else max(until_s - self._clock(), 0.0)
             if not self._mirror.settle(left_s) and self._world.rank == 0:
-                self._say(
+                self._hooks.say(
                     f"NOT COPIED: step {step:,} is in {self._store.url} alone; the next attempt "
                     "copies it, if it finds it there"
                 )
@@ -216,7 +251,7 @@ class Saver:
 
     def _check(self) -> None:
         """Refuse a commit that must not be. Rank 0, on the save's thread."""
-        self._before_commit()
+        self._hooks.before_commit()
         if self._mirror is not None and self._mirror.superseded is not None:
             raise self._mirror.superseded
 
@@ -283,7 +318,7 @@ class Saver:
         if self._world.rank != 0:
             return
         stall_s = flight.stall_s + self._writer.stall_s - flight.updates_s + waited_s
-        self._saved(
+        self._hooks.saved(
             {
                 "step": flight.step,
                 "attempt": self._attempt.number,
@@ -298,21 +333,21 @@ class Saver:
         """Say what came up on other threads."""
         for notes in (self._notes, self._mirror.notes if self._mirror is not None else []):
             while notes:
-                self._say(notes.pop(0))
+                self._hooks.say(notes.pop(0))
 
     def compare_with_grace(self) -> None:
         """Say so, when a save no longer fits into the grace time. Any rank; rank 0 speaks."""
-        fits = self.save_s is None or self.save_s <= self._grace_s
+        fits = self.save_s is None or self.save_s <= self.policy.grace_s
         if not fits and self._fitted_grace and self._world.rank == 0:
-            self._say(
-                f"A SAVE TAKES {self.save_s:.0f} s, and preemption.grace_s is {self._grace_s:.0f}: "
-                "a stop may come without one. What counts then is the newest checkpoint of the "
-                "interval; raise the scheduler's lead time, or lower checkpoint.every_s"
+            self._hooks.say(
+                f"warning: a save takes {self.save_s:.0f} s, longer than preemption.grace_s="
+                f"{self.policy.grace_s:.0f}, so a preempted attempt may end without a last save. "
+                "Increase the scheduler's lead time, or lower checkpoint.every_s"
             )
         self._fitted_grace = fits
 
     def _result(self, flight: _Flight, until_s: float | None) -> Manifest:
-        hangs_s = flight.began_s + self._timeout_s
+        hangs_s = flight.began_s + self.policy.timeout_s
         end_s = hangs_s if until_s is None else min(hangs_s, until_s)
         try:
             return flight.save.result(max(end_s - self._clock(), 0.0))
@@ -323,17 +358,17 @@ class Saver:
                     "was left"
                 ) from None
             raise SaveHangsError(
-                f"the save of step {flight.step:,} has not ended after {self._timeout_s:,.0f} s "
-                f"(checkpoint.timeout_s); {self._store.url} seems to hang. Checkpoints "
-                "that were committed before it stand"
+                f"the save of step {flight.step:,} has not ended after "
+                f"{self.policy.timeout_s:,.0f} s (checkpoint.timeout_s). Check whether "
+                f"{self._store.url} hangs. Earlier checkpoints are intact"
             ) from None
 
     def _failed(self, step: int, error: PerdureError) -> None:
         self._failures += 1
-        if self._stop_on_error or self._failures >= _MAX_FAILURES_IN_A_ROW:
+        if self.policy.stop_on_error or self._failures >= _MAX_FAILURES_IN_A_ROW:
             raise error
         if self._world.rank == 0:
-            self._say(
+            self._hooks.say(
                 f"SAVE FAILED at step {step:,} ({self._failures} in a row; "
                 f"{_MAX_FAILURES_IN_A_ROW} stop the run): {error}. Training goes on; earlier "
                 "checkpoints stand."

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from trainer.cluster import agreement
 from trainer.cluster.agreement import Vote
@@ -19,24 +19,60 @@ DEADLINE = 1000
 _POLL_S = 0.02
 
 
+class Saves(Protocol):
+    """Save state that a rank contributes to each vote."""
+
+    @property
+    def reserve_s(self) -> float:
+        """Seconds to reserve before a deadline for the last saves."""
+
+    def due_by_clock(self) -> bool:
+        """Return whether a save is due by rank 0's clock."""
+
+    def ended(self) -> int:
+        """Return the number of saves that have ended on this rank."""
+
+
+class _NoSaves:
+    """The save state of a rank that saves nothing."""
+
+    reserve_s = 0.0
+
+    def due_by_clock(self) -> bool:
+        return False
+
+    def ended(self) -> int:
+        return 0
+
+
+NO_SAVES: Saves = _NoSaves()
+"""The save state outside a training run, in an evaluation for example."""
+
+
 class Stop:
     """Whether the ranks have agreed to stop, and what else they agree on at every boundary.
 
     A vote has a whole step to travel: what one rank saw before step k is known to all at the
     boundary after step k, at the same step on every rank. Only the first vote, and those while some
     rank waits for data, are waited for. Making one is collective.
+
+    Args:
+        world: the ranks.
+        grace_s: seconds between a signal and SIGKILL.
+        deadline: called on rank 0 at every boundary with the seconds to reserve for saves; returns
+            True when the attempt must end.
     """
 
-    def __init__(self, world: World, *, grace_s: float = 30.0) -> None:
-        self._world = world
+    def __init__(
+        self,
+        world: World,
+        *,
+        grace_s: float = 30.0,
+        deadline: Callable[[float], bool] = lambda reserve_s: False,
+    ) -> None:
+        self._world, self._deadline = world, deadline
         self.grace_s = grace_s
         """Seconds between a signal and SIGKILL."""
-        self.save_due: Callable[[], bool] = lambda: False
-        """Asked on rank 0 at every boundary."""
-        self.saves_ended: Callable[[], int] = lambda: 0
-        """Asked on every rank at every boundary."""
-        self.deadline: Callable[[], bool] = lambda: False
-        """Asked on rank 0 at every boundary: whether it is time to leave."""
         self.reason = 0
         """Number of the signal that the ranks agreed on, `DEADLINE`, or 0."""
         self.waited_s = 0.0
@@ -96,48 +132,53 @@ class Stop:
 
     # --- what is agreed --------------------------------------------------------------------------
 
-    def agree(self, has: Callable[[int], bool] = lambda count: True) -> Vote:
-        """Return what the ranks agree on; sets `reason`. Collective, once a boundary.
+    def agree(
+        self, has: Callable[[int], bool] = lambda count: True, saves: Saves = NO_SAVES
+    ) -> Vote:
+        """Agree on this boundary's vote; set `reason`. Collective, once per boundary.
 
         Args:
-            has: whether this rank has the data of so many steps. Until every rank has that of the
-                next one, or the ranks stop, the call does not return.
+            has: returns True if this rank has the data for that many steps. The call blocks until
+                every rank has the data for the next step, or the ranks stop.
+            saves: save state of this rank.
         """
         self.boundaries += 1
         agreed = self._take()
         if agreed is None or has != self._asked:  # that vote was of other data, if of any
             self._asked = has
-            agreed = self._now(has)
+            agreed = self._now(has, saves)
         if not agreed.ready and not agreed.reason:
-            agreed = self._wait(has)
+            agreed = self._wait(has, saves)
         self.reason = self.reason or agreed.reason
         if self._votes is not None:
-            self._votes.send(self._mine(has(2)))
+            self._votes.send(self._mine(has(2), saves))
             self._in_flight = True
         return agreed
 
-    def _wait(self, has: Callable[[int], bool]) -> Vote:
+    def _wait(self, has: Callable[[int], bool], saves: Saves) -> Vote:
         """Agree again and again, until every rank has its data or the ranks stop."""
         began = time.monotonic()
-        agreed = self._now(has)
+        agreed = self._now(has, saves)
         while not agreed.ready and not agreed.reason:
             if not has(1):
                 time.sleep(_POLL_S)
-            agreed = self._now(has)
+            agreed = self._now(has, saves)
         self.waited_s += time.monotonic() - began
         return agreed
 
-    def _now(self, has: Callable[[int], bool]) -> Vote:
-        mine = self._mine(has(1))
+    def _now(self, has: Callable[[int], bool], saves: Saves) -> Vote:
+        mine = self._mine(has(1), saves)
         if self._votes is None:
             return mine
         self._votes.send(mine)
         return self._votes.take()
 
-    def _mine(self, has_data: bool) -> Vote:
+    def _mine(self, has_data: bool, saves: Saves) -> Vote:
         is_first = self._world.rank == 0
-        reason = self._received or (DEADLINE if is_first and self.deadline() else 0)
-        return Vote(reason, is_first and self.save_due(), self.saves_ended(), has_data)
+        reason = self._received
+        if is_first and not reason and self._deadline(saves.reserve_s):
+            reason = DEADLINE
+        return Vote(reason, is_first and saves.due_by_clock(), saves.ended(), has_data)
 
     def _take(self) -> Vote | None:
         """Return what the ranks said together since the last boundary, if they did."""

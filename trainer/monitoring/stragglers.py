@@ -1,4 +1,4 @@
-"""What of a step's time is a rank's own, and which rank keeps the others waiting."""
+"""Detection of ranks that keep the others waiting."""
 
 import math
 import statistics
@@ -12,62 +12,66 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.cluster.world import World
 
-_RATIO, _MORE_S, _STEPS, _AGAIN_S = 1.3, 0.002, 20, 600.0
-"""A rank is slow whose own time is so many medians and so much more, over so many steps; how long
-after that it may be said again."""
+_MIN_RATIO = 1.3
+"""Minimum ratio of a straggler's own time per step to the ranks' median."""
+_MIN_EXCESS_S = 0.002
+"""Minimum excess of a straggler's own time per step over the ranks' median, seconds."""
+_WINDOW_STEPS = 20
+"""Steps over which the ranks' times are averaged."""
+_REPEAT_S = 600.0
+"""Minimum time between two messages about the same rank, seconds."""
 
 
-class OwnTime:
-    """What of this rank's time is its own: its losses, less where they wait for other ranks.
+class ForwardTimer:
+    """Time of this rank's forward passes, without waiting for other ranks.
 
-    DDP's forward begins with rank 0's buffers, and FSDP's gathers parameters in between, so that
-    only what the task does besides is known to be its own. On a GPU it is between events.
+    DDP's forward begins with a broadcast of rank 0's buffers, and FSDP's gathers parameters, so
+    only the rest of the task's loss is this rank's own time. On a GPU, CUDA events measure it.
+
+    Args:
+        world: the ranks.
+        wrapped: the modules that training calls; hooks there exclude their waits.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, wrapped: Sequence[nn.Module]) -> None:
         self._on_gpu = world.device.type == "cuda"
         self._spans: list[tuple[Any, Any]] = []
         self._waits: list[tuple[Any, Any]] = []
-        self._since: Any = None
-        self._waits_since: Any = None
+        self._began: Any = None
+        self._wait_began: Any = None
         self._handles: list[Any] = []
-
-    def hook(self, wrapped: Sequence[nn.Module]) -> None:
-        """Leave out what these wait for in their forward, from now on."""
         for module in wrapped:
             is_ddp = isinstance(module, DistributedDataParallel)
             if is_ddp or hasattr(module, "set_requires_gradient_sync"):
-                begin = module.register_forward_pre_hook(self._wait_begins, prepend=True)
+                begin = module.register_forward_pre_hook(self._begin_wait, prepend=True)
                 end = (
-                    module.module.register_forward_pre_hook(self._wait_ends)
+                    module.module.register_forward_pre_hook(self._end_wait)
                     if isinstance(module, DistributedDataParallel)
-                    else module.register_forward_hook(self._wait_ends)
+                    else module.register_forward_hook(self._end_wait)
                 )
                 self._handles += [begin, end]
 
     def unhook(self) -> None:
-        """Leave the modules as they were."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def begins(self) -> None:
-        """A loss is about to be computed."""
-        self._since = self._mark()
+    def __enter__(self) -> None:
+        self._began = self._mark()
 
-    def ends(self) -> None:
-        """It has been."""
-        self._spans.append((self._since, self._mark()))
-        self._since = None
+    def __exit__(self, *_: object) -> None:
+        self._spans.append((self._began, self._mark()))
+        self._began = None
 
-    def _wait_begins(self, *_: Any) -> None:
-        if self._since is not None:  # not in an evaluation
-            self._waits_since = self._mark()
+    def _begin_wait(self, *_: Any) -> None:
+        if self._began is not None:  # not in an evaluation
+            self._wait_began = self._mark()
 
-    def _wait_ends(self, *_: Any) -> None:
-        if self._waits_since is not None:
-            self._waits.append((self._waits_since, self._mark()))
-            self._waits_since = None
+    def _end_wait(self, *_: Any) -> None:
+        if self._wait_began is not None:
+            self._waits.append((self._wait_began, self._mark()))
+            self._wait_began = None
 
     def _mark(self) -> Any:
         if not self._on_gpu:
@@ -79,48 +83,55 @@ class OwnTime:
     def take(self) -> float:
         """Return the seconds since the last call. Waits for the GPU."""
         spans, waits, self._spans, self._waits = self._spans, self._waits, [], []
-        return sum(map(self._between, spans)) - sum(map(self._between, waits))
+        return sum(map(self._length_s, spans)) - sum(map(self._length_s, waits))
 
-    def _between(self, span: tuple[Any, Any]) -> float:
+    def _length_s(self, span: tuple[Any, Any]) -> float:
         if not self._on_gpu:
             return float(span[1] - span[0])
         span[1].synchronize()
         return float(span[0].elapsed_time(span[1])) / 1000
 
 
-class Slowest:
-    """Says which rank takes longest, when that is much longer than the others, now and then."""
+class StragglerDetector:
+    """Detection of the rank whose own time per step exceeds the others'.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.hosts: Sequence[str] = ()
-        self._clock = clock
-        self._sums: list[list[float]] = []
+    Args:
+        hosts: host name of each rank.
+        clock: returns seconds.
+    """
+
+    def __init__(self, hosts: Sequence[str], clock: Callable[[], float]) -> None:
+        self._hosts, self._clock = hosts, clock
+        self._sums = [[0.0, 0.0] for _ in hosts]
         self._steps = 0
-        self._said: dict[int, float] = {}
+        self._reported_at: dict[int, float] = {}
 
     def add(self, ranks: Sequence[tuple[float, float]], steps: int) -> str:
-        """Take (data, forward) in s a step of each rank; return what there is to say, or ""."""
-        if not self._sums:
-            self._sums = [[0.0, 0.0] for _ in ranks]
+        """Add some steps; return a message about a straggler, or an empty string.
+
+        Args:
+            ranks: data and forward seconds per step of each rank.
+            steps: number of steps.
+        """
         for total, (data_s, forward_s) in zip(self._sums, ranks, strict=True):
             total[0] += data_s * steps
             total[1] += forward_s * steps
         self._steps += steps
-        if self._steps < _STEPS:
+        if self._steps < _WINDOW_STEPS:
             return ""
         means = [(data / self._steps, forward / self._steps) for data, forward in self._sums]
-        self._sums, self._steps = [], 0
-        whole = [sum(each) for each in means]
-        usual_s, most_s = statistics.median_low(whole), max(whole)
-        rank = whole.index(most_s)
-        if most_s <= _RATIO * usual_s or most_s <= usual_s + _MORE_S:
+        self._sums, self._steps = [[0.0, 0.0] for _ in means], 0
+        times = [data_s + forward_s for data_s, forward_s in means]
+        median_s, max_s = statistics.median_low(times), max(times)
+        rank = times.index(max_s)
+        if max_s <= _MIN_RATIO * median_s or max_s <= median_s + _MIN_EXCESS_S:
             return ""
-        if self._clock() - self._said.get(rank, -math.inf) < _AGAIN_S:
+        if self._clock() - self._reported_at.get(rank, -math.inf) < _REPEAT_S:
             return ""
-        self._said[rank] = self._clock()
+        self._reported_at[rank] = self._clock()
         data_s, forward_s = means[rank]
         return (
-            f"rank {rank} ({self.hosts[rank]}) is slow: {most_s:.3g} s of its own in a step where "
-            f"the median is {usual_s:.3g} s; its data takes {data_s:.3g} s, its forward "
-            f"{forward_s:.3g} s"
+            f"straggler: rank {rank} ({self._hosts[rank]}) takes {max_s:.3g} s per step, the "
+            f"median rank {median_s:.3g} s (its data: {data_s:.3g} s, its forward: "
+            f"{forward_s:.3g} s)"
         )

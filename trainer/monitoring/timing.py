@@ -1,291 +1,287 @@
-"""How fast steps are taken, what they wait for, and which rank keeps the others waiting."""
+"""Step times, waiting times and stragglers of one attempt."""
 
 import math
 import resource
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint.saver import Saver
-from trainer.cluster.stop import Stop
 from trainer.cluster.world import World
-from trainer.data.source import Feed
-from trainer.monitoring.stragglers import OwnTime, Slowest
+from trainer.monitoring.stragglers import ForwardTimer, StragglerDetector
 
-_MEMORY_EVERY_S = 1.0
-_RESOLUTION = 1.02
-"""Of the step times that are kept over an attempt."""
-_OWN = 3
-"""Numbers that a rank tells of itself: data and forward (s a step), and its peak memory (bytes)."""
+_MEMORY_INTERVAL_S = 1.0
+"""Minimum time between two readings of this rank's peak memory, seconds."""
+_BUCKET_RATIO = 1.02
+"""Ratio of neighboring buckets in the histogram of step times."""
+_RANK_VALUES = 3
+"""Values that each rank reports: data and forward seconds per step, peak memory in bytes."""
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What an attempt's steps came to; all of rank 0, but for the memory."""
+    """Timing totals of one attempt, measured on rank 0 (peak memory: all ranks)."""
 
     seconds: float
-    """From the first step's beginning on, with evaluations and saves."""
+    """Time since the first step began, evaluations and saves included."""
     steps: int
     samples: int
     step_s: float
-    """Spent in steps, their data included; evaluations and what saves do between steps are not."""
+    """Time in steps, waiting for data included, without evaluations and saves between steps."""
     step_p50_s: float
     step_p95_s: float
     data_wait_s: float
     eval_s: float
     save_stall_s: float
     peak_bytes: tuple[int, ...]
-    """The most memory that each rank had: allocated on its GPU, or resident."""
+    """Peak memory of each rank: allocated on its GPU, or resident."""
     mfu: float | None
-    """Model FLOPs of the steps over what the device could have done in their time, 0 … 1: A.
+    """Model FLOPs of the steps divided by the device's peak FLOPs in their time, 0 … 1: A.
     Chowdhery et al., PaLM: Scaling Language Modeling with Pathways, 2022, appendix B."""
 
 
-class Pace:
-    """Times the steps of one attempt on this rank: two looks at the clock a step.
+class Timing:
+    """Ledger of the time that one attempt spends on this rank: two clock reads per step.
 
-    A step lasts from one boundary to the next, less evaluations and what the saver does between
-    steps. Nothing waits for a GPU: there a step is over when its kernels are queued, so that the
-    one that logs, which waits for them, takes the time of those before it. With several ranks,
-    each also times what is its own, its data and its forward, and the ranks tell each other in the
-    sum that makes a line of figures anyway.
+    A step lasts from one step boundary to the next, without evaluations and without the saver's
+    work between steps. Nothing waits for a GPU: there a step ends when its kernels are queued, so
+    a step that logs, which does wait for them, includes the time of the steps before it. With
+    several ranks, each also measures its own data and forward time, and the ranks exchange these in
+    the reduction that computes the logged metrics. The constructor is collective.
 
     Args:
         world: the ranks.
-        flops_per_step: of the model, on one rank; None: unknown.
-        peak_flops_per_s: of one rank's device; None: unknown.
+        samples: samples consumed before this attempt.
+        waits: total seconds measured elsewhere. `data_wait`: some rank had no data. `save_stall`:
+            saves blocked the training thread between steps. `update_stall`: they blocked updates.
+        wrapped: the modules that training calls. Hooks there exclude waiting for other ranks.
+        say: called with a message about a straggler, on every rank.
+        items: plural noun for what the task's weights count.
+        flops_per_step: model FLOPs per step on one rank; None: unknown.
+        peak_flops_per_s: peak of one rank's device; None: unknown.
         clock: returns seconds.
     """
 
     def __init__(
         self,
         world: World,
-        *,
-        flops_per_step: int | None = None,
-        peak_flops_per_s: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.flops_per_step, self.peak_flops_per_s = flops_per_step, peak_flops_per_s
-        self._world, self._clock = world, clock
-        self.own_time = OwnTime(world) if world.size > 1 else None
-        """Told where a loss begins and ends; None: there is no other rank."""
-        self._slow = Slowest(clock)
-        self._steps: list[float] = []  # seconds, since the last lap
-        self._is_open = False
-        self._away_s = self._data_s = self._stall_s = self._waited_s = self._starved_s = 0.0
-        self._items: Tensor | None = None
-        self._durations: Counter[int] = Counter()
-        self._count, self._step_s, self._data_all_s, self._eval_s = 0, 0.0, 0.0, 0.0
-        self._peak_bytes = [0] * world.size
-        self._memory_at = -math.inf
-        self._laps = 0
-        self.is_started = False
-
-    # --- what the loop tells ---------------------------------------------------------------------
-
-    def start(
-        self,
         samples: int,
-        saver: Saver,
-        stop: Stop,
+        waits: Mapping[str, Callable[[], float]],
         *,
         wrapped: Sequence[nn.Module] = (),
         say: Callable[[str], None] = print,
         items: str = "items",
+        flops_per_step: int | None = None,
+        peak_flops_per_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begin to count. Collective.
-
-        Args:
-            samples: consumed before this attempt.
-            saver: knows what saves keep the training from.
-            stop: knows how long ranks waited until each of them had its data.
-            wrapped: what training calls; hooks there leave out what waits for other ranks.
-            say: called with a sentence about a slow rank. Any rank; rank 0's is heard.
-            items: what the task weighs by, in the plural.
-        """
-        self._saver, self._stop, self._say, self._item_name = saver, stop, say, items
-        self.feed: Feed[Any] | None = None
+        self._world, self._clock, self._say, self._item_name = world, clock, say, items
+        self._flops_per_step, self._peak_flops_per_s = flops_per_step, peak_flops_per_s
+        self.forward = ForwardTimer(world, wrapped) if world.size > 1 else None
+        """Timer of this rank's forward passes; None: there is only one rank."""
+        self._stragglers: StragglerDetector | None = None
+        if world.size > 1:
+            self._stragglers = StragglerDetector(world.gather(socket.gethostname()), clock)
+        self._waits = waits
+        self._seconds = dict.fromkeys(("data", "starved", "eval", "wait_in_eval"), 0.0)
+        self._steps: list[float] = []  # seconds per step, since the last lap
+        self._is_open = False  # a step has begun
+        self._items: Tensor | None = None
+        self._histogram: Counter[int] = Counter()
+        self._step_count, self._step_s, self._laps = 0, 0.0, 0
+        self._peak_bytes = [0] * world.size
+        self._memory_read_at = -math.inf
         self._first_samples = self._samples = samples
-        self._stalls_before = saver.stall_s + saver.update_stall_s
-        self._stall_s, self._waited_s, self._stalled_s = (
-            saver.stall_s, stop.waited_s, self._stalls_before,
-        )  # fmt: skip
-        self._first = self._began = self._lap_at = self._clock()
-        if self.own_time is not None:
-            self.own_time.hook(wrapped)
-            self._slow.hosts = self._world.gather(socket.gethostname())
-        self.is_started = True
+        self._at_start = self._at_lap = self._read()
+        self._outside_s = self._outside()
+        self._started_at = self._step_began = self._lap_began = clock()
 
-    def begin(self) -> None:
-        """Take note that a step begins, the next thing being its data."""
+    # --- called by the training loop -------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """Record that a step begins; fetching its data comes next."""
         now = self._clock()
         if self._is_open:
-            self._close(now)
-        self._is_open, self._fetch_at = True, now
+            self._end_step(now)
+        self._is_open, self._fetch_began = True, now
 
-    def fed(self) -> None:
-        """Take note that the step has its data."""
-        self._data_s += self._clock() - self._fetch_at
+    def data_ready(self) -> None:
+        """Record that the step has its data."""
+        self._seconds["data"] += self._clock() - self._fetch_began
 
-    def _close(self, now: float) -> None:
-        stall_s = self._saver.stall_s
-        self._steps.append(now - self._began - self._away_s - (stall_s - self._stall_s))
-        self._began, self._stall_s, self._away_s = now, stall_s, 0.0
+    def _end_step(self, now: float) -> None:
+        outside_s = self._outside()
+        self._steps.append(now - self._step_began - (outside_s - self._outside_s))
+        self._step_began, self._outside_s, self._is_open = now, outside_s, False
 
-    def weighed(self, mean: Tensor) -> None:
-        """Take note of a step's items, as the mean over the ranks (0-dim, float64)."""
+    def _outside(self) -> float:
+        """Return the total seconds between steps that belong to none."""
+        return self._seconds["eval"] + self._waits["save_stall"]()
+
+    def count_items(self, mean: Tensor) -> None:
+        """Add a step's items, as the mean over the ranks (0-dim, float64)."""
         self._items = mean if self._items is None else self._items + mean
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Leave out what is done inside."""
-        began, waited_s = self._clock(), self._stop.waited_s
+        """Record the block as evaluation, including its waits for data."""
+        began, waited_s = self._clock(), self._waits["data_wait"]()
         try:
             yield
         finally:
-            spent = self._clock() - began
-            self._away_s += spent
-            self._eval_s += spent
-            self._waited_s += self._stop.waited_s - waited_s
+            self._seconds["eval"] += self._clock() - began
+            self._seconds["wait_in_eval"] += self._waits["data_wait"]() - waited_s
 
-    # --- what comes of it ------------------------------------------------------------------------
+    # --- results ---------------------------------------------------------------------------------
 
-    def own(self) -> list[float]:
-        """Return what this rank tells the others with the next line; waits for the GPU."""
-        now = self._clock()
-        if now - self._memory_at >= _MEMORY_EVERY_S:
-            self._memory_at = now
-            self._peak_bytes[self._world.rank] = peak_bytes(self._world.device)
-        if self.own_time is None:
-            return []
-        steps = max(len(self._steps) + self._is_open, 1)
-        starved_s = self.feed.starved_s if self.feed is not None else 0.0
-        data_s = self._data_s + starved_s - self._starved_s
-        self._starved_s = starved_s
-        return [data_s / steps, self.own_time.take() / steps, self._peak_bytes[self._world.rank]]
-
-    def lap(self, samples: int, told: Sequence[float]) -> dict[str, float]:
-        """Return the figures since the last lap; begin the next one.
+    def rank_values(self, starved_s: float) -> list[float]:
+        """Return the values that this rank reports with the next log line; waits for the GPU.
 
         Args:
-            samples: consumed so far.
-            told: what `own` returned, of all ranks in order.
+            starved_s: total seconds in which this rank's data was late.
+        """
+        now = self._clock()
+        if now - self._memory_read_at >= _MEMORY_INTERVAL_S:
+            self._memory_read_at = now
+            self._peak_bytes[self._world.rank] = peak_bytes(self._world.device)
+        if self.forward is None:
+            return []
+        self._seconds["starved"] = starved_s
+        lap = self._since(self._at_lap)
+        steps = max(len(self._steps) + self._is_open, 1)
+        data_s = lap["data"] + lap["starved"]
+        peak = self._peak_bytes[self._world.rank]
+        return [data_s / steps, self.forward.take() / steps, peak]
+
+    def lap(self, samples: int, rank_values: Sequence[float]) -> dict[str, float]:
+        """Return the metrics since the last lap; begin the next one.
+
+        Args:
+            samples: samples consumed so far.
+            rank_values: `rank_values` of all ranks, in rank order.
         """
         now = self._clock()
         if self._is_open:
-            self._close(now)
-            self._is_open = False  # what follows is the next step's
-        elapsed_s = max(now - self._lap_at, 1e-9)
-        taken = sorted(self._steps)
-        data_s = self._data_s + self._stop.waited_s - self._waited_s
-        stalled_s = self._saver.stall_s + self._saver.update_stall_s
-        figures = {"samples_per_s": round((samples - self._samples) / elapsed_s, 1)}
+            self._end_step(now)
+        elapsed_s = max(now - self._lap_began, 1e-9)
+        steps, lap = sorted(self._steps), self._since(self._at_lap)
+        metrics = {"samples_per_s": round((samples - self._samples) / elapsed_s, 1)}
         if self._items is not None:
             items = float(self._items) * self._world.size
-            figures[f"{self._item_name}_per_s"] = round(items / elapsed_s, 1)
-        if taken:
-            figures |= {
-                "step_p50_s": round(_quantile(taken, 0.5), 6),
-                "step_p95_s": round(_quantile(taken, 0.95), 6),
-                "step_max_s": round(taken[-1], 6),
+            metrics[f"{self._item_name}_per_s"] = round(items / elapsed_s, 1)
+        if steps:
+            metrics |= {
+                "step_p50_s": round(_quantile(steps, 0.5), 6),
+                "step_p95_s": round(_quantile(steps, 0.95), 6),
+                "step_max_s": round(steps[-1], 6),
             }
-        figures["data_wait_s"] = round(data_s, 6)
-        figures["save_stall_s"] = round(stalled_s - self._stalled_s, 6)
-        if self.flops_per_step is not None:
-            figures["flops_per_s"] = round(self.flops_per_step * len(taken) / elapsed_s)
-        self._fold(data_s)
-        self._samples, self._lap_at, self._items = samples, now, None
-        self._waited_s, self._stalled_s = self._stop.waited_s, stalled_s
-        self._hear(told, len(taken))
-        return figures
+        metrics["data_wait_s"] = round(_data_wait_s(lap), 6)
+        metrics["save_stall_s"] = round(_save_stall_s(lap), 6)
+        if self._flops_per_step is not None:
+            metrics["flops_per_s"] = round(self._flops_per_step * len(steps) / elapsed_s)
+        self._lap_began, self._items = now, None
+        self._close_lap(samples)
+        self._compare_ranks(rank_values, len(steps))
+        return metrics
 
-    def _fold(self, data_s: float) -> None:
-        """Add the lap's steps to the attempt's."""
-        self._durations.update(map(_bucket, self._steps))
-        self._count += len(self._steps)
+    def _close_lap(self, samples: int) -> None:
+        """Add the lap's steps to the attempt's totals."""
+        self._histogram.update(map(_bucket, self._steps))
+        self._step_count += len(self._steps)
         self._step_s += sum(self._steps)
-        self._data_all_s += data_s
-        self._steps, self._data_s = [], 0.0
+        self._steps, self._samples, self._at_lap = [], samples, self._read()
 
-    def _hear(self, told: Sequence[float], steps: int) -> None:
+    def _compare_ranks(self, values: Sequence[float], steps: int) -> None:
         self._laps += 1
-        if not told:
+        if self._stragglers is None:
             return
-        ranks = [told[start : start + _OWN] for start in range(0, len(told), _OWN)]
+        ranks = [
+            values[start : start + _RANK_VALUES] for start in range(0, len(values), _RANK_VALUES)
+        ]
         self._peak_bytes = [int(peak) for _, _, peak in ranks]
         if self._laps == 1:
             return  # its steps compile, allocate, and fill the caches
-        if text := self._slow.add([(data, forward) for data, forward, _ in ranks], steps):
+        if text := self._stragglers.add([(data, forward) for data, forward, _ in ranks], steps):
             self._say(text)
 
     def totals(self) -> Totals:
-        """Return the attempt so far; call it at any time after `start`, on any thread."""
-        taken = list(self._steps)
-        count, step_s = self._count + len(taken), self._step_s + sum(taken)
-        buckets = self._durations + Counter(map(_bucket, taken))
+        """Return the attempt's totals so far; safe at any time and on any thread."""
+        steps, seconds = list(self._steps), self._since(self._at_start)
+        count, step_s = self._step_count + len(steps), self._step_s + sum(steps)
+        histogram = self._histogram + Counter(map(_bucket, steps))
         mfu = None
-        if self.flops_per_step is not None and self.peak_flops_per_s and step_s > 0:
-            mfu = self.flops_per_step * count / step_s / self.peak_flops_per_s
+        if self._flops_per_step is not None and self._peak_flops_per_s and step_s > 0:
+            mfu = self._flops_per_step * count / step_s / self._peak_flops_per_s
         peaks = list(self._peak_bytes)
         peaks[self._world.rank] = peak_bytes(self._world.device)
-        stalls_s = self._saver.stall_s + self._saver.update_stall_s - self._stalls_before
         return Totals(
-            seconds=self._clock() - self._first,
+            seconds=self._clock() - self._started_at,
             steps=count,
             samples=self._samples - self._first_samples,
             step_s=step_s,
-            step_p50_s=_of_buckets(buckets, 0.5),
-            step_p95_s=_of_buckets(buckets, 0.95),
-            data_wait_s=self._data_all_s + self._data_s,
-            eval_s=self._eval_s,
-            save_stall_s=stalls_s,
+            step_p50_s=_histogram_quantile(histogram, 0.5),
+            step_p95_s=_histogram_quantile(histogram, 0.95),
+            data_wait_s=_data_wait_s(seconds),
+            eval_s=seconds["eval"],
+            save_stall_s=_save_stall_s(seconds),
             peak_bytes=tuple(peaks),
             mfu=mfu,
         )
 
     def close(self, samples: int) -> None:
-        """End the last lap, if no line has; take the hooks away."""
+        """End the last lap, if it is not yet logged; remove the hooks."""
         if self._is_open:
-            self._close(self._clock())
-            self._is_open = False
-        self._fold(self._data_s + self._stop.waited_s - self._waited_s)
-        self._waited_s, self._samples = self._stop.waited_s, samples
-        if self.own_time is not None:
-            self.own_time.unhook()
+            self._end_step(self._clock())
+        self._close_lap(samples)
+        if self.forward is not None:
+            self.forward.unhook()
+
+    def _read(self) -> dict[str, float]:
+        """Return the total seconds by name."""
+        return {**self._seconds, **{name: wait() for name, wait in self._waits.items()}}
+
+    def _since(self, before: Mapping[str, float]) -> dict[str, float]:
+        return {name: seconds - before[name] for name, seconds in self._read().items()}
+
+
+def _data_wait_s(seconds: Mapping[str, float]) -> float:
+    return seconds["data"] + seconds["data_wait"] - seconds["wait_in_eval"]
+
+
+def _save_stall_s(seconds: Mapping[str, float]) -> float:
+    return seconds["save_stall"] + seconds["update_stall"]
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most memory this process has had: allocated on the GPU, else resident."""
+    """Return the peak memory of this process: allocated on the GPU, otherwise resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:  # ru_maxrss begins with what the process had that started us
+    try:  # ru_maxrss starts at the peak of the parent process
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except (OSError, IndexError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _quantile(ascending: Sequence[float], share: float) -> float:
-    """Return the least value that so large a share of all does not exceed."""
-    return ascending[max(math.ceil(share * len(ascending)) - 1, 0)]
+def _quantile(ascending: Sequence[float], fraction: float) -> float:
+    """Return the smallest value that at least this fraction of all values does not exceed."""
+    return ascending[max(math.ceil(fraction * len(ascending)) - 1, 0)]
 
 
 def _bucket(seconds: float) -> int:
-    return math.floor(math.log(max(seconds, 1e-9)) / math.log(_RESOLUTION))
+    return math.floor(math.log(max(seconds, 1e-9)) / math.log(_BUCKET_RATIO))
 
 
-def _of_buckets(buckets: Counter[int], share: float) -> float:
-    wanted, seen = share * buckets.total(), 0
-    for bucket in sorted(buckets):
-        seen += buckets[bucket]
-        if seen >= wanted:
-            return float(_RESOLUTION ** (bucket + 0.5))
+def _histogram_quantile(histogram: Counter[int], fraction: float) -> float:
+    target, count = fraction * histogram.total(), 0
+    for bucket in sorted(histogram):
+        count += histogram[bucket]
+        if count >= target:
+            return float(_BUCKET_RATIO ** (bucket + 0.5))
     return 0.0

@@ -22,7 +22,7 @@ from trainer.checkpoint.lineage import Attempt, Commit
 from trainer.checkpoint.mirror import Mirror
 from trainer.checkpoint.reader import MissingError
 from trainer.checkpoint.retention import Retention
-from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.saver import SaveHooks, SavePolicy, Saver, SaveTarget
 from trainer.checkpoint.tiers import Tiers
 from trainer.cluster import launch, shared_storage
 from trainer.cluster import watchdog as watchdog_
@@ -36,7 +36,7 @@ from trainer.core.state import State
 from trainer.data.source import lost_worker
 from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError, PerdureError, StoreError
 from trainer.monitoring.profiling import Profiler
-from trainer.monitoring.timing import Pace
+from trainer.monitoring.timing import Timing
 from trainer.protocols import Tracker
 from trainer.storage import Store, open_store
 from trainer.tracking import jsonl
@@ -83,7 +83,8 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
     began = time.monotonic()
     facts = {**_facts(world, threads), "resume": run.resume}
     attempt = world.from_rank0(lambda: tiers.begin(facts))
-    stop = Stop(world, grace_s=launch.grace_s(run.preemption.grace_s))
+    grace_s = launch.grace_s(run.preemption.grace_s)
+    stop = Stop(world, grace_s=grace_s, deadline=_deadline(run, began))
     stop.listen(run.preemption.signals, interrupts_end=not launch.is_rank())
     watchdog = _watchdog(run, world, tiers, attempt, stop)
     ending: dict[str, Any] = {"outcome": attempts.DIED}
@@ -96,18 +97,28 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
             warm_up(job)
             start, state = _load(run, stored, job, tiers, attempt)
             mirror = _mirror(run, job, tiers, attempt, start)
-            saver = _saver(run, stored, job, store, attempt, start, stop.grace_s, mirror, is_shared)
-            known = [record["save_s"] for record in earlier if record.get("save_s")]
-            saver.save_s = known[-1] if known else None
-            stop.deadline = _deadline(run, saver, mirror, began)
+            save_times_s = [record["save_s"] for record in earlier if record.get("save_s")]
+            target = SaveTarget(
+                store=store,
+                world=world,
+                attempt=attempt,
+                config=stored,
+                is_shared=is_shared,
+                resumed_step=start.step
+                if start.manifest is not None and not start.is_fork
+                else None,
+                last_save_s=save_times_s[-1] if save_times_s else None,
+            )
+            saver = _saver(run, job, target, stop.grace_s, mirror)
             world.from_rank0(lambda: _record_start(run, stored, job, tiers, attempt, start, state))
             saver.compare_with_grace()
-            job.profiler = _profiler(run, job, store, attempt)
+            profiler = _profiler(run, job, store, attempt)
+            timing = loop.start_timing(job, state, saver, stop)
             if notes is not None:
-                notes.keep(state, saver, stop, job, began)
+                notes.keep(state, saver, stop, timing, began)
             trained = time.monotonic()
             before = state.step, state.last_eval_step
-            done = loop.train(job, state, saver, stop)
+            done = loop.train(job, state, saver, stop, timing=timing, profiler=profiler)
             seconds = time.monotonic() - trained
             if stop.reason == DEADLINE and (state.step, state.last_eval_step) == before:
                 world.from_rank0(lambda: _refuse_no_time(run, trained - began, seconds))
@@ -135,7 +146,7 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
             if notes is not None:
                 _record_end(tiers, attempt, {"ended": lineage.now(), **notes.end(), **ending})
     if world.rank == 0:
-        text = messages.end_text(run, state, saver, stop, job.pace, done, seconds)
+        text = messages.end_text(run, state, saver, stop, timing, done, seconds)
         _tell("\n".join([text, *shown]))
         _look_back(run, lineage.records(store), state.step, done)
     if not done:
@@ -218,7 +229,7 @@ class _Notes:
         self._facts: Callable[[], dict[str, Any]] = dict
         self._over = threading.Event()
 
-    def keep(self, state: State, saver: Saver, stop: Stop, job: Job, began: float) -> None:
+    def keep(self, state: State, saver: Saver, stop: Stop, timing: Timing, began: float) -> None:
         """Begin to note where the attempt is."""
         first_step, first_s = state.step, 0.0
 
@@ -232,7 +243,7 @@ class _Notes:
                 "save_s": saver.save_s,
                 "starting_s": round(first_s, 3),
                 "training_s": round(now - began - first_s, 3),
-                **(_totals(job.pace) if job.pace is not None and job.pace.is_started else {}),
+                **_totals(timing),
             }
 
         self._facts = facts
@@ -253,9 +264,9 @@ class _Notes:
         return self._facts()
 
 
-def _totals(pace: Pace) -> dict[str, Any]:
+def _totals(timing: Timing) -> dict[str, Any]:
     """Return what the record of an attempt says of its steps."""
-    totals = pace.totals()
+    totals = timing.totals()
     return {
         "peak_bytes": list(totals.peak_bytes),
         "samples_per_s": round(totals.samples / max(totals.seconds, 1e-9), 1),
@@ -321,17 +332,15 @@ def _refuse_no_time(run: Run, starting_s: float, seconds: float) -> None:
         )
 
 
-def _deadline(run: Run, saver: Saver, mirror: Mirror | None, began: float) -> Callable[[], bool]:
+def _deadline(run: Run, began: float) -> Callable[[float], bool]:
     """Return what tells whether it is time to leave: `max_time` is over, or the job's end near."""
     limit_s = schema.seconds(run.trainer.max_time or "")
     end_s = launch.end_time_s()
 
-    def is_over() -> bool:
+    def is_over(reserve_s: float) -> bool:
         if limit_s is not None and time.monotonic() - began >= limit_s:
             return True
-        spare_s = _END_SPARE_S + 2 * (saver.save_s or 0.0)
-        spare_s += 2 * mirror.copy_s if mirror is not None else 0.0
-        return end_s is not None and time.time() >= end_s - spare_s
+        return end_s is not None and time.time() >= end_s - _END_SPARE_S - reserve_s
 
     return is_over
 
@@ -458,47 +467,30 @@ def _history(store: Store) -> dict[str, bytes]:
     return found
 
 
-def _saver(
-    run: Run,
-    stored: Mapping[str, Any],
-    job: Job,
-    store: Store,
-    attempt: Attempt,
-    start: Start,
-    grace_s: float,
-    mirror: Mirror | None,
-    is_shared: bool,
-) -> Saver:
+def _saver(run: Run, job: Job, target: SaveTarget, grace_s: float, mirror: Mirror | None) -> Saver:
     wanted = run.checkpoint
     retention = Retention(
-        store,
-        attempt,
+        target.store,
+        target.attempt,
         keep_last=wanted.keep_last,
         keep_best=wanted.keep_best,
         keep_every_steps=wanted.keep_every_steps,
         metric=wanted.metric,
         mode=wanted.mode,
     )
-    saver = Saver(
-        store,
-        job.world,
-        attempt,
-        config=stored,
+    policy = SavePolicy(
         every=Every(steps=wanted.every_steps, epochs=wanted.every_epochs),
         every_s=wanted.every_s,
-        retention=retention,
-        mirror=mirror,
-        is_shared=is_shared,
         timeout_s=wanted.timeout_s,
         grace_s=grace_s,
         stop_on_error=wanted.on_error == "stop",
+    )
+    hooks = SaveHooks(
         before_commit=job.tracker.flush,
         say=job.tracker.say,
         saved=getattr(job.tracker, "saved", lambda save: None),
     )
-    if start.manifest is not None and not start.is_fork:
-        saver.committed_step = start.step
-    return saver
+    return Saver(target, policy, retention, mirror, hooks)
 
 
 def _record_start(
@@ -536,7 +528,7 @@ def _record_start(
             "steps_per_epoch": job.data.steps_per_epoch,
             "world_size": job.world.size,
             "config": stored,
-            "peak_flops_per_s": job.pace.peak_flops_per_s if job.pace is not None else None,
+            "peak_flops_per_s": job.peak_flops_per_s,
             "run_id": attempts.run_id(tiers.records()),
             "eval_every": job.eval_every if job.evaluation is not None else None,
             "save_every": Every(

@@ -22,7 +22,6 @@ from trainer.data.source import Datasets, EvalStream, TrainStream
 from trainer.data.streams import Streamed, is_stream
 from trainer.errors import ConfigError, DataError, Problem, closest
 from trainer.monitoring import flops
-from trainer.monitoring.timing import Pace
 from trainer.protocols import Batch, DataSource, Task, Tracker
 from trainer.storage import is_local
 from trainer.tracking.guarded import Guarded
@@ -277,7 +276,8 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
         metric=run.checkpoint.metric,
         metric_mode=run.checkpoint.mode,
         seed=run.seed,
-        pace=Pace(world, flops_per_step=counted, peak_flops_per_s=peak),
+        flops_per_step=counted,
+        peak_flops_per_s=peak,
     )
 
 
@@ -325,7 +325,7 @@ def _count_flops(
 
 
 def _phase_loss(task: Task, phase: Phase, model: nn.Module, batch: Batch) -> Tensor:
-    return task.loss(model, batch, *phase.words)[0]
+    return task.loss(model, batch, *phase.task_arguments)[0]
 
 
 def _build_phases(

@@ -1,7 +1,7 @@
-"""The objects of a training run, and the updates that make up a step."""
+"""The objects of a training run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,6 @@ from trainer.core.intervals import Every
 from trainer.core.state import State
 from trainer.data.source import EvalStream, TrainStream
 from trainer.data.streams import Streamed
-from trainer.monitoring.profiling import Profiler
-from trainer.monitoring.timing import Pace
 from trainer.protocols import Batch, Task, Tracker
 from trainer.training import parallel
 from trainer.training.ema import Ema
@@ -24,43 +22,43 @@ from trainer.training.ema import Ema
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One update of a step: what is called for it, and what trains which parameters.
+    """One optimizer update of a step: its module, parameters, optimizer and schedule.
 
-    An ordinary step has one, without a name. Where the task has phases, each has its own, in their
-    order, and no parameter is in two of them.
+    An ordinary step has a single phase without a name. A task with phases has one object per phase,
+    in the task's order, and each parameter belongs to at most one of them.
     """
 
     name: str = ""
     wrapped: nn.Module
-    """What training calls: the model, or a wrapper of it; of a named phase, the `Inside` of it
-    that `parallel.wrap_phases` gives."""
+    """Module that training calls: the model or its DDP or FSDP wrapper; for a named phase, the
+    `Inside` module from `parallel.wrap_phases`."""
     optimizer: Optimizer
     scheduler: LRScheduler | None = None
 
     @property
-    def words(self) -> tuple[str, ...]:
-        """What the task's methods are told besides: the name, if there is one."""
+    def task_arguments(self) -> tuple[str, ...]:
+        """Extra arguments of the task's methods: the name of a named phase."""
         return (self.name,) if self.name else ()
 
-    def key(self, figure: str) -> str:
-        """Return the name of one of its figures."""
-        return f"{self.name}_{figure}" if self.name else figure
+    def metric_name(self, name: str) -> str:
+        """Return the logged name of one of this phase's metrics."""
+        return f"{self.name}_{name}" if self.name else name
 
     def loss(self, task: Task, batch: Batch) -> tuple[Tensor, Any]:
-        """Return the task's loss and outputs in training: one forward of what is wrapped."""
+        """Return the task's loss and outputs in training: one forward of the wrapped module."""
         if self.name:
-            found: tuple[Tensor, Any] = self.wrapped(task.loss, batch, self.name)
-            return found
+            result: tuple[Tensor, Any] = self.wrapped(task.loss, batch, self.name)
+            return result
         return task.loss(self.wrapped, batch)
 
-    def alone(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Return the context in which a backward reaches a named phase's own parameters only."""
+    def own_gradients(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which only a named phase's parameters require gradients."""
         if not self.name:
-            return parallel.NOTHING
+            return nullcontext()
         return parallel.training_only(model, self.parameters(model))
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        """Return what is clipped together: all of the model, or what a named phase trains."""
+        """Return the parameters that are clipped together: the model's, or a named phase's."""
         if not self.name:
             return list(model.parameters())
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -103,14 +101,14 @@ class TaskOptions:
 
 @dataclass(kw_only=True)
 class Job:
-    """The objects of a training run. `build.py` makes one from a configuration; so can you."""
+    """The objects of a training run; build.py makes one from a configuration."""
 
     world: World
     model: nn.Module
-    """The plain module: what is saved, evaluated and exported."""
+    """Plain module, without wrappers; it is saved, evaluated and exported."""
     task: Task
     phases: Sequence[Phase]
-    """The updates of a step: one, or those that the task has, in their order."""
+    """Updates of a step, in order: one, or one per phase of the task."""
     scheduler_interval: str = "step"
     scaler: torch.amp.GradScaler = field(
         default_factory=lambda: torch.amp.GradScaler(enabled=False)
@@ -121,27 +119,27 @@ class Job:
     tracker: Tracker
     max_steps: int
     max_epochs: int | None = None
-    """Also the end, where it is not known how many steps an epoch has."""
+    """Epoch limit, for data with an unknown number of steps per epoch."""
     eval_every: Every
     log_every_steps: int = 10
     clip_norm: float | None = None
     skip_nonfinite: bool = False
-    """Leave out updates whose gradient is not finite, and count them; otherwise, stop."""
+    """Skip and count updates with a non-finite gradient; False: stop with an error."""
     ema: Ema | None = None
     patience_evals: int | None = None
     notes: Sequence[str] = ()
-    """Lines to say at the start, of how the job was made."""
+    """Lines to log at the start, about how the job was built."""
     metric: str | None = None
     metric_mode: str = "max"
     seed: int = 0
     metrics: dict[str, Any] | None = None
-    """torchmetrics of the evaluation, made when it is first needed."""
-    pace: Pace | None = None
-    """What times the steps; `train` makes one, if need be."""
-    profiler: Profiler | None = None
-    """What traces some steps."""
+    """torchmetrics of the evaluation, created at the first one."""
+    flops_per_step: int | None = None
+    """Model FLOPs per step on this rank; None: unknown."""
+    peak_flops_per_s: float | None = None
+    """Peak FLOPs per second of this rank's device; None: unknown."""
     options: TaskOptions = field(init=False)
-    """The task's optional members."""
+    """Optional members of the task."""
 
     def __post_init__(self) -> None:
         self.options = TaskOptions.of(self.task)
@@ -149,11 +147,11 @@ class Job:
 
     @property
     def may_skip(self) -> bool:
-        """Whether a step may be taken without an update."""
+        """True if a step can end without an update."""
         return self.skip_nonfinite or self.scaler.is_enabled()
 
     def is_over(self, state: State) -> bool:
-        """Return whether the run is at its end: of its steps, or of the patience with it."""
+        """Return True at the last step or epoch, or when the patience has run out."""
         is_stale = self.patience_evals is not None and state.stale_evals >= self.patience_evals
-        is_through = self.max_epochs is not None and state.epoch >= self.max_epochs
-        return state.step >= self.max_steps or is_stale or is_through
+        is_complete = self.max_epochs is not None and state.epoch >= self.max_epochs
+        return state.step >= self.max_steps or is_stale or is_complete

@@ -17,135 +17,167 @@ from trainer.core.intervals import Every
 from trainer.core.state import State
 from trainer.data.source import Feed
 from trainer.errors import ConfigError, closest
-from trainer.monitoring.timing import Pace
+from trainer.monitoring.profiling import Profiler
+from trainer.monitoring.timing import Timing
 from trainer.training.contents import collect
 from trainer.training.evaluation import count_damaged, evaluate, to_training
 from trainer.training.job import Job
-from trainer.training.nonfinite import Losses
+from trainer.training.nonfinite import LossCheck
 from trainer.training.step import train_step
 
-_SPARE_S = 1.0
-"""What leaving takes after the last save, of the time between a signal and SIGKILL."""
+_EXIT_S = 1.0
+"""Time reserved for the exit after the last save, within the grace time, seconds."""
 
 
-def train(job: Job, state: State, saver: Saver, stop: Stop) -> bool:
-    """Take steps until the run's end or an agreed stop. Collective, main thread.
+def train(
+    job: Job,
+    state: State,
+    saver: Saver,
+    stop: Stop,
+    *,
+    timing: Timing | None = None,
+    profiler: Profiler | None = None,
+) -> bool:
+    """Train until the run is complete or the ranks agree to stop. Collective, main thread.
 
-    Returns whether the run is finished. Either way the last step is committed on return, unless
-    saves failed and `saver` goes on after failures.
+    Args:
+        job: the training run.
+        state: the current position; updated in place.
+        saver: saves the checkpoints of this attempt.
+        stop: the ranks' decision to stop.
+        timing: from `start_timing`, to read the totals afterwards.
+        profiler: traces some steps.
+
+    Returns:
+        True if the run is complete. Either way the last step is committed on return, unless a save
+        failed and the saver's policy tolerates that.
     """
-    stop.save_due, stop.saves_ended = saver.due_by_clock, saver.ended
+    timing = timing or start_timing(job, state, saver, stop)
     to_training(job)
-    pace, losses = _start_pace(job, state, saver, stop), Losses(job)
-    evaluated = state.last_eval_step
-    interrupted = False  # an evaluation, cut short by a stop
-    if state.step and _due(job.eval_every, state, final=job.is_over(state)):
-        interrupted = not _evaluate_once(job, state, stop, pace)
-    if state.last_eval_step != evaluated:
-        saver.committed_step = None  # the checkpoint of this step has not got its evaluation
-    batches = pace.feed = job.data.batches(state.cursor)
-    look = partial(_look, job, state, losses, saver, batches)  # before a line
-    judge = partial(look, weights=True)  # before what is made of the weights
-    content = partial(_content, job, state, judge)
+    interrupted = _evaluate_on_resume(job, state, saver, stop, timing)
+    batches = job.data.batches(state.cursor)
+    losses = LossCheck(job, saver)
+    check = partial(_check, job, state, losses, batches)
+    content = partial(_content, job, state, check)
     while not job.is_over(state) and not interrupted:
-        vote = stop.agree(batches.has)
+        vote = stop.agree(batches.has, saver)
         if stop.reason:
             break
-        if job.profiler is not None:
-            job.profiler.boundary(state.step)
-        pace.begin()
+        if profiler is not None:
+            profiler.boundary(state.step)
+        timing.begin_step()
         microbatches, cursor = next(batches)
-        pace.fed()
+        timing.data_ready()
+
         log_due = (state.step + 1) % job.log_every_steps == 0 or state.step + 1 == job.max_steps
         lrs = [float(phase.optimizer.param_groups[0]["lr"]) for phase in job.phases]
-        figures, applied = train_step(job, microbatches, want_figures=log_due)
+        metrics, applied = train_step(job, microbatches, with_metrics=log_due, timing=timing)
         state.advance(cursor, samples=job.data.global_batch_size, applied=all(applied))
-        _schedule(job, state, applied)
-        losses.add(state.step, lrs, figures, applied)
+        _step_schedulers(job, state, applied)
+        losses.add(state.step, lrs, metrics, applied)
+
         final = job.is_over(state)
-        save_due = vote.save_due or _due(saver.every, state, final=final)
+        save_due = vote.save_due or _due(saver.policy.every, state, final=final)
         eval_due = _due(job.eval_every, state, final=final)
-        if log_due or save_due or eval_due or losses.are_many:
-            look(weights=save_due or eval_due)
+        if log_due or save_due or eval_due or losses.is_due:
+            check(weights=save_due or eval_due)
         if log_due:
-            _log_steps(job, state, lrs, figures, pace)
+            _log_step(job, state, lrs, metrics, timing, batches)
         if eval_due:
-            interrupted = not _evaluate_once(job, state, stop, pace)
+            interrupted = not _evaluate_once(job, state, stop, timing, saver)
         if not interrupted:
             saver.at_boundary(state, content, due=save_due, ended=vote.saves_ended)
-    judge()
+    check(weights=True)
     stop.settle()
-    pace.close(state.samples)
-    if job.profiler is not None:
-        job.profiler.close(state.step)
-    finished = job.is_over(state) and not interrupted
-    within_s = None if finished else _least(job.world.gather(stop.left_s))
-    if not saver.save(state, content, within_s=within_s) and finished:
-        saver.save(state, content)  # the last one is worth another try
-    return finished
+    timing.close(state.samples)
+    if profiler is not None:
+        profiler.close(state.step)
+    return _save_last_step(
+        job, state, saver, stop, content, is_complete=job.is_over(state) and not interrupted
+    )
 
 
-def _start_pace(job: Job, state: State, saver: Saver, stop: Stop) -> Pace:
-    pace = job.pace = job.pace or Pace(job.world)
-    pace.start(
+def start_timing(job: Job, state: State, saver: Saver, stop: Stop) -> Timing:
+    """Start to measure the attempt's times. Collective."""
+    return Timing(
+        job.world,
         state.samples,
-        saver,
-        stop,
+        {
+            "data_wait": lambda: stop.waited_s,
+            "save_stall": lambda: saver.stall_s,
+            "update_stall": lambda: saver.update_stall_s,
+        },
         wrapped=[phase.wrapped for phase in job.phases],
         say=job.tracker.say,
         items=job.options.items,
+        flops_per_step=job.flops_per_step,
+        peak_flops_per_s=job.peak_flops_per_s,
     )
-    return pace
 
 
-def _least(seconds: list[float | None]) -> float | None:
-    """Return the least of what ranks say that they have left, with some to spare, if any do."""
-    known = [each for each in seconds if each is not None]
-    return max(min(known) - _SPARE_S, 0.0) if known else None
+def _evaluate_on_resume(job: Job, state: State, saver: Saver, stop: Stop, timing: Timing) -> bool:
+    """Evaluate the resumed step if that is still due; return True if a stop interrupted it."""
+    if not state.step or not _due(job.eval_every, state, final=job.is_over(state)):
+        return False
+    last_eval_step = state.last_eval_step
+    interrupted = not _evaluate_once(job, state, stop, timing, saver)
+    if state.last_eval_step != last_eval_step:
+        saver.discard_commit()  # the checkpoint of this step lacks its evaluation
+    return interrupted
 
 
-def _look(
-    job: Job,
-    state: State,
-    losses: Losses,
-    saver: Saver,
-    batches: "Feed[Any]",
-    *,
-    weights: bool = False,
+def _save_last_step(
+    job: Job, state: State, saver: Saver, stop: Stop, content: Any, *, is_complete: bool
+) -> bool:
+    """Save the current step unless it is committed; return `is_complete`."""
+    within_s = None if is_complete else _remaining_s(job.world.gather(stop.left_s))
+    if not saver.save(state, content, within_s=within_s) and is_complete:
+        saver.save(state, content)  # retry once, since this is the run's result
+    return is_complete
+
+
+def _remaining_s(ranks: Sequence[float | None]) -> float | None:
+    """Return the time for the last save: the shortest grace time of any rank, less the exit."""
+    limits = [seconds for seconds in ranks if seconds is not None]
+    return max(min(limits) - _EXIT_S, 0.0) if limits else None
+
+
+def _check(
+    job: Job, state: State, losses: LossCheck, batches: "Feed[Any]", *, weights: bool
 ) -> None:
-    """Look at what the steps since the last look left behind. Collective."""
-    losses.look(saver, state, weights=weights)
+    """Check the losses since the last check; count damaged samples. Collective."""
+    losses.run(state, weights=weights)
     if job.data.skip_damaged:
-        state.damaged_samples += count_damaged(job, batches, named=state.damaged_samples)
+        state.damaged_samples += count_damaged(job, batches, reported=state.damaged_samples)
 
 
-def _content(job: Job, state: State, look: Callable[[], None]) -> Content:
-    look()  # a save may begin at any boundary, once the one before it has ended
+def _content(job: Job, state: State, check: Callable[..., None]) -> Content:
+    check(weights=True)  # a pending save may start at any boundary
     return collect(job, state)
 
 
-def _evaluate_once(job: Job, state: State, stop: Stop, pace: Pace) -> bool:
-    """Evaluate this step, unless it is done; return False if a stop interrupted it."""
+def _evaluate_once(job: Job, state: State, stop: Stop, timing: Timing, saver: Saver) -> bool:
+    """Evaluate the current step unless that is done; return False if a stop interrupted it."""
     if state.last_eval_step == state.step:
         return True
     if job.evaluation is None:
-        state.last_eval_step = state.step  # all that there is to measure
+        state.last_eval_step = state.step
         return True
     began = time.monotonic()
-    with pace.evaluating():
-        figures = evaluate(job, state, stop)
-    if figures is None:
+    with timing.evaluating():
+        metrics = evaluate(job, state, stop, saver)
+    if metrics is None:
         return False
-    if job.metric is not None and job.metric not in figures:
+    if job.metric is not None and job.metric not in metrics:
         raise ConfigError(
             f"checkpoint.metric={job.metric!r} is not measured by the evaluation"
-            + closest(job.metric, figures)
+            + closest(job.metric, metrics)
         )
-    state.evaluated(figures, metric=job.metric, mode=job.metric_mode)
+    state.evaluated(metrics, metric=job.metric, mode=job.metric_mode)
     for phase in job.phases:
         if isinstance(phase.scheduler, ReduceLROnPlateau):
-            phase.scheduler.step(figures[job.metric or "loss"])
-    _log(job, state, "eval", {**figures, "eval_s": time.monotonic() - began})
+            phase.scheduler.step(metrics[job.metric or "loss"])
+    _log(job, state, "eval", {**metrics, "eval_s": time.monotonic() - began})
     return True
 
 
@@ -154,45 +186,48 @@ def _due(every: Every, state: State, *, final: bool) -> bool:
     return intervals.due(every, step=state.step, epoch=epoch, epoch_ended=ended, final=final)
 
 
-def _schedule(job: Job, state: State, applied: Sequence[bool]) -> None:
+def _step_schedulers(job: Job, state: State, applied: Sequence[bool]) -> None:
     epoch_ended = state.cursor["batch"] == 0
     for phase, was_applied in zip(job.phases, applied, strict=True):
         if phase.scheduler is None or isinstance(phase.scheduler, ReduceLROnPlateau):
-            continue  # a plateau is judged after each evaluation
+            continue  # a plateau schedule steps after each evaluation
         if epoch_ended if job.scheduler_interval == "epoch" else was_applied:
             phase.scheduler.step()
 
 
-def _lrs(job: Job, lrs: Sequence[float]) -> dict[str, float]:
-    named = zip(job.phases, lrs, strict=True)
-    return {f"lr_{phase.name}": lr for phase, lr in named if phase.name}
-
-
-def _mean(
-    job: Job, figures: Mapping[str, Tensor], own: Sequence[float]
-) -> tuple[dict[str, float], list[float]]:
-    """Return the means over the ranks, and what each rank has of its own. Collective, once."""
-    world, first = job.world, job.world.rank * len(own)
-    slots = torch.zeros(world.size * len(own), dtype=torch.float64)
-    slots[first : first + len(own)] = torch.tensor(own, dtype=torch.float64) * world.size
-    values = torch.stack([value.double() for value in figures.values()])
-    means = world.mean(torch.cat([values, slots.to(values.device)])).tolist()
-    return dict(zip(figures, means, strict=False)), means[len(figures) :]
-
-
-def _log_steps(
-    job: Job, state: State, lrs: Sequence[float], figures: Mapping[str, Tensor], pace: Pace
+def _log_step(
+    job: Job,
+    state: State,
+    lrs: Sequence[float],
+    metrics: Mapping[str, Tensor],
+    timing: Timing,
+    batches: "Feed[Any]",
 ) -> None:
-    """Log this step's figures, and what the steps since the last line came to. Collective."""
-    means, told = _mean(job, figures, pace.own())
-    given = {"lr": lrs[0], **_lrs(job, lrs)}
+    """Log this step's metrics and the timing since the last log line. Collective."""
+    means, rank_values = _reduce(job, metrics, timing.rank_values(batches.starved_s))
+    values = {"lr": lrs[0]}
+    values |= {f"lr_{p.name}": lr for p, lr in zip(job.phases, lrs, strict=True) if p.name}
     if job.may_skip:
-        given["skipped"] = float(state.skipped)
+        values["skipped"] = float(state.skipped)
     if job.data.skip_damaged:
-        given["damaged"] = float(state.damaged_samples)
-    _log(job, state, "train", {**means, **given, **pace.lap(state.samples, told)})
+        values["damaged"] = float(state.damaged_samples)
+    _log(job, state, "train", {**means, **values, **timing.lap(state.samples, rank_values)})
 
 
-def _log(job: Job, state: State, split: str, figures: Mapping[str, float]) -> None:
+def _reduce(
+    job: Job, metrics: Mapping[str, Tensor], rank_values: Sequence[float]
+) -> tuple[dict[str, float], list[float]]:
+    """Return the metrics' means over ranks, and all ranks' values, in one all-reduce."""
+    world, first = job.world, job.world.rank * len(rank_values)
+    slots = torch.zeros(world.size * len(rank_values), dtype=torch.float64)
+    slots[first : first + len(rank_values)] = (
+        torch.tensor(rank_values, dtype=torch.float64) * world.size
+    )
+    values = torch.stack([value.double() for value in metrics.values()])
+    means = world.mean(torch.cat([values, slots.to(values.device)])).tolist()
+    return dict(zip(metrics, means, strict=False)), means[len(metrics) :]
+
+
+def _log(job: Job, state: State, split: str, metrics: Mapping[str, float]) -> None:
     position = {"step": state.step, "epoch": state.epoch, "samples": state.samples}
-    job.tracker.log({**position, "time": round(time.time(), 3), "split": split, **figures})
+    job.tracker.log({**position, "time": round(time.time(), 3), "split": split, **metrics})

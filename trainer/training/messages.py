@@ -10,7 +10,7 @@ from trainer.core.formatting import pluralize, size
 from trainer.core.state import State
 from trainer.errors import RUN_AGAIN
 from trainer.monitoring import memory
-from trainer.monitoring.timing import Pace, Totals
+from trainer.monitoring.timing import Timing, Totals
 from trainer.training.job import Job
 
 
@@ -125,7 +125,7 @@ def end_text(
     state: State,
     saver: Saver,
     stop: Stop,
-    pace: Pace | None,
+    timing: Timing,
     done: bool,
     seconds: float,
 ) -> str:
@@ -136,7 +136,7 @@ def end_text(
         state: the state at the end.
         saver: the source of the newest checkpoint's step.
         stop: the source of the reason, unless the run is done.
-        pace: the attempt's timing; None if it took no step.
+        timing: the attempt's timing.
         done: whether the run has reached its end.
         seconds: time spent in training.
     """
@@ -153,7 +153,7 @@ def end_text(
             f"warning: the last step was not saved; newest checkpoint: {newest}.\n"
             "Run the same command again to repeat the missing steps."
         )
-    lines += end_lines(pace.totals()) if pace is not None else []
+    lines += end_lines(timing.totals())
     return "\n".join([*lines, *_next_steps(run, state.step, state.epoch)])
 
 

@@ -1,7 +1,7 @@
 """Detection of NaN and infinite losses and weights."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,81 +12,104 @@ from trainer.errors import TrainingError
 from trainer.training import parallel
 from trainer.training.job import Job
 
+_MAX_LOSSES = 1000
+"""Unchecked losses at which a check is due, so that they do not fill the memory."""
 
-class Losses:
-    """This rank's losses since they were last looked at; to look, one waits for the device.
 
-    They are looked at before anything is made of them: a line, an evaluation, a checkpoint.
+class _Loss(NamedTuple):
+    step: int
+    phase: str
+    lr: float
+    value: Tensor
+
+
+class LossCheck:
+    """This rank's losses since the last check, which waits for the device.
+
+    They are checked before each log line, evaluation and checkpoint.
+
+    Args:
+        job: the training run.
+        saver: knows the newest checkpoint, for the error.
     """
 
-    _many = 1000
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._kept: list[tuple[int, str, float, Tensor]] = []
-        self._are_weights_new = False  # since they were last looked at
+    def __init__(self, job: Job, saver: Saver) -> None:
+        self._job, self._saver = job, saver
+        self._losses: list[_Loss] = []
+        self._weights_changed = False  # since their last check
 
     @property
-    def are_many(self) -> bool:
-        """Whether it is time to look, so that they do not fill the memory."""
-        return len(self._kept) >= self._many
+    def is_due(self) -> bool:
+        """True if so many losses are unchecked that a check is due."""
+        return len(self._losses) >= _MAX_LOSSES
 
     def add(
         self,
         step: int,
         lrs: Sequence[float],
-        figures: Mapping[str, Tensor],
+        metrics: Mapping[str, Tensor],
         applied: Sequence[bool],
     ) -> None:
-        """Keep the losses of a step's phases that changed the weights."""
-        if not self._job.skip_nonfinite:
-            for phase, lr, was_applied in zip(self._job.phases, lrs, applied, strict=True):
-                if was_applied:
-                    self._kept.append((step, phase.name, lr, figures[phase.key("loss")]))
-                    self._are_weights_new = True
-
-    def look(self, saver: Saver, state: State, *, weights: bool) -> None:
-        """Refuse to go on after a loss that is not finite on any rank. Collective.
-
-        With `weights`, also after an update by a gradient that was not, though the loss was.
-        """
-        kept, self._kept = self._kept, []
-        finite = not kept or bool(torch.stack([each[-1] for each in kept]).isfinite().all())
-        world = self._job.world
-        if world.all(finite):
-            if weights and self._are_weights_new:
-                self._are_weights_new = False
-                if not world.all(parallel.are_finite(self._job.model)):
-                    saver.finish()
-                    at = saver.committed_step
-                    world.from_rank0(partial(_refuse_weights, state.step, at))
+        """Add the losses of the phases that updated the weights in this step."""
+        if self._job.skip_nonfinite:
             return
-        bad = next((each for each in kept if not finite and not each[-1].isfinite()), None)
-        found = world.gather(None if bad is None else (*bad[:-1], float(bad[-1])))
-        saver.finish()  # what was looked at before is whole
+        for phase, lr, was_applied in zip(self._job.phases, lrs, applied, strict=True):
+            if was_applied:
+                loss = metrics[phase.metric_name("loss")]
+                self._losses.append(_Loss(step, phase.name, lr, loss))
+                self._weights_changed = True
 
-        def refuse() -> None:
-            first = min((each for each in found if each is not None), key=lambda each: each[0])
-            at = saver.committed_step
-            newest = "none" if at is None else f"step {at:,}"
-            step, phase, lr, loss = first
-            whose = f"the {phase} loss" if phase else "the loss"
-            raise TrainingError(
-                f"{whose} of step {step:,} is {loss} on rank {found.index(first)} "
-                f"(learning rate {lr:g}). Newest checkpoint, from before: {newest}; the same "
-                "command would come to the same. Lower optimizer.lr, clip the gradient "
-                "(trainer.clip_norm=1), look at the data, or leave such steps out and count them: "
-                "trainer.on_nonfinite=skip"
-            )
+    def run(self, state: State, *, weights: bool) -> None:
+        """Check the losses since the last check. Collective.
 
-        world.from_rank0(refuse)
+        Args:
+            state: the current step.
+            weights: also check the weights, if a step has changed them.
 
+        Raises:
+            TrainingError: on every rank, if a loss or weight is NaN or infinite on any.
+        """
+        losses, self._losses = self._losses, []
+        finite = not losses or bool(torch.stack([loss.value for loss in losses]).isfinite().all())
+        if not self._job.world.all(finite):
+            self._raise_for_losses([] if finite else losses)
+        if weights and self._weights_changed:
+            self._weights_changed = False
+            if not self._job.world.all(parallel.are_finite(self._job.model)):
+                self._raise_for_weights(state.step)
 
-def _refuse_weights(step: int, committed: int | None) -> None:
-    newest = "none" if committed is None else f"step {committed:,}"
-    raise TrainingError(
-        f"the weights are no numbers after step {step:,}: a gradient was not finite, though the "
-        f"loss was. Newest checkpoint, from before: {newest}. Clip the gradient "
-        "(trainer.clip_norm=1), look at what the model divides by, or leave such steps out and "
-        "count them: trainer.on_nonfinite=skip"
-    )
+    def _raise_for_losses(self, losses: Sequence[_Loss]) -> NoReturn:
+        bad = next((loss for loss in losses if not loss.value.isfinite()), None)
+        values = None if bad is None else (bad.step, bad.phase, bad.lr, float(bad.value))
+        ranks = {
+            rank: loss
+            for rank, loss in enumerate(self._job.world.gather(values))
+            if loss is not None
+        }
+        rank, (step, phase, lr, value) = min(ranks.items(), key=lambda item: item[1][0])
+        self._raise(
+            f"the {phase + ' ' if phase else ''}loss of step {step:,} is {value} on rank {rank} "
+            f"(learning rate {lr:g})",
+            "Running the same command again will fail in the same way. Lower optimizer.lr, clip "
+            "gradients with trainer.clip_norm=1, check the data, or skip such steps with "
+            "trainer.on_nonfinite=skip",
+        )
+
+    def _raise_for_weights(self, step: int) -> NoReturn:
+        self._raise(
+            f"weights became NaN or infinite at step {step:,}: the loss was finite but a gradient "
+            "was not",
+            "Clip gradients with trainer.clip_norm=1, check the model for divisions, or skip such "
+            "steps with trainer.on_nonfinite=skip",
+        )
+
+    def _raise(self, problem: str, advice: str) -> NoReturn:
+        self._saver.finish()  # the step of the save in flight has passed its check
+        step = self._saver.committed_step
+        checkpoint = "none" if step is None else f"step {step:,}"
+
+        def reject() -> NoReturn:
+            raise TrainingError(f"{problem}. Last good checkpoint: {checkpoint}. {advice}")
+
+        self._job.world.from_rank0(reject)
+        raise AssertionError  # from_rank0 raises on every rank

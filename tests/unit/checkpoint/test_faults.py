@@ -15,15 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.faulty_stores import FaultyStore, put
+from support.savers import a_saver_for
 
 from trainer import checkpoint
 from trainer.checkpoint import lineage
 from trainer.checkpoint.memory import HostBuffer
 from trainer.checkpoint.retention import Retention
-from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state_tree import Content
-from trainer.cluster.world import World
-from trainer.core.intervals import Every
 from trainer.core.state import State
 from trainer.errors import SaveHangsError, StoreError
 from trainer.storage import LocalStore, local
@@ -44,8 +42,8 @@ class Job:
         lineage.amend(store, attempt, {"resumed_from": None})
         self.said: list[str] = []
         self.now_s = 0.0
-        self.saver = Saver(
-            store, World(), attempt, config={}, every=Every(), say=self.said.append,
+        self.saver = a_saver_for(
+            store, attempt, say=self.said.append,
             clock=lambda: self.now_s, retention=Retention(store, attempt, keep_last=keep_last),
             **settings,
         )  # fmt: skip
@@ -148,7 +146,10 @@ def test_it_is_said_once_when_a_save_no_longer_fits_into_the_grace_time(tmp_path
     for save_s in (None, 19.0, 21.0, 25.0, 3.0, 22.0):
         job.saver.save_s = save_s
         job.saver.compare_with_grace()
-    assert [text[:22] for text in job.said] == ["A SAVE TAKES 21 s, and", "A SAVE TAKES 22 s, and"]
+    assert [text[:26] for text in job.said] == [
+        "warning: a save takes 21 s",
+        "warning: a save takes 22 s",
+    ]
 
 
 # --- a store that fails --------------------------------------------------------------------------

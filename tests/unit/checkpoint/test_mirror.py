@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.savers import a_saver_for
 
 from trainer import checkpoint
 from trainer.checkpoint import lineage
@@ -211,10 +212,9 @@ def test_a_folder_that_a_later_attempt_gave_up_stays_given_up(run):
 
 def saver_of(run: Run) -> Saver:
     retention = Retention(run.source, run.attempt, keep_last=run.keep_last)
-    return Saver(
-        run.source, World(), run.attempt,
-        config={}, every=Every(steps=1), retention=retention, mirror=run.mirror, say=print,
-    )  # fmt: skip
+    return a_saver_for(
+        run.source, run.attempt, every=Every(steps=1), retention=retention, mirror=run.mirror
+    )
 
 
 def content_of(step: int) -> Content:

@@ -17,14 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.savers import a_saver_for
 
 from trainer import checkpoint
 from trainer.checkpoint import lineage
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state_tree import Content
-from trainer.cluster.world import World
-from trainer.core.intervals import Every
 from trainer.core.state import State
 from trainer.errors import PerdureError
 from trainer.storage import LocalStore, Store, local
@@ -262,7 +261,7 @@ def saves_with_pruning(root: Path, returned: Callable[[int], None]) -> None:
 
 def saver_on(store: LocalStore, attempt: lineage.Attempt) -> Saver:
     retention = Retention(store, attempt, keep_last=1)
-    return Saver(store, World(), attempt, config={}, every=Every(), retention=retention, say=print)
+    return a_saver_for(store, attempt, retention=retention)
 
 
 def problems(root: Path, disk: Disk) -> str | None:

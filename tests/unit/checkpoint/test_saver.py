@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.faulty_stores import FaultyStore
+from support.savers import a_saver_for
 
 from trainer import checkpoint
 from trainer.checkpoint import lineage
@@ -17,7 +18,6 @@ from trainer.checkpoint.lineage import Attempt, Commit
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state_tree import Content
-from trainer.cluster.world import World
 from trainer.core import intervals
 from trainer.core.intervals import Every
 from trainer.core.state import State
@@ -47,7 +47,7 @@ def saver_on(store: LocalStore, attempt: Attempt | None = None, **more: Any) -> 
     more = {"say": lambda text: None, "every": Every(steps=1), "config": {"seed": 5}, **more}
     attempt = attempt or start(store)
     kept = {key: more.pop(key) for key in RETENTION if key in more}
-    return Saver(store, World(), attempt, retention=Retention(store, attempt, **kept), **more)
+    return a_saver_for(store, attempt, retention=Retention(store, attempt, **kept), **more)
 
 
 def save(saver: Saver, step: int, **metrics: float) -> bool:
@@ -93,8 +93,7 @@ def test_a_step_that_is_committed_is_not_saved_again(store):
 
 
 def test_the_step_that_an_attempt_resumed_from_is_not_saved_again(store):
-    saver = saver_on(store)
-    saver.committed_step = 6
+    saver = saver_on(store, resumed_step=6)
     assert save(saver, 6)
     assert steps_on(store) == []
     assert save(saver, 7)

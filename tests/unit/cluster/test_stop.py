@@ -42,8 +42,8 @@ def test_the_grace_time_runs_from_the_signals_arrival(stop):
     assert stop.left_s <= first
 
 
-def test_a_deadline_is_a_reason_like_a_signal(stop):
-    stop.deadline = lambda: stop.boundaries >= 3
+def test_a_deadline_is_a_reason_like_a_signal():
+    stop = Stop(World(), deadline=lambda reserve_s: stop.boundaries >= 3)
     assert [stop.agree().reason for _ in range(3)] == [0, 0, DEADLINE]
     assert reason_text(stop.reason) == "deadline"
     assert stop.left_s is None

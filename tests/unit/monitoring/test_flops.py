@@ -93,15 +93,15 @@ def built(model, task="trainer.task.Classification", **trainer):
 
 def test_a_job_knows_what_all_microbatches_of_a_step_compute():
     job = built(MLP_NODE)
-    assert job.pace.flops_per_step == 12 * (6 * (64 * 16 + 16 * 10) - 2 * 64 * 16)
-    assert job.pace.peak_flops_per_s == 1e9
+    assert job.flops_per_step == 12 * (6 * (64 * 16 + 16 * 10) - 2 * 64 * 16)
+    assert job.peak_flops_per_s == 1e9
     assert list(job.notes) == []
 
 
 def test_each_phase_counts_with_its_own_parameters():
     node = {"_target_": "models.dcgan.DCGAN", "input_shape": [1, 8, 8], "latent": 3, "width": 4}
     task = "trainer.task.Adversarial"
-    both = built(node, task, global_batch_size=4, accumulate=1).pace.flops_per_step
+    both = built(node, task, global_batch_size=4, accumulate=1).flops_per_step
     model = DCGAN([1, 8, 8], latent=3, width=4)
     every = sum(
         counted(model, _Of(phase), (torch.zeros(4, 1, 8, 8), torch.zeros(4)))
@@ -140,7 +140,7 @@ class Uncopied(Looks):
 @pytest.mark.parametrize("kind", ["Looks", "Uncopied"])
 def test_a_model_that_cannot_be_counted_says_so_and_is_trained(kind):
     job = built({"_target_": f"{__name__}.{kind}"})
-    assert job.pace.flops_per_step is None
+    assert job.flops_per_step is None
     (note,) = job.notes
     assert note.startswith("no MFU: the FLOPs of the model cannot be counted: ")
     assert F.relu(job.model(torch.zeros(2, 1, 8, 8))).shape == (2, 10)
@@ -148,7 +148,7 @@ def test_a_model_that_cannot_be_counted_says_so_and_is_trained(kind):
 
 def test_on_a_device_without_a_known_peak_nothing_is_counted():
     job = built({"_target_": f"{__name__}.Looks"}, peak_flops_per_s=None)
-    assert (job.pace.flops_per_step, job.pace.peak_flops_per_s, list(job.notes)) == (None, None, [])
+    assert (job.flops_per_step, job.peak_flops_per_s, list(job.notes)) == (None, None, [])
 
 
 # --- names of devices --------------------------------------------------------------------------

@@ -19,11 +19,11 @@ def profiled(folder, *, first, count, max_steps=8, state=None):
     """Train; return what was said, the traces by name, and all that moves."""
     said, store = [], open_store(str(folder))
     job = a_job(max_steps=max_steps, evaluation=None)
-    job.profiler = Profiler(
+    profiler = Profiler(
         "attempt-0001", store.replace, first=first, count=count, on_gpu=False, say=said.append
     )
     state = state or State()
-    loop.train(job, state, a_saver(folder), Stop(job.world))
+    loop.train(job, state, a_saver(folder), Stop(job.world), profiler=profiler)
     found = {path.name: path for path in sorted(folder.glob("profile/*"))}
     traces = {name: json.loads(gzip.decompress(path.read_bytes())) for name, path in found.items()}
     return said, traces, everything(job, state)

@@ -138,8 +138,8 @@ def test_accumulated_microbatches_are_one_large_batch(accumulate):
     both = zip(large.data.batches(BEGINNING), small.data.batches(BEGINNING), strict=True)
     for (one, _), (several, _) in islice(both, 6):
         assert (len(one), len(several)) == (1, accumulate)
-        wanted, _ = train_step(large, one, want_figures=True)
-        found, _ = train_step(small, several, want_figures=True)
+        wanted, _ = train_step(large, one, with_metrics=True)
+        found, _ = train_step(small, several, with_metrics=True)
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)  # figures are float32
         for ours, theirs in zip(small.model.parameters(), large.model.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
@@ -157,7 +157,7 @@ def test_figures_are_the_loss_the_tasks_own_and_the_norm_before_clipping():
     loss.backward()
     norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in twin.parameters()))
     rng.seed_all(7)
-    figures, applied = train_step(job, microbatches, want_figures=True)
+    figures, applied = train_step(job, microbatches, with_metrics=True)
     assert applied
     assert list(figures) == ["loss", "accuracy", "grad_norm"]
     assert figures["loss"].item() == loss.item()
@@ -748,5 +748,5 @@ def test_a_dataset_of_tensors_alone_is_a_batch_of_one_tensor():
 
     data = TrainStream(TensorDataset(DATA.train.tensors[0]), World(), 0, BATCH)
     job = a_job(task=Rebuild(), data=data, evaluation=None)
-    figures, _ = train_step(job, next(job.data.batches(BEGINNING))[0], want_figures=True)
+    figures, _ = train_step(job, next(job.data.batches(BEGINNING))[0], with_metrics=True)
     assert list(figures) == ["loss"]

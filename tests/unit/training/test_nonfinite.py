@@ -67,7 +67,7 @@ def test_no_evaluation_is_made_of_it(tmp_path):
 
 
 def test_losses_that_nobody_looks_at_do_not_fill_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(nonfinite.Losses, "_many", 4)
+    monkeypatch.setattr(nonfinite, "_MAX_LOSSES", 4)
     job = a_job(task=Bad([5]), log_every_steps=100)
     with pytest.raises(TrainingError, match="step 5"):
         loop.train(job, State(), a_saver(tmp_path), Stop(job.world))

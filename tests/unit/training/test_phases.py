@@ -106,7 +106,7 @@ def test_no_gradient_is_computed_for_what_another_phase_trains():
 
 def test_figures_have_the_phases_names():
     job = gan_job(clip_norm=1.0)
-    figures, _ = train_step(job, next(job.data.batches(BEGINNING))[0], want_figures=True)
+    figures, _ = train_step(job, next(job.data.batches(BEGINNING))[0], with_metrics=True)
     assert list(figures) == [
         "loss", "discriminator_loss", "discriminator_real", "discriminator_fake",
         "discriminator_grad_norm", "generator_loss", "generator_grad_norm",
