@@ -293,7 +293,7 @@ def bench_stall(job: Job, world: World, folder: Path, rounds: int) -> dict[str, 
     def ours() -> None:
         nonlocal number
         number += 1
-        flights.append(writer.begin(job.content(), step=number))
+        flights.append(writer.start_save(job.content(), step=number))
 
     def by_dcp() -> None:
         flights.append(

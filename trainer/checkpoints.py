@@ -390,7 +390,9 @@ def _copy(given: Arguments) -> _Answer:
             element_count(shape) * dtype.itemsize for dtype, shape in foreign.tensors.values()
         )
         with progress("copying", total, is_quiet="--json" in given.flags) as advance:
-            made = transfer.bring(foreign, store, folder, step=numbers(folder)[0], progress=advance)
+            made = transfer.import_checkpoint(
+                foreign, store, folder, step=numbers(folder)[0], progress=advance
+            )
         content = {"source": source, "target": target, "copied": [made.step], "present": []}
         text = f"{target}: {len(made.tensors):,} tensors of {foreign.kind}"
         return DONE, content, text

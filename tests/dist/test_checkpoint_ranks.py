@@ -24,7 +24,7 @@ def content_of(world: World, model: nn.Module):
     content = checkpoint.Content()
     state_tree.add_model(content, model, with_buffers=world.rank == 0)
     for name, value in rng.capture().items():
-        content.own[f"rng.{world.rank}.{name}"] = value
+        content.rank_local[f"rng.{world.rank}.{name}"] = value
     content.objects["run"] = {"last_eval_step": 0, "metrics": {}}
     return content
 
@@ -147,6 +147,6 @@ def bring_different_tensors(world: World, folder: str):
 
 def test_tensors_that_only_some_ranks_bring_are_named_on_every_rank(on_ranks, tmp_path):
     for answer in on_ranks(2, bring_different_tensors, str(tmp_path)):
-        assert "ranks 0 and 1 bring different tensors" in answer
+        assert "ranks 0 and 1 have different tensors" in answer
         assert "model.late" in answer
     assert checkpoint.latest(LocalStore(tmp_path)).step == 1

@@ -127,7 +127,7 @@ def runs(world, folder, options):
         content = collect(job, state)
         tensors = {
             name: (t.to_local() if hasattr(t, "to_local") else t).detach().numpy().tobytes()
-            for name, t in {**content.tensors, **content.own}.items()
+            for name, t in {**content.tensors, **content.rank_local}.items()
         }
         return tensors, repr(content.objects)
 

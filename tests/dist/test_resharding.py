@@ -58,7 +58,7 @@ def state_of(model, optimizer):
     content = checkpoint.Content()
     state_tree.add_model(content, model, with_buffers=True)
     state_tree.add_optimizers(content, model, [optimizer])
-    return {**content.tensors, **content.own}
+    return {**content.tensors, **content.rank_local}
 
 
 def load(world: World, folder: str, how: str):

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from trainer.checkpoint import shard
-from trainer.checkpoint.plan import DTYPE_NAMES, Box, Plan
+from trainer.checkpoint.box import Box
+from trainer.checkpoint.plan import DTYPE_NAMES, Plan
 from trainer.checkpoint.shard_writer import write_shard
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.storage import Store
@@ -20,6 +21,6 @@ def write_tensors(
     layout = shard.lay_out(
         (name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()
     )
-    sources = {name: (name, Box((0,) * t.ndim, tuple(t.shape))) for name, t in tensors.items()}
-    snapshot.begin(Plan([], layout, sources, {}), tensors, late=tensors)
+    sources = {name: (name, Box.full(t.shape)) for name, t in tensors.items()}
+    snapshot.start(Plan([], layout, sources, {}), tensors, deferrable=tensors)
     return layout, write_shard(store.open_new(key, layout.total_bytes), layout, snapshot)

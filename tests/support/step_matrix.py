@@ -256,7 +256,11 @@ def load(world, case, folder, max_steps=5):
 def everything(job, state):
     """Return all that moves on this rank, in a form that compares bit for bit."""
     content = collect(job, state)
-    tensors = {**content.tensors, **content.own, **dict(job.model.named_buffers(prefix="model"))}
+    tensors = {
+        **content.tensors,
+        **content.rank_local,
+        **dict(job.model.named_buffers(prefix="model")),
+    }
     local = {name: t.to_local() if hasattr(t, "to_local") else t for name, t in tensors.items()}
     found = {name: (t.dtype, t.numpy().tobytes()) for name, t in local.items()}
     return {**found, "objects": repr(content.objects)}

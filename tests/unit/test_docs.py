@@ -52,8 +52,8 @@ def run(tmp_path):
             writer = Writer(store, World(), attempt)
         content = Content()
         state_tree.add_model(content, net(step), with_buffers=True)
-        content.own["wide"] = torch.randn(3, 2, dtype=torch.complex128)
-        content.own["long"] = torch.randn(1 << 19)  # two blocks
+        content.rank_local["wide"] = torch.randn(3, 2, dtype=torch.complex128)
+        content.rank_local["long"] = torch.randn(1 << 19)  # two blocks
         save(writer, content, step=step, config={})
     return tmp_path / "run"
 

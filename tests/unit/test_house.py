@@ -209,7 +209,7 @@ def test_every_module_and_everything_public_in_it_has_a_docstring(path):
 
 def test_the_surface_of_the_checkpoint_package():
     assert sorted(checkpoint.__all__) == [
-        "Attempt", "Commit", "Content", "DamagedError", "Manifest", "Reader", "Save", "Writer",
-        "delete", "latest", "load", "save", "steps", "verify",
+        "Attempt", "Commit", "Content", "DamagedError", "Manifest", "PendingSave", "Reader",
+        "Writer", "delete", "latest", "load", "save", "steps", "verify",
     ]  # fmt: skip
     assert all(hasattr(checkpoint, name) for name in checkpoint.__all__)

@@ -14,11 +14,11 @@ from trainer.checkpoint.lineage import Attempt, Commit
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import DamagedError, Reader
 from trainer.checkpoint.state_tree import Content
-from trainer.checkpoint.writer import Save, Writer
+from trainer.checkpoint.writer import PendingSave, Writer
 from trainer.storage.store import Store
 
 __all__ = [
-    "Attempt", "Commit", "Content", "DamagedError", "Manifest", "Reader", "Save", "Writer",
+    "Attempt", "Commit", "Content", "DamagedError", "Manifest", "PendingSave", "Reader", "Writer",
     "delete", "latest", "load", "save", "steps", "verify",
 ]  # fmt: skip
 
@@ -34,14 +34,14 @@ def save(
 ) -> Manifest:
     """Write and commit a checkpoint of `step`. Collective; durable and visible on return.
 
-    `Writer.begin` does the same beside the training. Every rank gets the same manifest.
+    `Writer.start_save` does the same beside the training. Every rank gets the same manifest.
 
     Raises:
         CheckpointError, StoreError: on every rank; nothing was committed.
         SupersededError: a newer attempt owns the run.
     """
-    begun = writer.begin(
-        content, step=step, epoch=epoch, samples=samples, config=config, is_awaited=True
+    begun = writer.start_save(
+        content, step=step, epoch=epoch, samples=samples, config=config, is_blocking=True
     )
     return begun.result()
 

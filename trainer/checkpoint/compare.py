@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.checkpoint.box import Box
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.plan import TORCH_DTYPES, Box
+from trainer.checkpoint.plan import TORCH_DTYPES
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.values import TensorRef
 

@@ -42,10 +42,11 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from trainer.checkpoint import location, manifest, shard, values
+from trainer.checkpoint.box import Box
 from trainer.checkpoint.commit import commit, deleted_unless_committed, readable_bytes
 from trainer.checkpoint.lineage import MANIFEST
 from trainer.checkpoint.manifest import DCP_OBJECT, Manifest, ShardFile, TensorEntry
-from trainer.checkpoint.plan import DTYPE_NAMES, TORCH_DTYPES, Box, columns
+from trainer.checkpoint.plan import DTYPE_NAMES, TORCH_DTYPES, columns
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.shard_writer import LiveTensors, write_shard
 from trainer.config.schema import ObjectStore
@@ -450,8 +451,8 @@ def _even(entry: TensorEntry, boxes: Sequence[tuple[int, Box]]) -> TensorEntry |
     even = dataclasses.replace(entry, grid=tuple(pieces))
     if len(boxes) < 2 or prod(pieces) != len(boxes):
         return None
-    cells = [(number, *even.cell(number)) for number in range(len(boxes))]
-    return even if cells == [(n, box.offsets, box.lengths) for n, box in boxes] else None
+    cells = [(number, even.cell(number)) for number in range(len(boxes))]
+    return even if cells == list(boxes) else None
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -459,10 +460,9 @@ def _even(entry: TensorEntry, boxes: Sequence[tuple[int, Box]]) -> TensorEntry |
 
 def _storage(found: Manifest, name: str) -> TensorStorageMetadata:
     entry = found.resolve(name)
-    everything = entry.parts(list(found.files), (0,) * len(entry.shape), entry.shape)
     chunks = [
-        ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.lengths))
-        for part in everything
+        ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.lengths))
+        for _, box in entry.boxes(list(found.files), Box.full(entry.shape))
     ]
     properties = TensorProperties(dtype=TORCH_DTYPES[entry.dtype])
     return TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)

@@ -14,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from trainer.checkpoint.box import Box, any_overlap
 from trainer.checkpoint.shard import DTYPES, element_count
 from trainer.checkpoint.values import decode, dump, encode
 from trainer.errors import CheckpointError
@@ -66,15 +67,6 @@ class ShardFile:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A box of a tensor that lies in one file."""
-
-    file: str
-    offsets: tuple[int, ...]
-    lengths: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class TensorEntry:
     """A tensor of the checkpoint: what it is, and how it is cut over the files.
 
@@ -90,42 +82,39 @@ class TensorEntry:
     columns: Mapping[str, list[Any]] | None = None
     alias: str | None = None
 
-    def parts(
-        self, files: Sequence[str], offsets: Sequence[int], lengths: Sequence[int]
-    ) -> Iterator[Part]:
-        """Yield the parts that hold something of a box of the tensor, each with its file."""
-        box = tuple(zip(offsets, lengths, strict=True))
+    def boxes(self, files: Sequence[str], box: Box) -> Iterator[tuple[str, Box]]:
+        """Yield the stored parts of the tensor that overlap `box`, each with its file."""
         if self.file is not None:
-            yield Part(files[self.file], (0,) * len(self.shape), self.shape)
+            yield files[self.file], Box.full(self.shape)
         elif self.grid is not None:
-            steps = self._cell_lengths()
-            ranges = [range(o // s, -(-(o + n) // s)) for (o, n), s in zip(box, steps, strict=True)]
+            axes = zip(box.offsets, box.lengths, self._cell_lengths(), strict=True)
+            ranges = [range(o // step, -(-(o + n) // step)) for o, n, step in axes]
             for position in itertools.product(*ranges):
                 number = 0
-                for at, pieces in zip(position, self.grid, strict=True):
-                    number = number * pieces + at
-                yield Part(files[number], *self.cell(number))
+                for index, pieces in zip(position, self.grid, strict=True):
+                    number = number * pieces + index
+                yield files[number], self.cell(number)
         elif self.columns is not None:
-            columns = self.columns
-            for index, starts, counts in zip(
-                columns["file"], columns["offsets"], columns["lengths"], strict=True
-            ):
-                if all(
-                    s < o + n and o < s + c
-                    for s, c, (o, n) in zip(starts, counts, box, strict=True)
-                ):
-                    yield Part(files[index], tuple(starts), tuple(counts))
+            for index, stored in self._rows(self.columns):
+                if stored.overlaps(box):
+                    yield files[index], stored
 
-    def cell(self, number: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return offsets and lengths of a cell of the grid, counted in C order."""
-        rest, position = number, list[int]()
+    def _rows(self, columns: Mapping[str, list[Any]]) -> Iterator[tuple[int, Box]]:
+        """Yield each part in `columns` with the number of its file."""
+        rows = zip(columns["file"], columns["offsets"], columns["lengths"], strict=True)
+        for index, offsets, lengths in rows:
+            yield index, Box(tuple(offsets), tuple(lengths))
+
+    def cell(self, number: int) -> Box:
+        """Return a cell of the grid, numbered in C order."""
+        position: list[int] = []
         for pieces in reversed(self.grid or ()):
-            position.insert(0, rest % pieces)
-            rest //= pieces
+            number, index = divmod(number, pieces)
+            position.insert(0, index)
         steps = self._cell_lengths()
         offsets = tuple(min(p * s, n) for p, s, n in zip(position, steps, self.shape, strict=True))
         lengths = tuple(min(s, n - o) for s, n, o in zip(steps, self.shape, offsets, strict=True))
-        return offsets, lengths
+        return Box(offsets, lengths)
 
     def _cell_lengths(self) -> list[int]:
         grid = self.grid or ()
@@ -346,36 +335,19 @@ def _check_entry(
 
 
 def _check_columns(name: str, entry: TensorEntry, file_count: int) -> None:
-    columns = entry.columns or {}
-    covered, boxes = 0, []
-    for index, offsets, lengths in zip(
-        columns["file"], columns["offsets"], columns["lengths"], strict=True
-    ):
-        inside = len(offsets) == len(lengths) == len(entry.shape) and all(
-            _natural(o) + _natural(n) <= size
-            for o, n, size in zip(offsets, lengths, entry.shape, strict=True)
+    boxes = []
+    for index, box in entry._rows(entry.columns or {}):
+        is_inside = len(box.offsets) == len(box.lengths) == len(entry.shape) and all(
+            _natural(offset) + _natural(length) <= size
+            for offset, length, size in zip(box.offsets, box.lengths, entry.shape, strict=True)
         )
-        if not inside or _natural(index) >= file_count:
-            raise CheckpointError(f"tensor {name!r} has a part outside of it or of the files")
-        covered += element_count(lengths)
-        if element_count(lengths):
-            boxes.append((tuple(offsets), tuple(lengths)))
-    if _overlap(boxes):
+        if not is_inside or _natural(index) >= file_count:
+            raise CheckpointError(f"tensor {name!r} has a part outside its shape or its files")
+        boxes.append(box)
+    if any_overlap(boxes):
         raise CheckpointError(f"tensor {name!r} has two parts for the same elements")
+    covered = sum(box.elements for box in boxes)
     if covered != element_count(entry.shape):
         raise CheckpointError(
             f"tensor {name!r} has {element_count(entry.shape):,} elements, its parts {covered:,}"
         )
-
-
-def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """Return whether two boxes have an element in common; sweeps along the first axis."""
-    reaching: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-    for offsets, lengths in sorted(boxes):
-        reaching = [(o, n) for o, n in reaching if not o or o[0] + n[0] > offsets[0]]
-        for others, counts in reaching:
-            ranges = zip(offsets, lengths, others, counts, strict=True)
-            if all(o < other + count and other < o + n for o, n, other, count in ranges):
-                return True
-        reaching.append((offsets, lengths))
-    return False

@@ -11,6 +11,11 @@ PAGE_BYTES = 4096
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
+def to_pages(nbytes: int) -> int:
+    """Round up to a multiple of the page size."""
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+
+
 class HostBuffer:
     """Page-aligned memory, reused from save to save: first touch of fresh memory is slow.
 
@@ -19,8 +24,8 @@ class HostBuffer:
     """
 
     def __init__(self, total_bytes: int, *, pinned: bool) -> None:
-        whole = -(-max(total_bytes, 1) // PAGE_BYTES) * PAGE_BYTES
-        self._memory = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        size = to_pages(max(total_bytes, 1))
+        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
             if hasattr(mmap, advice):
                 self._memory.madvise(getattr(mmap, advice))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint import shard
+from trainer.checkpoint.box import Box
 from trainer.checkpoint.manifest import TensorEntry
 from trainer.checkpoint.state_tree import Content
 from trainer.cluster.world import World
@@ -37,20 +38,7 @@ _SLACK_BYTES = 1 << 12
 
 
 @dataclass(frozen=True)
-class Box:
-    """A part of a tensor: where it begins along each axis, and how long it is there."""
-
-    offsets: tuple[int, ...]
-    lengths: tuple[int, ...]
-
-    @property
-    def elements(self) -> int:
-        """Number of elements in it."""
-        return prod(self.lengths)
-
-
-@dataclass(frozen=True)
-class Item:
+class LocalTensor:
     """A tensor as one rank holds it."""
 
     name: str
@@ -93,7 +81,10 @@ def make(content: Content, world: World, previous: Plan | None = None) -> Plan:
     if world.all(previous is not None and previous.signature == signature) and previous:
         return previous
     shared, own = world.together(
-        lambda: (describe(content.tensors, range(world.size)), describe(content.own, [world.rank]))
+        lambda: (
+            describe(content.tensors, range(world.size)),
+            describe(content.rank_local, [world.rank]),
+        )
     )
     _refuse_differences(shared, world)
     all_own = world.gather([(item.name, item.dtype, item.shape) for item in own])
@@ -127,7 +118,7 @@ def make(content: Content, world: World, previous: Plan | None = None) -> Plan:
     return Plan(
         signature,
         shard.lay_out((key, item.dtype, box.lengths) for key, (item, box) in keys.items()),
-        {key: (item.name, _within(item.box, box)) for key, (item, box) in keys.items()},
+        {key: (item.name, box.relative_to(item.box)) for key, (item, box) in keys.items()},
         entries,
     )
 
@@ -136,7 +127,7 @@ def _signature(content: Content) -> list[Any]:
     """Return what a plan depends on; cheap, as it is compared at every save."""
     return [
         (name, tensor.dtype, tensor.shape, getattr(tensor, "placements", None))
-        for tensors in (content.tensors, content.own)
+        for tensors in (content.tensors, content.rank_local)
         for name, tensor in tensors.items()
     ]
 
@@ -144,7 +135,7 @@ def _signature(content: Content) -> list[Any]:
 # --- what a rank holds -------------------------------------------------------------------------
 
 
-def describe(tensors: Mapping[str, Tensor], ranks: Iterable[int]) -> list[Item]:
+def describe(tensors: Mapping[str, Tensor], ranks: Iterable[int]) -> list[LocalTensor]:
     """Return what this rank holds of each tensor, as torch's DCP planner sees it.
 
     Args:
@@ -182,7 +173,7 @@ def describe(tensors: Mapping[str, Tensor], ranks: Iterable[int]) -> list[Item]:
                 spreads[key] = _spread(tensor, len(everyone))
             holders, pieces = spreads[key]
             grid = _grid(pieces, shape, box, holders[0])
-        items.append(Item(name, dtype, shape, box, holders, grid))
+        items.append(LocalTensor(name, dtype, shape, box, holders, grid))
     return items
 
 
@@ -234,10 +225,10 @@ def _grid(
         return None
     grid = tuple(pieces.get(axis, 1) for axis in range(len(shape)))
     cell = TensorEntry(shape=shape, grid=grid).cell(rank)
-    return grid if cell == (box.offsets, box.lengths) else None
+    return grid if cell == box else None
 
 
-def _refuse_differences(shared: Sequence[Item], world: World) -> None:
+def _refuse_differences(shared: Sequence[LocalTensor], world: World) -> None:
     """Make sure that all ranks bring the same tensors; otherwise say which differ. Collective."""
     mine = [(item.name, item.dtype, item.shape, item.grid) for item in shared]
     digest = hashlib.blake2b(repr(mine).encode()).hexdigest()
@@ -248,23 +239,26 @@ def _refuse_differences(shared: Sequence[Item], world: World) -> None:
         difference = sorted(set(names[0]) ^ set(theirs))
         if difference:
             raise CheckpointError(
-                f"ranks 0 and {rank} bring different tensors to the checkpoint, such as "
-                f"{', '.join(difference[:3])}; what only some ranks have belongs into Content.own"
+                f"ranks 0 and {rank} have different tensors to save, such as "
+                f"{', '.join(difference[:3])}. Put tensors that only some ranks have into "
+                "Content.rank_local"
             )
-    raise CheckpointError("the ranks bring their tensors to the checkpoint in different orders")
+    raise CheckpointError("the ranks list the tensors to save in different orders")
 
 
 # --- who writes it -----------------------------------------------------------------------------
 
 
-def _by_holders(items: Iterable[Item]) -> dict[tuple[int, ...], list[Item]]:
-    groups: dict[tuple[int, ...], list[Item]] = {}
+def _by_holders(items: Iterable[LocalTensor]) -> dict[tuple[int, ...], list[LocalTensor]]:
+    groups: dict[tuple[int, ...], list[LocalTensor]] = {}
     for item in sorted(items, key=lambda item: (-shard.DTYPES[item.dtype], item.name)):
         groups.setdefault(item.holders, []).append(item)
     return groups
 
 
-def divide(items: Sequence[Item], already_bytes: Sequence[int]) -> list[list[tuple[int, Box]]]:
+def divide(
+    items: Sequence[LocalTensor], already_bytes: Sequence[int]
+) -> list[list[tuple[int, Box]]]:
     """Divide what all holders hold among them: each writes a run of about the same bytes.
 
     Args:
@@ -330,19 +324,13 @@ def _cut(box: Box, wanted: int, item_bytes: int, slack: int) -> tuple[list[Box],
 
 
 def _split(box: Box, axis: int, rows: int) -> tuple[Box, Box]:
-    def moved(offset: int, length: int) -> Box:
-        offsets, lengths = list(box.offsets), list(box.lengths)
-        offsets[axis] += offset
-        lengths[axis] = length
-        return Box(tuple(offsets), tuple(lengths))
-
-    return moved(0, rows), moved(rows, box.lengths[axis] - rows)
+    return box.shifted(axis, 0, rows), box.shifted(axis, rows, box.lengths[axis] - rows)
 
 
 # --- how the manifest says it ------------------------------------------------------------------
 
 
-def _entry(item: Item, parts: Sequence[tuple[int, Box]]) -> TensorEntry:
+def _entry(item: LocalTensor, parts: Sequence[tuple[int, Box]]) -> TensorEntry:
     entry = TensorEntry(item.dtype, item.shape)
     return columns(entry, [(item.holders[holder], box) for holder, box in parts])
 
@@ -359,13 +347,8 @@ def columns(entry: TensorEntry, parts: Sequence[tuple[int, Box]]) -> TensorEntry
     return TensorEntry(entry.dtype, entry.shape, columns=cut)
 
 
-def _key(item: Item, box: Box) -> str:
+def _key(item: LocalTensor, box: Box) -> str:
     return shard.part_key(item.name, None if box.lengths == item.shape else box.offsets)
-
-
-def _within(outer: Box, inner: Box) -> Box:
-    offsets = tuple(i - o for i, o in zip(inner.offsets, outer.offsets, strict=True))
-    return Box(offsets, inner.lengths)
 
 
 def _nbytes(dtype: str, lengths: Iterable[int]) -> int:

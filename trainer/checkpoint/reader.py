@@ -1,8 +1,8 @@
-"""Checkpoint bytes into live tensors: parallel ranged reads, every block checked on the way.
+"""Reads from checkpoints into live tensors: parallel ranged reads with every block verified.
 
-Bytes land in a small ring of page-aligned memory, so that a disk can be read past its cache, are
-checked there while they are in the processor's cache, and are copied to where they belong. Only
-blocks that hold something wanted are read. No second copy of the state is ever in memory.
+Data lands in a small ring of page-aligned buffers, so that a disk can be read with direct I/O. It
+is verified there while it is in the processor's cache, and copied to its destination. Only blocks
+that hold requested data are read, and no second copy of the state is ever in memory.
 """
 
 from bisect import bisect_left, bisect_right
@@ -13,119 +13,115 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint import plan, shard
-from trainer.checkpoint.manifest import Manifest, Part, ShardFile, checksum
-from trainer.checkpoint.memory import PAGE_BYTES, Bytes, HostBuffer
-from trainer.checkpoint.plan import DTYPE_NAMES, TORCH_DTYPES, Box
+from trainer.checkpoint.box import Box
+from trainer.checkpoint.manifest import Manifest, ShardFile, TensorEntry, checksum
+from trainer.checkpoint.memory import PAGE_BYTES, Bytes, HostBuffer, to_pages
+from trainer.checkpoint.plan import DTYPE_NAMES, TORCH_DTYPES
 from trainer.checkpoint.read_plan import (
     Block,
-    Piece,
-    Wanted,
-    joined,
-    landing,
-    pieces_for,
-    place_of,
-    runs,
+    ReadRange,
+    ReadTask,
+    block_runs,
+    direct_destination,
+    merge_ranges,
+    plan_box,
+    stage,
 )
 from trainer.core.threads import in_parallel
 from trainer.errors import CheckpointError
 from trainer.storage.store import NewFile, Readable
 
-_READERS = 8
+_THREADS = 8
+
+_Check = tuple[shard.Chunk | None, int, int, str]
+"""A block to verify: its tensor (None: the header), first and last byte in the file, checksum."""
 
 
 class DamagedError(CheckpointError):
-    """Bytes of a checkpoint were read completely and are proven wrong."""
+    """Bytes of a checkpoint were read completely and fail verification."""
 
 
 class MissingError(DamagedError):
-    """A file of a checkpoint is not there."""
+    """A file of a checkpoint does not exist."""
 
 
 class Reader:
-    """Reads tensors of one committed checkpoint; needs no process group.
+    """Reads tensors of one committed checkpoint. Needs no process group.
 
     Args:
         store: the run's store.
         folder: key of the checkpoint's folder.
-        manifest: of this checkpoint.
-        peers: how many processes of this machine read the same checkpoint at the same time; what
-            several need is read from the disk once.
+        manifest: the checkpoint's manifest.
+        peers: number of processes on this machine that read the same checkpoint at the same time.
+            Data that several of them need is then read from the disk once.
     """
 
     def __init__(self, store: Readable, folder: str, manifest: Manifest, *, peers: int = 1) -> None:
-        self._peers = peers
-        self._store = store
-        self._read_bytes = store.read_bytes
-        self._folder = folder
-        self._manifest = manifest
+        self._store, self._folder, self._manifest, self._peers = store, folder, manifest, peers
         self._files = list(manifest.files)
         self._headers: dict[str, tuple[dict[str, shard.Chunk], list[str]]] = {}
 
     def read(self, targets: Mapping[str, Tensor]) -> None:
         """Fill each tensor of `targets`, in place, with the stored tensor of that name.
 
-        Of a DTensor each rank reads what it holds. No collectives.
+        For a DTensor each rank reads its local part. No collectives.
 
         Raises:
-            CheckpointError: a name is not there, has another shape or dtype, or its bytes are
-                proven wrong: read completely, twice.
+            CheckpointError: the checkpoint has no such tensor, or its shape or dtype differs.
+            DamagedError: bytes failed verification twice; `targets` may be partly overwritten.
         """
         for name, target in targets.items():
-            self._check(name, target)
-        whole = {name: t for name, t in targets.items() if not hasattr(t, "device_mesh")}
-        boxes = {name: Box((0,) * t.ndim, tuple(t.shape)) for name, t in whole.items()}
-        sharded = {name: t for name, t in targets.items() if name not in whole}
+            self._check_target(name, target)
+        plain = {name: t for name, t in targets.items() if not hasattr(t, "device_mesh")}
+        sharded = {name: t for name, t in targets.items() if name not in plain}
+        boxes = {name: Box.full(tensor.shape) for name, tensor in plain.items()}
         if sharded:
             boxes |= {item.name: item.box for item in plan.describe(sharded, [0])}
-        wanted = [
+        requests = [
             (name, boxes[name], plan.local(target.detach()))
             for name, target in targets.items()
-            if name in boxes  # else its mesh is without this rank
+            if name in boxes  # a DTensor whose mesh excludes this rank has no box
         ]
-        self.read_boxes(wanted, is_shared=self._peers > 1 and not sharded)
+        self.read_boxes(requests, is_shared=self._peers > 1 and not sharded)
 
     def read_boxes(
-        self, wanted: Iterable[tuple[str, Box, Tensor]], *, is_shared: bool = False
+        self, requests: Iterable[tuple[str, Box, Tensor]], *, is_shared: bool = False
     ) -> None:
         """Fill each tensor with a box of the stored tensor of that name. No collectives.
 
-        What is stored in another dtype is converted.
+        Data is converted to the target's dtype.
+
+        Args:
+            requests: tensor name, box, and target of the box's shape.
+            is_shared: other processes on this machine read the same bytes at the same time.
 
         Raises:
-            CheckpointError: as `read`.
+            CheckpointError, DamagedError: as `read`.
         """
         parts = []
-        for name, box, target in wanted:
-            if name not in self._manifest.tensors:
-                raise CheckpointError(f"{self._where()} has no tensor {name!r}")
-            owner = self._manifest.tensors[name].alias or name
-            found = self._manifest.tensors[owner].parts(self._files, box.offsets, box.lengths)
-            parts += [(owner, part, box, target) for part in found if box.elements]
-        files = sorted({part.file for _, part, _, _ in parts} - self._headers.keys())
-        in_parallel(self._header, files, _READERS)
-        direct: list[tuple[str, Wanted]] = []
-        pieces: list[Piece] = []
-        for owner, part, box, target in parts:
+        for name, box, target in requests:
+            owner, entry = self._entry(name)
+            stored = entry.boxes(self._files, box) if box.elements else ()
+            parts += [(owner, file, part, box, target) for file, part in stored]
+        in_parallel(self._header, sorted({part[1] for part in parts}), _THREADS)
+        ranges: list[tuple[str, ReadRange]] = []
+        slabs: list[ReadTask] = []
+        for owner, file, part, box, target in parts:
+            chunk = self._chunk(owner, file, part)
             dtype = TORCH_DTYPES[self._manifest.tensors[owner].dtype]
-            chunk = self._chunk(owner, part, dtype)
-            straight, slabs = pieces_for(chunk, part, dtype, box, target)
-            direct += [(part.file, straight)] if straight is not None else []
-            pieces += slabs
-        pieces = joined(direct, self._manifest.block_bytes, self._read_bytes) + pieces
-        self._read(pieces, is_shared=is_shared)
+            direct, staged = plan_box(file, chunk, part, dtype, box, target)
+            ranges += [(file, direct)] if direct is not None else []
+            slabs += staged
+        self._read([*self._merged(ranges), *slabs], is_shared=is_shared)
 
     def fetch(self, name: str) -> Tensor:
         """Return a stored tensor as a new CPU tensor."""
-        if name not in self._manifest.tensors:
-            raise CheckpointError(f"{self._where()} has no tensor {name!r}")
-        entry = self._manifest.resolve(name)
-        dtype = TORCH_DTYPES[entry.dtype]
-        owner = self._manifest.tensors[name].alias or name
-        parts = list(entry.parts(self._files, (0,) * len(entry.shape), entry.shape))
-        in_parallel(self._header, sorted({part.file for part in parts}), _READERS)
-        for part in parts:
-            self._chunk(owner, part, dtype)  # it is there, before memory is asked for
-        target = torch.empty(entry.shape, dtype=dtype)
+        owner, entry = self._entry(name)
+        boxes = list(entry.boxes(self._files, Box.full(entry.shape)))
+        in_parallel(self._header, sorted({file for file, _ in boxes}), _THREADS)
+        for file, box in boxes:
+            self._chunk(owner, file, box)  # raises before memory is allocated
+        target = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
         self.read({name: target})
         return target
 
@@ -134,177 +130,152 @@ class Reader:
         files: Sequence[str] | None = None,
         progress: Callable[[int], object] = lambda checked_bytes: None,
     ) -> None:
-        """Read and check every byte. Only the blocks that are being checked are in memory.
+        """Read and verify every byte. Only the blocks being verified are in memory.
 
         Args:
-            files: of the checkpoint; None: all of them.
-            progress: told, from several threads, how many more bytes were found right.
+            files: shards to verify. None: all shards, and that they hold the manifest's tensors.
+            progress: called with the number of bytes just verified, from several threads.
 
         Raises:
-            DamagedError: the first that was found; names the file and the tensor.
+            DamagedError: the first mismatch, with file and tensor.
         """
-        is_whole, files = files is None, self._files if files is None else files
-        in_parallel(self._header, files, _READERS)
-        for name, entry in self._manifest.tensors.items() if is_whole else ():
-            for part in entry.parts(self._files, (0,) * len(entry.shape), entry.shape):
-                self._chunk(name, part, TORCH_DTYPES[entry.dtype])  # where the manifest says
-        nowhere = np.empty(0, np.uint8)
-        wanted = [
-            (file, Wanted(chunk, 0, chunk.nbytes, nowhere))
-            for file in files
+        selected = self._files if files is None else files
+        in_parallel(self._header, selected, _THREADS)
+        for name, entry in self._manifest.tensors.items() if files is None else ():
+            for file, box in entry.boxes(self._files, Box.full(entry.shape)):
+                self._chunk(name, file, box)
+        empty = np.empty(0, np.uint8)
+        ranges = [
+            (file, ReadRange(chunk, 0, chunk.nbytes, empty))
+            for file in selected
             for chunk in self._header(file)[0].values()
         ]
-        progress(sum(self._manifest.files[file].header_bytes for file in files))
-        pieces = joined(wanted, self._manifest.block_bytes, self._read_bytes)
-        self._read(pieces, progress=progress)
+        progress(sum(self._manifest.files[file].header_bytes for file in selected))
+        self._read(self._merged(ranges), progress=progress)
 
     def copy_file(self, file: str, new: NewFile) -> None:
-        """Write one file into `new`, part by part, every block checked on the way.
+        """Write one shard into `new`, part by part, with every block verified.
 
-        The caller finishes or aborts `new`. Several parts are in memory at a time, never more.
+        The caller finishes or aborts `new`. At most eight parts are in memory at a time.
         """
         record = self._manifest.files[file]
         chunks, digests = self._header(file)
         step = self._manifest.block_bytes
-        blocks = [("its header", 0, record.header_bytes, record.header_checksum)]
+        checks: list[_Check] = [(None, 0, record.header_bytes, record.header_checksum)]
         for chunk in chunks.values():
             for number, start in enumerate(range(chunk.start, chunk.stop, step), chunk.block):
-                stop = min(start + step, chunk.stop)
-                blocks.append((f"tensor {chunk.key!r}", start, stop, digests[number]))
-        starts = [start for _, start, _, _ in blocks]
+                checks.append((chunk, start, min(start + step, chunk.stop), digests[number]))
+        starts = [start for _, start, _, _ in checks]
 
         def copy(part: int) -> None:
             part_stop = min(part + new.part_bytes, record.bytes)
-            inside = blocks[bisect_right(starts, part) - 1 : bisect_left(starts, part_stop)]
+            inside = checks[bisect_right(starts, part) - 1 : bisect_left(starts, part_stop)]
             begin, end = inside[0][1] // PAGE_BYTES * PAGE_BYTES, inside[-1][2]
-            buffer = HostBuffer(-(-(end - begin) // PAGE_BYTES) * PAGE_BYTES, pinned=False).array
-            for last_try in (False, True):
-                self._read_range(file, begin, buffer.data, needed=end - begin)
-                wrong = [
-                    (what, start, stop)
-                    for what, start, stop, digest in inside
-                    if checksum(buffer[start - begin : stop - begin].data) != digest
-                ]
-                if not wrong:
-                    break
-                if last_try:
-                    what, start, stop = wrong[0]
-                    where = f"{what}: bytes {start:,} to {stop:,} of the file"
-                    raise self._damaged(file, f"{where} do not match their checksum")
-            new.put(part, buffer[part - begin : part_stop - begin].data)
+            memory = HostBuffer(to_pages(end - begin), pinned=False).view
+            self._read_verified(file, begin, memory, inside)
+            new.put(part, memory[part - begin : part_stop - begin])
 
-        in_parallel(copy, range(0, record.bytes, new.part_bytes), _READERS)
+        in_parallel(copy, range(0, record.bytes, new.part_bytes), _THREADS)
 
-    # --- what is wanted, and where it lies ------------------------------------------------------
+    # --- requests against the manifest ----------------------------------------------------------
 
-    def _check(self, name: str, target: Tensor) -> None:
+    def _entry(self, name: str) -> tuple[str, TensorEntry]:
+        """Return the entry of a tensor, following an alias, with the name it is stored under."""
         if name not in self._manifest.tensors:
             raise CheckpointError(f"{self._where()} has no tensor {name!r}")
-        entry = self._manifest.resolve(name)
-        found = (entry.dtype, tuple(entry.shape))
-        wanted = (DTYPE_NAMES.get(target.dtype, str(target.dtype)), tuple(target.shape))
-        if found != wanted:
+        return self._manifest.tensors[name].alias or name, self._manifest.resolve(name)
+
+    def _check_target(self, name: str, target: Tensor) -> None:
+        _, entry = self._entry(name)
+        stored = (entry.dtype, tuple(entry.shape))
+        needed = (DTYPE_NAMES.get(target.dtype, str(target.dtype)), tuple(target.shape))
+        if stored != needed:
             raise CheckpointError(
-                f"{self._where()}: tensor {name!r} is {_describe(*found)}, this model needs "
-                f"{_describe(*wanted)}"
+                f"{self._where()}: tensor {name!r} is {_describe(*stored)}, this model needs "
+                f"{_describe(*needed)}"
             )
 
-    def _chunk(self, name: str, part: Part, dtype: torch.dtype) -> shard.Chunk:
-        chunks, _ = self._header(part.file)
-        whole = tuple(part.lengths) == tuple(self._manifest.tensors[name].shape)
-        key = shard.part_key(name, None if whole else part.offsets)
-        stored = (DTYPE_NAMES[dtype], tuple(part.lengths))
-        if dtype == torch.complex128:
-            stored = ("F64", (*part.lengths, 2))
+    def _chunk(self, name: str, file: str, box: Box) -> shard.Chunk:
+        """Return the chunk of a stored box, after comparing it with the manifest."""
+        chunks, _ = self._header(file)
+        entry = self._manifest.tensors[name]
+        is_complete = box.lengths == tuple(entry.shape)
+        key = shard.part_key(name, None if is_complete else box.offsets)
+        stored = (entry.dtype, box.lengths)
+        if entry.dtype == "C128":
+            stored = ("F64", (*box.lengths, 2))
         if key not in chunks or (chunks[key].dtype, chunks[key].shape) != stored:
             raise CheckpointError(
-                f"{self._where()}: {part.file} does not hold {key!r} as {_describe(*stored)}, "
-                "which the manifest says"
+                f"{self._where()}: {file} does not hold {key!r} as {_describe(*stored)}, as its "
+                "manifest states. Verify the checkpoint and restore it from another copy"
             )
         return chunks[key]
 
-    # --- reading and checking -------------------------------------------------------------------
+    # --- reads and verification -----------------------------------------------------------------
+
+    def _merged(self, ranges: Iterable[tuple[str, ReadRange]]) -> list[ReadTask]:
+        return merge_ranges(ranges, self._manifest.block_bytes, self._store.read_bytes)
 
     def _read(
         self,
-        pieces: Sequence[Piece],
+        tasks: Sequence[ReadTask],
         *,
         is_shared: bool = False,
         progress: Callable[[int], object] = lambda read_bytes: None,
     ) -> None:
-        """Read all pieces, several at a time."""
-        slot_bytes = self._read_bytes + self._manifest.block_bytes + 2 * PAGE_BYTES
-        slot_bytes = -(-slot_bytes // PAGE_BYTES) * PAGE_BYTES
-        count = min(_READERS, len(pieces))
+        """Run all tasks, several at a time."""
+        block_bytes, read_bytes = self._manifest.block_bytes, self._store.read_bytes
+        slot_bytes = to_pages(read_bytes + block_bytes + 2 * PAGE_BYTES)
+        count = min(_THREADS, len(tasks))
         ring = HostBuffer(count * slot_bytes, pinned=False)
         free = [slice(i * slot_bytes, (i + 1) * slot_bytes) for i in range(count)]
 
-        def read(piece: Piece) -> None:
+        def run(task: ReadTask) -> None:
             slot = free.pop()  # atomic; there are as many slots as threads
             try:
-                wanted = piece.wanted
-                if piece.slab is not None:
-                    wanted, copy = landing(piece.slab)
-                for run in runs(wanted, self._manifest.block_bytes, self._read_bytes):
-                    self._read_run(piece.file, run, ring.array[slot], is_shared=is_shared)
-                if piece.slab is not None:
+                ranges = task.ranges
+                if task.slab is not None:
+                    ranges, copy = stage(task.slab)
+                for blocks in block_runs(ranges, block_bytes, read_bytes):
+                    self._read_blocks(task.file, blocks, ring.array[slot], is_shared=is_shared)
+                if task.slab is not None:
                     copy()
-                progress(sum(part.stop - part.start for part in wanted))
+                progress(sum(part.stop - part.start for part in ranges))
             finally:
                 free.append(slot)
 
-        in_parallel(read, pieces, count)
+        in_parallel(run, tasks, count)
 
-    def _read_run(self, file: str, run: list[Block], slot: Bytes, *, is_shared: bool) -> None:
-        """Read consecutive blocks at once, check each, copy what is wanted of them."""
-        begin, end = run[0].start // PAGE_BYTES * PAGE_BYTES, run[-1].stop
-        whole = -(-(end - begin) // PAGE_BYTES) * PAGE_BYTES
-        in_place = place_of(run) if is_shared else None  # the page cache needs no whole pages
-        if in_place is not None:
-            begin, whole, slot = run[0].start, len(in_place), in_place
+    def _read_blocks(self, file: str, run: list[Block], slot: Bytes, *, is_shared: bool) -> None:
+        """Read consecutive blocks at once, verify them, and copy the requested ranges."""
         _, digests = self._header(file)
-        for last_try in (False, True):
-            self._read_range(
-                file, begin, slot[:whole].data, needed=end - begin, is_shared=is_shared
-            )
-            wrong = [
-                block
-                for block in run
-                if checksum(slot[block.start - begin : block.stop - begin].data)
-                != digests[block.number]
-            ]
-            if not wrong:
-                break
-            if last_try:
-                chunk = wrong[0].wanted.chunk
-                first, last = wrong[0].start - chunk.start, wrong[0].stop - chunk.start
-                raise self._damaged(
-                    file,
-                    f"tensor {chunk.key!r}: bytes {first:,} to {last:,} do not match their "
-                    "checksum",
-                )
-        for block in run if in_place is None else ():
-            wanted = block.wanted
-            start = max(block.start - wanted.chunk.start, wanted.start)
-            stop = min(block.stop - wanted.chunk.start, wanted.stop)
-            if len(wanted.place) and stop > start:
-                source = wanted.chunk.start - begin
+        checks = [(b.range.chunk, b.start, b.stop, digests[b.number]) for b in run]
+        direct = direct_destination(run) if is_shared else None  # buffered reads need no pages
+        if direct is not None:
+            self._read_verified(file, run[0].start, direct.data, checks, is_shared=True)
+            return
+        begin = run[0].start // PAGE_BYTES * PAGE_BYTES
+        memory = slot[: to_pages(run[-1].stop - begin)]
+        self._read_verified(file, begin, memory.data, checks, is_shared=is_shared)
+        for block in run:
+            part = block.range
+            start = max(block.start - part.chunk.start, part.start)
+            stop = min(block.stop - part.chunk.start, part.stop)
+            if len(part.destination) and stop > start:
+                offset = part.chunk.start - begin
                 np.copyto(
-                    wanted.place[start - wanted.start : stop - wanted.start],
-                    slot[source + start : source + stop],
+                    part.destination[start - part.start : stop - part.start],
+                    memory[offset + start : offset + stop],
                 )
 
     def _header(self, file: str) -> tuple[dict[str, shard.Chunk], list[str]]:
+        """Return the chunks of a shard by key, and its checksums; the header is read once."""
         if file not in self._headers:
             record = self._manifest.files[file]
             self._check_size(file, record)
             data = bytearray(record.header_bytes)
-            for last_try in (False, True):
-                self._read_range(file, 0, memoryview(data), needed=len(data))
-                if checksum(data) == record.header_checksum:
-                    break
-                if last_try:
-                    raise self._damaged(file, "its header does not match its checksum")
+            check = (None, 0, len(data), record.header_checksum)
+            self._read_verified(file, 0, memoryview(data), [check])
             self._headers[file] = shard.parse_header(
                 bytes(data),
                 total_bytes=record.bytes,
@@ -321,31 +292,55 @@ class Reader:
         if size != record.bytes:
             raise self._damaged(
                 file,
-                f"it is {size:,} bytes, the manifest says {record.bytes:,}: cut short or replaced",
+                f"it has {size:,} bytes but its manifest records {record.bytes:,}: truncated or "
+                "replaced",
             )
         if record.header_bytes > min(record.bytes, shard.MAX_HEADER_BYTES):
-            raise self._damaged(file, f"a header of {record.header_bytes:,} bytes cannot be")
+            raise self._damaged(file, f"a header of {record.header_bytes:,} bytes is impossible")
 
-    def _read_range(
-        self, file: str, start: int, buffer: memoryview, *, needed: int, is_shared: bool = False
+    def _read_verified(
+        self,
+        file: str,
+        begin: int,
+        memory: memoryview,
+        checks: Sequence[_Check],
+        *,
+        is_shared: bool = False,
     ) -> None:
-        key = f"{self._folder}/{file}"
-        try:
-            count = self._store.read_into(key, start, buffer, is_shared=is_shared)
-        except FileNotFoundError:
-            raise self._damaged(file, "the file is missing", MissingError) from None
-        if count < needed:
-            raise self._damaged(file, f"it ends at byte {start + count:,}: cut short")
+        """Read into `memory` from byte `begin` and verify the blocks; on a mismatch, read again."""
+        needed = checks[-1][2] - begin
+        for _ in range(2):
+            try:
+                count = self._store.read_into(
+                    f"{self._folder}/{file}", begin, memory, is_shared=is_shared
+                )
+            except FileNotFoundError:
+                raise self._damaged(file, "the file is missing", MissingError) from None
+            if count < needed:
+                raise self._damaged(file, f"truncated: it ends at byte {begin + count:,}")
+            damaged = [
+                (chunk, start, stop)
+                for chunk, start, stop, digest in checks
+                if checksum(memory[start - begin : stop - begin]) != digest
+            ]
+            if not damaged:
+                return
+        chunk, start, stop = damaged[0]
+        label, origin = "its header", 0
+        if chunk is not None:
+            label, origin = f"tensor {chunk.key!r}", chunk.start
+        span = f"bytes {start - origin:,} to {stop - origin:,}"
+        raise self._damaged(file, f"checksum mismatch in {label}: {span}")
 
     def _where(self) -> str:
         return f"{self._store.url}/{self._folder}"
 
     def _damaged(
-        self, file: str, what: str, kind: type[DamagedError] = DamagedError
+        self, file: str, reason: str, error: type[DamagedError] = DamagedError
     ) -> CheckpointError:
-        return kind(
+        return error(
             f"step {self._manifest.step:,} of {self._store.url} cannot be loaded: shard "
-            f"{self._folder}/{file}: {what}"
+            f"{self._folder}/{file}: {reason}"
         )
 
 

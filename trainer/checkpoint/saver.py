@@ -13,7 +13,7 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.mirror import Mirror
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.state_tree import Content
-from trainer.checkpoint.writer import Save, Writer
+from trainer.checkpoint.writer import PendingSave, Writer
 from trainer.cluster.world import World
 from trainer.core import intervals
 from trainer.core.state import State
@@ -33,7 +33,7 @@ class _Flight:
 
     step: int
     began_s: float
-    save: Save
+    save: PendingSave
     stall_s: float
     """How long the training had to wait until the save was begun."""
     updates_s: float
@@ -168,7 +168,7 @@ class Saver:
         if self._flight is None:
             return self._begun
         late = self._clock() - self._flight.began_s > self.policy.timeout_s
-        return self._begun if late or self._flight.save.ended else self._begun - 1
+        return self._begun if late or self._flight.save.is_done else self._begun - 1
 
     def at_boundary(
         self, state: State, collect: Callable[[], Content], *, due: bool, ended: int
@@ -277,7 +277,7 @@ class Saver:
         began_s = self._last_save_s = self._clock()
         content = collect()
         try:
-            save = self._writer.begin(
+            save = self._writer.start_save(
                 content,
                 step=state.step,
                 epoch=state.epoch,
@@ -285,7 +285,7 @@ class Saver:
                 config=self._config,
                 before_commit=self._check,
                 after_commit=self._committed,
-                is_awaited=is_awaited,
+                is_blocking=is_awaited,
             )
         except (CheckpointError, StoreError) as error:
             self._failed(state.step, error)
@@ -307,7 +307,7 @@ class Saver:
             self._failed(flight.step, error)
         else:
             self.committed_step = flight.step
-            self.save_s = flight.save.took_s
+            self.save_s = flight.save.duration_s
             self._failures = 0
             self._tell_of(flight, made, self._clock() - waits_from)
             self.compare_with_grace()
@@ -323,7 +323,7 @@ class Saver:
                 "step": flight.step,
                 "attempt": self._attempt.number,
                 "time": round(time.time() - (self._clock() - flight.began_s), 3),
-                "save_s": round(flight.save.took_s, 4),
+                "save_s": round(flight.save.duration_s, 4),
                 "stall_s": round(stall_s, 4),
                 "bytes": sum(file.bytes for file in made.files.values()),
             }

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from trainer.checkpoint import shard
+from trainer.checkpoint.box import Box
 from trainer.checkpoint.memory import HostBuffer, bytes_of, is_plain
-from trainer.checkpoint.plan import TORCH_DTYPES, Box, Plan, local
+from trainer.checkpoint.plan import TORCH_DTYPES, Plan, local
 from trainer.errors import CheckpointError
 
 _SLICE_BYTES = 4 << 20
@@ -44,7 +45,7 @@ class Snapshot:
         self.stall_s = 0.0
         """For how long updates waited for copies, all together."""
 
-    def begin(self, plan: Plan, tensors: Mapping[str, Tensor], late: Collection[str]) -> None:
+    def start(self, plan: Plan, tensors: Mapping[str, Tensor], deferrable: Collection[str]) -> None:
         """Copy what may change at any moment, and let a thread copy the rest.
 
         Call it on the thread that trains, when no other copy is being made or written.
@@ -59,7 +60,7 @@ class Snapshot:
             for chunk in plan.layout.chunks:
                 name, box = plan.sources[chunk.key]
                 source = _part(local(tensors[name]), box)
-                if name in late and name not in self._restless:
+                if name in deferrable and name not in self._restless:
                     later.append((chunk, name, source, source._version))
                 else:
                     self._copy(chunk, source)

@@ -24,9 +24,9 @@ class Content:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """What every rank brings, in the same order: plain tensors, equal on all ranks and written
     once, or DTensors."""
-    own: dict[str, Tensor] = field(default_factory=dict)
+    rank_local: dict[str, Tensor] = field(default_factory=dict)
     """Plain tensors that no other rank brings under the same name."""
-    late: set[str] = field(default_factory=set)
+    deferrable: set[str] = field(default_factory=set)
     """Names in `tensors` that nothing but an optimizer's step changes, or nothing at all. They may
     be copied while the next forward and backward run; all else is copied at once."""
     aliases: dict[str, str] = field(default_factory=dict)
@@ -69,7 +69,7 @@ def join(value: Any, fetch: Callable[[str], Tensor]) -> Any:
     return value
 
 
-def refs(value: Any) -> list[str]:
+def tensor_names(value: Any) -> list[str]:
     """Return the names of all TensorRefs inside `value`."""
     names: list[str] = []
 
@@ -97,7 +97,9 @@ def add_model(content: Content, model: nn.Module, *, with_buffers: bool) -> None
     values: dict[str, Any] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
-            values[name] = split(value, f"model_extra.{name}", content.own if with_buffers else {})
+            values[name] = split(
+                value, f"model_extra.{name}", content.rank_local if with_buffers else {}
+            )
         elif name in parameters or with_buffers:
             owner = first_name.setdefault(id(value), name)
             if owner != name:
@@ -105,9 +107,11 @@ def add_model(content: Content, model: nn.Module, *, with_buffers: bool) -> None
             elif name in parameters:
                 content.tensors[f"model.{name}"] = value.detach()
                 if not value.requires_grad:
-                    content.late.add(f"model.{name}")  # frozen; others if an optimizer has them
+                    content.deferrable.add(
+                        f"model.{name}"
+                    )  # frozen; others if an optimizer has them
             else:
-                content.own[f"model.{name}"] = value.detach()
+                content.rank_local[f"model.{name}"] = value.detach()
     if values:
         content.objects["model_extra"] = values
 
@@ -127,7 +131,7 @@ def model_targets(model: nn.Module) -> dict[str, Tensor]:
     add_model(content, model, with_buffers=True)
     return {
         name: value
-        for name, value in {**content.tensors, **content.own}.items()
+        for name, value in {**content.tensors, **content.rank_local}.items()
         if name.startswith("model.")
     }
 
@@ -162,14 +166,14 @@ def add_optimizers(content: Content, model: nn.Module, optimizers: Sequence[Opti
         for key, value in state.items():
             if isinstance(value, Tensor):
                 content.tensors[f"optimizer.{name}.{key}"] = value.detach()
-                content.late.add(f"optimizer.{name}.{key}")
+                content.deferrable.add(f"optimizer.{name}.{key}")
             else:
                 prefix = f"optimizer_tree.{name}.{key}"
                 scalars.setdefault(name, {})[key] = split(value, prefix, content.tensors)
     groups, held = [], set()
     for index, group in enumerate(_groups(optimizers)):
         held |= {id(parameter) for parameter in group["params"]}
-        content.late |= {f"model.{names[id(parameter)]}" for parameter in group["params"]}
+        content.deferrable |= {f"model.{names[id(parameter)]}" for parameter in group["params"]}
         values = {
             key: split(value, f"optimizer_group.{index}.{key}", content.tensors)
             for key, value in group.items()

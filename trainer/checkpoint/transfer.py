@@ -78,7 +78,7 @@ def copy_checkpoint(
     commit(target, target_folder, data)
 
 
-def bring(
+def import_checkpoint(
     source: "Source",
     target: Store,
     folder: str,

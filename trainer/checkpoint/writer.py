@@ -21,14 +21,14 @@ from trainer.errors import CheckpointError, PerdureError, StoreError
 from trainer.storage.store import AlreadyExists, Store
 
 
-class Save:
+class PendingSave:
     """A save that a thread of its own brings to its end."""
 
     def __init__(
         self, run: Callable[[], Manifest], after_commit: Callable[[Manifest], None]
     ) -> None:
         self._outcome: Manifest | BaseException | None = None
-        self.took_s = 0.0
+        self.duration_s = 0.0
         """From the beginning to the commit, on this rank; 0 before."""
         self._thread = threading.Thread(
             target=self._body, args=(run, after_commit), name="checkpoint-save", daemon=True
@@ -39,14 +39,14 @@ class Save:
         began = time.monotonic()
         try:
             outcome = run()
-            self.took_s = time.monotonic() - began
+            self.duration_s = time.monotonic() - began
             after_commit(outcome)
             self._outcome = outcome
         except BaseException as error:  # `result` raises it, on the thread that trains
             self._outcome = error
 
     @property
-    def ended(self) -> bool:
+    def is_done(self) -> bool:
         """Whether `result` would return or raise at once."""
         return not self._thread.is_alive()
 
@@ -79,7 +79,7 @@ class Writer:
         self._plan: plan.Plan | None = None
         self._snapshot = Snapshot()
         self._saves = 0
-        self._save: Save | None = None
+        self._save: PendingSave | None = None
         self._unconfirmed: Commit | None = None  # the store failed while creating its manifest
 
     @property
@@ -87,7 +87,7 @@ class Writer:
         """For how long updates waited until what they change was copied, all together."""
         return self._snapshot.stall_s
 
-    def begin(
+    def start_save(
         self,
         content: Content,
         *,
@@ -97,8 +97,8 @@ class Writer:
         config: Mapping[str, Any] | None = None,
         before_commit: Callable[[], None] = lambda: None,
         after_commit: Callable[[Manifest], None] = lambda made: None,
-        is_awaited: bool = False,
-    ) -> Save:
+        is_blocking: bool = False,
+    ) -> PendingSave:
         """Begin a save. Collective, on the thread that trains, when no other save is in flight.
 
         On return everything is copied that may change before the next `Optimizer.step`, which
@@ -112,10 +112,10 @@ class Writer:
             config: stored as it is.
             before_commit: called on rank 0, on the save's thread, when all shards are durable.
             after_commit: called on every rank, on the save's thread, after the commit.
-            is_awaited: the caller does nothing but wait: write while the copy is being made. Else
+            is_blocking: the caller does nothing but wait: write while the copy is being made. Else
                 the copy has the processor for itself, so that the next update comes sooner.
         """
-        if self._save is not None and not self._save.ended:
+        if self._save is not None and not self._save.is_done:
             raise RuntimeError("a save is in flight, and its buffer in use; wait for its result")
         self._saves += 1
         current = self._plan = plan.make(content, self._world, self._plan)
@@ -123,7 +123,9 @@ class Writer:
         objects: Mapping[str, Any] = {}
         try:
             objects = values.decode(values.encode(content.objects, "objects"))  # a deep copy
-            self._snapshot.begin(current, {**content.tensors, **content.own}, content.late)
+            self._snapshot.start(
+                current, {**content.tensors, **content.rank_local}, content.deferrable
+            )
         except PerdureError as error:
             problem = error  # the other ranks hear of it from the save's thread
         made = Manifest(
@@ -143,8 +145,8 @@ class Writer:
             objects=objects,
             config=config or {},
         )
-        self._save = Save(
-            lambda: self._finish(made, current.layout, problem, before_commit, is_awaited),
+        self._save = PendingSave(
+            lambda: self._finish(made, current.layout, problem, before_commit, is_blocking),
             after_commit,
         )
         return self._save
@@ -155,7 +157,7 @@ class Writer:
         layout: shard.Layout,
         problem: PerdureError | None,
         before_commit: Callable[[], None],
-        is_awaited: bool,
+        is_blocking: bool,
     ) -> Manifest:
         """Write this rank's shard and commit. Collective among the ranks' save threads."""
         folder = f"{FOLDER}/{made.folder}"
@@ -170,7 +172,7 @@ class Writer:
         def write() -> tuple[str, ShardFile]:
             if problem is not None:
                 raise problem
-            if not is_awaited:
+            if not is_blocking:
                 self._snapshot.wait()
             try:
                 file = self._store.open_new(f"{folder}/{name}", layout.total_bytes)

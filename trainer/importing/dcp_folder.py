@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.plan import Box
+from trainer.checkpoint.box import Box, any_overlap
 from trainer.core.threads import in_parallel
 from trainer.errors import CheckpointError
 from trainer.importing import pickles
@@ -218,29 +218,8 @@ def _check_cover(name: str, shape: tuple[int, ...], boxes: Sequence[Box]) -> Non
         if any(end > size for end, size in zip(ends, shape, strict=True)):
             raise ValueError(f"a part of {name!r} lies outside of it")
     covered = sum(box.elements for box in boxes)
-    if covered != prod(shape) or _overlap(boxes):
+    if covered != prod(shape) or any_overlap(boxes):
         raise ValueError(f"the parts of {name!r} are not the whole of it ({covered:,} elements)")
-
-
-def _overlap(boxes: Sequence[Box]) -> bool:
-    """Return whether two boxes have an element in common; sweeps along the axis of most cuts."""
-    if len(boxes) < 2:
-        return False
-    axes = range(len(boxes[0].offsets))
-    axis = max(axes, key=lambda a: len({box.offsets[a] for box in boxes}))
-    ordered = sorted(boxes, key=lambda box: box.offsets[axis])
-    for index, box in enumerate(ordered):
-        for at in range(index + 1, len(ordered)):
-            other = ordered[at]
-            if other.offsets[axis] >= box.offsets[axis] + box.lengths[axis]:
-                break
-            if all(
-                box.offsets[a] < other.offsets[a] + other.lengths[a]
-                and other.offsets[a] < box.offsets[a] + box.lengths[a]
-                for a in axes
-            ):
-                return True
-    return False
 
 
 def _has_tensors(value: Any) -> bool:

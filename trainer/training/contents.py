@@ -51,7 +51,7 @@ _Changes = dict[str, Any]
 def collect(job: Job, state: State) -> Content:
     """Return this rank's part of a checkpoint: live tensors by name, and plain values."""
     content = Content()
-    rank0s = content.own if job.world.rank == 0 else {}
+    rank0s = content.rank_local if job.world.rank == 0 else {}
     _collect_model(job, content)
     _collect_optimizers(job, content)
     _collect_averages(job, content)
@@ -156,7 +156,7 @@ def _changed_settings(phase: Phase, start: "Start") -> _Changes:
 def _collect_averages(job: Job, content: Content) -> None:
     for name, average in job.ema.averages.items() if job.ema is not None else ():
         content.tensors[EMA + name] = average
-        content.late.add(EMA + name)  # changes just after the weights
+        content.deferrable.add(EMA + name)  # changes just after the weights
 
 
 def _restore_averages(job: Job, manifest: Manifest, reader: Reader) -> None:
@@ -173,7 +173,7 @@ def _restore_averages(job: Job, manifest: Manifest, reader: Reader) -> None:
 
 def _collect_generators(job: Job, content: Content) -> None:
     for name, value in rng.capture().items():
-        content.own[f"{RNG}{job.world.rank}.{name}"] = value
+        content.rank_local[f"{RNG}{job.world.rank}.{name}"] = value
 
 
 def _restore_generators(job: Job, manifest: Manifest, reader: Reader, step: int) -> None:

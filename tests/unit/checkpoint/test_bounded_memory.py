@@ -106,7 +106,7 @@ p = places.open_place(sys.argv[1])
 reader = p.reader(p.pick("latest"))
 print(sum(reader.fetch(f"small.{number}").sum().item() for number in range(200)))
 part = torch.empty(1, 1 << 20)
-from trainer.checkpoint.plan import Box
+from trainer.checkpoint.box import Box
 reader.read_boxes([("large", Box((50, 0), (1, 1 << 20)), part)])
 print(part[0, -1].item())
 """

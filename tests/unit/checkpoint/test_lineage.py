@@ -36,7 +36,7 @@ def start(store: Store, step: int = 0) -> Attempt:
 
 def save(store: Store, attempt: Attempt, step: int) -> Commit:
     content = Content(tensors={"w": torch.full((50,), float(step))})
-    made = Writer(store, World(), attempt).begin(content, step=step).result()
+    made = Writer(store, World(), attempt).start_save(content, step=step).result()
     return Commit(step, attempt.number, f"checkpoints/{made.folder}")
 
 

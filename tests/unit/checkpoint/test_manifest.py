@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.checkpoint import manifest
+from trainer.checkpoint.box import Box
 from trainer.checkpoint.manifest import Manifest, ShardFile, TensorEntry
 from trainer.checkpoint.values import TensorRef
 from trainer.errors import CheckpointError
@@ -409,9 +410,9 @@ def test_whatever_stands_at_any_place_it_is_refused_or_makes_sense(path, value):
     assert all(re.fullmatch(r"[0-9a-z.-]+\.safetensors", name) for name in files)
     for name in found.tensors:
         entry = found.resolve(name)
-        for part in all_parts(entry, files):
-            ends = [o + n for o, n in zip(part.offsets, part.lengths, strict=True)]
-            assert part.file in files
+        for file, box in all_boxes(entry, files):
+            ends = [o + n for o, n in zip(box.offsets, box.lengths, strict=True)]
+            assert file in files
             assert all(0 <= end <= size for end, size in zip(ends, entry.shape, strict=True))
     assert isinstance(found.objects, dict)
     assert isinstance(found.config, dict)
@@ -420,8 +421,8 @@ def test_whatever_stands_at_any_place_it_is_refused_or_makes_sense(path, value):
 # --- how tensors are cut -----------------------------------------------------------------------
 
 
-def all_parts(entry, files):
-    return list(entry.parts(files, (0,) * len(entry.shape), entry.shape))
+def all_boxes(entry, files):
+    return list(entry.boxes(files, Box.full(entry.shape)))
 
 
 SHAPES_AND_GRIDS = st.lists(st.tuples(st.integers(0, 7), st.integers(1, 4)), max_size=4)
@@ -434,21 +435,21 @@ def test_a_grid_covers_every_element_once_and_a_box_finds_the_cells_it_touches(p
     entry = TensorEntry(dtype="F32", shape=shape, grid=grid)
     owner = np.full(shape, -1)
     for number in range(math.prod(grid)):
-        offsets, lengths = entry.cell(number)
-        box = tuple(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True))
-        assert owner[box].shape == lengths
-        assert (owner[box] == -1).all()
-        owner[box] = number
+        cell = entry.cell(number)
+        index = tuple(slice(o, o + n) for o, n in zip(cell.offsets, cell.lengths, strict=True))
+        assert owner[index].shape == cell.lengths
+        assert (owner[index] == -1).all()
+        owner[index] = number
     assert (owner >= 0).all()
     begin = [data.draw(st.integers(0, n)) for n in shape]
     end = [data.draw(st.integers(b, n)) for b, n in zip(begin, shape, strict=True)]
-    wanted = owner[tuple(slice(b, e) for b, e in zip(begin, end, strict=True))]
-    lengths = [e - b for b, e in zip(begin, end, strict=True)]
-    parts = list(entry.parts([str(i) for i in range(math.prod(grid))], begin, lengths))
-    if wanted.size:
-        assert [int(part.file) for part in parts] == sorted(set(wanted.flatten().tolist()))
-    for part in parts:
-        assert (part.offsets, part.lengths) == entry.cell(int(part.file))
+    owners = owner[tuple(slice(b, e) for b, e in zip(begin, end, strict=True))]
+    box = Box(tuple(begin), tuple(e - b for b, e in zip(begin, end, strict=True)))
+    cells = list(entry.boxes([str(i) for i in range(math.prod(grid))], box))
+    if owners.size:
+        assert [int(file) for file, _ in cells] == sorted(set(owners.flatten().tolist()))
+    for file, cell in cells:
+        assert cell == entry.cell(int(file))
 
 
 @settings(max_examples=100, deadline=None)
@@ -457,14 +458,14 @@ def test_a_grid_cuts_as_torch_chunks_do(n, pieces):
     import torch
 
     entry = TensorEntry(dtype="F32", shape=(n,), grid=(pieces,))
-    lengths = [entry.cell(number)[1][0] for number in range(pieces)]
+    lengths = [entry.cell(number).lengths[0] for number in range(pieces)]
     chunks = [len(chunk) for chunk in torch.arange(n).chunk(pieces)] if n else []
     assert lengths == chunks + [0] * (pieces - len(chunks))
 
 
 def test_the_pieces_of_a_grid_lie_in_c_order():
-    parts = all_parts(TensorEntry(dtype="F32", shape=(3, 4), grid=(2, 2)), ["a", "b", "c", "d"])
-    assert [(p.file, p.offsets, p.lengths) for p in parts] == [
+    cells = all_boxes(TensorEntry(dtype="F32", shape=(3, 4), grid=(2, 2)), ["a", "b", "c", "d"])
+    assert [(file, box.offsets, box.lengths) for file, box in cells] == [
         ("a", (0, 0), (2, 2)),
         ("b", (0, 2), (2, 2)),
         ("c", (2, 0), (1, 2)),
@@ -474,12 +475,11 @@ def test_the_pieces_of_a_grid_lie_in_c_order():
 
 def test_a_whole_tensor_and_columns_give_their_parts():
     files = list(sample().files)
-    whole = all_parts(sample().tensors["model.weight"], files)
-    assert [(p.file, p.offsets, p.lengths) for p in whole] == [(files[2], (0, 0), (4, 3))]
-    cut = all_parts(sample().resolve("model.cut"), files)
-    assert [(p.file, p.offsets, p.lengths) for p in cut] == [
-        (files[0], (0, 0), (2, 1)),
-        (files[3], (0, 1), (2, 2)),
+    weight = sample().tensors["model.weight"]
+    assert all_boxes(weight, files) == [(files[2], Box((0, 0), (4, 3)))]
+    assert all_boxes(sample().resolve("model.cut"), files) == [
+        (files[0], Box((0, 0), (2, 1))),
+        (files[3], Box((0, 1), (2, 2))),
     ]
 
 

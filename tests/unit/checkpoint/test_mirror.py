@@ -184,7 +184,7 @@ def test_bytes_that_are_wrong_in_the_source_never_reach_the_mirror(run):
     file.write_bytes(data)
     run.mirror.take(made)
     assert not run.mirror.settle(None)
-    assert "do not match their checksum" in run.mirror.notes[0]
+    assert "checksum mismatch" in run.mirror.notes[0]
     assert run.target.list("checkpoints") == []
 
 

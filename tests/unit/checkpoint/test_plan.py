@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trainer.checkpoint.plan import Box, Item, divide
+from trainer.checkpoint.box import Box
+from trainer.checkpoint.plan import LocalTensor, divide
 from trainer.checkpoint.shard import DTYPES
 
 SHAPES = st.lists(st.integers(0, 300), max_size=3)
@@ -13,7 +14,7 @@ TENSORS = st.lists(st.tuples(st.sampled_from(["F64", "F32", "BF16", "U8"]), SHAP
 
 def items_of(tensors):
     return [
-        Item(f"t{i}", dtype, tuple(shape), Box((0,) * len(shape), tuple(shape)), ())
+        LocalTensor(f"t{i}", dtype, tuple(shape), Box((0,) * len(shape), tuple(shape)), ())
         for i, (dtype, shape) in enumerate(tensors)
     ]
 

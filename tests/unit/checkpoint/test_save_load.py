@@ -539,7 +539,7 @@ def test_a_flipped_bit_anywhere_is_found(stored, fraction, bit):
 def test_a_file_of_another_length_is_found(stored, change):
     data = stored.path.read_bytes()
     stored.path.write_bytes(data[:change] if change < 0 else data + b"\0" * change)
-    stored.assert_found("bytes, the manifest says")
+    stored.assert_found("bytes but its manifest records")
     stored.path.write_bytes(data)
 
 
@@ -570,7 +570,7 @@ def test_a_good_header_over_the_data_of_another_save_is_found(stored):
     data, other = stored.path.read_bytes(), stored.older_path.read_bytes()
     length = stored.made.files[stored.name].header_bytes
     stored.path.write_bytes(data[:length] + other[length:])
-    stored.assert_found("do not match their checksum")
+    stored.assert_found("checksum mismatch")
     stored.path.write_bytes(data)
 
 
@@ -871,7 +871,7 @@ def test_what_fails_before_the_commit_commits_nothing(tmp_path):
     def flush() -> None:
         raise CheckpointError("the tracker's disk is full")
 
-    begun = Writer(store, World(), attempt).begin(
+    begun = Writer(store, World(), attempt).start_save(
         Content(tensors=SMALL), step=2, before_commit=flush
     )
     with pytest.raises(CheckpointError, match="tracker"):
@@ -883,7 +883,7 @@ def test_what_fails_before_the_commit_commits_nothing(tmp_path):
 def test_the_shards_are_there_when_before_commit_is_called_and_the_manifest_is_not(tmp_path):
     store = LocalStore(tmp_path)
     seen: list[str] = []
-    begun = writer_on(store).begin(
+    begun = writer_on(store).start_save(
         Content(tensors=SMALL),
         step=2,
         before_commit=lambda: seen.extend(store.list("checkpoints")),

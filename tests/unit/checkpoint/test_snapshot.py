@@ -33,7 +33,7 @@ class Counting:
         return {f"p{n}": parameter for n, parameter in enumerate(self.parameters)}
 
     def content(self) -> checkpoint.Content:
-        return checkpoint.Content(tensors=self.tensors(), late=set(self.tensors()))
+        return checkpoint.Content(tensors=self.tensors(), deferrable=set(self.tensors()))
 
 
 def writer_on(store: LocalStore) -> Writer:
@@ -66,7 +66,7 @@ def test_every_update_changes_every_value_and_each_checkpoint_has_those_of_its_s
     store, training = LocalStore(tmp_path), Counting()
     writer, begun = writer_on(store), []
     for step in range(20):
-        save = writer.begin(training.content(), step=step)
+        save = writer.start_save(training.content(), step=step)
         training.optimizer.step()
         training.optimizer.step()
         begun.append(save.result())
@@ -80,7 +80,7 @@ def test_every_update_changes_every_value_and_each_checkpoint_has_those_of_its_s
 def test_an_update_waits_for_the_copy_and_nothing_else_does(tmp_path, monkeypatch):
     gate = Gate(monkeypatch)
     store, training = LocalStore(tmp_path), Counting(count=7000)
-    save = writer_on(store).begin(training.content(), step=1)
+    save = writer_on(store).start_save(training.content(), step=1)
     loss = (training.parameters[0].clone().requires_grad_() * 2).sum()
     loss.backward()  # forward and backward go on
     updating = threading.Thread(target=training.optimizer.step)
@@ -100,14 +100,14 @@ def test_what_changes_between_two_updates_is_found_and_copied_at_once_from_then_
     gate = Gate(monkeypatch)
     store, training = LocalStore(tmp_path), Counting(count=7000)
     writer = writer_on(store)
-    save = writer.begin(training.content(), step=1)
+    save = writer.start_save(training.content(), step=1)
     training.parameters[1].add_(5.0)  # not by an optimizer's step
     gate.opened.set()
     with pytest.raises(CheckpointError, match="p1 changed between two updates"):
         save.result()
     assert checkpoint.latest(store) is None
     gate.opened.clear()
-    save = writer.begin(training.content(), step=2)
+    save = writer.start_save(training.content(), step=2)
     training.parameters[1].add_(5.0)
     gate.opened.set()
     assert values_of(store, save.result()) == {0.0, 5.0}
@@ -116,7 +116,7 @@ def test_what_changes_between_two_updates_is_found_and_copied_at_once_from_then_
 def test_what_is_not_said_to_wait_for_updates_may_change_at_once(tmp_path, monkeypatch):
     gate = Gate(monkeypatch)
     store, count = LocalStore(tmp_path), torch.zeros(1000)
-    save = writer_on(store).begin(checkpoint.Content(tensors={"count": count}), step=1)
+    save = writer_on(store).start_save(checkpoint.Content(tensors={"count": count}), step=1)
     count.add_(1.0)
     gate.opened.set()
     assert values_of(store, save.result()) == {0.0}
@@ -125,7 +125,7 @@ def test_what_is_not_said_to_wait_for_updates_may_change_at_once(tmp_path, monke
 def test_a_snapshot_that_is_gone_holds_no_optimizer_back(tmp_path, monkeypatch):
     training = Counting(count=7000)
     writer = writer_on(LocalStore(tmp_path))
-    writer.begin(training.content(), step=1).result()
+    writer.start_save(training.content(), step=1).result()
     waited = []
     monkeypatch.setattr(Snapshot, "wait", lambda snapshot, *_: waited.append(id(snapshot)))
     mine, gone = id(writer._snapshot), weakref.ref(writer._snapshot)

@@ -350,7 +350,7 @@ def test_tensors_inside_of_values_leave_a_reference_and_come_back():
     tensors: dict[str, torch.Tensor] = {}
     parts = state_tree.split(value, "p", tensors)
     assert parts["a"][0] == TensorRef("p.a.0")
-    assert sorted(state_tree.refs(parts)) == sorted(tensors) == ["p.a.0", "p.a.1.b.0"]
+    assert sorted(state_tree.tensor_names(parts)) == sorted(tensors) == ["p.a.0", "p.a.1.b.0"]
     back = state_tree.join(through_json(parts), tensors.__getitem__)
     assert back["a"][0] is tensors["p.a.0"]
     assert back["a"][1]["b"][0] is tensors["p.a.1.b.0"]

@@ -140,7 +140,7 @@ def test_damaged_bytes_of_ours_are_never_taken(tmp_path):
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(DamagedError, match="do not match their checksum"):
+    with pytest.raises(DamagedError, match="checksum mismatch"):
         load(net(2), str(run))
 
 

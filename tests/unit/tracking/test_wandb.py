@@ -183,7 +183,7 @@ def test_a_finished_run_leaves_artifacts_where_asked(artifacts, place, tmp_path)
     for step, best in ((10, 10), (20, 10)):
         state = State(step=step, metrics={"accuracy": 0.5}, best={"step": best, "value": 0.5})
         content = Content(objects={"run": state.state_dict()})
-        writer.begin(content, step=step).result()
+        writer.start_save(content, step=step).result()
     store.replace("exports/model.safetensors", b"weights")
     tracker = Wandb(mode="offline", artifacts=artifacts)
     tracker.start({**facts(run_dir), "store": store})

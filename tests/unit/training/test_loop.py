@@ -714,7 +714,7 @@ def test_what_a_rank_brings_to_a_checkpoint():
     job = a_job(optimizer=lambda model: torch.optim.Adam(model.parameters()))
     train_step(job, next(job.data.batches(BEGINNING))[0])
     content = collect(job, State(step=3))
-    names = {*content.tensors, *content.own}
+    names = {*content.tensors, *content.rank_local}
     parameters = {name for name, _ in job.model.named_parameters()}
     assert {f"model.{name}" for name in job.model.state_dict()} <= names
     for key in ("step", "exp_avg", "exp_avg_sq"):
