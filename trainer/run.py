@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 
 from trainer import errors
-from trainer.cluster import launch
+from trainer.cluster import launch, outcome, slurm
 from trainer.config import schema
 from trainer.config.folder import conf_folder
 from trainer.config.schema import Run
@@ -51,13 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PerdureError as error:
         return _say_error(error)
     if not launch.is_rank():
-        launch.leave_outcome(code)
+        outcome.write(code)
     return code
 
 
 def _say_error(error: PerdureError) -> int:
     print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    launch.leave_outcome(error.exit_code)
+    outcome.write(error.exit_code)
     return error.exit_code
 
 
@@ -109,9 +109,9 @@ def _submitted(one_run: Callable[[], int]) -> int:
         code = one_run()
     except Exception:
         traceback.print_exc()
-        launch.leave_outcome(FAILURE)
+        outcome.write(FAILURE)
         raise
-    launch.leave_outcome(code)
+    outcome.write(code)
     if code not in (DONE, RUN_AGAIN):
         raise PerdureError(f"a job of the sweep ended with {code}; its log says why")
     return code
@@ -155,7 +155,7 @@ def _in_a_name(text: str) -> str:
 
 def _one_run(composed: DictConfig, problems: Sequence[Problem], check_only: bool) -> int:
     try:
-        launch.take_rank_from_slurm()
+        slurm.set_rank_variables()
         return _check_and_start(composed, problems, check_only)
     except PerdureError as error:
         return _say_error(error)
@@ -210,7 +210,7 @@ def _launch(run: Run, stored: Mapping[str, Any]) -> int:
         payload,
         run.launch,
         logs=_logs_folder(run),
-        grace_s=launch.grace_s(run.preemption.grace_s),
+        grace_s=slurm.grace_s(run.preemption.grace_s),
     )
 
 
@@ -246,7 +246,7 @@ def _rank(run: Run, stored: Mapping[str, Any]) -> int:
     try:
         world = distributed.connect(device, timeout_s=_GROUP_TIMEOUT_S)
         if world.rank == 0:
-            launch.forget_outcome()
+            outcome.clear()
         try:
             code = attempt.run_attempt(run, stored, world)
         except (PeerFailedError, PeerLostError) as error:
@@ -256,24 +256,24 @@ def _rank(run: Run, stored: Mapping[str, Any]) -> int:
                 raise
             code = _say_error(error) if world.rank == 0 else error.exit_code
         if world.rank == 0:
-            launch.leave_outcome(code)  # before the first rank ends, and the others are killed
+            outcome.write(code)  # before the first rank ends, and the others are killed
         world.close()
     except SystemExit:
         raise
     except BaseException as error:
         if not launch.is_rank():
             raise
-        raise SystemExit(launch.report_crash(error)) from None
-    return launch.rank_exit_code(code)
+        raise SystemExit(outcome.report_crash(error)) from None
+    return outcome.rank_exit_code(code)
 
 
 def _leave(error: PeerFailedError | PeerLostError) -> NoReturn:
     """Leave because of a process that is gone; whoever knows best why it is tells."""
     if isinstance(error, PeerFailedError):
-        launch.leave_at_once(error.exit_code)
+        outcome.exit_now(error.exit_code)
     if isinstance(error, WorkerLostError) and launch.is_rank():
-        launch.leave_at_once(launch.report_crash(error))
-    launch.leave_at_once(error.exit_code, f"LEFT: {error}. The same command goes on.")
+        outcome.exit_now(outcome.report_crash(error))
+    outcome.exit_to_resume(str(error))
 
 
 def _end(code: int) -> NoReturn:

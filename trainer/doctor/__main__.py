@@ -14,6 +14,7 @@ import torch
 from trainer.cli import command
 from trainer.cluster import launch, shared_storage
 from trainer.cluster import world as distributed
+from trainer.cluster.slurm import set_rank_variables
 from trainer.cluster.world import World
 from trainer.config import schema
 from trainer.config.compose import compose
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _examine(argv: list[str]) -> int:
-    launch.take_rank_from_slurm()
+    set_rank_variables()
     flags = {flag for flag in _FLAGS if flag in argv}
     arguments = [argument for argument in argv if argument not in flags]
     run, problems = compose(arguments, _USAGE, _FLAGS)

@@ -24,7 +24,7 @@ from trainer.checkpoint.reader import MissingError
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import SaveHooks, SavePolicy, Saver, SaveTarget
 from trainer.checkpoint.tiers import Tiers
-from trainer.cluster import launch, shared_storage
+from trainer.cluster import launch, outcome, shared_storage, slurm
 from trainer.cluster import watchdog as watchdog_
 from trainer.cluster.stop import DEADLINE, Stop, reason_text
 from trainer.cluster.world import World
@@ -83,7 +83,7 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
     began = time.monotonic()
     facts = {**_facts(world, threads), "resume": run.resume}
     attempt = world.from_rank0(lambda: tiers.begin(facts))
-    grace_s = launch.grace_s(run.preemption.grace_s)
+    grace_s = slurm.grace_s(run.preemption.grace_s)
     stop = Stop(world, grace_s=grace_s, deadline=_deadline(run, began))
     stop.listen(run.preemption.signals, interrupts_end=not launch.is_rank())
     watchdog = _watchdog(run, world, tiers, attempt, stop)
@@ -132,7 +132,7 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
             error = peer or oom.explain(raised, run, world) or raised
             ending["error"] = why = f"{type(error).__name__}: {error}"[:2000]
             if peer is None and launch.is_rank() and not getattr(error, "agreed", False):
-                code = launch.report_crash(error)
+                code = outcome.report_crash(error)
                 watchdog.failed(why)
                 at_last.callback(watchdog.gone)
                 raise SystemExit(code) from None
@@ -309,7 +309,7 @@ def _watchdog(
             writing = threading.Thread(target=tiers.amend, args=(attempt, ending), daemon=True)
             writing.start()
             writing.join(_STACKS_S)
-        launch.leave_at_once(RUN_AGAIN, f"LEFT: {text}. The same command goes on.")
+        outcome.exit_to_resume(text)
 
     return watchdog_.Watchdog(
         world,
@@ -335,7 +335,7 @@ def _refuse_no_time(run: Run, starting_s: float, seconds: float) -> None:
 def _deadline(run: Run, began: float) -> Callable[[float], bool]:
     """Return what tells whether it is time to leave: `max_time` is over, or the job's end near."""
     limit_s = schema.seconds(run.trainer.max_time or "")
-    end_s = launch.end_time_s()
+    end_s = slurm.end_time_s()
 
     def is_over(reserve_s: float) -> bool:
         if limit_s is not None and time.monotonic() - began >= limit_s:
@@ -368,7 +368,7 @@ def _facts(world: World, threads: int) -> dict[str, Any]:
         "world_size": world.size,
         "threads": threads,
         "device": world.device.type,
-        **launch.job_facts(),
+        **slurm.job_metadata(),
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
     }
 

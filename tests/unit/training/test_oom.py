@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.loop_jobs import a_job
 
-from trainer.cluster import launch
+from trainer.cluster import launch, outcome
 from trainer.cluster.stop import Stop
 from trainer.cluster.world import World
 from trainer.config.schema import Parallel, Run, Trainer
@@ -114,7 +114,7 @@ def test_explain_keeps_the_agreed_flag():
 def test_launcher_shows_out_of_memory_without_a_traceback(tmp_path, monkeypatch):
     file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
-    launch.report_crash(TrainingError("out of memory on rank 1"))
+    outcome.report_crash(TrainingError("out of memory on rank 1"))
     message = json.loads(file.read_text())["message"]
     failure = type("Failure", (), {"message": message, "exitcode": 1})
     assert launch._failure_text(1, failure, tmp_path) == (
