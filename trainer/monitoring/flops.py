@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -88,3 +88,51 @@ def count(twin: nn.Module, loss: Callable[[nn.Module, Batch], Tensor], batch: Ba
         if found.requires_grad:
             found.backward()
     return int(counter.get_total_flops())
+
+
+class StepFlops:
+    """Model FLOPs of a training step, counted on a copy of the model without data.
+
+    Create it before the model is compiled or sharded. Third-party code may fail on tensors without
+    data; `total` then stays None and `problem` has the reason.
+
+    Args:
+        model: the plain module.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.total: int | None = None
+        """FLOPs of one step on this rank."""
+        self.problem = ""
+        self._twin: nn.Module | None = None
+        try:
+            self._twin = on_meta(model)
+        except Exception as error:
+            self._fail(error)
+
+    def count(
+        self,
+        losses: Iterable[tuple[Callable[[nn.Module, Batch], Tensor], Collection[str]]],
+        first: Callable[[], Sequence[Batch]],
+    ) -> None:
+        """Count one step.
+
+        Args:
+            losses: the loss of each phase, and the names of the parameters that it trains.
+            first: returns the microbatches of the first step.
+        """
+        if self._twin is None:
+            return
+        try:
+            microbatches, total = first(), 0
+            for loss, trained in losses:
+                for name, parameter in self._twin.named_parameters():
+                    parameter.requires_grad_(name in trained)
+                total += count(self._twin, loss, microbatches[0])
+            self.total = total * len(microbatches)
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        text = str(error).partition("\n")[0][:200]
+        self.problem = f"warning: no MFU, cannot count model FLOPs: {type(error).__name__}: {text}"

@@ -1,6 +1,7 @@
-"""The only place where configuration becomes objects, and where it is judged before."""
+"""Objects from a configuration, and the checks of it that come first."""
 
 import inspect
+import signal
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,159 +32,177 @@ from trainer.training import parallel, parameters
 from trainer.training.ema import Ema
 from trainer.training.job import Job, Phase, TaskOptions
 
-_OURS = ("groups", "phases")
-"""What stands beside an optimizer's arguments."""
-_PARTS = ("train", "eval")
-_HYDRA_WORDS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
+_GROUPING_KEYS = ("groups", "phases")
+"""Keys in `optimizer` that are not arguments of the optimizer."""
+_HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
+_SIGNALS = [item.name for item in signal.Signals]
 
 
-# --- before anything runs ----------------------------------------------------------------------
+# --- checks before anything runs ---------------------------------------------------------------
 
 
 def check(run: Run) -> list[Problem]:
-    """Return what is wrong with every `_target_` of `run`: names, arguments, types of values.
+    """Return the problems of every `_target_` in `run`: names, arguments, types of values.
 
-    Imports the targets and calls none of them.
+    Imports the targets; calls only the `problem` method of tracker classes.
     """
     problems = []
     for group, provided in (("model", 0), ("data", 0), ("task", 0), ("optimizer", 1)):
-        if getattr(run, group).get("_target_"):  # config.check tells where there is none
+        if getattr(run, group).get("_target_"):  # the schema reports missing ones
             node = _arguments(run.optimizer) if group == "optimizer" else getattr(run, group)
             problems += targets.check_target(node, group, provided)
     if text := parameters.check_rules(run.optimizer.get("groups", [])):
         problems.append(Problem("optimizer.groups", text))
     problems += _check_phases(run)
     if run.scheduler:
-        known = {key: value for key, value in run.scheduler.items() if key != "interval"}
-        words = {
-            k: 1 if v in schedule.HORIZON_WORDS else v for k, v in known.items() if _hashable(v)
-        }
-        problems += targets.check_target({**known, **words}, "scheduler", 1)
+        node = {key: value for key, value in run.scheduler.items() if key != "interval"}
+        node |= {key: 1 for key, value in node.items() if _is_horizon(value)}
+        problems += targets.check_target(node, "scheduler", 1)
     for name, node in run.tracker.items():
-        problems += targets.check_target(node, f"tracker.{name}", 0) or _check_tracker(name, node)
+        key = f"tracker.{name}"
+        problems += targets.check_target(node, key, 0) or _check_tracker(key, node)
     weights = run.init.weights or ""
     if weights and is_local(weights) and not Path(weights.removeprefix("file://")).exists():
         problems.append(Problem("init.weights", f"{weights!r} is not a file or folder"))
     for name in stop.signal_problems(run.preemption.signals):
-        text = f"{name!r} is not a signal that can be handled{closest(name, _signal_names())}"
+        text = f"{name!r} is not a signal that can be handled{closest(name, _SIGNALS)}"
         problems.append(Problem("preemption.signals", text))
     return problems
 
 
 def _arguments(optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in optimizer.items() if key not in _OURS}
+    return {key: value for key, value in optimizer.items() if key not in _GROUPING_KEYS}
+
+
+def _is_horizon(value: Any) -> bool:
+    return isinstance(value, str) and value in schedule.HORIZON_WORDS
 
 
 def _check_phases(run: Run) -> list[Problem]:
-    """Return what is wrong with `optimizer.phases`, as far as the task's class tells its phases."""
-    given = run.optimizer.get("phases", {})
-    stated = getattr(targets.find(str(run.task.get("_target_", "")))[0], "phases", None)
-    if text := parameters.check_phases(given, stated if isinstance(stated, Mapping) else None):
+    """Return the problems of `optimizer.phases`, using the phases of the task's class if any."""
+    settings = run.optimizer.get("phases", {})
+    phases = getattr(targets.find(str(run.task.get("_target_", "")))[0], "phases", None)
+    if text := parameters.check_phases(settings, phases if isinstance(phases, Mapping) else None):
         return [Problem("optimizer.phases", text)]
     problems = []
-    for name, changes in given.items():
+    for name, changes in settings.items():
         key = f"optimizer.phases.{name}"
         if "_target_" in changes:
-            problems.append(Problem(f"{key}._target_", "all phases have the optimizer's own class"))
+            problems.append(Problem(f"{key}._target_", "all phases use the same optimizer class"))
         elif run.optimizer.get("_target_"):
             node = {"_partial_": True, **changes, "_target_": run.optimizer["_target_"]}
             problems += targets.check_target(node, key, 1)
     return problems
 
 
-def _check_tracker(name: str, node: Mapping[str, Any]) -> list[Problem]:
-    """Ask a tracker that can tell, whether its library is there, say."""
-    target, _ = targets.find(str(node["_target_"]))
-    tell = getattr(target, "problem", None)
-    text = tell({k: v for k, v in node.items() if k not in _HYDRA_WORDS}) if tell else ""
-    return [Problem(f"tracker.{name}", text)] if text else []
+def _check_tracker(key: str, node: Mapping[str, Any]) -> list[Problem]:
+    """Return the problem that the tracker's class itself reports, such as a missing library."""
+    check_arguments = getattr(targets.find(str(node["_target_"]))[0], "problem", None)
+    if check_arguments is None:
+        return []
+    text = check_arguments({k: v for k, v in node.items() if k not in _HYDRA_KEYS})
+    return [Problem(key, text)] if text else []
 
 
-def _signal_names() -> list[str]:
-    import signal
-
-    return [item.name for item in signal.Signals]
-
-
-def _hashable(value: Any) -> bool:
-    return not isinstance(value, (list, dict))
-
-
-# --- objects -----------------------------------------------------------------------------------
+# --- data --------------------------------------------------------------------------------------
 
 
 def build_data(run: Run) -> DataSource:
-    """Build the data; a plain dataset is trained on and nothing is evaluated."""
-    rng.seed_all(rng.derive("data", run.seed))  # whatever it draws, every attempt draws it
-    made = targets.make(run.data, "data")
-    source: DataSource = made if _is_source(made) else Datasets(train=made)
+    """Build the data. A plain dataset becomes training data without an evaluation.
+
+    Raises:
+        ConfigError: a stream needs settings that do not depend on its length.
+        DataError: the training data is neither a dataset nor a stream.
+    """
+    rng.seed_all(rng.derive("data", run.seed))  # the same random data in every attempt
+    data = targets.make(run.data, "data")
+    absent = object()  # static look-ups: a property may load the data
+    parts = [inspect.getattr_static(data, part, absent) for part in ("train", "eval")]
+    is_source = all(part is not absent for part in parts)
+    source: DataSource = data if is_source else Datasets(train=data)
     if is_stream(source.train):
-        _check_stream(run, source)
+        _check_stream(run)
     elif not hasattr(source.train, "__len__"):
         raise DataError(
-            f"data: {run.data['_target_']} gives training data without a length; a dataset needs "
-            "__len__ and __getitem__, a stream an __iter__ that begins anew for each epoch"
+            f"data: {run.data['_target_']} returns training data without a length; a dataset needs "
+            "__len__ and __getitem__, a stream an __iter__ that starts over for each epoch"
         )
     return source
 
 
-def _check_stream(run: Run, source: DataSource) -> None:
-    """Refuse what needs to know how long a stream is."""
-    what = f"data: {run.data['_target_']} gives a stream, whose length is not known"
+def _check_stream(run: Run) -> None:
+    subject = f"data: {run.data['_target_']} is a stream of unknown length"
     if run.trainer.max_steps is None:
-        raise ConfigError(f"{what}; set trainer.max_steps: where the run ends")
-    words = [
+        raise ConfigError(f"{subject}; set trainer.max_steps to end the run")
+    unknown = [
         f"scheduler.{key}={value}"
         for key, value in run.scheduler.items()
         if value in ("total_epochs", "steps_per_epoch")
     ]
-    if words:
+    if unknown:
         raise ConfigError(
-            f"{what}, so {' and '.join(words)} cannot be counted; give numbers, or a schedule by "
-            "total_steps"
+            f"{subject}, so {' and '.join(unknown)} cannot be computed; use numbers, or a schedule "
+            "of total_steps"
         )
 
 
-def _check_eval(run: Run, dataset: Any) -> None:
-    if is_stream(dataset):
+def _build_training(run: Run, world: World, source: DataSource) -> TrainStream | Streamed:
+    tensors = getattr(source.train, "tensors", None)
+    if tensors and list(tensors[0].shape[1:]) != list(run.sample.shape):
+        raise ConfigError(
+            f"sample.shape={list(run.sample.shape)}, but {run.data['_target_']} has inputs of "
+            f"shape {list(tensors[0].shape[1:])}; set sample.shape={list(tensors[0].shape[1:])}"
+        )
+    kind = Streamed if is_stream(source.train) else TrainStream
+    return kind(
+        dataset=source.train,
+        world=world,
+        seed=run.seed,
+        global_batch_size=run.trainer.global_batch_size,
+        accumulate=run.trainer.accumulate,
+        workers=run.trainer.data_workers,
+        skip_damaged=run.trainer.on_damaged == "skip",
+    )
+
+
+def _build_evaluation(
+    run: Run, world: World, source: DataSource, phases: Sequence[Phase]
+) -> EvalStream | None:
+    if source.eval is None:
+        _check_without_evaluation(run, phases)
+        return None
+    if is_stream(source.eval):
         raise DataError(
-            f"data: {run.data['_target_']} gives a stream to evaluate on; that data needs __len__ "
-            "and __getitem__, since every sample is measured once whatever the number of ranks"
+            f"data: {run.data['_target_']} has a stream as evaluation data; it needs __len__ and "
+            "__getitem__, so that every sample is evaluated once on any number of ranks"
         )
-    if not len(dataset):
+    if not len(source.eval):
         raise DataError(
-            f"data: {run.data['_target_']} gives nothing to evaluate on, an empty part; give it "
-            "samples, or None for no evaluation"
+            f"data: {run.data['_target_']} has empty evaluation data; add samples, or use None "
+            "for no evaluation"
         )
+    settings = run.trainer
+    microbatch = settings.global_batch_size // world.size // settings.accumulate
+    batch_size = settings.eval_batch_size or max(microbatch, 1)
+    skip_damaged = settings.on_damaged == "skip"
+    return EvalStream(source.eval, world, batch_size, settings.data_workers, skip_damaged)
 
 
-def _refuse_without_evaluation(run: Run, phases: Sequence[Phase]) -> None:
+def _check_without_evaluation(run: Run, phases: Sequence[Phase]) -> None:
     plateau = any(isinstance(phase.scheduler, ReduceLROnPlateau) for phase in phases)
-    wants = {
+    needs = {
         "trainer.patience_evals": run.trainer.patience_evals is not None,
         "checkpoint.metric": run.checkpoint.metric is not None,
         "scheduler: ReduceLROnPlateau": plateau,
     }
-    if found := [key for key, is_wanted in wants.items() if is_wanted]:
+    if settings := [key for key, is_set in needs.items() if is_set]:
         raise ConfigError(
-            f"{', '.join(found)} {'need' if len(found) > 1 else 'needs'} an evaluation, and "
-            f"{run.data['_target_']} gives no data to evaluate on"
+            f"{', '.join(settings)} {'need' if len(settings) > 1 else 'needs'} an evaluation, but "
+            f"{run.data['_target_']} has no evaluation data"
         )
 
 
-def _is_source(made: Any) -> bool:
-    """Whether it has both parts; looked up statically, since asking would load them."""
-    missing = object()
-    return all(inspect.getattr_static(made, part, missing) is not missing for part in _PARTS)
-
-
-def _check_shape(run: Run, source: DataSource) -> None:
-    tensors = getattr(source.train, "tensors", None)
-    if tensors and list(tensors[0].shape[1:]) != list(run.sample.shape):
-        raise ConfigError(
-            f"sample.shape={list(run.sample.shape)}, but {run.data['_target_']} gives inputs of "
-            f"shape {list(tensors[0].shape[1:])}; set sample.shape={list(tensors[0].shape[1:])}"
-        )
+# --- model, trackers, job ----------------------------------------------------------------------
 
 
 def build_model(run: Run) -> nn.Module:
@@ -191,64 +210,51 @@ def build_model(run: Run) -> nn.Module:
     rng.seed_all(run.seed)
     model = targets.make(run.model, "model")
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model: {run.model['_target_']} gives a {type(model).__name__}, not a "
-                          "torch.nn.Module")  # fmt: skip
+        raise ConfigError(
+            f"model: {run.model['_target_']} returns a {type(model).__name__}, not a "
+            "torch.nn.Module"
+        )
     return model
 
 
 def build_tracker(run: Run, world: World) -> Tracker:
-    """Build rank 0's trackers, `metrics.jsonl` always among them; other ranks are silent.
+    """Build rank 0's trackers, including `metrics.jsonl`; other ranks get a silent one.
 
-    The others may fail, and training goes on; `metrics.jsonl` is part of the run.
+    Errors of a tracker do not stop the training, except those of `metrics.jsonl`, which is part
+    of the run.
     """
     if world.rank != 0:
         return Silent()
-    made = {name: targets.make(node, f"tracker.{name}") for name, node in run.tracker.items()}
-    return Several([Jsonl(), *(Guarded(name, tracker) for name, tracker in made.items())])
-
-
-def _build_training_data(run: Run, world: World, source: DataSource) -> TrainStream | Streamed:
-    settings = run.trainer
-    kind = Streamed if is_stream(source.train) else TrainStream
-    return kind(
-        dataset=source.train,
-        world=world,
-        seed=run.seed,
-        global_batch_size=settings.global_batch_size,
-        accumulate=settings.accumulate,
-        workers=settings.data_workers,
-        skip_damaged=settings.on_damaged == "skip",
-    )
+    trackers = {name: targets.make(node, f"tracker.{name}") for name, node in run.tracker.items()}
+    return Several([Jsonl(), *(Guarded(name, tracker) for name, tracker in trackers.items())])
 
 
 def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> Job:
     """Build everything that training needs, before any state is loaded. Collective."""
-    _check_shape(run, source)
     settings = run.trainer
-    data = _build_training_data(run, world, source)
+    data = _build_training(run, world, source)
     per_epoch = data.steps_per_epoch or 0
     limits = [settings.max_steps, (settings.max_epochs or 0) * per_epoch or None]
     max_steps = min(limit for limit in limits if limit is not None)
     model = build_model(run).to(world.device)
     notes = parameters.freeze(model, settings.freeze)
     peak = settings.peak_flops_per_s or _peak_flops_per_s(run, world)
-    twin, uncounted = _twin(model) if peak is not None and world.rank == 0 else (None, [])
+    counter = flops.StepFlops(model) if peak is not None and world.rank == 0 else None
     parallel.modify(model, run.parallel)
     task = targets.make(run.task, "task")
-    phases, matched = _build_phases(run, world, model, task, max_steps, per_epoch)
-    share = settings.global_batch_size // world.size // settings.accumulate
-    evaluation = None
-    if source.eval is not None:
-        _check_eval(run, source.eval)
-        batch_size = settings.eval_batch_size or max(share, 1)
-        skip = settings.on_damaged == "skip"
-        evaluation = EvalStream(source.eval, world, batch_size, settings.data_workers, skip)
-    else:
-        _refuse_without_evaluation(run, phases)
-    counted = None
-    if twin is not None:
-        counted, uncounted = _count_flops(twin, model, task, phases, data)
+    phases, matches = _build_phases(run, world, model, task, max_steps, per_epoch)
+    notes += matches
+    evaluation = _build_evaluation(run, world, source, phases)
+    if counter is not None:
+        losses = [
+            (partial(_phase_loss, task, phase), _trained_names(model, phase)) for phase in phases
+        ]
+        counter.count(losses, data.first)
+        notes += [counter.problem] if counter.problem else []
     rng.seed_all(rng.derive("rank", run.seed, 0, world.rank))
+    ema = None
+    if settings.ema_decay is not None:
+        ema = Ema(model, settings.ema_decay, phases[0].wrapped)
     return Job(
         world=world,
         model=model,
@@ -266,17 +272,13 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
         log_every_steps=settings.log_every_steps,
         clip_norm=settings.clip_norm,
         skip_nonfinite=settings.on_nonfinite == "skip",
-        ema=(
-            Ema(model, settings.ema_decay, phases[0].wrapped)
-            if settings.ema_decay is not None
-            else None
-        ),
+        ema=ema,
         patience_evals=settings.patience_evals,
-        notes=[*notes, *matched, *uncounted],
+        notes=notes,
         metric=run.checkpoint.metric,
         metric_mode=run.checkpoint.mode,
         seed=run.seed,
-        flops_per_step=counted,
+        flops_per_step=counter.total if counter is not None else None,
         peak_flops_per_s=peak,
     )
 
@@ -289,76 +291,41 @@ def _peak_flops_per_s(run: Run, world: World) -> float | None:
     return flops.peak_flops_per_s(torch.cuda.get_device_name(world.device), arithmetic)
 
 
-def _twin(model: nn.Module) -> tuple[nn.Module | None, list[str]]:
-    try:
-        return flops.on_meta(model), []
-    except Exception as error:  # other people's models may not be copied
-        return None, [_uncounted(error)]
-
-
-def _uncounted(error: Exception) -> str:
-    why = str(error).partition("\n")[0][:200]
-    return f"no MFU: the FLOPs of the model cannot be counted: {type(error).__name__}: {why}"
-
-
-def _count_flops(
-    twin: nn.Module,
-    model: nn.Module,
-    task: Task,
-    phases: Sequence[Phase],
-    data: TrainStream | Streamed,
-) -> tuple[int | None, list[str]]:
-    """Return the model's FLOPs of a step on this rank, or why there are none. Rank 0 only."""
-    named, found = dict(twin.named_parameters()), 0
-    try:
-        microbatches = data.first()
-        for phase in phases:
-            own = {id(parameter) for parameter in phase.parameters(model)}
-            names = [name for name, parameter in model.named_parameters() if id(parameter) in own]
-            trained = [named[name] for name in names if named[name].requires_grad]
-            with parallel.training_only(twin, trained):
-                loss = partial(_phase_loss, task, phase)
-                found += flops.count(twin, loss, microbatches[0])
-    except Exception as error:  # other people's code may do anything where there is no data
-        return None, [_uncounted(error)]
-    return found * len(microbatches), []
-
-
 def _phase_loss(task: Task, phase: Phase, model: nn.Module, batch: Batch) -> Tensor:
     return task.loss(model, batch, *phase.task_arguments)[0]
 
 
+def _trained_names(model: nn.Module, phase: Phase) -> set[str]:
+    ids = {id(parameter) for parameter in phase.parameters(model)}
+    return {name for name, p in model.named_parameters() if p.requires_grad and id(p) in ids}
+
+
 def _build_phases(
-    run: Run,
-    world: World,
-    model: nn.Module,
-    task: Task,
-    max_steps: int,
-    steps_per_epoch: int,
+    run: Run, world: World, model: nn.Module, task: Task, max_steps: int, steps_per_epoch: int
 ) -> tuple[list[Phase], list[str]]:
-    """Build what trains the model, and a line for each pattern of names. Collective."""
-    stated = dict(TaskOptions.of(task).phases)
-    if text := parameters.check_phases(run.optimizer.get("phases", {}), stated):
+    """Build the phases of a step, and one line per name pattern with its matches. Collective."""
+    changes = run.optimizer.get("phases", {})
+    patterns = dict(TaskOptions.of(task).phases)
+    if text := parameters.check_phases(changes, patterns):
         raise ConfigError(f"optimizer.phases {text}")
-    names, lines = parameters.phases(model, stated) if stated else ({}, [])
-    if stated:
+    names, lines = parameters.phases(model, patterns) if patterns else ({}, [])
+    if patterns:
         wrapped = parallel.wrap_phases(model, world, run.parallel, names)
     else:
         wrapped = {"": parallel.wrap(model, world, run.parallel)}
     rules = run.optimizer.get("groups", [])
-    groups, matched = parameters.groups(model, rules)
+    groups, matches = parameters.groups(model, rules)
     named = dict(model.named_parameters())
     phases = []
-    for phase, inner in wrapped.items():
-        own = {id(named[name]) for name in names.get(phase, named)}
-        parts = [{**g, "params": [p for p in g["params"] if id(p) in own]} for g in groups]
-        parts = [part for part in parts if part["params"] or not stated]
-        changes = run.optimizer.get("phases", {}).get(phase, {})
-        node = {**_arguments(run.optimizer), **changes}
+    for name, module in wrapped.items():
+        ids = {id(named[parameter]) for parameter in names.get(name, named)}
+        parts = [{**g, "params": [p for p in g["params"] if id(p) in ids]} for g in groups]
+        parts = [part for part in parts if part["params"] or not patterns]
+        node = {**_arguments(run.optimizer), **changes.get(name, {})}
         optimizer = targets.make(node, "optimizer", parts if rules else parts[0]["params"])
         scheduler = _build_scheduler(run, optimizer, max_steps, steps_per_epoch)
-        phases.append(Phase(name=phase, wrapped=inner, optimizer=optimizer, scheduler=scheduler))
-    return phases, [*lines, *matched]
+        phases.append(Phase(name=name, wrapped=module, optimizer=optimizer, scheduler=scheduler))
+    return phases, [*lines, *matches]
 
 
 def _build_scheduler(
@@ -366,12 +333,12 @@ def _build_scheduler(
 ) -> LRScheduler | None:
     if not run.scheduler:
         return None
-    epochs = -(-max_steps // max(steps_per_epoch, 1))  # of a stream, nobody asks
+    epochs = -(-max_steps // max(steps_per_epoch, 1))  # unused by streams
     horizon = dict(zip(schedule.HORIZON_WORDS, (max_steps, epochs, steps_per_epoch), strict=True))
     node = {
-        key: horizon.get(value, value) if isinstance(value, str) else value
+        key: horizon[value] if _is_horizon(value) else value
         for key, value in run.scheduler.items()
         if key != "interval"
     }
-    made: LRScheduler = targets.make(node, "scheduler", optimizer)
-    return made
+    scheduler: LRScheduler = targets.make(node, "scheduler", optimizer)
+    return scheduler

@@ -142,7 +142,7 @@ def test_a_model_that_cannot_be_counted_says_so_and_is_trained(kind):
     job = built({"_target_": f"{__name__}.{kind}"})
     assert job.flops_per_step is None
     (note,) = job.notes
-    assert note.startswith("no MFU: the FLOPs of the model cannot be counted: ")
+    assert note.startswith("warning: no MFU, cannot count model FLOPs: ")
     assert F.relu(job.model(torch.zeros(2, 1, 8, 8))).shape == (2, 10)
 
 

@@ -1,4 +1,4 @@
-"""Targets judged before anything is called, and configuration made into objects."""
+"""Checks of targets before anything is called, and objects built from a configuration."""
 
 # ruff: noqa: UP006, UP007, UP045 (users write these too)
 
@@ -48,7 +48,7 @@ PACKAGE = {
             def fixed() -> Net:
                 return Net(1)
 
-            class Inner:
+            class Nested:
                 def __init__(self, size: int): ...
 
 
@@ -88,7 +88,7 @@ PACKAGE = {
     ''',
     "fails.py": "raise RuntimeError('my package is broken')\n",
     "leaves.py": "import sys\nsys.exit(3)\n",
-    "needs.py": "import a_package_that_nobody_has\n",
+    "needs.py": "import a_missing_package\n",
     "deep/__init__.py": "",
     "deep/mod.py": "class Thing:\n    pass\n",
 }
@@ -96,7 +96,7 @@ PACKAGE = {
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A user's own package, importable as `mine_build` for the length of a test."""
+    """A user package, importable as `mine_build` during a test."""
     write_package(tmp_path / "mine_build", PACKAGE)
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
@@ -113,8 +113,8 @@ def write_package(folder, files):
 
 
 def problems_of(target, provided=0, **arguments):
-    found = check_target({"_target_": target, **arguments}, "model", provided)
-    return {problem.key: problem.text for problem in found}
+    problems = check_target({"_target_": target, **arguments}, "model", provided)
+    return {problem.key: problem.text for problem in problems}
 
 
 # --- names of targets --------------------------------------------------------------------------
@@ -124,17 +124,17 @@ def problems_of(target, provided=0, **arguments):
     ("nets.Net", {"width": 3}),
     ("nets.Net.small", {"depth": 3}),
     ("nets.Net.fixed", {}),
-    ("nets.Net.Inner", {"size": 1}),
+    ("nets.Net.Nested", {"size": 1}),
     ("nets.make", {"width": 3, "flag": True}),
-    ("nets.anything", {"what": "ever", "_x": 1}),
+    ("nets.anything", {"other": "value", "_x": 1}),
     ("deep.mod.Thing", {}),
 ])  # fmt: skip
-def test_classes_methods_and_functions_can_be_targets(package, target, arguments):
+def test_check_target_accepts_classes_methods_and_functions(package, target, arguments):
     assert problems_of(f"{package}.{target}", **arguments) == {}
 
 
 @pytest.mark.parametrize(("target", "text"), [
-    ("a_package_that_nobody_has.Net", "there is no module 'a_package_that_nobody_has'"),
+    ("a_missing_package.Net", "there is no module 'a_missing_package'"),
     ("Net", "there is no module 'Net'; give the dotted name"),
     ("", "'' is not a dotted name"),
     (".nets.Net", "'.nets.Net' is not a dotted name"),
@@ -148,39 +148,39 @@ def test_classes_methods_and_functions_can_be_targets(package, target, arguments
     ("mine_build.nets", "is a module, not a class or function"),
     ("mine_build.fails.Net", "cannot be imported: RuntimeError: my package is broken"),
     ("mine_build.leaves.Net", "cannot be imported: SystemExit: 3"),
-    ("mine_build.needs.Net", "cannot be imported: No module named 'a_package_that_nobody_has'"),
+    ("mine_build.needs.Net", "cannot be imported: No module named 'a_missing_package'"),
 ])  # fmt: skip
-def test_a_target_that_cannot_be_found_says_what_is_there(package, target, text):
-    found = problems_of(target)
-    assert list(found) == ["model._target_"]
-    assert text in found["model._target_"]
+def test_check_target_unknown_name_suggests_the_closest(package, target, text):
+    problems = problems_of(target)
+    assert list(problems) == ["model._target_"]
+    assert text in problems["model._target_"]
 
 
-def test_a_users_own_models_folder_that_hides_ours_is_named(tmp_path, monkeypatch):
-    ours = {n: m for n, m in sys.modules.items() if n.partition(".")[0] == "models"}
+def test_check_target_reports_a_user_folder_that_hides_models(tmp_path, monkeypatch):
+    modules = {n: m for n, m in sys.modules.items() if n.partition(".")[0] == "models"}
     write_package(tmp_path / "models", {"__init__.py": ""})
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ours:
+    for name in modules:
         monkeypatch.delitem(sys.modules, name)
     finders = [finder for finder in sys.meta_path if "Editable" not in repr(finder)]
-    monkeypatch.setattr(sys, "meta_path", finders)  # as where the project is installed for good
+    monkeypatch.setattr(sys, "meta_path", finders)  # as in a regular installation
     importlib.invalidate_caches()
     try:
-        found = problems_of("models.mlp.MLP")
+        problems = problems_of("models.mlp.MLP")
     finally:
         sys.modules.pop("models", None)
-    assert f"'models' is {tmp_path / 'models'} here, which hides" in found["model._target_"]
-    assert "rename that folder" in found["model._target_"]
+    assert f"'models' is {tmp_path / 'models'} here, which hides" in problems["model._target_"]
+    assert "rename that folder" in problems["model._target_"]
 
 
-def test_a_typo_in_our_own_models_is_not_blamed_on_a_folder():
-    found = problems_of("models.mpl.MLP")
-    assert "did you mean 'mlp'?" in found["model._target_"]
-    assert "hides" not in found["model._target_"]
+def test_check_target_typo_in_models_is_not_reported_as_hidden():
+    problems = problems_of("models.mpl.MLP")
+    assert "did you mean 'mlp'?" in problems["model._target_"]
+    assert "hides" not in problems["model._target_"]
 
 
 @pytest.mark.parametrize("node", [None, 3, "mine.Net", [], {}, {"width": 3}])
-def test_a_node_without_a_target_is_a_problem(node):
+def test_check_target_node_without_target_is_a_problem(node):
     (problem,) = check_target(node, "tracker.x")
     assert problem.key == "tracker.x"
     assert "has no _target_" in problem.text
@@ -189,79 +189,79 @@ def test_a_node_without_a_target_is_a_problem(node):
 # --- arguments ---------------------------------------------------------------------------------
 
 
-def test_unknown_missing_and_wrong_arguments_are_all_reported_with_full_keys(package):
-    found = problems_of(f"{package}.nets.Net", depht=3, scale="big")
-    assert found == {
+def test_check_target_reports_unknown_missing_and_wrong_arguments_by_key(package):
+    problems = problems_of(f"{package}.nets.Net", depht=3, scale="big")
+    assert problems == {
         "model.depht": f"{package}.nets.Net has no argument 'depht' (did you mean 'depth'?)",
         "model.scale": "'big' is not float | None",
         "model.width": f"{package}.nets.Net needs this argument",
     }
 
 
-@pytest.mark.parametrize(("value", "shown"), [("a", "'a'"), (1.5, "1.5"), (True, "True")])
-def test_annotations_that_are_text_are_judged_where_they_can_be(package, value, shown):
-    found = problems_of(f"{package}.nets.make", width=value)
-    assert found == {"model.width": f"{shown} is not int"}
+@pytest.mark.parametrize(("value", "text"), [("a", "'a'"), (1.5, "1.5"), (True, "True")])
+def test_check_target_evaluates_string_annotations(package, value, text):
+    problems = problems_of(f"{package}.nets.make", width=value)
+    assert problems == {"model.width": f"{text} is not int"}
 
 
-def test_an_annotation_that_cannot_be_evaluated_accepts_anything(package):
+def test_check_target_unknown_annotation_accepts_anything(package):
     assert problems_of(f"{package}.nets.annotated", width="x", other=[{}]) == {}
 
 
-def test_a_target_with_kwargs_takes_unknown_names_and_still_needs_its_own(package):
+def test_check_target_with_kwargs_accepts_unknown_names_and_checks_the_others(package):
     assert problems_of(f"{package}.nets.some", width=3, x=1) == {}
     assert set(problems_of(f"{package}.nets.some", x=1)) == {"model.width"}
     assert set(problems_of(f"{package}.nets.some", width="3")) == {"model.width"}
 
 
-def test_what_is_provided_is_neither_missing_nor_valid():
+def test_check_target_provided_arguments_are_neither_missing_nor_valid():
     assert problems_of("torch.optim.SGD", provided=1, lr=0.1) == {}
-    found = problems_of("torch.optim.SGD", provided=1, params=[1])
-    assert "has no argument 'params'" in found["model.params"]
-    assert "params" not in found["model.params"].partition("valid:")[2]
+    problems = problems_of("torch.optim.SGD", provided=1, params=[1])
+    assert "has no argument 'params'" in problems["model.params"]
+    assert "params" not in problems["model.params"].partition("valid:")[2]
 
 
-def test_positional_only_parameters_count_as_provided_first(package):
+def test_check_target_positional_only_parameters_are_provided_first(package):
     assert problems_of(f"{package}.nets.positional", provided=1, depth=3) == {}
     assert set(problems_of(f"{package}.nets.positional", provided=1)) == {"model.depth"}
 
 
-def test_arguments_in_hydras_list_count_as_given():
+def test_check_target_counts_hydra_args_list():
     assert problems_of("torch.nn.Linear", _args_=[3, 4]) == {}
     assert set(problems_of("torch.nn.Linear", _args_=[3])) == {"model.out_features"}
 
 
-def test_a_partial_target_misses_nothing_but_is_judged_in_all_else():
+def test_check_target_partial_may_omit_arguments_only():
     assert problems_of("torch.optim.Adam", _partial_=True, lr=0.1) == {}
-    found = problems_of("torch.optim.Adam", _partial_=True, lrr=0.1, betas=[0.9])
-    assert set(found) == {"model.lrr", "model.betas"}
+    problems = problems_of("torch.optim.Adam", _partial_=True, lrr=0.1, betas=[0.9])
+    assert set(problems) == {"model.lrr", "model.betas"}
 
 
-def test_a_misspelt_word_of_hydra_is_not_swallowed():
+def test_check_target_misspelt_hydra_key_is_a_problem():
     assert set(problems_of("torch.nn.ReLU", _patial_=True)) == {"model._patial_"}
     assert problems_of("torch.nn.ReLU", _convert_="all", _recursive_=False) == {}
 
 
-def test_null_is_accepted_where_null_is_the_default(package):
+def test_check_target_accepts_null_if_it_is_the_default(package):
     assert problems_of(f"{package}.nets.old_style", width=None) == {}
     assert set(problems_of(f"{package}.nets.make", width=None)) == {"model.width"}
 
 
-def test_nested_targets_are_judged_at_every_depth(package):
-    found = problems_of(
+def test_check_target_checks_nested_targets(package):
+    problems = problems_of(
         f"{package}.nets.anything",
         a={"_target_": "torch.nn.Linear", "in_features": "x", "out_features": 1},
         b=[{"c": {"_target_": "torch.nn.Nope"}}, {"_target_": "torch.nn.ReLU", "inplac": True}],
         d={"plain": [1, 2]},
         _args_=[{"_target_": "torch.nn.Nope"}],
     )
-    assert set(found) == {
+    assert set(problems) == {
         "model.a.in_features", "model.b[0].c._target_", "model.b[1].inplac",
         "model._args_[0]._target_",
     }  # fmt: skip
 
 
-def test_a_builtin_without_a_signature_is_left_to_judge_itself():
+def test_check_target_without_a_signature_accepts_any_argument():
     with pytest.raises(ValueError, match="no signature"):
         inspect.signature(dict)
     assert problems_of("builtins.dict", anything=1) == {}
@@ -291,7 +291,7 @@ def test_a_builtin_without_a_signature_is_left_to_judge_itself():
     (Literal["a", "b"], ["a"], ["c", 1]),
     (Any, [1, "a", None, [1]], []),
     (inspect.Parameter.empty, [1, "a", None], []),
-    (Path, ["a/b"], []),  # in doubt, yes: what a callee makes of a text is its own affair
+    (Path, ["a/b"], []),  # in doubt, yes: the callee may convert a string
     (torch.device, ["cpu"], []),
     (Callable, ["relu"], []),
     (Iterable[int], [[1]], []),
@@ -299,12 +299,12 @@ def test_a_builtin_without_a_signature_is_left_to_judge_itself():
     (typing.TypeVar("T"), [1, "a"], []),
     (int, [{"_target_": "makes.an.Int"}], []),
 ])  # fmt: skip
-def test_accepts_what_a_yaml_value_can_mean(annotation, yes, no):
+def test_accepts_matches_yaml_values_to_annotations(annotation, yes, no):
     assert [value for value in yes if not accepts(annotation, value)] == []
     assert [value for value in no if accepts(annotation, value)] == []
 
 
-# --- a whole configuration ---------------------------------------------------------------------
+# --- complete configurations ------------------------------------------------------------------
 
 
 def a_run(**changes):
@@ -326,11 +326,11 @@ def keys(run):
     return [problem.key for problem in build.check(run)]
 
 
-def test_a_fine_configuration_has_no_problems():
+def test_check_valid_configuration_has_no_problems():
     assert build.check(a_run()) == []
 
 
-def test_every_group_is_judged():
+def test_check_covers_every_group():
     run = a_run(
         model={"_target_": "models.mlp.MLP", "hiden": [3]},
         data={"_target_": "trainer.data.synthetic.Synthetic"},
@@ -349,7 +349,7 @@ def test_every_group_is_judged():
 
 
 @pytest.mark.parametrize("word", ["total_steps", "total_epochs", "steps_per_epoch"])
-def test_the_horizon_words_stand_for_numbers_in_a_scheduler_only(word):
+def test_check_accepts_horizon_words_in_schedulers_only(word):
     scheduler = {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": word}
     assert build.check(a_run(scheduler=scheduler)) == []
     scheduler = {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": "never"}
@@ -369,18 +369,18 @@ def make_job(run, world=None):
     (Trainer(max_epochs=None, max_steps=40, global_batch_size=6), 40),
     (Trainer(max_epochs=1, max_steps=4, global_batch_size=6), 3),
 ])  # fmt: skip
-def test_a_run_ends_at_whichever_limit_comes_first(limits, steps):
+def test_build_job_max_steps_is_the_first_limit(limits, steps):
     assert make_job(a_run(trainer=limits)).max_steps == steps
 
 
-def test_horizon_words_become_the_runs_length():
+def test_build_job_replaces_horizon_words_by_the_run_length():
     scheduler = {
         "_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": "total_epochs",
         "interval": "epoch",
     }  # fmt: skip
     limits = Trainer(max_epochs=None, max_steps=10, global_batch_size=6)
     job = make_job(a_run(scheduler=scheduler, trainer=limits))
-    assert job.phases[0].scheduler.T_max == 4  # 10 steps at 3 an epoch
+    assert job.phases[0].scheduler.T_max == 4  # 10 steps, 3 per epoch
     assert job.scheduler_interval == "epoch"
     job = make_job(a_run(scheduler={**scheduler, "T_max": "steps_per_epoch"}))
     assert job.phases[0].scheduler.T_max == 3
@@ -388,14 +388,14 @@ def test_horizon_words_become_the_runs_length():
     assert job.phases[0].scheduler.T_max == 9
 
 
-def test_initial_weights_are_a_function_of_the_seed():
+def test_build_model_weights_depend_on_the_seed():
     first, same = build.build_model(a_run()), build.build_model(a_run())
     other = build.build_model(a_run(seed=1))
     assert all(map(torch.equal, first.parameters(), same.parameters()))
     assert not all(map(torch.equal, first.parameters(), other.parameters()))
 
 
-def test_the_evaluation_batch_is_a_ranks_share_unless_set():
+def test_build_job_eval_batch_size_defaults_to_the_microbatch():
     assert make_job(a_run()).evaluation.batch_size == 6
     limits = Trainer(global_batch_size=6, accumulate=3)
     assert make_job(a_run(trainer=limits)).evaluation.batch_size == 2
@@ -403,7 +403,7 @@ def test_the_evaluation_batch_is_a_ranks_share_unless_set():
     assert make_job(a_run(trainer=limits)).evaluation.batch_size == 50
 
 
-def test_parameters_that_need_no_gradient_are_not_given_to_the_optimizer(package, tmp_path):
+def test_build_job_excludes_frozen_parameters_from_the_optimizer(package, tmp_path):
     write_package(tmp_path / package, {
         "frozen.py": """
             from models.mlp import MLP
@@ -419,7 +419,7 @@ def test_parameters_that_need_no_gradient_are_not_given_to_the_optimizer(package
     assert [len(group["params"]) for group in job.phases[0].optimizer.param_groups] == [3]
 
 
-def test_a_plain_dataset_is_trained_on_and_nothing_is_evaluated():
+def test_build_data_plain_dataset_has_no_evaluation():
     data = {"_target_": "trainer.data.synthetic.Synthetic", "shape": [4], "train_samples": 20}
     train = build.build_data(a_run(data=data)).train
     plain = {"_target_": "torch.utils.data.Subset", "dataset": train, "indices": [0, 1, 2]}
@@ -428,7 +428,7 @@ def test_a_plain_dataset_is_trained_on_and_nothing_is_evaluated():
     assert source.eval is None
 
 
-def test_a_source_is_recognised_without_loading_it(package, tmp_path):
+def test_build_data_recognises_a_source_without_loading_it(package, tmp_path):
     write_package(tmp_path / package, {
         "lazy.py": """
             class Lazy:
@@ -441,38 +441,38 @@ def test_a_source_is_recognised_without_loading_it(package, tmp_path):
 
                 @property
                 def eval(self):
-                    raise AssertionError("nobody asked yet")
+                    raise AssertionError("must not be read")
         """
     })  # fmt: skip
     source = build.build_data(a_run(data={"_target_": f"{package}.lazy.Lazy"}))
     assert type(source).__name__ == "Lazy"
 
 
-# --- what a user reads when a target cannot be made --------------------------------------------
+# --- errors of targets ------------------------------------------------------------------------
 
 
-def test_what_a_target_says_of_its_values_is_a_configuration_error(package):
+def test_build_model_value_error_of_a_target_is_a_config_error(package):
     with pytest.raises(ConfigError, match=r"model: mine_build.nets.Net refused: width=-1 must not"):
         build.build_model(a_run(model={"_target_": f"{package}.nets.Net", "width": -1}))
 
 
-def test_a_bug_in_a_target_keeps_its_own_exception(package):
+def test_build_model_other_exception_of_a_target_is_raised_unchanged(package):
     with pytest.raises(KeyError, match="a bug"):
         build.build_model(a_run(model={"_target_": f"{package}.nets.buggy", "width": 1}))
 
 
-def test_a_data_error_stays_one(tmp_path):
+def test_build_data_error_of_a_source_is_raised_unchanged(tmp_path):
     data = {"_target_": "trainer.data.mnist.Mnist", "dir": str(tmp_path / "none")}
     with pytest.raises(DataError, match="there is no such directory"):
         build.build_data(a_run(data=data))
 
 
-def test_a_model_that_is_no_module_is_refused(package):
-    with pytest.raises(ConfigError, match=r"gives a dict, not a torch\.nn\.Module"):
+def test_build_model_not_a_module_raises(package):
+    with pytest.raises(ConfigError, match=r"returns a dict, not a torch\.nn\.Module"):
         build.build_model(a_run(model={"_target_": f"{package}.nets.anything"}))
 
 
-def test_data_without_a_length_is_refused(package):
+def test_build_data_without_length_raises(package):
     with pytest.raises(DataError, match="without a length"):
         build.build_data(a_run(data={"_target_": "builtins.iter", "_args_": [[1]]}))
 
@@ -482,8 +482,8 @@ def a_stream(**settings):
     return a_run(data=data, **settings)
 
 
-def test_a_stream_needs_to_be_told_where_the_run_ends():
-    with pytest.raises(ConfigError, match=r"gives a stream, .* set trainer\.max_steps"):
+def test_build_data_stream_requires_max_steps():
+    with pytest.raises(ConfigError, match=r"is a stream of unknown length; set trainer\.max_steps"):
         build.build_data(a_stream())
     job = make_job(a_stream(trainer=Trainer(max_steps=7, max_epochs=2, global_batch_size=1)))
     assert (job.max_steps, job.max_epochs, job.data.steps_per_epoch) == (7, 2, None)
@@ -491,45 +491,45 @@ def test_a_stream_needs_to_be_told_where_the_run_ends():
 
 
 @pytest.mark.parametrize("word", ["total_epochs", "steps_per_epoch"])
-def test_words_that_count_the_epochs_of_a_stream_are_refused(word):
+def test_build_data_stream_with_epoch_based_schedule_raises(word):
     scheduler = {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": word}
-    with pytest.raises(ConfigError, match=rf"scheduler\.step_size={word} cannot be counted"):
+    with pytest.raises(ConfigError, match=rf"scheduler\.step_size={word} cannot be computed"):
         build.build_data(a_stream(scheduler=scheduler, trainer=Trainer(max_steps=7)))
     scheduler["step_size"] = "total_steps"
     build.build_data(a_stream(scheduler=scheduler, trainer=Trainer(max_steps=7)))
 
 
-def test_a_stream_to_evaluate_on_is_refused():
+def test_build_job_stream_as_evaluation_data_raises():
     part = {"_target_": "torch.utils.data.DataLoader", "dataset": [1, 2, 3]}
     data = {"_target_": "trainer.data.source.Datasets", "train": [1], "eval": part}
     settings = Trainer(max_steps=7, global_batch_size=1)
     for train in ([1, 2], part):
-        with pytest.raises(DataError, match="gives a stream to evaluate on"):
+        with pytest.raises(DataError, match="has a stream as evaluation data"):
             make_job(a_run(data={**data, "train": train}, trainer=settings))
 
 
-def test_an_empty_part_to_evaluate_on_is_refused():
+def test_build_job_empty_evaluation_data_raises():
     data = {"_target_": "trainer.data.source.Datasets", "train": [1, 2], "eval": []}
-    with pytest.raises(DataError, match="an empty part"):
+    with pytest.raises(DataError, match="has empty evaluation data"):
         make_job(a_run(data=data, trainer=Trainer(max_steps=7, global_batch_size=1)))
 
 
-@pytest.mark.parametrize(("change", "named"), [
+@pytest.mark.parametrize(("change", "text"), [
     ({"trainer": Trainer(max_steps=7, global_batch_size=1, patience_evals=2)}, "patience_evals"),
     ({"checkpoint": Checkpoint(metric="loss")}, "checkpoint.metric needs an evaluation"),
     ({"scheduler": {"_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau"}}, "ReduceLROnPl"),
 ])  # fmt: skip
-def test_what_needs_an_evaluation_is_refused_without_one(change, named):
+def test_build_job_setting_that_needs_an_evaluation_raises_without_one(change, text):
     settings = {
         "data": {"_target_": "trainer.data.source.Datasets", "train": [1, 2], "eval": None},
         "trainer": Trainer(max_steps=7, global_batch_size=1),
     }
-    with pytest.raises(ConfigError, match=named):
+    with pytest.raises(ConfigError, match=text):
         make_job(a_run(**{**settings, **change}))
     assert make_job(a_run(**settings)).evaluation is None
 
 
-def test_labels_that_the_model_does_not_know_are_refused_with_the_number_of_classes():
+def test_classification_loss_with_unknown_labels_names_the_number_of_classes():
     for labels, text in (
         ([0, 5, 1], r"from 0 to 5, .* 0 … 2; set sample\.classes=6"),
         ([0, -1, 1], r"from -1 to 1, .* 0 … 2; change the data"),
@@ -538,7 +538,7 @@ def test_labels_that_the_model_does_not_know_are_refused_with_the_number_of_clas
             Classification().loss(nn.Linear(4, 3), (torch.zeros(3, 4), torch.tensor(labels)))
 
 
-def test_what_the_data_draws_when_it_is_made_is_a_function_of_the_seed(package):
+def test_build_data_random_numbers_depend_on_the_seed(package):
     run = a_run(data={"_target_": f"{package}.nets.drawn"})
     first = build.build_data(run).train
     torch.manual_seed(5)
@@ -546,23 +546,23 @@ def test_what_the_data_draws_when_it_is_made_is_a_function_of_the_seed(package):
     assert build.build_data(a_run(data=run.data, seed=1)).train != first
 
 
-def test_a_shape_that_is_not_the_datas_is_refused_with_the_right_one():
+def test_build_job_wrong_sample_shape_names_the_right_one():
     with pytest.raises(ConfigError, match=r"set sample\.shape=\[4\]"):
         make_job(a_run(sample=Sample(shape=[5], classes=3)))
 
 
-def test_a_global_batch_larger_than_the_data_is_refused():
+def test_build_job_global_batch_larger_than_the_data_raises():
     with pytest.raises(DataError, match="20 samples, fewer than one global batch of 21"):
         make_job(a_run(trainer=Trainer(global_batch_size=21)))
 
 
-def test_ranks_other_than_0_have_no_trackers():
+def test_build_tracker_on_other_ranks_is_silent():
     run = a_run(tracker={"x": {"_target_": "trainer.tracking.several.Several", "trackers": []}})
     assert isinstance(build.build_tracker(run, World(rank=1, size=2)), Silent)
     assert not isinstance(build.build_tracker(run, World()), Silent)
 
 
-def test_a_users_own_module_trains_like_any_other(package):
+def test_build_job_accepts_a_user_module(package):
     model = {"_target_": f"{package}.nets.make", "width": 3}
     job = make_job(a_run(model=model))
     assert isinstance(job.model, nn.Module)

@@ -295,7 +295,7 @@ def test_each_phase_gets_an_optimizer_with_its_settings_and_a_schedule():
 @pytest.mark.parametrize(("phases", "key", "text"), [
     ({"genrator": {"lr": 1.0}}, "optimizer.phases", "did you mean 'generator'"),
     ({"generator": {"lrr": 1.0}}, "optimizer.phases.generator.lrr", "did you mean 'lr'"),
-    ({"generator": {"_target_": "x"}}, "optimizer.phases.generator._target_", "own class"),
+    ({"generator": {"_target_": "x"}}, "optimizer.phases.generator._target_", "same optimizer"),
 ])  # fmt: skip
 def test_settings_of_a_phase_are_checked_before_anything_runs(phases, key, text):
     problems = build.check(configured(phases=phases))
