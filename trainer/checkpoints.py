@@ -15,12 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from trainer import cli
-from trainer.checkpoint import compare, lineage, transfer
+from trainer.checkpoint import compare, lineage, select, transfer
+from trainer.checkpoint.inspection import CheckpointStatus, inspect, is_complete
 from trainer.checkpoint.lineage import MANIFEST, Attempt, Commit
-from trainer.checkpoint.location import Found, Place, numbers, open_place, refuse_others, split
+from trainer.checkpoint.location import (
+    Location,
+    check_no_checkpoints_inside,
+    find_location,
+    numbers,
+    open_location,
+    split,
+)
 from trainer.checkpoint.manifest import Manifest, TensorEntry, is_void
+from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.shard import DTYPES, element_count
 from trainer.cli import Arguments
+from trainer.config.schema import ObjectStore
 from trainer.core import intervals
 from trainer.core.formatting import age, ask, iso, pluralize, progress, short_repr, size, table
 from trainer.errors import (
@@ -82,6 +92,26 @@ def _verb(argv: list[str]) -> int:
     return code
 
 
+def _open(url: str, settings: ObjectStore) -> Location:
+    """Open a location; the error for another program's checkpoint advises how to use it.
+
+    Raises:
+        ConfigError: the path has no Perdure checkpoint.
+    """
+    location = find_location(url, settings)
+    if location is not None:
+        return location
+    from trainer.importing.formats import open_foreign  # imports torch's own formats
+
+    external = open_foreign(url, settings)
+    if external is not None:
+        raise ConfigError(
+            f"{url} is {external.kind}: convert it with `python -m trainer.checkpoints copy {url} "
+            f"FOLDER`, or start a run from its weights with init.weights={url}"
+        )
+    return open_location(url, settings)
+
+
 _Answer = tuple[int, Mapping[str, Any], str]
 """Exit code, what `--json` prints, and what is printed without."""
 
@@ -100,8 +130,8 @@ def _strict(value: Any) -> Any:
 
 
 def _list(given: Arguments) -> _Answer:
-    place = open_place(given.places[0], given.store)
-    survey = place.survey()
+    place = _open(given.places[0], given.store)
+    survey = inspect(place)
     rows = [["step", "attempt", "size", "age", "ranks", "state", "metrics"]]
     for found in survey:
         made = found.manifest
@@ -112,7 +142,7 @@ def _list(given: Arguments) -> _Answer:
                 size(found.size_bytes),
                 "" if found.saved_s is None else age(found.saved_s),
                 "" if made is None else str(made.world_size),
-                found.state + (f": {found.why}" if found.why else ""),
+                found.state + (f": {found.reason}" if found.reason else ""),
                 ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items()),
             ]
         )
@@ -121,14 +151,18 @@ def _list(given: Arguments) -> _Answer:
     return DONE, content, text
 
 
-def _json(found: Found) -> dict[str, Any]:
+_JSON_STATES = {"intact": "whole", "orphaned": "litter"}
+"""Values of the JSON format for states that have another name in text."""
+
+
+def _json(found: CheckpointStatus) -> dict[str, Any]:
     made, saved_s = found.manifest, found.saved_s
     return {
         "step": found.commit.step,
         "attempt": found.commit.attempt,
         "folder": found.commit.folder,
-        "state": found.state,
-        "why": found.why or None,
+        "state": _JSON_STATES.get(found.state, found.state),
+        "why": found.reason or None,
         "bytes": found.size_bytes,
         "saved": None if saved_s is None else iso(saved_s),
         "metrics": found.metrics,
@@ -139,8 +173,8 @@ def _json(found: Found) -> dict[str, Any]:
 
 
 def _show(given: Arguments) -> _Answer:
-    place = open_place(given.places[0], given.store)
-    commit = place.pick(given.options["step"])
+    place = _open(given.places[0], given.store)
+    commit = select.pick(place, given.options["step"])
     made = place.manifest(commit)
     objects = dict(compare.leaves(made.objects))
     content = {
@@ -195,16 +229,16 @@ def _cut(entry: TensorEntry, made: Manifest) -> str:
 
 
 def _verify(given: Arguments) -> _Answer:
-    place = open_place(given.places[0], given.store)
+    place = _open(given.places[0], given.store)
     asked = given.options["step"]
     if asked == "all":
-        survey = [found for found in place.survey() if found.state in ("whole", "damaged")]
+        survey = [found for found in inspect(place) if found.state in ("intact", "damaged")]
         if not survey:
-            place.pick("latest")  # says that there is none
+            select.pick(place, "latest")  # says that there is none
     else:
-        commit = place.pick(asked)
+        commit = select.pick(place, asked)
         made = place.manifest(commit)
-        survey = [Found(commit, "whole", "", made, _files_bytes(made))]
+        survey = [CheckpointStatus(commit, "intact", "", made, _files_bytes(made))]
     results, lines = [], []
     total = sum(found.size_bytes for found in survey)
     with progress("verifying", total, is_quiet="--json" in given.flags) as advance:
@@ -224,10 +258,10 @@ def _files_bytes(made: Manifest) -> int:
     return sum(file.bytes for file in made.files.values())
 
 
-def _damage(place: Place, found: Found, advance: Callable[[int], object]) -> str:
+def _damage(place: Location, found: CheckpointStatus, advance: Callable[[int], object]) -> str:
     """Return what is wrong with a checkpoint, or nothing."""
     if found.manifest is None:
-        return found.why
+        return found.reason
     try:
         place.reader(found.commit).verify(progress=advance)
     except CheckpointError as error:
@@ -242,11 +276,11 @@ def _diff(given: Arguments) -> _Answer:
     steps = given.options["step"].split(",")
     if len(steps) * len(given.places) != 2 and (len(steps), len(given.places)) != (1, 2):
         raise ConfigError(f"give two paths, or one path and step=A,B\n{_USAGE}")
-    places = [open_place(path, given.store) for path in given.places]
+    places = [_open(path, given.store) for path in given.places]
     if len(places) == 1:
-        places, commits = places * 2, [places[0].pick(step) for step in steps]
+        places, commits = places * 2, [select.pick(places[0], step) for step in steps]
     else:
-        commits = [place.pick(steps[0]) for place in places]
+        commits = [select.pick(place, steps[0]) for place in places]
     made = [place.manifest(commit) for place, commit in zip(places, commits, strict=True)]
     readers = [place.reader(commit) for place, commit in zip(places, commits, strict=True)]
     total = sum(map(_nbytes, made[0].tensors.values()))
@@ -296,7 +330,7 @@ def _diff(given: Arguments) -> _Answer:
 
 
 def _prune(given: Arguments) -> _Answer:
-    place = open_place(given.places[0], given.store)
+    place = _open(given.places[0], given.store)
     kept, going = _plan(place, given.options)
     rows = [["step", "attempt", "size", "state"]]
     for found in going:
@@ -322,28 +356,30 @@ def _prune(given: Arguments) -> _Answer:
     newest = Attempt(max((record["attempt"] for record in records), default=0), "")
     for found in going:
         folder = found.commit.folder
-        if found.state == "litter" and MANIFEST not in place.store.entries(folder):
+        if found.state == "orphaned" and MANIFEST not in place.store.entries(folder):
             lineage.discard(place.store, folder, newest)
         else:
             lineage.delete(place.store, folder)
     return DONE, content, f"{pluralize(len(going), 'folder')} deleted, {size(total_bytes)} freed"
 
 
-def _plan(place: Place, options: Mapping[str, str]) -> tuple[set[int], list[Found]]:
+def _plan(place: Location, options: Mapping[str, str]) -> tuple[set[int], list[CheckpointStatus]]:
     """Return the steps that stay, and the folders that go."""
-    survey = place.survey()
-    whole = [found for found in survey if found.state == "whole"]
-    while whole and not place.is_complete(whole[-1]):
+    survey = inspect(place)
+    whole = [found for found in survey if found.state == "intact"]
+    while whole and not is_complete(place.store, whole[-1]):
         whole.pop()  # it is not what the others may be deleted for
     if not whole:
-        place.pick("latest")  # says that there is none
+        select.pick(place, "latest")  # says that there is none
         raise CheckpointError(f"{place.url}: no checkpoint is whole, so none is deleted")
     kept = _kept(place, whole, options)
     going = [found for found in whole if found.commit.step not in kept]
-    return kept, going + [found for found in survey if found.state in ("abandoned", "litter")]
+    return kept, going + [found for found in survey if found.state in ("abandoned", "orphaned")]
 
 
-def _kept(place: Place, whole: Sequence[Found], options: Mapping[str, str]) -> set[int]:
+def _kept(
+    place: Location, whole: Sequence[CheckpointStatus], options: Mapping[str, str]
+) -> set[int]:
     """Return the steps that stay: what was asked, or else what the run's configuration says."""
     newest = whole[-1].manifest
     config = lineage.retention_of(newest) if newest else {}
@@ -396,11 +432,11 @@ def _copy(given: Arguments) -> _Answer:
         content = {"source": source, "target": target, "copied": [made.step], "present": []}
         text = f"{target}: {len(made.tensors):,} tensors of {foreign.kind}"
         return DONE, content, text
-    place = open_place(source, given.store)
+    place = _open(source, given.store)
     asked = given.options["step"]
-    commits = place.commits() if asked == "all" else [place.pick(asked)]
+    commits = place.survey().commits if asked == "all" else [select.pick(place, asked)]
     if not commits:
-        place.pick("latest")  # says that there is none
+        select.pick(place, "latest")  # says that there is none
     if place.is_one:
         targets = [(commits[0], *split(target, given.store))]
     else:
@@ -469,20 +505,20 @@ def _copy_records(source: Store, target: Store) -> None:
 
 
 def _make_room(
-    store: Store, folder: str, source: tuple[Place, Commit] | None, given: Arguments
+    store: Store, folder: str, source: tuple[Location, Commit] | None, given: Arguments
 ) -> bool:
     """Say whether the checkpoint is there already, whole; what else is there goes, if one may.
 
     Nothing goes before every byte of what is to come has been found right.
     """
-    refuse_others(store, folder)
+    check_no_checkpoints_inside(store, folder)
     if MANIFEST not in store.entries(folder):
         return False
     here, is_agreed = f"{store.url}/{folder}", "--yes" in given.flags
     found = store.read(f"{folder}/{MANIFEST}")
     if source is not None and found == source[0].store.read(source[1].manifest_key):
         try:
-            Place(here, store, [folder]).reader(Commit(0, 0, folder)).verify()
+            Reader(store, folder, Location(here, store, [folder]).read(folder)).verify()
         except CheckpointError as error:
             ask(f"{here} is damaged ({error}); delete it and copy it anew", is_agreed=is_agreed)
         else:

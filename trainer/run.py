@@ -186,20 +186,20 @@ def _launch(run: Run, stored: Mapping[str, Any]) -> int:
     """Refuse early what cannot go on, then become the only rank, or start all ranks."""
     from trainer.training import messages, resume
 
-    tiers = resume.open_tiers(run)
-    for key, store in zip(("run_dir", "checkpoint.mirror"), tiers.stores, strict=False):
+    replicas = resume.open_replicas(run)
+    for key, store in zip(("run_dir", "checkpoint.mirror"), replicas.stores, strict=False):
         try:
             if warning := store.probe():
                 print(f"WARNING: {warning}", file=sys.stderr, flush=True)
         except StoreError as error:
             advice = (
                 ". With checkpoint.mirror=null the run goes on without it, if it has all here"
-                if store is tiers.mirror
+                if store is replicas.mirror
                 else ""
             )
             text = f"{key}={store.url} cannot be written: {error}{advice}"
             raise ConfigError(text) from None
-    start = resume.choose(tiers, run, stored)
+    start = resume.choose(replicas, run, stored)
     if resume.finished(run, start):
         print(messages.finished_text(run, start.step, start.epoch))
         return DONE

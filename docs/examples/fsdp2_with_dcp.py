@@ -10,9 +10,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
+from trainer.checkpoint import select
 from trainer.checkpoint.dcp import PerdureStorageReader, PerdureStorageWriter
-from trainer.checkpoint.location import open_place
-from trainer.errors import ConfigError
 
 folder, last_step = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
@@ -23,12 +22,11 @@ for layer in model:
 fully_shard(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
-done = 0
-try:
-    done = open_place(folder).pick("latest").step
-except ConfigError:
+newest = select.from_path(folder)
+done = newest.commit.step if newest else 0
+if newest is None:
     print("from the beginning", flush=True)
-if done:
+else:
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
     dcp.load(state, storage_reader=PerdureStorageReader(f"{folder}/step-{done}"))

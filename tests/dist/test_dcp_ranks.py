@@ -79,8 +79,8 @@ def test_what_two_ranks_saved_one_or_three_load(tmp_path, on_ranks):
                 assert np.array_equal(after[name], value), name
             assert others == [{"step": 3, "rates": (0.1, 0.2)}, b"rank 0", b"rank 1"]
             assert files == [b"\x80", b"\x80\x80"]
-    place = location.open_place(folder)
-    (commit,) = place.commits()
+    place = location.open_location(folder)
+    (commit,) = place.survey().commits
     made = place.manifest(commit)
     assert (commit.step, made.world_size, len(made.files)) == (3, 2, 2)
     assert made.tensors["model.2.weight"].grid == (2, 1)  # even: said in few words
@@ -105,8 +105,8 @@ def saved_again_and_again(world: World, folder: str):
 
 def test_a_rank_that_cannot_save_aborts_all_and_kept_plans_serve_the_next(tmp_path, on_ranks):
     assert on_ranks(2, saved_again_and_again, str(tmp_path)) == [True, True]
-    place = location.open_place(str(tmp_path))
-    for number, commit in enumerate(place.commits()):
+    place = location.open_location(str(tmp_path))
+    for number, commit in enumerate(place.survey().commits):
         assert place.reader(commit).fetch("x").unique().tolist() == [float(number)]
         shards = list((tmp_path / commit.folder).glob("*.safetensors"))
         assert len(shards) == len(place.manifest(commit).files)  # what failed left nothing

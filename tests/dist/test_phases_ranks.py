@@ -90,7 +90,7 @@ def runs(world, folder, options):
     from trainer.checkpoint import lineage
     from trainer.checkpoint.retention import Retention
     from support.savers import a_saver_for
-    from trainer.checkpoint.tiers import Tiers
+    from trainer.checkpoint.replicas import Replicas
     from trainer.config.schema import Run
     from trainer.data.source import EvalStream, TrainStream
     from trainer.training.ema import Ema
@@ -111,7 +111,7 @@ def runs(world, folder, options):
         rng.seed_all(world.rank)
         warm_up(job)
         run = Run(name="a", run_dir=f"{folder}/{name}")
-        start = world.from_rank0(lambda: resume.choose(Tiers(store), run, {}))
+        start = world.from_rank0(lambda: resume.choose(Replicas(store), run, {}))
         state = resume.load(job, start)
         attempt = world.from_rank0(lambda: lineage.begin(store, {"resume": "auto"}))
         origin = {"step": start.step, "attempt": None}

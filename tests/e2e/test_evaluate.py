@@ -57,7 +57,7 @@ def test_it_measures_what_the_run_measured(command, measure):
     assert f"runs/a at step {last:,}, averaged weights" in measure()[1]
     for arguments, text in (
         (["data=mnist"], "groups are chosen when a run is made"),
-        (["step=7"], "has latest, best and the steps"),
+        (["step=7"], "no checkpoint of that step"),
         (["weights=emma"], "did you mean 'ema'"),
         (["trainer.evil=1"], "no such key"),
         (["model.hidden=3"], "model.hidden"),

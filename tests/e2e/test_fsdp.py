@@ -7,7 +7,8 @@ from support.run_commands import HARD, ROOT, committed
 
 from scripts.compare_runs import differences
 from trainer.checkpoint import compare
-from trainer.checkpoint.location import open_place
+from trainer.checkpoint.location import open_location
+from trainer.checkpoint.select import pick
 from trainer.export.source import open_source
 
 FSDP = [*HARD, "task._target_=mine.task.Fragile", "parallel=fsdp", "parallel.min_parameters=50",
@@ -63,8 +64,8 @@ def test_what_it_saved_goes_on_under_ddp_and_alone_and_back(command):
         assert done.returncode == 0, done.stderr
     sides = []
     for name in ("alone", "moved"):
-        place = open_place(str(command.folder / "runs" / name))
-        commit = place.pick("40")
+        place = open_location(str(command.folder / "runs" / name))
+        commit = pick(place, "40")
         sides.append((place.manifest(commit), place.reader(commit)))
     found = compare.compare(*sides)
     assert (found.only_first, found.only_second, found.recast) == ([], [], [])

@@ -5,9 +5,9 @@ from support.savers import a_saver_for
 from torch import nn
 
 from trainer.checkpoint import lineage
+from trainer.checkpoint.replicas import Replicas
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
-from trainer.checkpoint.tiers import Tiers
 from trainer.cluster.stop import Stop
 from trainer.cluster.world import World
 from trainer.config.schema import Run
@@ -109,7 +109,7 @@ def a_saver(folder, start=None, *, every=None, store=None, **settings):
 def go_on(folder, job, **settings):
     """Load the newest checkpoint and train on from it; return (state, whether it is finished)."""
     run = Run(name="a", run_dir=str(folder))
-    start = resume.choose(Tiers(open_store(str(folder))), run, {})
+    start = resume.choose(Replicas(open_store(str(folder))), run, {})
     saver = a_saver(folder, start, **settings)
     if start.manifest is not None:
         rng.seed_all(999)  # the checkpoint alone decides

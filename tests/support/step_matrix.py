@@ -9,7 +9,7 @@ from support.savers import a_saver_for
 from torch.nn.utils import clip_grad_norm_
 
 from trainer.checkpoint import lineage
-from trainer.checkpoint.tiers import Tiers
+from trainer.checkpoint.replicas import Replicas
 from trainer.cluster.stop import Stop
 from trainer.config import targets
 from trainer.config.schema import Parallel, Run, Sample, Trainer
@@ -244,9 +244,9 @@ def train(world, case, folder, max_steps):
 
 def load(world, case, folder, max_steps=5):
     """Build a job, and bring it to the newest checkpoint in `folder`, if any. Collective."""
-    tiers = Tiers(open_store(str(folder)))
+    replicas = Replicas(open_store(str(folder)))
     run = replace(configured(case, max_steps), run_dir=str(folder))
-    start = world.from_rank0(lambda: resume.choose(tiers, run, {}))
+    start = world.from_rank0(lambda: resume.choose(replicas, run, {}))
     job = a_job(case, world, max_steps)
     if start.manifest is not None:
         rng.seed_all(999)  # the checkpoint alone decides

@@ -314,7 +314,7 @@ def test_a_copy_never_becomes_the_home_of_others_or_lies_in_its_source(run, tmp_
     before = tree(tmp_path)
     one = run / "checkpoints/step-00000020.0001"
     for target, code, text in (
-        (home, 1, "has step-1/ in it"),
+        (home, 1, "contains step-1/"),
         (run, 2, "lie in one another"),
         (one / "inner", 2, "lie in one another"),
         (tmp_path, 2, "lie in one another"),
@@ -365,10 +365,10 @@ def newer(data: bytes) -> bytes:
 BAD = {
     "missing": (lambda run, tmp: tmp / "absent", 2, "does not exist"),
     "empty": (lambda run, tmp: make(tmp / "empty"), 2, "is an empty folder"),
-    "not a run": (lambda run, tmp: ROOT / "docs", 2, "holds no checkpoint (there is"),
-    "a file": (lambda run, tmp: ROOT / "README.md", 2, "is no checkpoint"),
-    "DCP": (lambda run, tmp: stock(tmp / "dcp"), 2, "this is a DCP folder"),
-    "torch.save": (lambda run, tmp: saved(tmp / "x.pt"), 2, "this is a torch.save file"),
+    "not a run": (lambda run, tmp: ROOT / "docs", 2, "has no checkpoint (entries: "),
+    "a file": (lambda run, tmp: ROOT / "README.md", 2, "is not a checkpoint"),
+    "DCP": (lambda run, tmp: stock(tmp / "dcp"), 2, "is a DCP folder"),
+    "torch.save": (lambda run, tmp: saved(tmp / "x.pt"), 2, "is a torch.save file"),
     "newer": (lambda run, tmp: altered(run, newer), 1, "format version 2; this program reads"),
     "cut": (lambda run, tmp: altered(run, lambda data: data[:-9]), 1, "altered or cut short"),
     "void": (lambda run, tmp: altered(run, lambda data: b'{"void":3}'), 1, "was given up"),
@@ -472,7 +472,7 @@ def test_a_record_that_is_none_is_said_and_not_a_reason_to_delete(run, capsys, r
     (run / "attempts/0002.json").write_text(record)
     for verb in ("list", "prune"):
         code, _, err = call(capsys, verb, run, *(["--yes"] if verb == "prune" else []))
-        assert (code, "is not the record of an attempt" in err) == (75, True)
+        assert (code, "is not a valid attempt record" in err) == (75, True)
 
 
 @pytest.mark.parametrize("arguments", [
@@ -499,7 +499,7 @@ def test_a_name_cannot_move_the_cursor(tmp_path, capsys):
 
 def test_steps_that_are_not_there_are_listed(run, capsys):
     code, _, err = call(capsys, "show", run, "step=11")
-    assert (code, "the steps 10, 20, 30" in err) == (2, True)
+    assert (code, "available: 10, 20, 30" in err) == (2, True)
     code, _, err = call(capsys, "show", run, "step=best")
     assert code == 0
 

@@ -13,7 +13,8 @@ from support.state_dicts import net
 from scripts.settings_reference import reference
 from trainer import checkpoint
 from trainer.checkpoint import Content, Writer, lineage, save, state_tree
-from trainer.checkpoint.location import open_place
+from trainer.checkpoint.location import open_location
+from trainer.checkpoint.select import pick
 from trainer.cluster.world import World
 from trainer.storage import open_store
 
@@ -62,8 +63,8 @@ def test_the_standalone_reader_reads_what_ours_does(reader, run):
     folder = reader["newest"](run)
     assert folder.name == "step-00000005.0002"  # step 8 was left
     manifest, tensors = reader["read"](folder)
-    place = open_place(str(run))
-    ours = place.reader(place.pick("latest"))
+    place = open_location(str(run))
+    ours = place.reader(pick(place, "latest"))
     assert set(tensors) == set(manifest["tensors"])
     for name, found in tensors.items():
         expected = ours.fetch(manifest["tensors"][name].get("alias", name))

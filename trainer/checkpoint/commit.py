@@ -31,7 +31,7 @@ def commit(store: Store, folder: str, data: bytes, attempt: Attempt | None = Non
         UnconfirmedError: the store failed; the checkpoint may be committed.
     """
     if attempt is not None:
-        lineage.refuse_if_superseded(store, attempt)
+        lineage.check_not_superseded(store, attempt)
     try:
         store.create(f"{folder}/{lineage.MANIFEST}", data)
     except AlreadyExists:

@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from trainer.checkpoint import location, manifest, shard, values
+from trainer.checkpoint import location, manifest, select, shard, values
 from trainer.checkpoint.box import Box
 from trainer.checkpoint.commit import commit, deleted_unless_committed, readable_bytes
 from trainer.checkpoint.lineage import MANIFEST
@@ -139,7 +139,7 @@ class PerdureStorageWriter(StorageWriter):
                 f"{self.checkpoint_id} holds a checkpoint already, which is never written over; "
                 "give another folder, or delete that one"
             )
-        location.refuse_others(self._store, self._folder)
+        location.check_no_checkpoints_inside(self._store, self._folder)
         return [
             dataclasses.replace(plan, storage_data=_Place(rank, len(plans)))
             for rank, plan in enumerate(plans)
@@ -273,8 +273,8 @@ class PerdureStorageReader(StorageReader):
 
     def read_metadata(self) -> Metadata:  # ranks have none of their own
         """Read the manifest; every rank."""
-        place = location.open_place(_url(self.checkpoint_id), self._settings)
-        found = place.pick("latest")
+        place = location.open_location(_url(self.checkpoint_id), self._settings)
+        found = select.pick(place, "latest")
         self._manifest = place.manifest(found)
         self._reader = Reader(place.store, found.folder, self._manifest)
         self._extra = _extra(self._manifest, f"{place.store.url}/{found.folder}")

@@ -1,8 +1,8 @@
-"""Attempts, and which committed checkpoints belong to the timeline that survives.
+"""Attempt records, and the committed checkpoints of the surviving timeline.
 
-The newest attempt wins. Every attempt records which checkpoint it resumed from before it saves;
-a checkpoint of an older attempt, from after that point, is of an abandoned timeline and ignored,
-however late its manifest appears.
+The newest attempt wins. Before it saves, every attempt records the checkpoint that it resumed from.
+Checkpoints that an older attempt saved after that step belong to an abandoned timeline. They are
+ignored, no matter when their manifests appear.
 """
 
 import json
@@ -33,11 +33,11 @@ _RECORD_KEY = re.compile(r"attempts/([0-9]{4,})\.json")
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of the processes of a run."""
+    """Start of a run's processes: its number and random token."""
 
     number: int
     token: str
-    """Eight random hexadecimal digits; part of every shard's name."""
+    """Eight random hexadecimal digits, part of every shard's name."""
 
 
 @dataclass(frozen=True, order=True)
@@ -47,16 +47,16 @@ class Commit:
     step: int
     attempt: int
     folder: str
-    """Key of its folder."""
+    """Key of the checkpoint's folder."""
 
     @property
     def manifest_key(self) -> str:
-        """Key of its manifest."""
+        """Key of the checkpoint's manifest."""
         return f"{self.folder}/{MANIFEST}"
 
 
 def now() -> str:
-    """Return the time as attempts record it: ISO 8601, UTC, seconds."""
+    """Return the current time in the format of attempt records: ISO 8601, UTC, seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -69,22 +69,22 @@ def begin(store: Store, facts: Mapping[str, Any], *, above: int = 0) -> Attempt:
 
     Args:
         store: the run's store.
-        facts: to be recorded.
-        above: numbers up to this one are taken elsewhere.
+        facts: values to record.
+        above: the new attempt's number is larger than this.
     """
     token, number = secrets.token_hex(4), above
     while True:
         number = max(max(attempts(store), default=0), number) + 1
         attempt = Attempt(number, token)
         try:
-            begin_as(store, attempt, facts)
+            create_record(store, attempt, facts)
         except AlreadyExists:
-            continue  # another start took the number at the same moment; a list may lag
+            continue  # a concurrent start has the number; lists may lag behind
         return attempt
 
 
-def begin_as(store: Store, attempt: Attempt, facts: Mapping[str, Any]) -> None:
-    """Create the record of an attempt whose number is known. Rank 0 only.
+def create_record(store: Store, attempt: Attempt, facts: Mapping[str, Any]) -> None:
+    """Create an attempt's record. Rank 0 only.
 
     Raises:
         AlreadyExists: another attempt has that number.
@@ -94,14 +94,14 @@ def begin_as(store: Store, attempt: Attempt, facts: Mapping[str, Any]) -> None:
 
 
 def amend(store: Store, attempt: Attempt, facts: Mapping[str, Any]) -> None:
-    """Add facts to an attempt's own record, durably. Rank 0 only."""
+    """Add values to an attempt's record, durably. Rank 0 only."""
     record = _read(store, attempt.number)
     store.replace(_key(attempt.number), _record_bytes({**record, **facts}))
 
 
-def tell(store: Store, attempt: Attempt, facts: Mapping[str, Any]) -> None:
-    """Replace what the attempt says of itself now and then; counts if it dies without a word."""
-    store.replace(_last_words_key(attempt.number), _record_bytes(facts))
+def write_heartbeat(store: Store, attempt: Attempt, facts: Mapping[str, Any]) -> None:
+    """Update the attempt's heartbeat record; used when it is killed before it writes its end."""
+    store.replace(_heartbeat_key(attempt.number), _record_bytes(facts))
 
 
 def records(store: Store) -> list[dict[str, Any]]:
@@ -110,29 +110,29 @@ def records(store: Store) -> list[dict[str, Any]]:
 
 
 def record(store: Store, number: int) -> dict[str, Any]:
-    """Return the record of one attempt, with what it told last where it does not say more."""
-    return {**_last_words(store, number), **_read(store, number)}
+    """Return the record of one attempt; keys that it does not have come from the heartbeat."""
+    return {**_heartbeat(store, number), **_read(store, number)}
 
 
 def restore_record(store: Store, record: Mapping[str, Any]) -> None:
-    """Write a record as another store of the run has it. Rank 0 only."""
+    """Write a record that was read from another store of the run. Rank 0 only."""
     store.replace(_key(record["attempt"]), _record_bytes(record))
 
 
-def _last_words_key(number: int) -> str:
+def _heartbeat_key(number: int) -> str:
     return f"attempts/{number:04d}.last.json"
 
 
-def _last_words(store: Store, number: int) -> dict[str, Any]:
+def _heartbeat(store: Store, number: int) -> dict[str, Any]:
     try:
-        words = _parsed(store.read(_last_words_key(number)))
+        values = _parsed(store.read(_heartbeat_key(number)))
     except (FileNotFoundError, ValueError, RecursionError):  # nothing depends on it
         return {}
-    return words if isinstance(words, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def _parsed(data: bytes) -> Any:
-    """Return the JSON of a record; an integer of more digits than a counter has is a float."""
+    """Parse a record's JSON; integers of 20 or more characters become floats."""
     return json.loads(data, parse_int=lambda text: int(text) if len(text) < 20 else float(text))
 
 
@@ -142,7 +142,7 @@ def _record_bytes(record: Mapping[str, Any]) -> bytes:
 
 
 def attempts(store: Store) -> list[int]:
-    """Return the numbers of all attempts, rising."""
+    """Return the numbers of all attempts, ascending."""
     matches = [_RECORD_KEY.fullmatch(key) for key in store.list("attempts")]
     return sorted(int(match[1]) for match in matches if match)
 
@@ -159,14 +159,13 @@ def _read(store: Store, number: int) -> dict[str, Any]:
             raise ValueError(f"attempt {record.get('attempt')!r}, from {resumed_from!r}")
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise StoreError(
-            f"{store.url}/{_key(number)} is not the record of an attempt ({error}); which "
-            "checkpoints count depends on it. Restore it, or delete it if that attempt committed "
-            "nothing"
+            f"{store.url}/{_key(number)} is not a valid attempt record ({error}), and it decides "
+            "which checkpoints are used. Restore it, or delete it if that attempt committed nothing"
         ) from None
     return record
 
 
-def refuse_if_superseded(store: Store, attempt: Attempt) -> None:
+def check_not_superseded(store: Store, attempt: Attempt) -> None:
     """Raise SupersededError if a newer attempt exists. Rank 0 only, before every commit."""
     newest = max(attempts(store), default=0)
     if newest > attempt.number:
@@ -179,84 +178,101 @@ def refuse_if_superseded(store: Store, attempt: Attempt) -> None:
 
 
 def commits(
-    store: Store, *, damaged: bool = False, known: Sequence[Mapping[str, Any]] | None = None
+    store: Store, *, damaged: bool = False, records: Sequence[Mapping[str, Any]] | None = None
 ) -> list[Commit]:
     """Return the committed checkpoints of the surviving timeline, oldest first.
 
     Args:
         store: the run's store.
-        damaged: include those that carry a mark of proven damage.
-        known: the records of all attempts; None: as the store has them.
+        damaged: include checkpoints that are marked as damaged.
+        records: records of all attempts; default: read from the store.
     """
+    listed = candidates(store, damaged=damaged, records=records)
+    return [commit for commit in listed if not is_void_in(store, commit)]
+
+
+def candidates(
+    store: Store, *, damaged: bool = False, records: Sequence[Mapping[str, Any]] | None = None
+) -> list[Commit]:
+    """Return what `commits` does, including folders whose manifest is void."""
     keys = store.list(FOLDER)
     marked = {key.rpartition("/")[0] for key in keys if key.endswith(f"/{DAMAGED}")}
+    if records is None:
+        records = [record(store, number) for number in attempts(store)]
     starts = [
         (record["attempt"], record["resumed_from"]["step"])
-        for record in (records(store) if known is None else known)
+        for record in records
         if record.get("resumed_from")
     ]
-    found = []
+    listed = []
     for key in keys:
         folder, _, name = key.rpartition("/")
         parsed = parse_folder(folder.removeprefix(FOLDER + "/"))
         if name != MANIFEST or parsed is None or (folder in marked and not damaged):
             continue
         commit = Commit(*parsed, folder)
-        if not _orphaned(commit, starts) and not _void(store, key):
-            found.append(commit)
-    return sorted(found)
+        if not any(attempt > commit.attempt and step < commit.step for attempt, step in starts):
+            listed.append(commit)
+    return sorted(listed)
 
 
-def _orphaned(commit: Commit, starts: Sequence[tuple[int, int]]) -> bool:
-    return any(attempt > commit.attempt and step < commit.step for attempt, step in starts)
-
-
-def _void(store: Store, key: str) -> bool:
+def is_void_in(store: Store, commit: Commit) -> bool:
+    """Return whether a listed manifest is void, so that its folder can never be committed."""
+    key = commit.manifest_key
     try:
         return store.size(key) < _VOID_MAX_BYTES and is_void(store.read(key))
     except FileNotFoundError:  # deleted since it was listed
         return True
 
 
+def folders(store: Store) -> dict[str, list[str]]:
+    """Return the file names in every checkpoint folder, by its key; unfinished files included."""
+    contents: dict[str, list[str]] = {}
+    for key in store.list(FOLDER, unfinished=True):
+        folder, _, name = key.rpartition("/")
+        contents.setdefault(folder, []).append(name)
+    return contents
+
+
 def read_manifest(store: Readable, commit: Commit) -> Manifest:
     """Read and validate a manifest. Any rank.
 
     Raises:
-        CheckpointError: it is altered, void, of another version or checkpoint, or gone.
-        StoreError: it could not be read; nothing is known to be damaged.
+        CheckpointError: the manifest is damaged, void, deleted, or of another version or step.
+        StoreError: the store failed; the checkpoint may be intact.
     """
     where = f"{store.url}/{commit.manifest_key}"
     try:
         manifest = from_bytes(store.read(commit.manifest_key), where)
     except FileNotFoundError:
-        raise CheckpointError(f"{where}: it was deleted meanwhile") from None
+        raise CheckpointError(f"{where}: deleted in the meantime") from None
     if (manifest.step, manifest.attempt) != (commit.step, commit.attempt):
         raise CheckpointError(
-            f"{where}: it is the manifest of step {manifest.step:,}, attempt {manifest.attempt}; "
-            "somebody copied or renamed it"
+            f"{where}: this is the manifest of step {manifest.step:,}, attempt {manifest.attempt}; "
+            "it was copied or renamed"
         )
     return manifest
 
 
 def measurements(manifest: Manifest) -> dict[str, float]:
-    """Return what was measured at a checkpoint's own step, by name; of any manifest."""
+    """Return the metrics measured at a checkpoint's own step, by name."""
     state = manifest.objects.get("run")
     if not isinstance(state, dict) or state.get("last_eval_step") != manifest.step:
         return {}
     metrics = state.get("metrics")
-    found = metrics if isinstance(metrics, dict) else {}
-    return {str(name): value for name, value in found.items() if type(value) in (int, float)}
+    items = metrics.items() if isinstance(metrics, dict) else ()
+    return {str(name): value for name, value in items if type(value) in (int, float)}
 
 
 def measured(manifest: Manifest, metric: str) -> float | None:
-    """Return the metric that was measured at a checkpoint's own step, if it was."""
+    """Return a metric if it was measured at the checkpoint's own step."""
     return measurements(manifest).get(metric)
 
 
 def retention_of(manifest: Manifest) -> dict[str, Any]:
-    """Return the run's settings of checkpoints as the manifest has them; perhaps none."""
+    """Return the run's `checkpoint` settings; values of a wrong type are omitted."""
     config = manifest.config.get("checkpoint")
-    found = dict(config) if isinstance(config, dict) else {}
+    settings = dict(config) if isinstance(config, dict) else {}
     kinds = {
         "metric": str,
         "mode": str,
@@ -264,63 +280,59 @@ def retention_of(manifest: Manifest) -> dict[str, Any]:
         "keep_best": int,
         "keep_every_steps": int,
     }
-    wrong = [key for key, kind in kinds.items() if type(found.get(key, kind())) is not kind]
-    return {key: value for key, value in found.items() if key not in wrong}
+    wrong = [key for key, kind in kinds.items() if type(settings.get(key, kind())) is not kind]
+    return {key: value for key, value in settings.items() if key not in wrong}
 
 
-def mark_damaged(store: Store, commit: Commit, why: str) -> None:
-    """Set a checkpoint aside whose bytes were proven wrong; it is kept. Rank 0 only."""
-    data = _record_bytes({"found": now(), "why": why})
+def mark_damaged(store: Store, commit: Commit, reason: str) -> None:
+    """Mark a checkpoint as damaged, so that it is ignored but not deleted. Rank 0 only."""
+    data = _record_bytes({"found": now(), "why": reason})
     store.replace(f"{commit.folder}/{DAMAGED}", data)
 
 
 def delete(store: Store, folder: str) -> None:
-    """Delete a checkpoint: the manifest first, so that no half of it ever counts. Rank 0 only."""
+    """Delete a checkpoint, its manifest first, and keep files of other programs. Rank 0 only."""
     names = store.entries(folder)
     if MANIFEST in names:
         store.delete([f"{folder}/{MANIFEST}"])
-    ours = [name for name in names if is_shard_name(name) or name == DAMAGED]
-    store.delete([f"{folder}/{name}" for name in ours])  # and nothing that somebody else put there
+    shards = [name for name in names if is_shard_name(name) or name == DAMAGED]
+    store.delete([f"{folder}/{name}" for name in shards])
 
 
-def keep(store: Store, attempt: Attempt, folders: Collection[str]) -> None:
-    """Delete the checkpoints of this attempt and older ones, but `folders`. One rank of a node.
+def delete_except(store: Store, attempt: Attempt, retained: Collection[str]) -> None:
+    """Delete checkpoints of this and older attempts, except `retained`. One rank per node.
 
-    For nodes that have directories of their own, where rank 0 cannot delete.
+    For nodes with a node-local directory, where rank 0 cannot delete.
     """
     for folder in {key.rpartition("/")[0] for key in store.list(FOLDER)}:
         parsed = parse_folder(folder.removeprefix(FOLDER + "/"))
-        if parsed is not None and parsed[1] <= attempt.number and folder not in folders:
+        if parsed is not None and parsed[1] <= attempt.number and folder not in retained:
             delete(store, folder)
 
 
 def discard(store: Store, folder: str, by: Attempt) -> None:
     """Delete a folder that was never committed. Rank 0 only.
 
-    It is voided first, so that a writer which is still alive cannot commit what is being deleted;
-    if that one is faster, the folder stays.
+    A void manifest is created first, so that a process that still writes cannot commit the folder.
+    If that process commits before, the folder stays.
     """
     keys = store.list(folder, unfinished=True)
     try:
         store.create(f"{folder}/{MANIFEST}", void_bytes(by.number))
     except AlreadyExists:
-        return  # lineage decides about it
+        return  # committed in the meantime
     store.delete(keys)
 
 
 def clean(store: Store, attempt: Attempt, newest: Commit) -> None:
-    """Delete what no attempt will ever commit or read. Rank 0 only, after a commit.
+    """Delete the orphaned files of older attempts and abandoned checkpoints up to `newest`.
 
-    Folders of older attempts without a manifest, and checkpoints of abandoned timelines.
+    Rank 0 only, after a commit.
     """
-    alive = {commit.folder for commit in commits(store, damaged=True)}
-    folders: dict[str, list[str]] = {}
-    for key in store.list(FOLDER, unfinished=True):
-        folder, _, name = key.rpartition("/")
-        folders.setdefault(folder, []).append(name)
-    for folder, names in folders.items():
+    current = {commit.folder for commit in commits(store, damaged=True)}
+    for folder, names in folders(store).items():
         parsed = parse_folder(folder.removeprefix(FOLDER + "/"))
-        if parsed is None or parsed[1] >= attempt.number or folder in alive:
+        if parsed is None or parsed[1] >= attempt.number or folder in current:
             continue
         if MANIFEST not in names:
             discard(store, folder, attempt)

@@ -1,57 +1,27 @@
-"""What lies at a path: a run, a folder of checkpoints, or one of them; and how each one is."""
+"""Checkpoint locations: a run directory, a folder of checkpoints, or one checkpoint folder."""
 
-import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 from trainer.checkpoint import lineage
-from trainer.checkpoint.lineage import DAMAGED, FOLDER, MANIFEST, Commit
-from trainer.checkpoint.manifest import Manifest, from_bytes, is_shard_name, is_void, parse_folder
+from trainer.checkpoint.lineage import FOLDER, MANIFEST, Commit
+from trainer.checkpoint.manifest import Manifest, from_bytes, parse_folder
 from trainer.checkpoint.reader import Reader
+from trainer.checkpoint.replicas import Replicas, Survey
 from trainer.config.schema import ObjectStore
-from trainer.core import intervals
 from trainer.errors import CheckpointError, ConfigError
 from trainer.storage import Store, is_local, open_store
 
-State = Literal["whole", "damaged", "abandoned", "unfinished", "litter"]
 
-
-@dataclass(frozen=True)
-class Found:
-    """A folder of a checkpoint, and what is known of it without reading its shards."""
-
-    commit: Commit
-    state: State
-    """abandoned: of a timeline that a later attempt left. unfinished: of an attempt that has not
-    ended. litter: never committed, and never will be."""
-    why: str = ""
-    """What is wrong with it."""
-    manifest: Manifest | None = None
-    size_bytes: int = 0
-    saved_s: float | None = None
-    """When it was committed, in seconds since 1970."""
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Return what was measured at this very step; the metric that decides is the first."""
-        if self.manifest is None:
-            return {}
-        first = lineage.retention_of(self.manifest).get("metric")
-        found = lineage.measurements(self.manifest)
-        return {name: found[name] for name in sorted(found, key=lambda name: (name != first, name))}
-
-
-class Place:
-    """Where checkpoints lie.
+class Location:
+    """A path with checkpoints.
 
     Args:
-        url: as it was asked for.
-        store: that they lie in.
-        folders: their keys; None: those of a run, which its attempts decide about.
-        is_one: whether the place is the folder of one checkpoint itself.
+        url: the path as typed.
+        store: the store that has the checkpoints.
+        folders: their keys; None: those of a run, filtered by its attempt records.
+        is_one: the path is the folder of one checkpoint.
     """
 
     def __init__(
@@ -64,282 +34,162 @@ class Place:
     ) -> None:
         self.url, self.store = url, store
         self.is_one = is_one
-        self._folders = folders
+        self.folders = folders
 
     @property
     def is_run(self) -> bool:
-        """Whether it is the directory of a run."""
-        return self._folders is None
+        """Return whether the path is a run directory."""
+        return self.folders is None
 
-    def commits(self) -> list[Commit]:
-        """Return what is committed and not known to be damaged, oldest first.
+    def survey(self) -> Survey:
+        """Return the committed checkpoints, for `select`.
 
         Raises:
-            CheckpointError: outside of a run: no manifest is whole.
+            CheckpointError: outside of a run: every manifest is damaged.
         """
-        if self._folders is None:
-            return lineage.commits(self.store)
-        found, errors = [], []
-        for folder in self._folders:
+        if self.folders is None:
+            return Replicas(self.store).survey()
+        commits, errors = [], []
+        for folder in self.folders:
             try:
-                made = self._read(folder)
+                manifest = self.read(folder)
             except CheckpointError as error:
                 errors.append(error)
             else:
-                found.append(Commit(made.step, made.attempt, folder))
-        if errors and not found:
+                commits.append(Commit(manifest.step, manifest.attempt, folder))
+        if errors and not commits:
             raise errors[0]
-        return sorted(found)
-
-    def pick(self, step: str) -> Commit:
-        """Return the newest (`latest`), best (`best`) or a given step's checkpoint.
-
-        Raises:
-            ConfigError: there is none.
-            CheckpointError: the manifest of one that decides is damaged.
-        """
-        commits = self.commits()
-        if not commits:
-            raise ConfigError(
-                f"{self.url} holds no committed checkpoint; give the directory of a run, as "
-                "`python -m trainer.run` printed it"
-            )
-        if step == "latest":
-            return commits[-1]
-        if step == "best":
-            return self._best(commits)
-        chosen = [commit for commit in commits if str(commit.step) == step]
-        if not chosen:
-            steps = ", ".join(str(commit.step) for commit in commits)
-            raise ConfigError(f"step={step}: {self.url} has latest, best and the steps {steps}")
-        return chosen[-1]
-
-    def _best(self, commits: list[Commit]) -> Commit:
-        config = lineage.retention_of(self.manifest(commits[-1]))
-        metric = config.get("metric")
-        if metric is None:
-            raise ConfigError(
-                f"step=best: {self.url} tracks no metric (checkpoint.metric is not set)"
-            )
-        by_step = {commit.step: commit for commit in commits}
-        values = {
-            step: lineage.measured(self.manifest(commit), metric)
-            for step, commit in by_step.items()
-        }
-        best = intervals.best_first(values, config.get("mode", "max"))
-        if not best:
-            raise CheckpointError(
-                f"step=best: no checkpoint of {self.url} has {metric!r} of its own step; save as "
-                "often as you evaluate (checkpoint.every_epochs, checkpoint.every_steps)"
-            )
-        return by_step[best[0]]
+        return Survey([self.store], [], [commits], [commits])
 
     def manifest(self, commit: Commit) -> Manifest:
         """Read and validate a manifest.
 
         Raises:
-            CheckpointError: it is altered, void, of another version or checkpoint, or gone.
+            CheckpointError: the manifest is damaged, void, deleted, or of another version or step.
         """
-        if self._folders is None:
-            return lineage.read_manifest(self.store, commit)
-        return self._read(commit.folder)
+        return lineage.read_manifest(self.store, commit)
 
     def reader(self, commit: Commit) -> Reader:
-        """Return what reads a checkpoint's tensors, one at a time or all."""
+        """Return a reader of a checkpoint's tensors."""
         return Reader(self.store, commit.folder, self.manifest(commit))
 
-    def survey(self) -> list[Found]:
-        """Look at every folder, oldest first; reads manifests and lists shards, no more."""
-        if self._folders is not None:
-            return sorted(
-                (self._look(None, folder, self.store.entries(folder)) for folder in self._folders),
-                key=lambda found: found.commit,
-            )
-        folders: dict[str, list[str]] = {}
-        for key in self.store.list(FOLDER, unfinished=True):
-            folder, _, name = key.rpartition("/")
-            folders.setdefault(folder, []).append(name)
-        records = lineage.records(self.store)  # after the list: what came meanwhile is not in it
-        present = set(lineage.commits(self.store, known=records, damaged=True))
-        found = []
-        for folder, names in folders.items():
-            parsed = parse_folder(folder.removeprefix(f"{FOLDER}/"))
-            if parsed is None:
-                continue  # not ours
-            commit = Commit(*parsed, folder)
-            if commit in present:
-                found.append(self._look(commit, folder, names))
-            else:
-                found.append(self._left(commit, names, records))
-        return sorted(found, key=lambda found: found.commit)
+    def read(self, folder: str) -> Manifest:
+        """Read the manifest of a folder with any name.
 
-    # --- beneath it ------------------------------------------------------------------------------
-
-    def _read(self, folder: str) -> Manifest:
+        Raises:
+            CheckpointError: the manifest is damaged, void, deleted, or of another version.
+        """
         key = f"{folder}/{MANIFEST}"
         try:
             return from_bytes(self.store.read(key), f"{self.store.url}/{key}")
         except FileNotFoundError:
-            raise CheckpointError(f"{self.store.url}/{key}: it was deleted meanwhile") from None
+            raise CheckpointError(f"{self.store.url}/{key}: deleted in the meantime") from None
 
-    def _look(self, commit: Commit | None, folder: str, names: Sequence[str]) -> Found:
-        """Say how a committed checkpoint is; `commit` is known where its folder says it."""
-        try:
-            made = self._read(folder) if commit is None else self.manifest(commit)
-        except CheckpointError as error:
-            here = commit or Commit(*numbers(folder), folder)
-            return Found(here, "damaged", str(error))
-        here = commit or Commit(made.step, made.attempt, folder)
-        missing = sorted(made.files.keys() - set(names))
-        size_bytes = sum(file.bytes for file in made.files.values())
-        saved_s = self._modified_s(f"{folder}/{MANIFEST}")
-        state: State = "whole"
-        why = ""
-        if DAMAGED in names:
-            state, why = "damaged", self._mark(folder)
-        elif missing:
-            state, why = "damaged", f"{missing[0]} is missing"
-        return Found(here, state, why, made, size_bytes, saved_s)
+    def in_run(self, settings: ObjectStore) -> "Location":
+        """Return a run's checkpoint folder as seen from its run directory; other locations as is.
 
-    def _mark(self, folder: str) -> str:
-        try:
-            return str(json.loads(self.store.read(f"{folder}/{DAMAGED}"))["why"])
-        except (FileNotFoundError, ValueError, LookupError, TypeError):
-            return f"it carries {DAMAGED}"
-
-    def _left(
-        self, commit: Commit, names: Sequence[str], records: Sequence[Mapping[str, Any]]
-    ) -> Found:
-        """Say what a folder is that no surviving timeline has."""
-        shards = [f"{commit.folder}/{name}" for name in names if is_shard_name(name)]
-        size_bytes = sum(map(self._size, shards))
-        later = [
-            record
-            for record in records
-            if record["attempt"] > commit.attempt
-            and record.get("resumed_from")
-            and record["resumed_from"]["step"] < commit.step
-        ]
-        if later and MANIFEST in names and not self._is_void(commit):
-            number, step = later[0]["attempt"], later[0]["resumed_from"]["step"]
-            why = f"attempt {number} went on from step {step}"
-            return Found(commit, "abandoned", why, None, size_bytes)
-        if any("ended" not in record for record in records[-1:]):
-            why = f"attempt {records[-1]['attempt']} has not ended"
-            return Found(commit, "unfinished", why, None, size_bytes)
-        return Found(commit, "litter", "it was never committed", None, size_bytes)
-
-    def is_complete(self, found: Found) -> bool:
-        """Return whether every shard has the size that the manifest says; asks for each."""
-        files = found.manifest.files if found.manifest else {}
-        return bool(found.manifest) and all(
-            self._size(f"{found.commit.folder}/{name}") == file.bytes
-            for name, file in files.items()
-        )
-
-    def _is_void(self, commit: Commit) -> bool:
-        try:
-            return is_void(self.store.read(commit.manifest_key))
-        except FileNotFoundError:  # deleted meanwhile
-            return True
-
-    def _modified_s(self, key: str) -> float | None:
-        try:
-            return self.store.modified_s(key)
-        except FileNotFoundError:  # deleted meanwhile
-            return None
-
-    def _size(self, key: str) -> int:
-        try:
-            return self.store.size(key)
-        except FileNotFoundError:  # deleted meanwhile, or parts of an upload
-            return 0
+        The run directory has the attempt records.
+        """
+        name = self.folders[0] if self.is_one and self.folders else ""
+        if not parse_folder(name) or Path(self.store.url).name != FOLDER:
+            return self
+        run = self.store.url.rstrip("/").removesuffix(FOLDER)
+        run = run if run.endswith(":///") or run == "/" else run.rstrip("/") or "."
+        return Location(self.url, open_store(run, settings), [f"{FOLDER}/{name}"], is_one=True)
 
 
-def open_place(url: str, settings: ObjectStore = ObjectStore()) -> Place:  # noqa: B008 (frozen)
-    """Open a run's directory, a folder of checkpoints, or the folder of one. Changes nothing.
+def find_location(
+    url: str,
+    settings: ObjectStore = ObjectStore(),  # noqa: B008 (frozen)
+) -> Location | None:
+    """Open a run directory, a folder of checkpoints, one checkpoint folder or its manifest.
 
-    Raises:
-        ConfigError: it is none of these; says what it is.
+    Returns:
+        The location, or None if the path is none of these. Changes nothing.
     """
-    url = url.removesuffix(f"/{MANIFEST}")
-    url = url.rstrip("/") or "/"
+    url = url.removesuffix(f"/{MANIFEST}").rstrip("/") or "/"
     store = open_store(url, settings)
     names = store.entries("")
     if MANIFEST in names:
         parent, folder = split(url, settings)
-        return Place(url, parent, [folder], is_one=True)
-    inner = store.entries(FOLDER) if f"{FOLDER}/" in names else []
-    if "attempts/" in names or any(parse_folder(name.rstrip("/")) for name in inner):
-        return Place(url, store)
+        return Location(url, parent, [folder], is_one=True)
+    subfolders = store.entries(FOLDER) if f"{FOLDER}/" in names else []
+    if "attempts/" in names or any(parse_folder(name.rstrip("/")) for name in subfolders):
+        return Location(url, store)
     if any(parse_folder(name.rstrip("/")) for name in names) and Path(url).resolve().name == FOLDER:
-        above, _ = split(url, settings)  # its attempts decide which of them count
-        if "attempts/" in above.entries(""):
-            return Place(url, above)
+        run, _ = split(url, settings)
+        if "attempts/" in run.entries(""):
+            return Location(url, run)
     folders = [name.rstrip("/") for name in names if name.endswith("/")]
     folders = [folder for folder in folders if MANIFEST in store.entries(folder)]
-    if folders:
-        return Place(url, store, folders)
-    from trainer.importing.formats import open_foreign  # with torch's own formats, where needed
+    return Location(url, store, folders) if folders else None
 
-    foreign = open_foreign(url, settings)
-    if foreign is not None:
+
+def open_location(
+    url: str,
+    settings: ObjectStore = ObjectStore(),  # noqa: B008 (frozen)
+) -> Location:
+    """Open a run directory, a folder of checkpoints, one checkpoint folder or its manifest.
+
+    Raises:
+        ConfigError: the path is none of these.
+    """
+    location = find_location(url, settings)
+    if location is None:
         raise ConfigError(
-            f"{url}: this is {foreign.kind}; `python -m trainer.checkpoints copy {url} FOLDER` "
-            f"brings it into our format, and init.weights={url} begins a run from its weights"
+            f"{url} {_contents(url, settings)}; pass a run directory, a checkpoint folder, or a "
+            "folder of checkpoint folders"
         )
-    raise ConfigError(f"{url} {_instead(url, names)}; {_WANTED}")
+    return location
 
 
-_WANTED = "give the directory of a run, a checkpoint's folder, or a folder of such folders"
-
-
-def _instead(url: str, names: Sequence[str]) -> str:
-    if names:
-        shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
-        return f"holds no checkpoint (there is {shown})"
+def _contents(url: str, settings: ObjectStore) -> str:
+    if names := open_store(url, settings).entries(""):
+        listed = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+        return f"has no checkpoint (entries: {listed})"
     path = Path(url.removeprefix("file://"))
     if not is_local(url) or not path.exists():
         return "does not exist"
-    return "is an empty folder" if path.is_dir() else "is no checkpoint"
+    return "is an empty folder" if path.is_dir() else "is not a checkpoint"
 
 
 def split(url: str, settings: ObjectStore = ObjectStore()) -> tuple[Store, str]:  # noqa: B008
-    """Return the store that a checkpoint's folder lies in, and the folder's key.
+    """Return the store above a checkpoint folder, and the folder's key in it.
 
     Raises:
-        ConfigError: there is nothing above it.
+        ConfigError: the path has no parent.
     """
     if is_local(url):
         path = Path(url.removeprefix("file://"))
         path = path if path.name not in ("", "..") else path.resolve()
         if not path.name:
-            raise ConfigError(f"{url}: a checkpoint needs a folder of its own")
+            raise ConfigError(f"{url}: a checkpoint needs a folder below the root")
         return open_store(str(path.parent), settings), path.name
     parent, _, name = url.rstrip("/").rpartition("/")
     if name in ("", ".", "..") or parent.endswith(":/"):
-        raise ConfigError(f"{url}: a checkpoint needs a folder of its own below the bucket")
+        raise ConfigError(f"{url}: a checkpoint needs a folder below the bucket")
     return open_store(parent, settings), name
 
 
-def refuse_others(store: Store, folder: str) -> None:
-    """Make sure that a folder which is to be a checkpoint is not the home of others.
+def check_no_checkpoints_inside(store: Store, folder: str) -> None:
+    """Check that a folder that is to become a checkpoint is not a run or a folder of checkpoints.
 
     Raises:
-        CheckpointError: it is a run, or has checkpoints in it.
+        CheckpointError: it is.
     """
     for name in store.entries(folder):
-        inner = f"{folder}/{name.rstrip('/')}"
-        is_home = name in ("attempts/", f"{FOLDER}/")
-        if is_home or (name.endswith("/") and MANIFEST in store.entries(inner)):
+        is_run = name in ("attempts/", f"{FOLDER}/")
+        if is_run or (
+            name.endswith("/") and MANIFEST in store.entries(f"{folder}/{name.rstrip('/')}")
+        ):
             raise CheckpointError(
-                f"{store.url}/{folder} has {name} in it, so it is the home of other checkpoints "
-                "and cannot be one itself; give a folder of its own"
+                f"{store.url}/{folder} contains {name}, so it holds other checkpoints and cannot "
+                "become one; choose another folder"
             )
 
 
 def numbers(folder: str) -> tuple[int, int]:
-    """Return step and attempt as a folder's name says them; the last number in it, and 0."""
+    """Return the step and attempt in a folder's name; else the last number in it, and 0."""
     name = folder.rpartition("/")[2]
     digits = re.findall(r"\d+", name)
     return parse_folder(name) or (int(digits[-1][-18:]) if digits else 0, 0)

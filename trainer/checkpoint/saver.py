@@ -10,7 +10,7 @@ from typing import Any
 from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import Attempt
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.mirror import Mirror
+from trainer.checkpoint.replicas import Mirror
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.state_tree import Content
 from trainer.checkpoint.writer import PendingSave, Writer
@@ -237,12 +237,12 @@ class Saver:
         """Wait until the mirror has the newest checkpoint, or time is over, or it cannot be."""
         if self._mirror is None:
             return
-        if not self._mirror.settle(0.0):
+        if not self._mirror.wait(0.0):
             step = self.committed_step or 0
             if self._world.rank == 0:
                 self._hooks.say(f"copying step {step:,} to {self._mirror.url}")
             left_s = None if until_s is None else max(until_s - self._clock(), 0.0)
-            if not self._mirror.settle(left_s) and self._world.rank == 0:
+            if not self._mirror.wait(left_s) and self._world.rank == 0:
                 self._hooks.say(
                     f"NOT COPIED: step {step:,} is in {self._store.url} alone; the next attempt "
                     "copies it, if it finds it there"
@@ -379,7 +379,7 @@ class Saver:
     def _committed(self, made: Manifest) -> None:
         """Hand it to the mirror; delete old ones. If that fails, the next save tries again."""
         if self._mirror is not None:
-            self._mirror.take(made)
+            self._mirror.submit(made)
 
         def prune() -> list[str]:
             pinned = self._mirror.pinned() if self._mirror is not None else ()
@@ -393,6 +393,6 @@ class Saver:
                 return
             kept = self._aside.from_rank0(prune)
             if self._world.local_rank == 0 and self._world.rank > 0:
-                lineage.keep(self._store, self._attempt, kept)
+                lineage.delete_except(self._store, self._attempt, kept)
         except (CheckpointError, StoreError) as error:
             self._notes.append(f"OLD CHECKPOINTS WERE NOT DELETED at step {made.step:,}: {error}")

@@ -139,7 +139,7 @@ def _machine(run: Run, world: World) -> Iterator[Finding]:
 
 
 def _places(run: Run, world: World, needs: Sizes | None, *, is_quick: bool) -> Iterator[Finding]:
-    stores = resume.open_tiers(run).stores
+    stores = resume.open_replicas(run).stores
     topics = ("run_dir", "mirror")
     findings: list[Finding] = []
     save_s = None

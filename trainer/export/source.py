@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trainer.checkpoint import Reader
+from trainer.checkpoint import Reader, select
 from trainer.checkpoint.lineage import Commit
-from trainer.checkpoint.location import open_place
+from trainer.checkpoint.location import open_location
 from trainer.checkpoint.manifest import Manifest
 from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError
@@ -75,6 +75,6 @@ def open_source(
         ConfigError: there is no such place, or no such checkpoint in it.
         CheckpointError: the manifest is damaged.
     """
-    opened = open_place(place, settings)
-    commit = opened.pick(step)
+    opened = open_location(place, settings)
+    commit = select.pick(opened, step)
     return Source(place, commit, opened.manifest(commit), opened.reader(commit))

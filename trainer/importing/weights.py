@@ -6,19 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint import lineage, location, plan, state_tree
-from trainer.checkpoint.lineage import FOLDER, MANIFEST
-from trainer.checkpoint.manifest import Manifest, from_bytes
+from trainer.checkpoint import plan, select, state_tree
 from trainer.checkpoint.plan import TORCH_DTYPES
-from trainer.checkpoint.reader import Reader
-from trainer.checkpoint.tiers import Tiers
+from trainer.checkpoint.select import Selection
 from trainer.config.schema import Init, ObjectStore
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import ConfigError
 from trainer.importing.fit import Fit
 from trainer.importing.formats import Source, open_foreign
 from trainer.importing.names import find_weights
 from trainer.importing.pickles import RefusedError
-from trainer.storage import Store, open_store
+from trainer.storage import open_store
 
 _EXTRA = "_extra_state"
 """What nn.Module calls the value of `get_extra_state`."""
@@ -90,22 +87,13 @@ def open_weights(
         CheckpointError: it is damaged, or holds what is never read.
         StoreError: it could not be read.
     """
-    place = url.removesuffix(f"/{MANIFEST}").rstrip("/") or "/"
-    store = open_store(place, settings)
-    names = store.entries("")
-    if MANIFEST in names:
-        parent, folder = location.split(place, settings)
-        key = f"{folder}/{MANIFEST}"
-        manifest = from_bytes(parent.read(key), f"{parent.url}/{key}")
-        return _Ours(url, Reader(parent, folder, manifest), manifest), ()
-    if f"{FOLDER}/" in names:
-        survey = Tiers(store).survey()
-        if survey.with_damaged:
-            return _newest_whole(url, store, survey.commits)
+    selection = select.from_path(url, settings)
+    if selection is not None:
+        return _PerdureSource(selection), selection.skipped
     try:
-        found = open_foreign(place, settings, on_pickle=on_pickle)
+        found = open_foreign(url, settings, on_pickle=on_pickle)
     except RefusedError as error:
-        if names:  # of a folder no pickle is run in any case
+        if open_store(url, settings).entries(""):  # no pickle in a folder is ever run
             raise
         raise RefusedError(
             f"{error}. Or, if you trust whoever made it, init.allow_pickle=true runs it"
@@ -118,39 +106,24 @@ def open_weights(
     return found, ()
 
 
-def _newest_whole(
-    url: str, store: Store, commits: Sequence[lineage.Commit]
-) -> tuple[Source, tuple[str, ...]]:
-    skipped: list[str] = []
-    for commit in reversed(commits):
-        try:
-            manifest = lineage.read_manifest(store, commit)
-        except CheckpointError as error:
-            skipped.append(str(error))
-            continue
-        found = _Ours(f"{url}/{commit.folder}", Reader(store, commit.folder, manifest), manifest)
-        return found, tuple(skipped)
-    raise CheckpointError(f"{url} has checkpoints and none of them is whole. {' '.join(skipped)}")
-
-
-class _Ours:
-    """A checkpoint of this program as a Source; every byte of it is checked."""
+class _PerdureSource:
+    """A Perdure checkpoint as a Source; every byte is verified."""
 
     kind = "a checkpoint of Perdure"
 
-    def __init__(self, url: str, reader: Reader, manifest: Manifest) -> None:
-        self.url = url
-        self.fetch = reader.fetch
-        entries = manifest.tensors
+    def __init__(self, selection: Selection) -> None:
+        self.url = f"{selection.urls[0]}/{selection.commit.folder}"
+        self.fetch = selection.reader().fetch
+        entries = selection.manifest.tensors
         self.tensors = {
             name: (TORCH_DTYPES[entry.dtype], entry.shape)
             for name, entry in entries.items()
             if entry.alias is None
         }
         self.aliases = {name: e.alias for name, e in entries.items() if e.alias is not None}
-        extra = manifest.objects.get("model_extra", {})
+        extra = selection.manifest.objects.get("model_extra", {})
         self.objects = {
-            f"model.{name}": state_tree.join(v, reader.fetch) for name, v in extra.items()
+            f"model.{name}": state_tree.join(v, self.fetch) for name, v in extra.items()
         }
         self.paths = {name: (name,) for name in (*entries, *self.objects)}
 

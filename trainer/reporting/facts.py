@@ -12,7 +12,8 @@ import yaml
 
 from trainer.checkpoint import attempts, lineage
 from trainer.checkpoint.attempts import Goodput, Standing
-from trainer.checkpoint.location import Found, Place
+from trainer.checkpoint.inspection import CheckpointStatus, inspect
+from trainer.checkpoint.location import Location
 from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError, PerdureError
 from trainer.reporting import curves
@@ -48,7 +49,7 @@ class Facts:
     lines: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     """Of the newest attempt."""
-    checkpoints: Sequence[Found] = ()
+    checkpoints: Sequence[CheckpointStatus] = ()
     saves: Sequence[Mapping[str, Any]] = ()
     """What saves took, where the run has noted it."""
     notes: Sequence[str] = ()
@@ -145,7 +146,7 @@ def gather(url: str, settings: ObjectStore) -> Facts:
         records,
         sorted(found.lines, key=lambda line: line["step"]),
         attempt("The configuration", lambda: read_config(store), {}),
-        attempt("The checkpoints", Place(url, store).survey, []),
+        attempt("The checkpoints", lambda: inspect(Location(url, store)), []),
         saves.lines,
         notes,
     )

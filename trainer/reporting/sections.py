@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.checkpoint.location import Found
+from trainer.checkpoint.inspection import CheckpointStatus
 from trainer.core.formatting import age, duration, integer, iso, number, pluralize, size
 from trainer.reporting import figures
 from trainer.reporting.curves import is_number, points
@@ -151,18 +151,19 @@ def _best_step(run: Facts) -> int | None:
     kept = [
         (found.metrics[best.metric], -found.commit.step)
         for found in run.checkpoints
-        if found.state == "whole" and is_number(found.metrics.get(best.metric))
+        if found.state == "intact" and is_number(found.metrics.get(best.metric))
     ]
     sign = -1 if best.mode == "min" else 1
     return -max(kept, key=lambda one: (sign * one[0], one[1]))[1] if kept else None
 
 
-def _checkpoint(found: Found, is_best: bool) -> Sequence[object]:
+def _checkpoint(found: CheckpointStatus, is_best: bool) -> Sequence[object]:
     saved = "–"
     if found.saved_s is not None:
         saved = iso(found.saved_s).removesuffix("+00:00").replace("T", " ")
     shown = [f"{name} {number(value)}" for name, value in found.metrics.items()]
-    state = joined([tag("span", found.state, class_=f"pill {found.state}"), " ", found.why or None])
+    pill = tag("span", found.state, class_=f"pill {found.state}")
+    state = joined([pill, " ", found.reason or None])
     badge = tag("span", "best", class_="pill best") if is_best else None
     return [
         f"{found.commit.step:,}",

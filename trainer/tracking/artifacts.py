@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import lineage
+from trainer.checkpoint import lineage, select
 from trainer.checkpoint.lineage import Commit
 from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.replicas import Replicas
 from trainer.storage import Store, is_local
 
 _EXPORTS = "exports"
@@ -25,7 +26,7 @@ def log_artifacts(run: Any, facts: Mapping[str, Any], *, with_files: bool) -> No
     store: Store = facts["store"]
     name = re.sub(r"[^\w.-]", "-", str(facts["config"].get("name", "run")))
     place = facts["run_dir"] if is_local(facts["run_dir"]) else None
-    for commit, manifest, aliases in _chosen(store):
+    for commit, manifest, aliases in _selected(store):
         keys = [commit.manifest_key]
         if with_files:
             keys += [f"{commit.folder}/{file}" for file in manifest.files]
@@ -42,20 +43,26 @@ def log_artifacts(run: Any, facts: Mapping[str, Any], *, with_files: bool) -> No
         _log(run, f"exports-{name}", "model", store, place, exports, metadata, ())
 
 
-def _chosen(store: Store) -> list[tuple[Commit, Manifest, list[str]]]:
-    """Return the best checkpoint, if one is known to be, and the newest, with their names there."""
-    commits = {commit.step: commit for commit in lineage.commits(store)}
-    if not commits:
+def _selected(store: Store) -> list[tuple[Commit, Manifest, list[str]]]:
+    """Return the best checkpoint that the run recorded, if stored, and the newest; with aliases."""
+    survey = Replicas(store).survey()
+    if not survey.commits:
         return []
-    newest = max(commits)
-    manifest = lineage.read_manifest(store, commits[newest])
-    best = (manifest.objects["run"].get("best") or {}).get("step")
-    found = []
-    for step in sorted({step for step in (best, newest) if step in commits}):
-        names = [word for word, at in (("best", best), ("newest", newest)) if at == step]
-        made = lineage.read_manifest(store, commits[step])
-        found.append((commits[step], made, [*names, f"step-{step}"]))
-    return found
+    newest = select.newest_intact(survey, store.url)
+    best = (newest.manifest.objects["run"].get("best") or {}).get("step")
+    commits = {newest.commit}
+    if best is not None and (commit := select.at_step(survey, best)):
+        commits.add(commit)
+    selected = []
+    for commit in sorted(commits):
+        aliases = [
+            alias
+            for alias, step in (("best", best), ("newest", newest.commit.step))
+            if step == commit.step
+        ]
+        manifest = lineage.read_manifest(store, commit)
+        selected.append((commit, manifest, [*aliases, f"step-{commit.step}"]))
+    return selected
 
 
 def _log(

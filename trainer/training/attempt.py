@@ -19,11 +19,10 @@ from omegaconf import OmegaConf
 from trainer import reporting
 from trainer.checkpoint import DamagedError, attempts, lineage
 from trainer.checkpoint.lineage import Attempt, Commit
-from trainer.checkpoint.mirror import Mirror
 from trainer.checkpoint.reader import MissingError
+from trainer.checkpoint.replicas import Mirror, Replicas
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import SaveHooks, SavePolicy, Saver, SaveTarget
-from trainer.checkpoint.tiers import Tiers
 from trainer.cluster import launch, outcome, shared_storage, slurm
 from trainer.cluster import watchdog as watchdog_
 from trainer.cluster.stop import DEADLINE, Stop, reason_text
@@ -69,34 +68,34 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
         The exit code of an outcome that all ranks agree on: done, or run again.
     """
     _refuse_different_configs(stored, world)
-    tiers = resume.open_tiers(run)
-    store = tiers.run
-    is_shared = shared_storage.find_shared(tiers.stores, world)
-    start = world.from_rank0(lambda: resume.choose(tiers, run, stored))
+    replicas = resume.open_replicas(run)
+    store = replicas.run
+    is_shared = shared_storage.find_shared(replicas.stores, world)
+    start = world.from_rank0(lambda: resume.choose(replicas, run, stored))
     if resume.finished(run, start):
         if world.rank == 0:
             print(messages.finished_text(run, start.step, start.epoch))
         return DONE
-    earlier = world.from_rank0(lambda: _earlier(run, tiers))
+    earlier = world.from_rank0(lambda: _earlier(run, replicas))
     threads = launch.threads_per_rank(run.launch, earlier[-1].get("threads") if earlier else None)
     torch.set_num_threads(threads)
     began = time.monotonic()
     facts = {**_facts(world, threads), "resume": run.resume}
-    attempt = world.from_rank0(lambda: tiers.begin(facts))
+    attempt = world.from_rank0(lambda: replicas.begin(facts))
     grace_s = slurm.grace_s(run.preemption.grace_s)
     stop = Stop(world, grace_s=grace_s, deadline=_deadline(run, began))
     stop.listen(run.preemption.signals, interrupts_end=not launch.is_rank())
-    watchdog = _watchdog(run, world, tiers, attempt, stop)
+    watchdog = _watchdog(run, world, replicas, attempt, stop)
     ending: dict[str, Any] = {"outcome": attempts.DIED}
     tracker = world.together(lambda: build.build_tracker(run, world))
-    notes = _Notes(tiers, attempt) if world.rank == 0 else None
+    notes = _Notes(replicas, attempt) if world.rank == 0 else None
     with ExitStack() as at_last:
         try:
             source = world.together(lambda: build.build_data(run))
             job = build.build_job(run, world, source, tracker)
             warm_up(job)
-            start, state = _load(run, stored, job, tiers, attempt)
-            mirror = _mirror(run, job, tiers, attempt, start)
+            start, state = _load(run, stored, job, replicas, attempt)
+            mirror = _mirror(run, job, replicas, attempt, start)
             save_times_s = [record["save_s"] for record in earlier if record.get("save_s")]
             target = SaveTarget(
                 store=store,
@@ -110,7 +109,9 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
                 last_save_s=save_times_s[-1] if save_times_s else None,
             )
             saver = _saver(run, job, target, stop.grace_s, mirror)
-            world.from_rank0(lambda: _record_start(run, stored, job, tiers, attempt, start, state))
+            world.from_rank0(
+                lambda: _record_start(run, stored, job, replicas, attempt, start, state)
+            )
             saver.compare_with_grace()
             profiler = _profiler(run, job, store, attempt)
             timing = loop.start_timing(job, state, saver, stop)
@@ -144,7 +145,7 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
             watchdog.stop()
             _close(tracker, ending["outcome"])
             if notes is not None:
-                _record_end(tiers, attempt, {"ended": lineage.now(), **notes.end(), **ending})
+                _record_end(replicas, attempt, {"ended": lineage.now(), **notes.end(), **ending})
     if world.rank == 0:
         text = messages.end_text(run, state, saver, stop, timing, done, seconds)
         _tell("\n".join([text, *shown]))
@@ -193,11 +194,11 @@ def _close(tracker: Tracker, outcome: str) -> None:
     tracker.close()
 
 
-def _record_end(tiers: Tiers, attempt: Attempt, facts: Mapping[str, Any]) -> None:
-    lineage.amend(tiers.run, attempt, facts)
-    if tiers.mirror is None:
+def _record_end(replicas: Replicas, attempt: Attempt, facts: Mapping[str, Any]) -> None:
+    lineage.amend(replicas.run, attempt, facts)
+    if replicas.mirror is None:
         return
-    mirror = tiers.mirror
+    mirror = replicas.mirror
 
     def tell() -> None:
         try:
@@ -210,9 +211,9 @@ def _record_end(tiers: Tiers, attempt: Attempt, facts: Mapping[str, Any]) -> Non
     telling.join(_LAST_WORDS_S)  # a mirror that hangs must not use up the grace time
 
 
-def _earlier(run: Run, tiers: Tiers) -> list[dict[str, Any]]:
+def _earlier(run: Run, replicas: Replicas) -> list[dict[str, Any]]:
     """Return the records of earlier attempts, unless these died too often. Rank 0 only."""
-    survey = tiers.survey()
+    survey = replicas.survey()
     records, saved_by = survey.records, {commit.attempt for commit in survey.with_damaged}
     most = run.launch.max_attempts_without_progress
     attempts.refuse_crash_loop(records, saved_by, most, run.run_dir)
@@ -224,8 +225,8 @@ class _Notes:
 
     every_s = 30.0
 
-    def __init__(self, tiers: Tiers, attempt: Attempt) -> None:
-        self._tiers, self._attempt = tiers, attempt
+    def __init__(self, replicas: Replicas, attempt: Attempt) -> None:
+        self._replicas, self._attempt = replicas, attempt
         self._facts: Callable[[], dict[str, Any]] = dict
         self._over = threading.Event()
 
@@ -256,7 +257,7 @@ class _Notes:
             facts = self._facts()
             wait_s = min(2 * wait_s, self.every_s)
             with suppress(StoreError):  # the saves will say so
-                self._tiers.tell(self._attempt, {"told": lineage.now(), **facts})
+                self._replicas.write_heartbeat(self._attempt, {"told": lineage.now(), **facts})
 
     def end(self) -> dict[str, Any]:
         """Stop; return what there is to say at the end."""
@@ -293,12 +294,12 @@ def _profiler(run: Run, job: Job, store: Store, attempt: Attempt) -> Profiler | 
 
 
 def _watchdog(
-    run: Run, world: World, tiers: Tiers, attempt: Attempt, stop: Stop
+    run: Run, world: World, replicas: Replicas, attempt: Attempt, stop: Stop
 ) -> watchdog_.Watchdog:
     def leave_stacks(text: str) -> None:
         key = f"stacks/attempt-{attempt.number:04d}-rank-{world.rank}.txt"
         writing = threading.Thread(
-            target=tiers.run.replace, args=(key, text.encode()), name="stacks", daemon=True
+            target=replicas.run.replace, args=(key, text.encode()), name="stacks", daemon=True
         )
         writing.start()
         writing.join(_STACKS_S)  # the file system may be what hangs
@@ -306,7 +307,7 @@ def _watchdog(
     def leave(text: str) -> None:
         if world.rank == 0:
             ending = {"ended": lineage.now(), "outcome": attempts.DIED, "error": text}
-            writing = threading.Thread(target=tiers.amend, args=(attempt, ending), daemon=True)
+            writing = threading.Thread(target=replicas.amend, args=(attempt, ending), daemon=True)
             writing.start()
             writing.join(_STACKS_S)
         outcome.exit_to_resume(text)
@@ -374,7 +375,7 @@ def _facts(world: World, threads: int) -> dict[str, Any]:
 
 
 def _load(
-    run: Run, stored: Mapping[str, Any], job: Job, tiers: Tiers, attempt: Attempt
+    run: Run, stored: Mapping[str, Any], job: Job, replicas: Replicas, attempt: Attempt
 ) -> tuple[Start, State]:
     """Load the newest checkpoint that every rank finds whole; set damaged ones aside.
 
@@ -384,7 +385,7 @@ def _load(
     damaged: list[tuple[Commit, tuple[str, ...]]] = []
     while True:
         start = world.from_rank0(
-            lambda: resume.choose(tiers, run, stored, attempt=attempt.number, damaged=damaged)
+            lambda: resume.choose(replicas, run, stored, attempt=attempt.number, damaged=damaged)
         )
         try:
             state = world.together(partial(resume.load, job, start, run.store))
@@ -394,7 +395,7 @@ def _load(
                 world.from_rank0(partial(_refuse_damaged, run, start, error))
             else:
                 damaged.append((start.commit, start.urls))
-                world.from_rank0(partial(_set_aside, tiers, start, error))
+                world.from_rank0(partial(_set_aside, replicas, start, error))
             continue
         if start.manifest is None and run.init.weights:
             say = job.tracker.say  # of rank 0
@@ -406,10 +407,10 @@ def _load(
         return start, state
 
 
-def _set_aside(tiers: Tiers, start: Start, error: DamagedError) -> None:
+def _set_aside(replicas: Replicas, start: Start, error: DamagedError) -> None:
     """Mark what was proven wrong where it was; what other nodes may have is not."""
-    store = next(store for store in tiers.stores if store.url == start.urls[0])
-    is_elsewhere = isinstance(error, MissingError) and tiers.mirror is not None
+    store = next(store for store in replicas.stores if store.url == start.urls[0])
+    is_elsewhere = isinstance(error, MissingError) and replicas.mirror is not None
     assert start.commit is not None  # noqa: S101 (for the type checker)
     if not is_elsewhere and start.commit.manifest_key in store.list(start.commit.folder):
         lineage.mark_damaged(store, start.commit, str(error))
@@ -425,13 +426,15 @@ def _refuse_damaged(run: Run, start: Start, error: DamagedError) -> None:
     raise DamagedError(f"{error}. Older whole steps: {', '.join(older) or 'none'}; {advice}")
 
 
-def _mirror(run: Run, job: Job, tiers: Tiers, attempt: Attempt, start: Start) -> Mirror | None:
+def _mirror(
+    run: Run, job: Job, replicas: Replicas, attempt: Attempt, start: Start
+) -> Mirror | None:
     """Begin to copy; first what the mirror lacks of the checkpoint we start from. Collective."""
-    if tiers.mirror is None:
+    if replicas.mirror is None:
         return None
     wanted = run.checkpoint
     retention = Retention(
-        tiers.mirror,
+        replicas.mirror,
         attempt,
         keep_last=wanted.mirror_keep_last,
         keep_best=wanted.mirror_keep_best,
@@ -440,23 +443,23 @@ def _mirror(run: Run, job: Job, tiers: Tiers, attempt: Attempt, start: Start) ->
         mode=wanted.mode,
     )
     mirror = Mirror(
-        tiers.run,
-        tiers.mirror,
+        replicas.run,
+        replicas.mirror,
         job.world,
         attempt,
         retention=retention,
-        also=lambda: _history(tiers.run),
+        also=lambda: _history(replicas.run),
     )
-    if start.manifest is not None and job.world.from_rank0(lambda: _is_own(tiers, start)):
-        mirror.take(start.manifest)
+    if start.manifest is not None and job.world.from_rank0(lambda: _is_own(replicas, start)):
+        mirror.submit(start.manifest)
     return mirror
 
 
-def _is_own(tiers: Tiers, start: Start) -> bool:
+def _is_own(replicas: Replicas, start: Start) -> bool:
     """Return whether the run's own store has the checkpoint that the attempt starts from."""
-    if start.is_fork or start.commit is None or start.urls[0] != tiers.run.url:
+    if start.is_fork or start.commit is None or start.urls[0] != replicas.run.url:
         return False
-    return start.commit.manifest_key in tiers.run.list(start.commit.folder)
+    return start.commit.manifest_key in replicas.run.list(start.commit.folder)
 
 
 def _history(store: Store) -> dict[str, bytes]:
@@ -497,22 +500,22 @@ def _record_start(
     run: Run,
     stored: Mapping[str, Any],
     job: Job,
-    tiers: Tiers,
+    replicas: Replicas,
     attempt: Attempt,
     start: Start,
     state: State,
 ) -> None:
     """Write where the attempt starts from, before it saves anything. Rank 0 only."""
-    store = tiers.run
-    if tiers.mirror is not None and start.manifest is not None and not _is_own(tiers, start):
+    store = replicas.run
+    if replicas.mirror is not None and start.manifest is not None and not _is_own(replicas, start):
         for name in _LINES:  # the figures of the timeline that goes on
             with suppress(FileNotFoundError):
-                store.replace(name, tiers.mirror.read(name))
+                store.replace(name, replicas.mirror.read(name))
     own = None if start.is_fork else start.commit
     origin = {"step": own.step if own else 0, "attempt": own.attempt if own else None}
     plan = {"max_steps": job.max_steps, "steps_per_epoch": job.data.steps_per_epoch}
     changed = [str(difference) for difference in start.differences]
-    tiers.amend(
+    replicas.amend(
         attempt,
         {"resumed_from": origin, "first_step": state.step, **plan, "changed": changed},
     )
@@ -529,7 +532,7 @@ def _record_start(
             "world_size": job.world.size,
             "config": stored,
             "peak_flops_per_s": job.peak_flops_per_s,
-            "run_id": attempts.run_id(tiers.records()),
+            "run_id": attempts.run_id(replicas.records()),
             "eval_every": job.eval_every if job.evaluation is not None else None,
             "save_every": Every(
                 steps=run.checkpoint.every_steps, epochs=run.checkpoint.every_epochs
@@ -539,14 +542,14 @@ def _record_start(
     )
     record = lineage.records(store)[-1]
     banner = [*messages.banner(run, job, record), *job.notes]
-    for line in [*banner, *_resume_lines(run, job, tiers, start, state, record)]:
+    for line in [*banner, *_resume_lines(run, job, replicas, start, state, record)]:
         job.tracker.say(line)
 
 
 def _resume_lines(
     run: Run,
     job: Job,
-    tiers: Tiers,
+    replicas: Replicas,
     start: Start,
     state: State,
     record: Mapping[str, Any],
@@ -556,13 +559,13 @@ def _resume_lines(
         return lines
     left = pluralize(job.max_steps - state.step, "step")
     how = f"forking {start.urls[0]}/{start.commit.folder}" if start.is_fork else "resuming"
-    copy = "" if start.is_fork or _is_own(tiers, start) else f" of {run.checkpoint.mirror}"
+    copy = "" if start.is_fork or _is_own(replicas, start) else f" of {run.checkpoint.mirror}"
     lines.append(f"{how} from step {state.step:,}{copy}; {left} left")
     lines += filter(None, [job.data.rereads(state.cursor)])
     if start.differences:
         lines.append("settings that changed since then:")
         lines += [f"  {difference}" for difference in start.differences]
-    saved_in = open_store(start.urls[0], run.store) if start.is_fork else tiers.run
+    saved_in = open_store(start.urls[0], run.store) if start.is_fork else replicas.run
     number = start.manifest.attempt
     then = next((r for r in lineage.records(saved_in) if r["attempt"] == number), record)
     facts = ("world_size", "threads", "device", "versions")

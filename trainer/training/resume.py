@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from trainer import checkpoint
-from trainer.checkpoint import lineage
-from trainer.checkpoint.lineage import FOLDER, MANIFEST, Commit
-from trainer.checkpoint.manifest import Manifest, parse_folder
-from trainer.checkpoint.tiers import Survey, Tiers
+from trainer.checkpoint import select
+from trainer.checkpoint.lineage import Commit
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.replicas import Replicas, Survey
+from trainer.checkpoint.select import Selection
 from trainer.config.schema import Init, ObjectStore, Run
-from trainer.core import intervals
 from trainer.core.state import State
 from trainer.errors import CheckpointError, ConfigError
 from trainer.storage import open_store
@@ -65,16 +65,16 @@ class Start:
         return self.manifest.epoch if self.manifest else 0
 
 
-def open_tiers(run: Run) -> Tiers:
+def open_replicas(run: Run) -> Replicas:
     """Open the run's store, and its mirror, if it has one."""
     mirror = run.checkpoint.mirror
-    return Tiers(
+    return Replicas(
         open_store(run.run_dir, run.store), open_store(mirror, run.store) if mirror else None
     )
 
 
 def choose(
-    tiers: Tiers,
+    replicas: Replicas,
     run: Run,
     config: Mapping[str, Any],
     *,
@@ -84,7 +84,7 @@ def choose(
     """Decide where to start. Rank 0 only.
 
     Args:
-        tiers: the run's own stores.
+        replicas: the run's own stores.
         run: the configuration; `run.resume` says what is wanted.
         config: the configuration as it would be stored.
         attempt: the number of the attempt that asks, where it has one already.
@@ -97,7 +97,7 @@ def choose(
         ConfigError: this configuration cannot go on with this run, or `resume` names nothing.
         CheckpointError: checkpoints exist and none of them is whole.
     """
-    survey = tiers.survey()
+    survey = replicas.survey()
     commits = survey.commits
     request = run.resume
     earlier = [r for r in survey.records if attempt is None or r["attempt"] < attempt]
@@ -112,9 +112,9 @@ def choose(
     wants_step = request.isdecimal() or request == "best"
     if wants_step and not (honoured and commits):
         commit = _named(survey, request, run)
-        start = replace(_newest_whole(survey, [commit], damaged, run.run_dir), is_named=True)
+        start = replace(_newest(survey, run, damaged, [commit]), is_named=True)
     elif survey.with_damaged:
-        start = _newest_whole(survey, commits, damaged, run.run_dir)
+        start = _newest(survey, run, damaged)
     elif request == "auto":
         return Start()
     else:
@@ -138,84 +138,52 @@ def choose(
     return replace(start, differences=differences)
 
 
-def _newest_whole(
+def _newest(
     survey: Survey,
-    commits: Sequence[Commit],
+    run: Run,
     damaged: Collection[tuple[Commit, tuple[str, ...]]],
-    where: str,
+    commits: Sequence[Commit] | None = None,
 ) -> Start:
-    skipped = []
-    for commit in reversed(commits):
-        for stores in survey.views(commit):
-            urls = tuple(store.url for store in stores)
-            if (commit, urls) in damaged:
-                continue
-            try:
-                manifest = lineage.read_manifest(Fallback(stores), commit)
-            except CheckpointError as error:
-                skipped.append(str(error))
-                continue
-            copied = survey.is_copied(commit)
-            return Start(urls, commit, manifest, skipped=tuple(skipped), is_copied=copied)
-    raise CheckpointError(
-        f"{where} has checkpoints and none of them is whole; the run is not begun anew, so "
-        "that nothing is overwritten. "
-        + " ".join(skipped)
-        + " Restore one of them, or start elsewhere with name=…"
+    try:
+        return _start(select.newest_intact(survey, run.run_dir, commits=commits, damaged=damaged))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error} Refusing to start from scratch. Restore one of them, or start a new run with "
+            "name=…"
+        ) from None
+
+
+def _start(selection: Selection) -> Start:
+    return Start(
+        selection.urls,
+        selection.commit,
+        selection.manifest,
+        is_copied=selection.is_copied,
+        skipped=selection.skipped,
     )
 
 
 def _named(survey: Survey, request: str, run: Run) -> Commit:
-    if request == "best":
-        best = _best(survey, run)
-        if best is None:
-            raise ConfigError(
-                f"resume=best, but no checkpoint in {run.run_dir} has a measured metric; set "
-                "checkpoint.metric, or use resume=auto"
-            )
-        return best
-    chosen = [commit for commit in survey.commits if commit.step == int(request)]
-    if not chosen:
-        steps = ", ".join(f"{commit.step:,}" for commit in survey.commits) or "none"
+    if request != "best":
+        return select.named_step(survey, request, run.run_dir, "resume")
+    best = select.best(survey, run.checkpoint.metric, run.checkpoint.mode)
+    if best is None:
         raise ConfigError(
-            f"resume={request}: {run.run_dir} has no checkpoint of that step; steps there: {steps}"
+            f"resume=best, but no checkpoint in {run.run_dir} has a measured metric; set "
+            "checkpoint.metric, or use resume=auto"
         )
-    return chosen[-1]
-
-
-def _best(survey: Survey, run: Run) -> Commit | None:
-    metric = run.checkpoint.metric
-    if metric is None:
-        return None
-    by_step = {commit.step: commit for commit in survey.commits}
-    manifests = {
-        step: lineage.read_manifest(Fallback(survey.views(commit)[0]), commit)
-        for step, commit in by_step.items()
-    }
-    values = {step: lineage.measured(made, metric) for step, made in manifests.items()}
-    best = intervals.best_first(values, run.checkpoint.mode)
-    return by_step[best[0]] if best else None
+    return best
 
 
 def _fork(request: str, settings: ObjectStore) -> Start:
-    """Open a checkpoint of another run: its directory, one of its folders, or a manifest."""
-    url = request.removeprefix("file://").rstrip("/").removesuffix(f"/{MANIFEST}")
-    parent, _, name = url.rpartition("/")
-    parsed = parse_folder(name)
-    if parsed is not None and (parent == FOLDER or parent.endswith(f"/{FOLDER}")):
-        store = open_store(parent[: -len(FOLDER) - 1] or ".", settings)
-        commit = Commit(*parsed, f"{FOLDER}/{name}")
-        if commit.manifest_key in store.list(commit.folder):
-            manifest = lineage.read_manifest(store, commit)
-            return Start((store.url,), commit, manifest, is_fork=True)
-    else:
-        survey = Tiers(open_store(url, settings)).survey()
-        if survey.commits:
-            return replace(_newest_whole(survey, survey.commits, (), url), is_fork=True)
-    raise ConfigError(
-        f"resume={request}: there is no committed checkpoint; give auto, never, best, a step, a "
-        f"run's directory, or one of the folders in its {FOLDER}/"
-    )
+    """Return the start from a checkpoint of another run."""
+    selection = select.from_path(request.removeprefix("file://"), settings)
+    if selection is None:
+        raise ConfigError(
+            f"resume={request}: no committed checkpoint there; use auto, never, best, a step, a "
+            "run directory, or a checkpoint folder"
+        )
+    return replace(_start(selection), is_fork=True)
 
 
 def finished(run: Run, start: Start) -> bool:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from trainer.checkpoint import lineage, manifest, shard
-from trainer.checkpoint.location import open_place
+from trainer.checkpoint.location import open_location
 from trainer.checkpoint.manifest import Manifest, TensorEntry
+from trainer.checkpoint.select import pick
 from trainer.checkpoint.shard_writer import LiveTensors, write_shard
 from trainer.storage import LocalStore
 
@@ -26,7 +27,7 @@ from pathlib import Path
 import torch
 from trainer import checkpoints
 from trainer.checkpoint import dcp
-from trainer.checkpoint import location as places
+from trainer.checkpoint import location, select
 from trainer.importing import formats
 torch.set_num_threads(1)
 held = int(re.search(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
@@ -79,7 +80,9 @@ def test_the_limit_is_one(large):
 
 
 def test_reading_the_whole_into_memory_would_be_too_much(large):
-    script = 'p = places.open_place(sys.argv[1]); p.reader(p.pick("latest")).fetch("large")'
+    script = (
+        'p = location.open_location(sys.argv[1]); p.reader(select.pick(p, "latest")).fetch("large")'
+    )
     assert "memory" in limited(script, large / "one").stderr
 
 
@@ -102,8 +105,8 @@ def test_a_command_needs_memory_for_a_few_parts_only(large, arguments, code, tex
 
 def test_one_tensor_is_read_where_the_whole_has_no_room(large):
     script = """
-p = places.open_place(sys.argv[1])
-reader = p.reader(p.pick("latest"))
+p = location.open_location(sys.argv[1])
+reader = p.reader(select.pick(p, "latest"))
 print(sum(reader.fetch(f"small.{number}").sum().item() for number in range(200)))
 part = torch.empty(1, 1 << 20)
 from trainer.checkpoint.box import Box
@@ -142,8 +145,8 @@ sys.exit(code)
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert 0 < int(done.stdout.split()[-1]) < 200 << 20  # of 400 MiB
-    place = open_place(str(tmp_path / "out"))
-    assert place.reader(place.pick("latest")).fetch("x.7").unique().tolist() == [7]
+    place = open_location(str(tmp_path / "out"))
+    assert place.reader(pick(place, "latest")).fetch("x.7").unique().tolist() == [7]
 
 
 def test_dcp_saves_without_a_second_copy(tmp_path):
@@ -157,8 +160,8 @@ d.save(state, storage_writer=dcp.PerdureStorageWriter(sys.argv[1]))
 """
     done = limited(script, tmp_path / "a")
     assert (done.returncode, done.stderr) == (0, "")
-    place = open_place(str(tmp_path / "a"))
-    place.reader(place.pick("latest")).verify()
+    place = open_location(str(tmp_path / "a"))
+    place.reader(pick(place, "latest")).verify()
 
 
 # --- many shards -------------------------------------------------------------------------------
@@ -185,8 +188,8 @@ def test_a_thousand_shards_are_read_without_a_process_group(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
     try:
-        place = open_place(str(tmp_path / "step-5"))
-        reader = place.reader(place.pick("latest"))
+        place = open_location(str(tmp_path / "step-5"))
+        reader = place.reader(pick(place, "latest"))
         assert torch.equal(reader.fetch("cut"), whole)
         assert torch.equal(reader.fetch("own.777"), whole[777])
         reader.verify()

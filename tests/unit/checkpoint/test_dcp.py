@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from trainer import checkpoint
 from trainer.checkpoint import location
 from trainer.checkpoint.dcp import PerdureStorageReader, PerdureStorageWriter
+from trainer.checkpoint.select import pick
 from trainer.errors import CheckpointError, ConfigError
 
 pytestmark = [
@@ -136,10 +137,11 @@ def test_one_writer_serves_many_folders(tmp_path):
     for step in (10, 20):
         state = {"x": torch.full((4,), float(step))}
         dcp.save(state, storage_writer=writer, checkpoint_id=tmp_path / f"step-{step}")
-    place = location.open_place(str(tmp_path))
-    assert [commit.step for commit in place.commits()] == [10, 20]
+    place = location.open_location(str(tmp_path))
+    commits = place.survey().commits
+    assert [commit.step for commit in commits] == [10, 20]
     assert not place.is_run
-    for commit in place.commits():
+    for commit in commits:
         assert place.reader(commit).fetch("x").unique().tolist() == [commit.step]
 
 
@@ -203,8 +205,8 @@ def test_a_tensor_of_many_parts_is_written_right(tmp_path):
     state |= {"large": torch.randn(3_000_001), "turned": torch.randn(1100, 1300).T}
     save(state, tmp_path / "a")
     assert equal(load(blank(state), tmp_path / "a"), state)
-    place = location.open_place(str(tmp_path / "a"))
-    place.reader(place.pick("latest")).verify()
+    place = location.open_location(str(tmp_path / "a"))
+    place.reader(pick(place, "latest")).verify()
     (file,) = (tmp_path / "a").glob("*.safetensors")
     (length,) = struct.unpack("<Q", file.read_bytes()[:8])
     assert (length + 8) % 4096 == 0
@@ -343,7 +345,7 @@ def test_a_folder_that_is_the_home_of_others_is_no_checkpoints(tmp_path):
     save({"x": torch.ones(3)}, tmp_path / "home/step-1")
     with pytest.raises(CheckpointException) as error:
         save({"x": torch.ones(3)}, tmp_path / "home")
-    assert "home of other checkpoints" in refusal(error)
+    assert "holds other checkpoints" in refusal(error)
 
 
 def test_a_step_that_is_no_number_is_refused_at_once(tmp_path):

@@ -111,7 +111,7 @@ def test_amending_adds_facts_and_keeps_the_others(store):
 def test_a_record_that_cannot_be_read_is_named_with_advice(store, content):
     start(store)
     store.replace("attempts/0001.json", content)
-    with pytest.raises(StoreError, match=r"0001\.json is not the record of an attempt.*Restore it"):
+    with pytest.raises(StoreError, match=r"0001\.json is not a valid attempt record.*Restore it"):
         lineage.commits(store)
 
 
@@ -203,7 +203,7 @@ def test_a_checkpoint_that_is_deleted_while_one_lists_is_no_failure(tmp_path, st
 def test_a_checkpoint_that_is_deleted_while_one_opens_it_is_refused(store):
     commit = save(store, start(store), 10)
     lineage.delete(store, commit.folder)
-    with pytest.raises(CheckpointError, match="deleted meanwhile"):
+    with pytest.raises(CheckpointError, match="deleted in the meantime"):
         lineage.read_manifest(store, commit)
 
 
@@ -253,9 +253,9 @@ def test_superseded_means_never_start_again():
 
 def test_the_newest_attempt_is_not_superseded(store):
     first, second = start(store), start(store)
-    lineage.refuse_if_superseded(store, second)
+    lineage.check_not_superseded(store, second)
     with pytest.raises(SupersededError):
-        lineage.refuse_if_superseded(store, first)
+        lineage.check_not_superseded(store, first)
 
 
 # --- deleting ----------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from trainer import checkpoint
 from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import Attempt
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.mirror import Mirror
 from trainer.checkpoint.reader import Reader
+from trainer.checkpoint.replicas import Mirror
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state_tree import Content
@@ -51,7 +51,7 @@ class Run:
     def __init__(self, folder: Path, keep_last: int = 9, mirror_keep_last: int = 9) -> None:
         self.source, self.target = LocalStore(str(folder / "run")), Gated(folder / "mirror")
         self.attempt = lineage.begin(self.source, {})
-        lineage.begin_as(self.target, self.attempt, {})
+        lineage.create_record(self.target, self.attempt, {})
         for store in (self.source, self.target):
             lineage.amend(store, self.attempt, {"resumed_from": {"step": 0}})
         self.writer = Writer(self.source, World(), self.attempt)
@@ -90,8 +90,8 @@ def shard(store: LocalStore, made: Manifest) -> Path:
 
 
 def test_the_mirror_has_the_same_bytes_under_the_same_keys(run):
-    run.mirror.take(run.save(3))
-    assert run.mirror.settle(None)
+    run.mirror.submit(run.save(3))
+    assert run.mirror.wait(None)
     keys = run.target.list("checkpoints")
     assert keys == run.source.list("checkpoints")
     assert all(run.target.read(key) == run.source.read(key) for key in keys)
@@ -101,13 +101,13 @@ def test_the_mirror_has_the_same_bytes_under_the_same_keys(run):
 
 def test_where_checkpoints_come_faster_the_newest_is_next(run):
     run.target.gate.clear()
-    run.mirror.take(run.save(1))
+    run.mirror.submit(run.save(1))
     assert run.target.reached.wait(60)
     for step in range(2, 7):
-        run.mirror.take(run.save(step))
-    assert not run.mirror.settle(0.0)
+        run.mirror.submit(run.save(step))
+    assert not run.mirror.wait(0.0)
     run.target.gate.set()
-    assert run.mirror.settle(None)
+    assert run.mirror.wait(None)
     assert run.copied() == [1, 6]
 
 
@@ -118,13 +118,13 @@ def test_commits_that_come_while_the_ranks_agree_change_nothing(run, monkeypatch
 
     def gather(world: World, value: Any) -> list[Any]:
         while more:
-            run.mirror.take(more.pop(0))
+            run.mirror.submit(more.pop(0))
         return agree(world, value)
 
     monkeypatch.setattr(World, "gather", gather)
     run.mirror = run.new_mirror()
-    run.mirror.take(first)
-    assert run.mirror.settle(60)
+    run.mirror.submit(first)
+    assert run.mirror.wait(60)
     assert run.copied() == [1, 4]
     assert run.mirror.notes == []
 
@@ -132,8 +132,8 @@ def test_commits_that_come_while_the_ranks_agree_change_nothing(run, monkeypatch
 def test_the_mirror_keeps_what_its_own_retention_says(tmp_path):
     run = Run(tmp_path, mirror_keep_last=2)
     for step in range(1, 6):
-        run.mirror.take(run.save(step))
-        assert run.mirror.settle(None)
+        run.mirror.submit(run.save(step))
+        assert run.mirror.wait(None)
     assert run.copied() == [4, 5]
     assert len(lineage.commits(run.source)) == 5
 
@@ -141,13 +141,13 @@ def test_the_mirror_keeps_what_its_own_retention_says(tmp_path):
 def test_a_failure_is_said_once_and_its_end_too(run):
     run.target.is_down = True
     for step in (1, 2):
-        run.mirror.take(run.save(step))
-        assert not run.mirror.settle(None)
+        run.mirror.submit(run.save(step))
+        assert not run.mirror.wait(None)
     assert len(run.mirror.notes) == 1
-    assert "THE MIRROR IS BEHIND: step 1" in run.mirror.notes[0]
+    assert "the mirror is behind: step 1" in run.mirror.notes[0]
     assert "no route to the mirror" in run.mirror.notes[0]
     run.target.is_down = False
-    assert run.mirror.settle(None)  # without a new checkpoint
+    assert run.mirror.wait(None)  # without a new checkpoint
     assert run.copied() == [2]
     assert run.mirror.notes[1:] == ["the mirror has step 2; it is no longer behind"]
 
@@ -158,8 +158,8 @@ def test_a_whole_shard_that_a_broken_copy_left_is_not_written_again(run):
     left.parent.mkdir(parents=True)
     left.write_bytes(shard(run.source, made).read_bytes())
     before = os.stat(left)
-    run.mirror.take(made)
-    assert run.mirror.settle(None)
+    run.mirror.submit(made)
+    assert run.mirror.wait(None)
     assert os.stat(left).st_ino == before.st_ino
     assert os.stat(left).st_mtime_ns == before.st_mtime_ns
     assert run.copied() == [1]
@@ -171,8 +171,8 @@ def test_a_part_of_a_shard_that_a_broken_copy_left_is_replaced(run, damage):
     left = shard(run.target, made)
     left.parent.mkdir(parents=True)
     left.write_bytes(damage(shard(run.source, made).read_bytes()))
-    run.mirror.take(made)
-    assert run.mirror.settle(None)
+    run.mirror.submit(made)
+    assert run.mirror.wait(None)
     assert run.copied() == [1]
 
 
@@ -182,28 +182,28 @@ def test_bytes_that_are_wrong_in_the_source_never_reach_the_mirror(run):
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
-    run.mirror.take(made)
-    assert not run.mirror.settle(None)
+    run.mirror.submit(made)
+    assert not run.mirror.wait(None)
     assert "checksum mismatch" in run.mirror.notes[0]
     assert run.target.list("checkpoints") == []
 
 
 def test_what_is_in_the_mirror_already_is_not_read_again(run):
     made = run.save(1)
-    run.mirror.take(made)
-    assert run.mirror.settle(None)
+    run.mirror.submit(made)
+    assert run.mirror.wait(None)
     run.target.is_down = True
     again = run.new_mirror()
-    again.take(made)
-    assert again.settle(None)
+    again.submit(made)
+    assert again.wait(None)
 
 
 def test_a_folder_that_a_later_attempt_gave_up_stays_given_up(run):
     made = run.save(1)
     key = f"checkpoints/{made.folder}/manifest.json"
     run.target.create(key, b'{"void": 2}')
-    run.mirror.take(made)
-    assert not run.mirror.settle(None)
+    run.mirror.submit(made)
+    assert not run.mirror.wait(None)
     assert run.target.read(key) == b'{"void": 2}'
 
 
@@ -241,13 +241,13 @@ def test_what_waits_to_be_copied_is_not_deleted(tmp_path):
         pass_boundary(saver, step)
     assert [c.step for c in lineage.commits(run.source)] == [1, 4, 5]  # 2 and 3 never will be
     run.target.gate.set()
-    assert run.mirror.settle(None)
+    assert run.mirror.wait(None)
     pass_boundary(saver, 6)
-    assert run.mirror.settle(None)
+    assert run.mirror.wait(None)
     pass_boundary(saver, 7)
     assert [c.step for c in lineage.commits(run.source)][-1] == 7
     assert 1 not in [c.step for c in lineage.commits(run.source)]
-    assert run.mirror.settle(None)
+    assert run.mirror.wait(None)
     assert run.copied()[0] == 1
     assert {5, 6, 7} <= set(run.copied())
 
@@ -256,7 +256,7 @@ def test_a_newer_attempt_in_the_mirror_stops_this_one(run):
     saver = saver_of(run)
     newer = lineage.begin(run.target, {"host": "node9", "pid": 7})
     pass_boundary(saver, 1)
-    run.mirror.settle(60)
+    run.mirror.wait(60)
     assert isinstance(run.mirror.superseded, SupersededError)
     assert lineage.commits(run.target) == []
     with pytest.raises(SupersededError, match=f"attempt {newer.number} .* on node9"):

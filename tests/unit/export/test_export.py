@@ -98,11 +98,11 @@ def test_the_step_that_was_asked_for_is_exported(tmp_path, step, seed):
 
 
 @pytest.mark.parametrize(("step", "accuracy", "error", "text"), [
-    ("15", None, ConfigError, "has latest, best and the steps 10, 20"),
-    ("lates", None, ConfigError, "has latest, best and the steps 10, 20"),
-    ("-1", None, ConfigError, "has latest, best and the steps 10, 20"),
+    ("15", None, ConfigError, "no checkpoint of that step in .* available: 10, 20"),
+    ("lates", None, ConfigError, "no checkpoint of that step in .* available: 10, 20"),
+    ("-1", None, ConfigError, "no checkpoint of that step in .* available: 10, 20"),
     ("best", None, ConfigError, "tracks no metric"),
-    ("best", {}, CheckpointError, "no checkpoint of .* has 'accuracy' of its own step"),
+    ("best", {}, CheckpointError, "no checkpoint in .* has 'accuracy' measured at its own step"),
 ])  # fmt: skip
 def test_a_step_that_is_not_there_is_an_error_that_says_what_is(
     tmp_path, step, accuracy, error, text
@@ -116,7 +116,7 @@ def test_a_directory_without_checkpoints_is_no_run(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         open_source(str(tmp_path / "none"), "latest")
     (tmp_path / "begun/attempts").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="holds no committed checkpoint"):
+    with pytest.raises(ConfigError, match="has no committed checkpoint"):
         open_source(str(tmp_path / "begun"), "latest")
 
 

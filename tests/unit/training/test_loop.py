@@ -27,7 +27,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import TensorDataset
 
 from trainer import schedule
-from trainer.checkpoint.tiers import Tiers
+from trainer.checkpoint.replicas import Replicas
 from trainer.cluster.stop import Stop
 from trainer.cluster.world import World
 from trainer.config.schema import Run, Trainer
@@ -451,14 +451,14 @@ def test_an_evaluation_that_a_signal_cut_short_is_done_by_the_next_start(tmp_pat
         stop.restore_handlers()
     run = Run(name="a", run_dir=str(tmp_path / "b"), trainer=Trainer(max_steps=12))
     store = open_store(run.run_dir)
-    assert not resume.finished(run, resume.choose(Tiers(store), run, {}))
+    assert not resume.finished(run, resume.choose(Replicas(store), run, {}))
     again = a_job(**settings)
     its_state, finished = go_on(tmp_path / "b", again)
     assert finished
     lines = stopped.tracker.lines + again.tracker.lines
     assert without_times(lines) == without_times(whole.tracker.lines)
     assert its_state == state
-    newest = resume.choose(Tiers(store), run, {})
+    newest = resume.choose(Replicas(store), run, {})
     assert newest.manifest.objects["run"] == state.state_dict()
     assert resume.finished(run, newest)
 
@@ -468,7 +468,7 @@ def test_a_run_without_evaluation_data_finishes_and_stays_finished(tmp_path):
     assert loop.train(job, state := State(), a_saver(tmp_path), Stop(World()))
     assert (state.metrics, state.best) == ({}, None)
     run = Run(name="a", run_dir=str(tmp_path), trainer=Trainer(max_steps=12))
-    assert resume.finished(run, resume.choose(Tiers(open_store(str(tmp_path))), run, {}))
+    assert resume.finished(run, resume.choose(Replicas(open_store(str(tmp_path))), run, {}))
 
 
 def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path):
@@ -486,7 +486,7 @@ def resumed(folder, job, config, **run_settings):
     """Load a run's newest checkpoint into a job that has this configuration."""
     settings = {"name": "a", "run_dir": str(folder), **run_settings}
     run = Run(**settings)
-    return resume.load(job, resume.choose(Tiers(open_store(run.run_dir)), run, config))
+    return resume.load(job, resume.choose(Replicas(open_store(run.run_dir)), run, config))
 
 
 @pytest.mark.parametrize("made", [
@@ -562,7 +562,11 @@ def forked(folder, new, job):
     origin = a_job(max_steps=7, **schedule)
     loop.train(origin, state := State(), a_saver(folder / "a", config=OLD), Stop(World()))
     run = Run(name="b", run_dir=str(folder / "b"), resume=str(folder / "a"))
-    return origin, state, resume.load(job, resume.choose(Tiers(open_store(run.run_dir)), run, new))
+    return (
+        origin,
+        state,
+        resume.load(job, resume.choose(Replicas(open_store(run.run_dir)), run, new)),
+    )
 
 
 def test_a_fork_takes_over_the_full_state(tmp_path):
@@ -603,7 +607,7 @@ def test_on_another_number_of_ranks_generators_are_derived_from_seed_step_and_ra
     job = a_job(seed=3)
     job.world = World(rank=rank, size=2)
     resume.load(
-        job, resume.choose(Tiers(open_store(str(tmp_path))), Run(name="a", run_dir="a"), {})
+        job, resume.choose(Replicas(open_store(str(tmp_path))), Run(name="a", run_dir="a"), {})
     )
     drawn = torch.rand(3)
     rng.seed_all(rng.derive("rank", 3, 7, rank))
@@ -612,7 +616,7 @@ def test_on_another_number_of_ranks_generators_are_derived_from_seed_step_and_ra
 
 def test_a_model_that_does_not_fit_is_refused_by_name(tmp_path):
     loop.train(a_job(max_steps=1), State(), a_saver(tmp_path), Stop(World()))
-    start = resume.choose(Tiers(open_store(str(tmp_path))), Run(name="a", run_dir="a"), {})
+    start = resume.choose(Replicas(open_store(str(tmp_path))), Run(name="a", run_dir="a"), {})
     with pytest.raises(CheckpointError, match=r"missing \['model.bias', 'model.weight'\]"):
         resume.load(a_job(model=nn.Linear(6, 3)), start)
     wider = Net()

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tests.support.run_configs import CONFIG, changed
 from trainer.checkpoint import Content, Writer, lineage, save
 from trainer.checkpoint.dcp import PerdureStorageWriter
-from trainer.checkpoint.tiers import Tiers
+from trainer.checkpoint.replicas import Replicas
 from trainer.cluster.world import World
 from trainer.config.schema import Checkpoint, Init, Run, Trainer
 from trainer.core.state import State
@@ -48,7 +48,7 @@ class ARun:
             name="a", run_dir=str(self.folder), resume=resume,
             **{"checkpoint": Checkpoint(metric="accuracy"), **run},
         )  # fmt: skip
-        return choose(Tiers(self.store), wanted, config)
+        return choose(Replicas(self.store), wanted, config)
 
     def manifest(self, step):
         (found,) = self.folder.glob(f"checkpoints/step-{step:08d}.*/manifest.json")
@@ -92,16 +92,16 @@ def test_checkpoints_that_were_found_damaged_are_passed_over(run):
     run.attempt([5, 10])
     commits = [(commit, (run.store.url,)) for commit in lineage.commits(run.store)]
     wanted = Run(name="a", run_dir=str(run.folder))
-    assert choose(Tiers(run.store), wanted, CONFIG, damaged=[commits[-1]]).step == 5
-    with pytest.raises(CheckpointError, match="none of them is whole"):
-        choose(Tiers(run.store), wanted, CONFIG, damaged=commits)
+    assert choose(Replicas(run.store), wanted, CONFIG, damaged=[commits[-1]]).step == 5
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
+        choose(Replicas(run.store), wanted, CONFIG, damaged=commits)
 
 
 def test_when_all_are_marked_damaged_the_run_is_not_begun_anew(run):
     run.attempt([5])
     lineage.mark_damaged(run.store, lineage.commits(run.store)[0], "a test")
     for request in ("auto", "never"):
-        with pytest.raises(CheckpointError, match="not begun anew"):
+        with pytest.raises(CheckpointError, match="Refusing to start from scratch"):
             run.choose(request)
 
 
@@ -119,12 +119,12 @@ def test_a_step_is_found_by_its_number(run):
 
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(run):
     run.attempt([5, 10])
-    with pytest.raises(ConfigError, match="no checkpoint of that step; steps there: 5, 10"):
+    with pytest.raises(ConfigError, match="steps available: 5, 10"):
         run.choose("7")
 
 
 def test_a_digit_that_is_no_number_is_not_taken_for_a_step(run):
-    with pytest.raises(ConfigError, match="there is no committed checkpoint"):
+    with pytest.raises(ConfigError, match="no committed checkpoint there"):
         run.choose("²")
 
 
@@ -182,8 +182,8 @@ def test_an_attempt_that_asks_again_does_not_count_itself(run):
     attempt = lineage.begin(run.store, {"resume": "5"})
     wanted = Run(name="a", run_dir=str(run.folder), resume="5")
     lineage.amend(run.store, attempt, {"resumed_from": {"step": 5, "attempt": 1}})
-    assert choose(Tiers(run.store), wanted, CONFIG, attempt=attempt.number).is_named
-    assert not choose(Tiers(run.store), wanted, CONFIG).is_named  # but the next one does
+    assert choose(Replicas(run.store), wanted, CONFIG, attempt=attempt.number).is_named
+    assert not choose(Replicas(run.store), wanted, CONFIG).is_named  # but the next one does
 
 
 def test_never_is_honoured_once_too(run):
@@ -246,7 +246,7 @@ def test_a_path_without_a_checkpoint_is_refused(tmp_path, run, other, path):
     request_ = path.format(tmp=tmp_path, run=other.folder)
     with pytest.raises(ConfigError) as caught:
         run.choose(request_)
-    assert f"resume={request_}: there is no committed checkpoint" in str(caught.value)
+    assert f"resume={request_}: no committed checkpoint there" in str(caught.value)
 
 
 # --- refusing and finishing --------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_safe_changes_are_accepted_and_shown(run):
 def test_a_run_is_finished_at_the_first_limit_that_it_has_reached(run, limits, done):
     run.attempt([15], accuracy={15: 0.5})
     wanted = Run(name="a", run_dir=str(run.folder), trainer=limits)
-    start = choose(Tiers(run.store), wanted, CONFIG)
+    start = choose(Replicas(run.store), wanted, CONFIG)
     assert finished(wanted, start) is done
     assert not finished(wanted, replace(start, is_fork=True))
     assert not finished(wanted, Start())
@@ -290,7 +290,7 @@ def test_a_run_is_finished_at_the_first_limit_that_it_has_reached(run, limits, d
 def test_a_run_whose_last_evaluation_was_cut_short_is_not_finished(run):
     run.attempt([15])
     wanted = Run(name="a", run_dir=str(run.folder), trainer=Trainer(max_epochs=1))
-    assert not finished(wanted, choose(Tiers(run.store), wanted, CONFIG))
+    assert not finished(wanted, choose(Replicas(run.store), wanted, CONFIG))
 
 
 # --- weights alone -----------------------------------------------------------------------------
