@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 from trainer import cli
@@ -40,7 +39,7 @@ from trainer.errors import (
     ConfigError,
     closest,
 )
-from trainer.storage import Store, is_local, open_store
+from trainer.storage import Store, local_path, open_store
 
 _USAGE = """usage: python -m trainer.checkpoints VERB PATH [key=value…] [--json]
   list PATH                     steps, with size, age, metric, ranks and state
@@ -465,7 +464,7 @@ def _copy(given: Arguments) -> _Answer:
 def _refuse_overlap(source: str, target: str) -> None:
     """Refuse a copy onto itself, into itself, or onto what it lies in."""
     one, other = (
-        str(Path(url.removeprefix("file://")).resolve()) if is_local(url) else url.rstrip("/")
+        str(path.resolve()) if (path := local_path(url)) is not None else url.rstrip("/")
         for url in (source, target)
     )
     if f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/"):

@@ -24,7 +24,8 @@ from trainer.export.contract import is_true
 from trainer.export.formats import open_export, record_path
 from trainer.export.inputs import Batch, Interface
 from trainer.export.predicting import Answer, compare, predict
-from trainer.storage import Store, is_local, open_store
+from trainer.storage import local_path, open_store
+from trainer.storage.transfer import download
 from trainer.training import build
 
 _OPTIONS = {
@@ -124,28 +125,18 @@ def _interface(path: Path) -> Interface:
 @contextmanager
 def _here(place: str, settings: ObjectStore) -> Iterator[Path]:
     """Give an export's path on this machine; of one in a store, that of a copy."""
-    if is_local(place):
-        yield Path(place.removeprefix("file://"))
+    if (path := local_path(place)) is not None:
+        yield path
         return
     parent, _, name = place.rstrip("/").rpartition("/")
     store = open_store(parent, settings)
     with tempfile.TemporaryDirectory(prefix="perdure-") as folder:
         for key in [*(store.list(name) or [name]), record_path(Path(name)).name]:
-            _download(store, key, Path(folder, key))
+            try:
+                download(store, key, Path(folder, key))
+            except FileNotFoundError:
+                raise ConfigError(f"no such export: {store.url}/{key}") from None
         yield Path(folder, name)
-
-
-def _download(store: Store, key: str, path: Path) -> None:
-    try:
-        total = store.size(key)
-    except FileNotFoundError:
-        raise ConfigError(f"{store.url}/{key}: there is no such export") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = bytearray(min(store.read_bytes, max(total, 1)))
-    with open(path, "wb") as file:
-        for start in range(0, total, len(buffer)):
-            count = store.read_into(key, start, memoryview(buffer))
-            file.write(memoryview(buffer)[:count])
 
 
 # --- what is told --------------------------------------------------------------------------------

@@ -216,10 +216,10 @@ def _launch(run: Run, stored: Mapping[str, Any]) -> int:
 
 def _logs_folder(run: Run) -> Path:
     """Return where the output of ranks other than 0 goes: into the run, if it is a directory."""
-    from trainer.storage import is_local
+    from trainer.storage import local_path
 
-    if is_local(run.run_dir):
-        return Path(run.run_dir.removeprefix("file://")) / "logs"
+    if (path := local_path(run.run_dir)) is not None:
+        return path / "logs"
     return Path(tempfile.gettempdir(), "perdure-logs", run.name)
 
 

@@ -4,7 +4,6 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Barrier
 
 import pytest
@@ -12,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.faulty_stores import put
 
-from trainer.storage import AlreadyExists, Store, is_local
+from trainer.storage import AlreadyExists, Store, local_path
 
 
 def is_untouched(store: Store) -> bool:
-    return not Path(store.url).exists() if is_local(store.url) else store.list("") == []
+    return store.list("") == [] if (path := local_path(store.url)) is None else not path.exists()
 
 
 def in_threads(count: int, do: Callable[[int], object]) -> list[object]:

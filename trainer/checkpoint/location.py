@@ -11,7 +11,7 @@ from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.replicas import Replicas, Survey
 from trainer.config.schema import ObjectStore
 from trainer.errors import CheckpointError, ConfigError
-from trainer.storage import Store, is_local, open_store
+from trainer.storage import Store, local_path, open_store
 
 
 class Location:
@@ -147,8 +147,8 @@ def _contents(url: str, settings: ObjectStore) -> str:
     if names := open_store(url, settings).entries(""):
         listed = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
         return f"has no checkpoint (entries: {listed})"
-    path = Path(url.removeprefix("file://"))
-    if not is_local(url) or not path.exists():
+    path = local_path(url)
+    if path is None or not path.exists():
         return "does not exist"
     return "is an empty folder" if path.is_dir() else "is not a checkpoint"
 
@@ -159,8 +159,7 @@ def split(url: str, settings: ObjectStore = ObjectStore()) -> tuple[Store, str]:
     Raises:
         ConfigError: the path has no parent.
     """
-    if is_local(url):
-        path = Path(url.removeprefix("file://"))
+    if (path := local_path(url)) is not None:
         path = path if path.name not in ("", "..") else path.resolve()
         if not path.name:
             raise ConfigError(f"{url}: a checkpoint needs a folder below the root")

@@ -75,7 +75,7 @@ def local_files(pattern: str) -> Corpus:
     Raises:
         DataError: it is a folder, or a file cannot be looked at.
     """
-    pattern = os.path.expanduser(pattern.removeprefix("file://"))
+    pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
         raise DataError(
             f"data.files={pattern} is a folder; give a pattern of files: '{pattern}/**/*.txt'"

@@ -24,7 +24,7 @@ from trainer.data.corpus import Corpus, Document
 from trainer.data.token_shards import INDEX, VERSION, Part, Prepared
 from trainer.data.tokenizer import BYTES, Tokenizer, identity, load_tokenizer
 from trainer.errors import ConfigError, DataError
-from trainer.storage import is_local
+from trainer.storage import local_path
 
 PARTS = ("train", "eval")
 
@@ -158,7 +158,7 @@ class Text:
                 raise ConfigError(f"data.{name}={value} is too small (nearest: 1)")
         if not 0 < eval_share < 1:
             raise ConfigError(f"data.eval_share={eval_share} must be above 0 and below 1")
-        if dir is not None and not is_local(dir):
+        if dir is not None and local_path(dir) is None:
             raise ConfigError(f"data.dir={dir}: shards are mapped into memory; give a local folder")
         if not tokenizer or files == "":
             raise ConfigError(f"data.{'files' if files == '' else 'tokenizer'} is empty")
@@ -249,7 +249,8 @@ class Text:
     def _corpus(self) -> Corpus:
         if self._files is None:
             return corpus.standard_library()
-        found = (corpus.local_files if is_local(self._files) else corpus.remote_files)(self._files)
+        path = local_path(self._files)
+        found = corpus.local_files(str(path)) if path else corpus.remote_files(self._files)
         if not found.documents:
             raise DataError(
                 f"data.files={self._files}: there is no such file; give a pattern of files, for "
@@ -292,8 +293,8 @@ class Text:
 
     @cached_property
     def _folder(self) -> Path:
-        if self._dir is not None:
-            return Path(self._dir.removeprefix("file://")).expanduser()
+        if self._dir is not None and (path := local_path(self._dir)) is not None:
+            return path.expanduser()
         try:
             cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         except RuntimeError:  # a user whom the system does not know

@@ -13,7 +13,7 @@ from trainer.checkpoint.memory import HostBuffer
 from trainer.core.formatting import size
 from trainer.doctor.finding import Finding
 from trainer.errors import PerdureError, StoreError
-from trainer.storage import AlreadyExists, Store, is_local
+from trainer.storage import AlreadyExists, Store, local_path
 
 _SPEED_BYTES = 256 << 20
 _REMOTE_SPEED_BYTES = 64 << 20
@@ -31,9 +31,9 @@ class Speed:
 
 def leave(store: Store) -> None:
     """Remove what an examination has created of a place that was not there before."""
-    if is_local(store.url):
+    if (path := local_path(store.url)) is not None:
         with suppress(OSError):  # it is in use
-            os.rmdir(Path(store.url))
+            path.rmdir()
 
 
 def rights(topic: str, store: Store) -> list[Finding]:
@@ -71,7 +71,7 @@ def _condition(topic: str, store: Store, key: str) -> Finding:
     text = f"{store.url} lets a second writer take a key that exists"
     advice = "two jobs on one run could overwrite each other there; start one at a time, or use " \
              "a store that honours If-None-Match"  # fmt: skip
-    return Finding(topic, "red" if is_local(store.url) else "yellow", text, advice)
+    return Finding(topic, "yellow" if local_path(store.url) is None else "red", text, advice)
 
 
 def _clock(topic: str, store: Store, key: str) -> list[Finding]:
@@ -91,7 +91,7 @@ def space(topic: str, store: Store, checkpoint_bytes: int | None, kept: int) -> 
         checkpoint_bytes: of one checkpoint, if that is known.
         kept: how many lie there at once, with the one that is being written.
     """
-    if not is_local(store.url):
+    if local_path(store.url) is None:
         return []
     free = _free_bytes(store)
     if checkpoint_bytes is None:
@@ -115,7 +115,7 @@ def _free_bytes(store: Store) -> int:
 
 def speed(topic: str, store: Store) -> tuple[list[Finding], Speed | None]:
     """Measure one durable write and one read, past the page cache where that is possible."""
-    local = is_local(store.url)
+    local = local_path(store.url) is not None
     total = min(_SPEED_BYTES, _free_bytes(store) // 4) if local else _REMOTE_SPEED_BYTES
     total -= total % (4 << 20)
     if not total:

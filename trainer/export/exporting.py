@@ -18,7 +18,7 @@ from trainer.export.source import open_source
 from trainer.export.subject import DTYPES, Choices, Subject
 from trainer.export.target import Target, files
 from trainer.export.torch_export import axes_of
-from trainer.storage import is_local
+from trainer.storage import local_path
 
 _DEVICES = ("cpu", "cuda")
 _SIZES = (1, 2, 5)
@@ -157,5 +157,5 @@ def _check(choices: Choices) -> None:
 def _default(place: str, step: int, choices: Choices, module: Format) -> str:
     parts = ("ema" if choices.averaged else "", choices.part, choices.dtype)
     name = f"step-{step:08d}{''.join(f'-{part}' for part in parts if part)}{module.SUFFIX}"
-    folder = place.removeprefix("file://") if is_local(place) else place
+    folder = str(local_path(place) or place)
     return f"{folder.rstrip('/')}/exports/{name}"

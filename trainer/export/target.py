@@ -12,7 +12,8 @@ from trainer.config.schema import ObjectStore
 from trainer.core.atomic_file import TEMPORARY, sync
 from trainer.errors import ConfigError
 from trainer.export.formats import RECORD_SUFFIX, record_path
-from trainer.storage import Store, is_local, open_store
+from trainer.storage import local_path, open_store
+from trainer.storage.transfer import upload
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Target:
     @property
     def path(self) -> Path | None:
         """Where it is on this machine, None in an object store."""
-        return Path(self.url.removeprefix("file://")) if is_local(self.url) else None
+        return local_path(self.url)
 
     @contextmanager
     def temporary(self) -> Iterator[Path]:
@@ -84,7 +85,7 @@ class Target:
         store.delete([self.name + RECORD_SUFFIX])
         store.delete([self.name, *store.list(self.name)])
         for key, file in _in_order(written, self.name, last):
-            _upload(store, key, file)
+            upload(file, store, key)
         store.replace(self.name + RECORD_SUFFIX, record)
 
 
@@ -136,17 +137,3 @@ def _remove(path: Path) -> None:
 def _is_of(filename: object, path: Path) -> bool:
     """Whether an error is about this place, and not about some file that the model needs."""
     return str(filename).startswith(str(path.parent)) or str(path).startswith(str(filename))
-
-
-def _upload(store: Store, key: str, file: Path) -> None:
-    """Put a file into the store part by part."""
-    with open(file, "rb") as opened:
-        total_bytes = os.fstat(opened.fileno()).st_size
-        new = store.open_new(key, total_bytes)
-        try:
-            for start in range(0, total_bytes, new.part_bytes):
-                new.put(start, memoryview(opened.read(new.part_bytes)))
-            new.finish()
-        except BaseException:
-            new.abort()
-            raise

@@ -14,9 +14,9 @@ from trainer.checkpoint.plan import TORCH_DTYPES
 from trainer.config.schema import ObjectStore
 from trainer.errors import CheckpointError, StoreError
 from trainer.importing import dcp_folder, oneflow, pickles
-from trainer.importing.download import local_file
 from trainer.importing.torch_file import TorchFile
-from trainer.storage import Store, is_local, open_store
+from trainer.storage import Store, local_path, open_store
+from trainer.storage.transfer import local_file
 
 _INDEX = "model.safetensors.index.json"
 _SUFFIX = ".safetensors"
@@ -107,7 +107,7 @@ def _open_file(
     if not name or parent.endswith(":/"):
         return None  # a file system's root, or a bucket
     store = open_store(parent or ("/" if url.startswith("/") else "."), settings)
-    if is_local(url) and not Path(store.url, name).is_file():
+    if (path := local_path(url)) is not None and not path.is_file():
         return None
     try:
         size = store.size(name)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from trainer.config.schema import ObjectStore
 from trainer.errors import CheckpointError
 from trainer.importing import pickles
-from trainer.importing.download import local_file
+from trainer.storage.transfer import local_file
 
 _Where = tuple[str | int, ...]
 

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -18,7 +17,7 @@ from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError, PerdureError
 from trainer.reporting import curves
 from trainer.reporting.curves import is_number
-from trainer.storage import Store, is_local, open_store
+from trainer.storage import Store, local_path, open_store
 from trainer.tracking import jsonl
 
 T = TypeVar("T")
@@ -59,8 +58,8 @@ class Facts:
     def name(self) -> str:
         """Return the run's name, or that of its directory."""
         name = self.config.get("name")
-        path = Path(self.url.removeprefix("file://"))
-        found = (path.resolve() if is_local(self.url) else path).name
+        path = local_path(self.url)
+        found = path.resolve().name if path is not None else self.url.rstrip("/").rpartition("/")[2]
         return name if isinstance(name, str) and name else found or self.url
 
     @cached_property

@@ -10,7 +10,7 @@ from trainer.checkpoint import lineage, select
 from trainer.checkpoint.lineage import Commit
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.replicas import Replicas
-from trainer.storage import Store, is_local
+from trainer.storage import Store, local_path
 
 _EXPORTS = "exports"
 
@@ -25,7 +25,7 @@ def log_artifacts(run: Any, facts: Mapping[str, Any], *, with_files: bool) -> No
     """
     store: Store = facts["store"]
     name = re.sub(r"[^\w.-]", "-", str(facts["config"].get("name", "run")))
-    place = facts["run_dir"] if is_local(facts["run_dir"]) else None
+    folder = local_path(facts["run_dir"])
     for commit, manifest, aliases in _selected(store):
         keys = [commit.manifest_key]
         if with_files:
@@ -37,10 +37,10 @@ def log_artifacts(run: Any, facts: Mapping[str, Any], *, with_files: bool) -> No
             "attempt": manifest.attempt,
             "metrics": manifest.objects["run"]["metrics"],
         }
-        _log(run, f"checkpoint-{name}", "checkpoint", store, place, keys, metadata, aliases)
+        _log(run, f"checkpoint-{name}", "checkpoint", store, folder, keys, metadata, aliases)
     if exports := store.list(_EXPORTS):
         metadata = {"url": f"{store.url}/{_EXPORTS}"}
-        _log(run, f"exports-{name}", "model", store, place, exports, metadata, ())
+        _log(run, f"exports-{name}", "model", store, folder, exports, metadata, ())
 
 
 def _selected(store: Store) -> list[tuple[Commit, Manifest, list[str]]]:
@@ -70,7 +70,7 @@ def _log(
     name: str,
     kind: str,
     store: Store,
-    place: str | None,
+    run_folder: Path | None,
     keys: Sequence[str],
     metadata: Mapping[str, Any],
     aliases: Sequence[str],
@@ -80,8 +80,8 @@ def _log(
     artifact = wandb.Artifact(name, kind, metadata=dict(metadata))
     for key in keys:
         inner = "/".join(key.split("/")[2 if kind == "checkpoint" else 1 :])
-        if place is not None:  # from where it lies, without a copy
-            path = Path(place.removeprefix("file://")) / key
+        if run_folder is not None:  # without a copy
+            path = run_folder / key
             artifact.add_file(str(path), name=inner, policy="immutable", skip_cache=True)
         else:
             with tempfile.NamedTemporaryFile() as file:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from trainer.core.atomic_file import atomic_file
-from trainer.storage import Store, is_local
+from trainer.storage import Store, local_path
 
 FILE_NAME = "metrics.jsonl"
 SAVES_NAME = "saves.jsonl"
@@ -65,8 +65,8 @@ class Jsonl:
 
 
 def _open(facts: Mapping[str, Any], name: str, keep: Callable[[_Line], bool]) -> "_File | _Parts":
-    if is_local(facts["run_dir"]):
-        return _File(Path(facts["run_dir"].removeprefix("file://")) / name, keep)
+    if (folder := local_path(facts["run_dir"])) is not None:
+        return _File(folder / name, keep)
     return _Parts(facts["store"], name, facts["attempt"], keep)
 
 

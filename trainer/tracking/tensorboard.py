@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.storage import Store, is_local
+from trainer.storage import Store, local_path
 from trainer.tracking import jsonl, libraries
 
 FOLDER = "tensorboard"
@@ -58,8 +58,8 @@ class TensorBoard:
         from tensorboard.compat.proto.event_pb2 import SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        if is_local(facts["run_dir"]):
-            self._folder = Path(facts["run_dir"].removeprefix("file://")) / FOLDER
+        if (folder := local_path(facts["run_dir"])) is not None:
+            self._folder = folder / FOLDER
             self._folder.mkdir(parents=True, exist_ok=True)
         else:
             self._store = facts["store"]

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from trainer.errors import ConfigError, closest
-from trainer.storage import Store, is_local
+from trainer.storage import Store, local_path
 from trainer.tracking import code, libraries
 from trainer.tracking.artifacts import log_artifacts
 
@@ -96,8 +96,8 @@ class Wandb:
 
     def start(self, facts: Mapping[str, Any]) -> None:
         """Begin to log, on a thread of its own."""
-        if is_local(facts["run_dir"]):
-            self._folder = Path(facts["run_dir"].removeprefix("file://"))
+        if (folder := local_path(facts["run_dir"])) is not None:
+            self._folder = folder
             self._folder.mkdir(parents=True, exist_ok=True)
         else:
             self._store = facts["store"]

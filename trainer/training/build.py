@@ -4,7 +4,6 @@ import inspect
 import signal
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from trainer.data.streams import Streamed, is_stream
 from trainer.errors import ConfigError, DataError, Problem, closest
 from trainer.monitoring import flops
 from trainer.protocols import Batch, DataSource, Task, Tracker
-from trainer.storage import is_local
+from trainer.storage import local_path
 from trainer.tracking.guarded import Guarded
 from trainer.tracking.jsonl import Jsonl
 from trainer.tracking.several import Several, Silent
@@ -62,7 +61,8 @@ def check(run: Run) -> list[Problem]:
         key = f"tracker.{name}"
         problems += targets.check_target(node, key, 0) or _check_tracker(key, node)
     weights = run.init.weights or ""
-    if weights and is_local(weights) and not Path(weights.removeprefix("file://")).exists():
+    path = local_path(weights)
+    if weights and path is not None and not path.exists():
         problems.append(Problem("init.weights", f"{weights!r} is not a file or folder"))
     for name in stop.signal_problems(run.preemption.signals):
         text = f"{name!r} is not a signal that can be handled{closest(name, _SIGNALS)}"

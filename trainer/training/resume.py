@@ -15,7 +15,7 @@ from trainer.checkpoint.select import Selection
 from trainer.config.schema import Init, ObjectStore, Run
 from trainer.core.state import State
 from trainer.errors import CheckpointError, ConfigError
-from trainer.storage import open_store
+from trainer.storage import local_path, open_store
 from trainer.storage.store import Fallback
 from trainer.training import contents
 from trainer.training.differences import Difference, compare, optimizer_changes, rejection_text
@@ -177,7 +177,7 @@ def _named(survey: Survey, request: str, run: Run) -> Commit:
 
 def _fork(request: str, settings: ObjectStore) -> Start:
     """Return the start from a checkpoint of another run."""
-    selection = select.from_path(request.removeprefix("file://"), settings)
+    selection = select.from_path(str(local_path(request) or request), settings)
     if selection is None:
         raise ConfigError(
             f"resume={request}: no committed checkpoint there; use auto, never, best, a step, a "
