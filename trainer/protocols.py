@@ -110,8 +110,8 @@ class Tracker(Protocol):
     def log(self, line: Mapping[str, Any]) -> None:
         """Take one line: `step`, `epoch`, `samples`, `time`, `split` and figures (floats)."""
 
-    def say(self, text: str) -> None:
-        """Tell the person something that is not a figure."""
+    def message(self, text: str) -> None:
+        """Write a message for the user, such as a warning."""
 
     def flush(self) -> None:
         """Make every line taken so far durable; called before each checkpoint is committed.

@@ -50,7 +50,7 @@ def trained(world, folder, slow_rank, what, strategy):
             super().__init__()
             self.said = []
 
-        def say(self, text):
+        def message(self, text):
             self.said.append(text)
 
     torch.manual_seed(0)

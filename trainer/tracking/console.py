@@ -95,11 +95,11 @@ class Console:
         if not is_eval:
             self._figures = "  ".join(filter(None, (_figures_text(line), _rate_text(line))))
         if is_eval:
-            self.say(_line_text(line, self._facts))
+            self.message(_line_text(line, self._facts))
         elif self._live is None and now_s - self._last_line_s >= self._every_s:
             self._last_line_s = now_s
             parts = (_line_text(line, self._facts), self._left_text(), self._saved_text())
-            self.say("  ".join(filter(None, parts)))
+            self.message("  ".join(filter(None, parts)))
 
     def saved(self, save: Mapping[str, Any]) -> None:
         """Remember how old the newest checkpoint is, and what it cost."""
@@ -108,7 +108,7 @@ class Console:
         if self._estimate is not None:
             self._estimate.saved(save)
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Write a sentence, above the bars where there are some."""
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""A tracker whose failure ends it, and never the training."""
+"""Tracker wrapper that disables a tracker after its first error instead of stopping training."""
 
 import sys
 import traceback
@@ -9,84 +9,103 @@ from typing import Any
 from trainer.errors import ConfigError, PerdureError
 from trainer.protocols import Tracker
 
-_METHODS = ("start", "log", "say", "flush", "close")
+_REQUIRED = ("start", "log", "message", "flush", "close")
+_OPTIONAL = ("saved", "ended")
 
 
 class Guarded:
-    """Passes every call on, until one fails: that is told, once, and the rest is left out.
+    """Forward every call to a tracker until one fails; report that failure once.
 
     Args:
-        name: what the configuration calls the tracker.
-        tracker: the tracker; `saved` and `ended` may be missing.
+        name: the tracker's name in the configuration.
+        tracker: the tracker; `saved` and `ended` are optional. The old name `say` of `message` is
+            still accepted, with a warning.
 
     Raises:
-        ConfigError: it lacks another method.
+        ConfigError: a required method is missing.
     """
 
     def __init__(self, name: str, tracker: Tracker) -> None:
-        self._name, self._tracker = name, tracker
-        self._lost = False
-        missing = [method for method in _METHODS if not callable(getattr(tracker, method, None))]
+        self._name = name
+        self._is_lost = False
+        methods = {method: getattr(tracker, method, None) for method in (*_REQUIRED, *_OPTIONAL)}
+        if methods["message"] is None and (say := getattr(tracker, "say", None)):
+            methods["message"] = say
+            _print(
+                f"warning: tracker.{name}: {type(tracker).__name__}.say is now called message; "
+                "rename the method, the old name will stop working"
+            )
+        missing = [method for method in _REQUIRED if not callable(methods[method])]
         if missing:
             raise ConfigError(
-                f"tracker.{name}: {type(tracker).__name__} is no tracker, it has no "
+                f"tracker.{name}: {type(tracker).__name__} is not a tracker, it has no "
                 f"{', '.join(missing)}; see Tracker in trainer/protocols.py"
             )
+        self._methods = {method: act or _ignore for method, act in methods.items()}
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        """Start it; an error that says what to change in the configuration ends the attempt."""
+        """Start the tracker.
+
+        Raises:
+            PerdureError: an error of the tracker that the user can fix, which ends the attempt.
+        """
         try:
-            self._tracker.start(facts)
+            self._methods["start"](facts)
         except PerdureError:
             raise
         except Exception as error:
-            self._lose("start", error)
+            self._disable("start", error)
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Pass a line on."""
+        """Log one line of metrics."""
         self._call("log", line)
 
-    def say(self, text: str) -> None:
-        """Pass a sentence on."""
-        self._call("say", text)
+    def message(self, text: str) -> None:
+        """Write a message for the user."""
+        self._call("message", text)
 
     def saved(self, save: Mapping[str, Any]) -> None:
-        """Tell of a save, where it wants to know."""
+        """Report a committed checkpoint."""
         self._call("saved", save)
 
     def ended(self, outcome: str) -> None:
-        """Tell the outcome, where it wants to know."""
+        """Report the outcome of the attempt."""
         self._call("ended", outcome)
 
     def flush(self) -> None:
-        """Flush it."""
+        """Flush the tracker."""
         self._call("flush")
 
     def close(self) -> None:
-        """Close it, also after it failed: it may have something to put back."""
+        """Close the tracker, also after a failure: it may have a terminal to restore."""
         try:
-            self._tracker.close()
+            self._methods["close"]()
         except Exception as error:
-            if not self._lost:
-                self._lose("close", error)
+            if not self._is_lost:
+                self._disable("close", error)
 
     def _call(self, method: str, *arguments: Any) -> None:
-        act = getattr(self._tracker, method, None)
-        if self._lost or act is None:
+        if self._is_lost:
             return
         try:
-            act(*arguments)
+            self._methods[method](*arguments)
         except Exception as error:
-            self._lose(method, error)
+            self._disable(method, error)
 
-    def _lose(self, method: str, error: Exception) -> None:
-        self._lost = True
+    def _disable(self, method: str, error: Exception) -> None:
+        self._is_lost = True
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        with suppress(OSError):  # what failed may be the terminal
-            print(
-                f"TRACKER LOST: tracker.{self._name} gets nothing more, its {method}() failed: "
-                f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno}). "
-                "Training goes on.",
-                file=sys.stderr,
-                flush=True,
-            )
+        _print(
+            f"warning: tracker.{self._name} is disabled for this attempt: {method}() raised "
+            f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno}). "
+            "Training continues."
+        )
+
+
+def _ignore(*_: Any) -> None:
+    pass
+
+
+def _print(text: str) -> None:
+    with suppress(OSError):  # the terminal itself may have failed
+        print(text, file=sys.stderr, flush=True)

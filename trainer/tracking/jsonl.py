@@ -47,7 +47,7 @@ class Jsonl:
         if self._saves is not None:
             self._saves.append(_format(save))
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Ignored: only figures are kept."""
 
     def flush(self) -> None:

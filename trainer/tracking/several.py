@@ -1,4 +1,4 @@
-"""Several trackers as one, and none at all."""
+"""Several trackers as one, and a tracker that does nothing."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from trainer.protocols import Tracker
 
 
 class Silent:
-    """Takes everything and does nothing: the tracker of the ranks other than 0."""
+    """Tracker of every rank but 0: accepts all calls and does nothing."""
 
     def start(self, facts: Mapping[str, Any]) -> None:
         """Do nothing."""
@@ -15,7 +15,7 @@ class Silent:
     def log(self, line: Mapping[str, Any]) -> None:
         """Do nothing."""
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Do nothing."""
 
     def saved(self, save: Mapping[str, Any]) -> None:
@@ -32,44 +32,44 @@ class Silent:
 
 
 class Several:
-    """Passes every call on to each of its trackers, in order."""
+    """Forwards every call to each of its trackers, in order."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = tuple(trackers)
+        self._saved = [act for tracker in trackers if (act := getattr(tracker, "saved", None))]
+        self._ended = [act for tracker in trackers if (act := getattr(tracker, "ended", None))]
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        """Start each."""
+        """Start every tracker."""
         for tracker in self._trackers:
             tracker.start(facts)
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Log to each."""
+        """Log one line of metrics to every tracker."""
         for tracker in self._trackers:
             tracker.log(line)
 
-    def say(self, text: str) -> None:
-        """Tell each."""
+    def message(self, text: str) -> None:
+        """Write a message with every tracker."""
         for tracker in self._trackers:
-            tracker.say(text)
+            tracker.message(text)
 
     def saved(self, save: Mapping[str, Any]) -> None:
-        """Tell each that wants to know of a save."""
-        for tracker in self._trackers:
-            if act := getattr(tracker, "saved", None):
-                act(save)
+        """Report a committed checkpoint to the trackers that accept it."""
+        for act in self._saved:
+            act(save)
 
     def ended(self, outcome: str) -> None:
-        """Tell each that wants to know the outcome."""
-        for tracker in self._trackers:
-            if act := getattr(tracker, "ended", None):
-                act(outcome)
+        """Report the outcome to the trackers that accept it."""
+        for act in self._ended:
+            act(outcome)
 
     def flush(self) -> None:
-        """Flush each."""
+        """Flush every tracker."""
         for tracker in self._trackers:
             tracker.flush()
 
     def close(self) -> None:
-        """Close each."""
+        """Close every tracker."""
         for tracker in self._trackers:
             tracker.close()

@@ -88,7 +88,7 @@ class TensorBoard:
             self._records.write(Event(**event).SerializeToString())
         self._file.flush()
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Ignored: only figures are kept."""
 
     def flush(self) -> None:

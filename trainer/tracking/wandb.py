@@ -121,7 +121,7 @@ class Wandb:
         figures = {f"{line['split']}/{k}": v for k, v in line.items() if k not in hidden}
         self._queue.put({**position, **figures})
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Ignored: only figures are kept."""
 
     def flush(self) -> None:

@@ -289,7 +289,7 @@ def _profiler(run: Run, job: Job, store: Store, attempt: Attempt) -> Profiler | 
         first=run.trainer.profile_first_step,
         count=run.trainer.profile_steps,
         on_gpu=job.world.device.type == "cuda",
-        say=job.tracker.say,
+        say=job.tracker.message,
     )
 
 
@@ -398,7 +398,7 @@ def _load(
                 world.from_rank0(partial(_set_aside, replicas, start, error))
             continue
         if start.manifest is None and run.init.weights:
-            say = job.tracker.say  # of rank 0
+            say = job.tracker.message  # of rank 0
             start = world.together(
                 partial(resume.load_weights, job.model, run.init, run.store, warn=say)
             )
@@ -490,7 +490,7 @@ def _saver(run: Run, job: Job, target: SaveTarget, grace_s: float, mirror: Mirro
     )
     hooks = SaveHooks(
         before_commit=job.tracker.flush,
-        say=job.tracker.say,
+        say=job.tracker.message,
         saved=getattr(job.tracker, "saved", lambda save: None),
     )
     return Saver(target, policy, retention, mirror, hooks)
@@ -543,7 +543,7 @@ def _record_start(
     record = lineage.records(store)[-1]
     banner = [*messages.banner(run, job, record), *job.notes]
     for line in [*banner, *_resume_lines(run, job, replicas, start, state, record)]:
-        job.tracker.say(line)
+        job.tracker.message(line)
 
 
 def _resume_lines(

@@ -115,7 +115,7 @@ def count_damaged(job: Job, batches: "Feed[Any]", *, reported: int) -> int:
     """Return the number of newly skipped samples on all ranks; name the first few. Collective."""
     names = [name for names in job.world.gather(batches.take_damaged()) for name in names]
     for name in names[: max(_MAX_DAMAGED_NAMES - reported, 0)]:
-        job.tracker.say(f"SKIPPED {name}")
+        job.tracker.message(f"SKIPPED {name}")
     return len(names)
 
 

@@ -108,7 +108,7 @@ def start_timing(job: Job, state: State, saver: Saver, stop: Stop) -> Timing:
             "update_stall": lambda: saver.update_stall_s,
         },
         wrapped=[phase.wrapped for phase in job.phases],
-        say=job.tracker.say,
+        say=job.tracker.message,
         items=job.options.items,
         flops_per_step=job.flops_per_step,
         peak_flops_per_s=job.peak_flops_per_s,

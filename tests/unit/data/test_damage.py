@@ -244,7 +244,7 @@ class Says(Lines):
         super().__init__()
         self.said = []
 
-    def say(self, text):
+    def message(self, text):
         self.said.append(text)
 
 

@@ -45,7 +45,7 @@ def a_save(step, stall_s=0.5):
 def test_the_text_of_a_log_file(capsys):
     console = Console(every_s=0.0)
     console.start(facts())
-    console.say("banner")
+    console.message("banner")
     console.log(line(
         10, loss=2.30258, accuracy=0.25, grad_norm=1e-4, lr=0.001, skipped=0.0,
         samples_per_s=1234.5, step_p50_s=0.5, step_p95_s=0.6, data_wait_s=0.0,
@@ -101,7 +101,7 @@ def an_attempt(console, **where):
     console.log(line(500, **{"loss": 0.5, "top[5]": 0.25, "lr": 0.1, "step_p50_s": 1.0}))
     console.saved(a_save(500))
     console.log(line(500, "eval", **{"loss": 0.5, "top[5]": 0.75}))
-    console.say("a [/sentence] in brackets")
+    console.message("a [/sentence] in brackets")
     console.close()
 
 
