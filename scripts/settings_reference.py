@@ -1,4 +1,4 @@
-"""Every setting of a run with its default, as docs/settings.md.
+"""Generate docs/settings.md: every setting of a run with its default and its meaning.
 
 python scripts/settings_reference.py > docs/settings.md
 """
@@ -11,14 +11,14 @@ from trainer.config.schema import Run
 
 _HEAD = """# All settings
 
-Of `trainer/config.py`, by `python scripts/settings_reference.py`. What each group adds of its own
-(`model`, `data`, `task`, `optimizer`, `scheduler`, `tracker`) is its target's: see the files of
-`conf/` and the docstrings.
+Generated from `trainer/config/schema.py` by `python scripts/settings_reference.py`. The groups
+`model`, `data`, `task`, `optimizer`, `scheduler` and `tracker` also accept the arguments of their
+`_target_`: see the files in `conf/` and the docstrings.
 """
 
 
 def rows(cls: type, prefix: str = "") -> Iterator[tuple[str, Field]]:
-    """Yield the full key and the field of every setting of a dataclass, those inside it last."""
+    """Yield the full key and the field of every setting of a dataclass, nested ones last."""
     for item in fields(cls):
         if not is_dataclass(item.default_factory):
             yield prefix + item.name, item
@@ -34,7 +34,7 @@ def reference() -> str:
         head = key.rpartition(".")[0]
         if head != section or len(lines) == 1:
             section = head
-            lines.append(f"\n## {head or 'The run'}\n\n| key | default | meaning |\n|---|---|---|")
+            lines.append(f"\n## {head or 'Run'}\n\n| key | default | meaning |\n|---|---|---|")
         lines.append(f"| `{key}` | {_default(item)} | {_meaning(item)} |")
     return "\n".join(lines) + "\n"
 
@@ -42,7 +42,7 @@ def reference() -> str:
 def _default(item: Field) -> str:
     value: Any = item.default if item.default is not MISSING else item.default_factory()
     if value == "???":
-        return "of the configuration"
+        return "from conf/config.yaml"
     if value in ({}, []):
         return "none"
     if isinstance(value, bool) or value is None:

@@ -17,9 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from trainer import errors
 from trainer.cluster import launch, outcome, slurm
-from trainer.config import schema
 from trainer.config.folder import conf_folder
+from trainer.config.merge import merge
+from trainer.config.redact import stored
 from trainer.config.schema import Run
+from trainer.config.validate import validate_world
 from trainer.core import threads
 from trainer.errors import (
     DONE,
@@ -164,19 +166,19 @@ def _one_run(composed: DictConfig, problems: Sequence[Problem], check_only: bool
 def _check_and_start(composed: DictConfig, problems: Sequence[Problem], check_only: bool) -> int:
     from trainer.training import build
 
-    run, found = schema.merge(composed)
+    run, found = merge(composed)
     found = [*problems, *found, *build.check(run)]
     if not any(p.key.startswith(("launch.", "trainer.", "parallel.")) for p in found):
-        found += schema.check_world(run, launch.world_size(run.launch))
+        found += validate_world(run, launch.world_size(run.launch))
     if found:
         raise ConfigError(errors.problems_text(found))
     if check_only:
         print(f"The configuration of {run.run_dir} is fine. Nothing was started.")
         return DONE
-    stored = schema.stored(composed)
+    plain = stored(composed)
     if launch.is_rank():
-        return _rank(run, stored)
-    return _launch(run, stored)
+        return _rank(run, plain)
+    return _launch(run, plain)
 
 
 # --- launch ------------------------------------------------------------------------------------
@@ -226,7 +228,7 @@ def _logs_folder(run: Run) -> Path:
 def _worker(file: Path) -> int:
     """Be one of the ranks that `_launch` started."""
     payload = json.loads(file.read_text())
-    run, found = schema.merge(OmegaConf.create(payload["run"]))
+    run, found = merge(OmegaConf.create(payload["run"]))
     if found:
         raise ConfigError(errors.problems_text(found))
     return _rank(run, payload["stored"])

@@ -32,7 +32,7 @@ def test_their_targets_are_judged_before_anything_runs():
     assert targets.check_target(GPT2, "model") == []
     assert targets.check_target(VIT, "model") == []
     wrong = {**VIT, "config": {**VIT["config"], "_target_": "transformers.VitConfig"}}
-    assert "there is no 'VitConfig' in transformers" in targets.check_target(wrong, "model")[0].text
+    assert "transformers has no 'VitConfig'" in targets.check_target(wrong, "model")[0].text
 
 
 def test_a_language_model_answers_as_a_plain_one_does():

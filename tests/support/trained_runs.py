@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 
 from trainer.checkpoint import Writer, lineage, save
 from trainer.cluster.world import World
-from trainer.config import schema as config
 from trainer.config.folder import conf_folder
+from trainer.config.merge import merge
+from trainer.config.redact import stored
 from trainer.config.schema import Run
 from trainer.core.state import State
 from trainer.storage import open_store
@@ -44,9 +45,9 @@ def a_trained_run(folder, *overrides, steps=3, accuracy=0.5, changes=None):
     """
     small = ["trainer.global_batch_size=8", "checkpoint.metric=accuracy"]
     with composed(*small, *overrides) as node:
-        run, problems = config.merge(node)
+        run, problems = merge(node)
         assert problems == []
-        stored = config.stored(node)
+        plain = stored(node)
     job = build.build_job(run, World(), build.build_data(run), Silent())
     job.model.train()
     state, store = State(), open_store(str(folder))
@@ -59,7 +60,7 @@ def a_trained_run(folder, *overrides, steps=3, accuracy=0.5, changes=None):
     attempt = lineage.begin(store, {})
     lineage.amend(store, attempt, {"resumed_from": {"step": 0, "attempt": None}})
     content = collect(job, state)
-    save(Writer(store, World(), attempt), content, step=steps, config={**stored, **(changes or {})})
+    save(Writer(store, World(), attempt), content, step=steps, config={**plain, **(changes or {})})
     return str(folder)
 
 

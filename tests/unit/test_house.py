@@ -15,9 +15,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from trainer import checkpoint
-from trainer.config import schema
 from trainer.config.folder import conf_folder
-from trainer.config.schema import Run
+from trainer.config.merge import merge
+from trainer.config.redact import stored
+from trainer.config.schema import Run, Sample
 from trainer.training import build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,32 +63,32 @@ def test_there_are_files_to_look_at():
 def test_every_file_of_the_configuration_composes_without_problems(choice, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")  # nobody is logged in here
     group, _, name = choice.rpartition("/")
-    run, problems = schema.merge(composed(f"{group}={name}"))
+    run, problems = merge(composed(f"{group}={name}"))
     assert problems == []
     assert build.check(run) == []
 
 
 def test_the_default_configuration_is_digits_and_a_cnn():
-    run, problems = schema.merge(composed())
+    run, problems = merge(composed())
     assert (problems, build.check(run)) == ([], [])
     assert (run.name, run.run_dir) == ("digits-cnn", "runs/digits-cnn")
-    assert run.sample == schema.Sample(shape=[1, 8, 8], classes=10)
+    assert run.sample == Sample(shape=[1, 8, 8], classes=10)
     assert run.model["input_shape"] == [1, 8, 8]
 
 
 def test_the_name_says_what_was_chosen():
-    assert schema.merge(composed("data=mnist", "model=mlp"))[0].name == "mnist-mlp"
+    assert merge(composed("data=mnist", "model=mlp"))[0].name == "mnist-mlp"
 
 
 def test_an_experiment_has_a_name_of_its_own():
     for choice in CHOICES:
         group, _, name = choice.rpartition("/")
         if group == "experiment":
-            assert schema.merge(composed(f"experiment={name}"))[0].name == name
+            assert merge(composed(f"experiment={name}"))[0].name == name
 
 
 def test_what_is_stored_of_the_default_configuration_is_json_without_interpolations():
-    found = schema.stored(composed())
+    found = stored(composed())
     assert "${" not in json.dumps(found)
     assert found["run_dir"] == "runs/digits-cnn"
 

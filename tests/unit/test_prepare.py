@@ -85,7 +85,7 @@ def test_a_signal_leaves_finished_shards_and_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize(("more", "code", "said"), [
-    (["data=txt"], 2, "there is no data=txt (did you mean 'text'?)"),
+    (["data=txt"], 2, "no such choice: data=txt (did you mean 'text'?)"),
     (["data.filse=x"], 2, "has no argument 'filse' (did you mean 'files'?)"),
     (["trainer.max_epohcs=3"], 2, "did you mean 'max_epochs'?"),
     (["data.context=0"], 2, "data.context=0 is too small"),
@@ -96,7 +96,7 @@ def test_a_signal_leaves_finished_shards_and_the_same_command_goes_on(
     (["words"], 2, "there is no argument 'words'"),
     (["--config-dir=/nowhere"], 2, "--config-dir '/nowhere' is no folder"),
     (["--config-dir"], 2, "--config-dir '' is no folder"),
-    (["data._target_=nowhere.Data"], 2, "there is no module 'nowhere'"),
+    (["data._target_=nowhere.Data"], 2, "no such module 'nowhere'"),
     (["+data/x=1"], 2, "data/x"),
 ])  # fmt: skip
 def test_what_is_not_understood_is_said(arguments, capsys, more, code, said):

@@ -1,56 +1,53 @@
-"""Which targets of a configuration that came with a checkpoint may be called."""
+"""Allow-list of the targets that a configuration from a checkpoint may call."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trainer.config import targets
+from trainer.core.nested import dotted, leaves
 from trainer.errors import ConfigError
 
 ALLOWED = ("models", "torch.nn", "trainer.data", "trainer.task")
 """Packages and modules whose classes and functions a checkpoint may name."""
 
 
-def refuse_targets(nodes: Mapping[str, Any], allowed: Sequence[str] = ()) -> None:
-    """Refuse every `_target_` that is not allowed; nothing outside of `ALLOWED` is imported.
+def reject_targets(nodes: Mapping[str, Any], allowed: Sequence[str] = ()) -> None:
+    """Reject every `_target_` that is not on the allow-list; import nothing outside `ALLOWED`.
 
-    A checkpoint may come from anybody, and a target is called with arguments that are in it too.
+    Checkpoints may come from untrusted sources, and a target is called with arguments that are
+    stored in the checkpoint too.
 
     Args:
-        nodes: parts of a configuration by their keys, as deep as they are.
+        nodes: parts of a configuration by their keys; nested nodes are checked as well.
         allowed: more packages, modules or full names that the user trusts.
 
     Raises:
         ConfigError: a target is neither in `ALLOWED` nor in `allowed`.
     """
     trusted = (*ALLOWED, *allowed)
-    refused = {
+    rejected = {
         key: target
-        for key, target in _targets(nodes, "")
+        for key, target in _targets(nodes)
         if not (
             _is_below(target, trusted)
-            and _is_at_home(target, trusted)
+            and _is_defined_below(target, trusted)
             and (_is_public(target) or target in allowed)
         )
     }
-    if refused:
-        listed = "".join(f"\n  {key}: {target}" for key, target in refused.items())
-        names = ",".join(dict.fromkeys(refused.values()))
+    if rejected:
+        listed = "".join(f"\n  {key}: {target}" for key, target in rejected.items())
+        names = ",".join(dict.fromkeys(rejected.values()))
         raise ConfigError(
-            "the checkpoint's configuration names what is not called unasked, since a checkpoint "
-            f"may come from anybody:{listed}\nIf you trust it, repeat with allow={names}"
+            "the checkpoint's configuration calls targets that are not on the allow-list; "
+            f"checkpoints may come from untrusted sources:{listed}\n"
+            f"If you trust it, repeat with allow={names}"
         )
 
 
-def _targets(node: Any, key: str) -> Iterator[tuple[str, str]]:
-    if isinstance(node, Mapping):
-        for name, value in node.items():
-            inner = f"{key}.{name}" if key else str(name)
-            if name == "_target_":
-                yield inner, str(value)
-            yield from _targets(value, inner)
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _targets(value, f"{key}[{index}]")
+def _targets(nodes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for path, leaf in leaves(nodes):
+        if "_target_" in path:
+            yield dotted(path), str(leaf)
 
 
 def _is_below(name: str, packages: Sequence[str]) -> bool:
@@ -58,14 +55,14 @@ def _is_below(name: str, packages: Sequence[str]) -> bool:
 
 
 def _is_public(target: str) -> bool:
-    """Whether no part of the name is private: such helpers trust their arguments."""
+    """Return whether no part of the name is private; private helpers trust their arguments."""
     return not any(part.startswith("_") for part in target.split("."))
 
 
-def _is_at_home(target: str, trusted: Sequence[str]) -> bool:
-    """Whether it is defined in a trusted module, not only imported there, as `models.x.os` is."""
+def _is_defined_below(target: str, trusted: Sequence[str]) -> bool:
+    """Return whether a trusted module defines the target, not just imports it (`models.x.os`)."""
     if target in trusted:
         return True
-    found, _ = targets.find(target)
-    home = getattr(found, "__module__", None)
-    return found is None or (isinstance(home, str) and _is_below(home, trusted))
+    value, _ = targets.find(target)
+    home = getattr(value, "__module__", None)
+    return value is None or (isinstance(home, str) and _is_below(home, trusted))

@@ -7,8 +7,9 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from trainer import errors
-from trainer.config import overrides, schema
+from trainer.config import overrides
 from trainer.config.folder import conf_folder
+from trainer.config.merge import merge
 from trainer.config.schema import Run
 from trainer.errors import ConfigError, Problem
 
@@ -58,7 +59,7 @@ def compose(
     try:
         OmegaConf.set_struct(node, False)
         del node["hydra"]
-        run, problems = schema.merge(node)
+        run, problems = merge(node)
     finally:
         HydraConfig.instance().cfg = None
     return run, [*prepared.problems, *problems]

@@ -1,8 +1,8 @@
-"""Command-line overrides, prepared so that all of their problems are found together.
+"""Command-line overrides, rewritten so that all problems are reported together.
 
-Hydra stops at the first key that it does not know. So a plain `key=value` becomes `++key=value`,
-and the strict merge judges them all; a choice of a group that does not exist is taken out and
-reported with the rest.
+Hydra stops at the first unknown key. So a plain `key=value` becomes `++key=value`, and the strict
+merge checks all of them; a choice that its group does not have is removed and reported with the
+other problems.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ _CONFIG_DIR_FLAGS = ("--config-dir", "-cd")
 
 @dataclass(frozen=True)
 class Prepared:
-    """Arguments for Hydra, and what was wrong with those that were taken out."""
+    """Arguments for Hydra, and the problems of the removed ones."""
 
     arguments: list[str]
     problems: list[Problem]
@@ -28,19 +28,19 @@ class Prepared:
 
 
 def groups(folders: Sequence[Path]) -> dict[str, set[str]]:
-    """Return {group: its choices} over all configuration folders."""
-    found: dict[str, set[str]] = {}
+    """Return {group: choices} over all configuration folders."""
+    choices: dict[str, set[str]] = {}
     for folder in folders:
         for path in folder.rglob("*.yaml"):
             group = path.parent.relative_to(folder).as_posix()
             if group != ".":
-                found.setdefault(group, set()).add(path.stem)
-    return found
+                choices.setdefault(group, set()).add(path.stem)
+    return choices
 
 
 def prepare(arguments: Sequence[str], conf: Path) -> Prepared:
-    """Rewrite the overrides among `arguments`; flags of Hydra are left alone."""
-    known = groups([conf, *_user_folders(arguments)])
+    """Rewrite the overrides among `arguments`; keep Hydra's flags unchanged."""
+    choices = groups([conf, *_user_folders(arguments)])
     parser = OverridesParser.create()
     prepared = Prepared([], [], [])
     flags = [a for a in arguments if not _is_override(a)]
@@ -48,21 +48,21 @@ def prepare(arguments: Sequence[str], conf: Path) -> Prepared:
         try:
             override = parser.parse_override(argument)
         except HydraException as error:
-            text = f"{argument!r} cannot be read: {str(error).splitlines()[0]}"
+            text = f"{argument!r} cannot be parsed: {str(error).splitlines()[0]}"
             prepared.problems.append(Problem(argument.partition("=")[0], text))
             continue
         key = override.key_or_group
         if override.is_sweep_override():
             prepared.swept.append(key)
-        problem = _group_problem(key, argument, known)
+        problem = _group_problem(key, argument, choices)
         if problem is not None:
             prepared.problems.append(problem)
-        elif key in known or "/" in key or "@" in argument or key.startswith("hydra."):
+        elif key in choices or "/" in key or "@" in argument or key.startswith("hydra."):
             prepared.arguments.append(argument)
         else:
             plain = argument[0] not in "+~"
             prepared.arguments.append("++" + argument if plain else argument)
-    # Hydra's argument parser wants all overrides in one row.
+    # Hydra's argument parser needs all overrides in a row.
     return replace(prepared, arguments=[*flags, *prepared.arguments])
 
 
@@ -80,14 +80,14 @@ def _user_folders(arguments: Sequence[str]) -> list[Path]:
     return [folder for folder in folders if folder.is_dir()]
 
 
-def _group_problem(key: str, argument: str, known: Mapping[str, set[str]]) -> Problem | None:
-    if key not in known or argument.startswith("~"):
+def _group_problem(key: str, argument: str, choices: Mapping[str, set[str]]) -> Problem | None:
+    if key not in choices or argument.startswith("~"):
         return None
     text = argument.partition("=")[2]
     if text.startswith(("{", "[", "choice(", "glob(")) or text in ("null", ""):
         return None
     for choice in text.split(","):
         name = choice.strip().removesuffix(".yaml")
-        if name not in known[key]:
-            return Problem(key, f"there is no {key}={name}{closest(name, known[key])}")
+        if name not in choices[key]:
+            return Problem(key, f"no such choice: {key}={name}{closest(name, choices[key])}")
     return None

@@ -1,4 +1,4 @@
-"""What `_target_` names: found, judged by its signature before anything runs, and called."""
+"""Targets: resolve a `_target_`, check its arguments against its signature, and call it."""
 
 import importlib
 import inspect
@@ -16,15 +16,16 @@ _HYDRA_WORDS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 
 
 def check_target(node: Any, key: str, provided: int = 0) -> list[Problem]:
-    """Return the problems of one `{_target_: …, argument: …}` node and of those inside it.
+    """Return the problems of a `{_target_: …, argument: …}` node and of its nested nodes.
 
     Args:
         node: the node.
         key: its full key, for the messages.
-        provided: positional arguments that we pass ourselves, such as an optimizer's parameters.
+        provided: number of positional arguments that the caller adds, such as an optimizer's
+            parameters.
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
-        text = "has no _target_: the dotted name of a class or function that makes it"
+        text = "has no _target_, the dotted name of a class or function"
         return [Problem(key, text)]
     target, problem = find(str(node["_target_"]))
     if target is None:
@@ -35,10 +36,10 @@ def check_target(node: Any, key: str, provided: int = 0) -> list[Problem]:
     for name, value in {**arguments, "_args_": listed}.items():
         problems += _check_nested(value, f"{key}.{name}")
     provided += len(listed) if isinstance(listed, list) else 0
-    found = _check_arguments(target, str(node["_target_"]), arguments, key, provided)
-    if node.get("_partial_"):  # what is missing comes with the call
-        found = [problem for problem in found if problem.key.rpartition(".")[2] in arguments]
-    return problems + found
+    direct = _check_arguments(target, str(node["_target_"]), arguments, key, provided)
+    if node.get("_partial_"):  # the call supplies missing arguments
+        direct = [problem for problem in direct if problem.key.rpartition(".")[2] in arguments]
+    return problems + direct
 
 
 def _check_nested(value: Any, key: str) -> list[Problem]:
@@ -52,15 +53,15 @@ def _check_nested(value: Any, key: str) -> list[Problem]:
 
 
 def find(path: str) -> tuple[Any, str]:
-    """Return (object, "") or (None, what is wrong)."""
+    """Import a dotted name; return (object, "") or (None, error message)."""
     parts = path.split(".")
     if not all(parts):
         return None, f"{path!r} is not a dotted name"
-    found: Any = None
+    value: Any = None
     for count in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:count])
         try:
-            found = importlib.import_module(module_name)
+            value = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             if error.name is not None and (module_name + ".").startswith(error.name + "."):
                 continue  # the module itself is missing, not something that it imports
@@ -68,37 +69,37 @@ def find(path: str) -> tuple[Any, str]:
         except (Exception, SystemExit) as error:  # a user's module may fail in any way
             return None, f"{module_name} cannot be imported: {type(error).__name__}: {error}"
         for name in parts[count:]:
-            if not hasattr(found, name) and name in _submodules(found):
+            if not hasattr(value, name) and name in _submodules(value):
                 return None, f"{path} is a module, not a class or function"
-            if not hasattr(found, name):
-                missing = f"there is no {name!r} in {module_name}{closest(name, _names(found))}"
+            if not hasattr(value, name):
+                missing = f"{module_name} has no {name!r}{closest(name, _names(value))}"
                 return None, f"{path}: {missing}{_shadowed(module_name)}"
-            found = getattr(found, name)
-        if not callable(found):
-            return None, f"{path} is a {type(found).__name__}, not a class or function"
-        return found, ""
+            value = getattr(value, name)
+        if not callable(value):
+            return None, f"{path} is a {type(value).__name__}, not a class or function"
+        return value, ""
     hint = "" if len(parts) > 1 else "; give the dotted name of a class or function"
-    return None, f"{path}: there is no module {parts[0]!r}{hint}"
+    return None, f"{path}: no such module {parts[0]!r}{hint}"
 
 
-def _names(found: Any) -> list[str]:
-    return [name for name in [*dir(found), *_submodules(found)] if not name.startswith("_")]
+def _names(value: Any) -> list[str]:
+    return [name for name in [*dir(value), *_submodules(value)] if not name.startswith("_")]
 
 
-def _submodules(found: Any) -> list[str]:
-    """Return the names of a package's modules, also of those that nobody has imported."""
-    return [module.name for module in pkgutil.iter_modules(getattr(found, "__path__", []))]
+def _submodules(value: Any) -> list[str]:
+    """Return the names of all modules of a package, imported or not."""
+    return [module.name for module in pkgutil.iter_modules(getattr(value, "__path__", []))]
 
 
 def _shadowed(name: str) -> str:
-    """Say where `models` comes from, when a folder of the user's hides the one of this project."""
-    ours = Path(__file__).resolve().parents[2] / name
+    """Return a hint if another `models` package hides Perdure's."""
+    shipped = Path(__file__).resolve().parents[2] / name
     module = importlib.import_module(name)
     folders = [Path(folder).resolve() for folder in getattr(module, "__path__", [])]
-    if name != "models" or ours in folders:
+    if name != "models" or shipped in folders:
         return ""
     return (
-        f"; 'models' is {folders[0] if folders else module} here, which hides this project's own: "
+        f"; 'models' is imported from {folders[0] if folders else module}, which hides Perdure's: "
         "rename that folder, or start from another directory"
     )
 
@@ -109,7 +110,7 @@ def _check_arguments(
     try:
         signature = inspect.signature(target)
     except (TypeError, ValueError):
-        return []  # a builtin without a signature judges its arguments itself
+        return []  # a builtin without a signature checks its arguments itself
     parameters = signature.parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if is_dataclass(target) and hasattr(vars(target).get("__init__"), "__wrapped__"):
@@ -119,11 +120,11 @@ def _check_arguments(
         for name, p in parameters.items()
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    given = set(positional[:provided])
+    passed = set(positional[:provided])
     valid = [
         n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
-    valid = [name for name in valid if name not in given]
+    valid = [name for name in valid if name not in passed]
     problems = []
     for name, value in arguments.items():
         if name not in valid:
@@ -133,7 +134,7 @@ def _check_arguments(
         elif value is None and parameters[name].default is None:
             continue
         elif not accepts(_annotation(target, parameters[name]), value):
-            text = f"{value!r} is not {_shown(_annotation(target, parameters[name]))}"
+            text = f"{value!r} is not {_type_text(_annotation(target, parameters[name]))}"
             problems.append(Problem(f"{key}.{name}", text))
     for name in valid:
         parameter = parameters[name]
@@ -148,11 +149,11 @@ def _annotation(target: Any, parameter: inspect.Parameter) -> Any:
     function = target.__init__ if inspect.isclass(target) else target
     try:
         return typing.get_type_hints(function).get(parameter.name, Any)
-    except Exception:  # an annotation may name anything, also what only a type checker imports
+    except Exception:  # it may refer to names that only a type checker imports
         return Any
 
 
-def _shown(annotation: Any) -> str:
+def _type_text(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
@@ -160,22 +161,22 @@ _SIMPLE = (int, float, bool, str, type(None))
 
 
 def accepts(annotation: Any, value: Any) -> bool:
-    """Return whether a value from YAML can be meant by an annotation; in doubt, yes."""
+    """Return whether a value from YAML may fit an annotation; True if that cannot be decided."""
     if annotation in (Any, inspect.Parameter.empty) or isinstance(value, Mapping):
         return True
-    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    origin, members = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        if isinstance(value, str) and _numbers_only(inner):
+        if isinstance(value, str) and _numbers_only(members):
             return False
-        return any(accepts(item, value) for item in inner)
+        return any(accepts(item, value) for item in members)
     if origin is typing.Literal:
-        return value in inner
+        return value in members
     if origin in (list, Sequence, set, frozenset):
-        return isinstance(value, list) and all(accepts(item, v) for item in inner for v in value)
+        return isinstance(value, list) and all(accepts(item, v) for item in members for v in value)
     if origin is tuple:
-        if not (isinstance(value, list) and inner):
+        if not (isinstance(value, list) and members):
             return isinstance(value, list)
-        items = [inner[0]] * len(value) if inner[1:] == (Ellipsis,) else list(inner)
+        items = [members[0]] * len(value) if members[1:] == (Ellipsis,) else list(members)
         return len(items) == len(value) and all(map(accepts, items, value))
     if annotation is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -189,7 +190,7 @@ def accepts(annotation: Any, value: Any) -> bool:
 
 
 def _numbers_only(members: Sequence[Any]) -> bool:
-    """Whether a union is of numbers, and of tensors at most: no text is meant by it."""
+    """Return whether a union holds only numbers, None and tensors, so that a string cannot fit."""
     names = {getattr(member, "__name__", "") for member in members}
     return bool(names & {"int", "float"}) and names <= {
         "int",
@@ -201,7 +202,11 @@ def _numbers_only(members: Sequence[Any]) -> bool:
 
 
 def make(node: Mapping[str, Any], key: str, *provided: Any) -> Any:
-    """Call a target. What it says about its arguments becomes a ConfigError; a bug stays one."""
+    """Call a target; a ValueError about its arguments becomes a ConfigError.
+
+    Raises:
+        ConfigError: the target rejected its arguments. Any other exception is passed on.
+    """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
@@ -212,7 +217,9 @@ def make(node: Mapping[str, Any], key: str, *provided: Any) -> Any:
         if isinstance(cause, PerdureError):
             raise cause from None
         if isinstance(cause, ValueError):
-            raise ConfigError(f"{key}: {node['_target_']} refused: {cause}") from cause
+            raise ConfigError(
+                f"{key}: {node['_target_']} rejected its arguments: {cause}"
+            ) from cause
         if cause is not None:
             raise cause from None
         raise ConfigError(f"{key}: {error}") from error

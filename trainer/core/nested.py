@@ -39,3 +39,14 @@ def dotted(path: Path) -> str:
     """Format a path as a configuration key: data.files[0]."""
     parts = (f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
     return "".join(parts).removeprefix(".")
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping as {dotted key: value}; lists are values."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

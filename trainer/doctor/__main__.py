@@ -16,7 +16,7 @@ from trainer.cluster import launch, shared_storage
 from trainer.cluster import world as distributed
 from trainer.cluster.slurm import set_rank_variables
 from trainer.cluster.world import World
-from trainer.config import schema
+from trainer.config import validate
 from trainer.config.compose import compose
 from trainer.config.schema import Run
 from trainer.doctor import links, machine, model, places, slurm, trackers
@@ -56,7 +56,7 @@ def _examine(argv: list[str]) -> int:
     problems += build.check(run)
     is_quick = "--quick" in flags
     if not any(p.key.startswith(("launch.", "trainer.", "parallel.")) for p in problems):
-        problems += schema.check_world(run, launch.world_size(run.launch))
+        problems += validate.validate_world(run, launch.world_size(run.launch))
     if problems:
         return _refuse(problems, is_json="--json" in flags)
     count = 1 if launch.is_rank() else launch.ranks_on_this_node(run.launch)

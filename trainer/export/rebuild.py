@@ -10,7 +10,8 @@ from torch import nn
 from yaml import YAMLError
 
 from trainer.checkpoint import state_tree
-from trainer.config import allowed_targets, schema
+from trainer.config import allowed_targets
+from trainer.config.merge import merge
 from trainer.config.schema import Parallel, Run
 from trainer.errors import ConfigError, problems_text
 from trainer.export.source import Source
@@ -52,12 +53,12 @@ def configuration(source: Source, settings: Sequence[str] = (), allowed: Sequenc
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{' '.join(settings)}: {text}") from None
-    run, problems = schema.merge(composed)  # type: ignore[arg-type]
+    run, problems = merge(composed)  # type: ignore[arg-type]
     if problems:
         raise ConfigError(problems_text(problems))
     own = [s.partition("=")[2] for s in settings if s.partition("=")[0].endswith("._target_")]
     nodes = {group: getattr(run, group) for group in _GROUPS}
-    allowed_targets.refuse_targets(nodes, [*allowed, *own])
+    allowed_targets.reject_targets(nodes, [*allowed, *own])
     alone = replace(
         run,
         parallel=Parallel(strategy="single"),

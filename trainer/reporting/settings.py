@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.config.schema import flatten
+from trainer.core.nested import flatten
 from trainer.reporting.facts import Facts
 from trainer.reporting.markup import Html, joined, listing, tag
 

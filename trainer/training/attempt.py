@@ -27,7 +27,7 @@ from trainer.cluster import launch, outcome, shared_storage, slurm
 from trainer.cluster import watchdog as watchdog_
 from trainer.cluster.stop import DEADLINE, Stop, reason_text
 from trainer.cluster.world import World
-from trainer.config import schema
+from trainer.config import validate
 from trainer.config.schema import Run
 from trainer.core.formatting import pluralize
 from trainer.core.intervals import Every
@@ -325,7 +325,7 @@ def _watchdog(
 
 def _refuse_no_time(run: Run, starting_s: float, seconds: float) -> None:
     """Attempts that get nowhere in their time would follow one another for ever. Rank 0 only."""
-    limit_s = schema.seconds(run.trainer.max_time or "")
+    limit_s = validate.seconds(run.trainer.max_time or "")
     if limit_s is not None and starting_s + seconds >= limit_s:
         raise ConfigError(
             f"trainer.max_time={run.trainer.max_time} was over before a step was taken or an "
@@ -335,7 +335,7 @@ def _refuse_no_time(run: Run, starting_s: float, seconds: float) -> None:
 
 def _deadline(run: Run, began: float) -> Callable[[float], bool]:
     """Return what tells whether it is time to leave: `max_time` is over, or the job's end near."""
-    limit_s = schema.seconds(run.trainer.max_time or "")
+    limit_s = validate.seconds(run.trainer.max_time or "")
     end_s = slurm.end_time_s()
 
     def is_over(reserve_s: float) -> bool:

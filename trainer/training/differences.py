@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config.schema import flatten
+from trainer.core.nested import flatten
 
 _STATE_GROUPS = ("model", "data", "task", "optimizer", "scheduler", "seed")
 """Groups whose values the saved state depends on."""

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from trainer.config.allowed_targets import refuse_targets
+from trainer.config.allowed_targets import reject_targets
 from trainer.errors import ConfigError
 
 HOSTILE = [
@@ -36,7 +36,7 @@ HOSTILE = [
 def test_what_is_not_ours_is_refused_with_what_would_allow_it(target, wrap):
     nodes = wrap({"_target_": target, "command": "true"})
     with pytest.raises(ConfigError) as caught:
-        refuse_targets(nodes)
+        reject_targets(nodes)
     assert f"_target_: {target}" in str(caught.value)
     assert f"allow={target}" in str(caught.value)
 
@@ -46,7 +46,7 @@ def test_what_is_not_ours_is_refused_with_what_would_allow_it(target, wrap):
     "trainer.data.digits.Digits", "trainer.task.Classification", "trainer.data.mnist.Mnist",
 ])  # fmt: skip
 def test_what_is_ours_and_torch_nns_is_not(target):
-    refuse_targets({"model": {"_target_": target}})
+    reject_targets({"model": {"_target_": target}})
 
 
 @pytest.mark.parametrize("target", [
@@ -55,15 +55,15 @@ def test_what_is_ours_and_torch_nns_is_not(target):
 ])  # fmt: skip
 def test_what_is_private_of_ours_is_not_called_either(target):
     with pytest.raises(ConfigError, match=f"allow={target}"):
-        refuse_targets({"data": {"_target_": target}})
-    refuse_targets({"data": {"_target_": target}}, [target])
+        reject_targets({"data": {"_target_": target}})
+    reject_targets({"data": {"_target_": target}}, [target])
 
 
 def test_what_is_not_ours_is_not_even_imported(tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text("import os\nos.environ['EVIL'] = 'yes'\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match=r"evil\.Net"):
-        refuse_targets({"model": {"_target_": "evil.Net"}})
+        reject_targets({"model": {"_target_": "evil.Net"}})
     assert "evil" not in sys.modules
     assert "EVIL" not in os.environ
 
@@ -75,10 +75,10 @@ def test_what_the_user_allows_may_be_called(tmp_path, monkeypatch, allowed):
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("mine", "mine.net"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    refuse_targets({"model": {"_target_": "mine.net.Net"}}, allowed)
+    reject_targets({"model": {"_target_": "mine.net.Net"}}, allowed)
     with pytest.raises(ConfigError, match=r"mine\.net\.system"):
-        refuse_targets({"model": {"_target_": "mine.net.system"}}, allowed)
+        reject_targets({"model": {"_target_": "mine.net.system"}}, allowed)
 
 
 def test_a_name_that_the_user_gives_in_full_is_trusted_wherever_it_comes_from():
-    refuse_targets({"model": {"_target_": "collections.abc.Mapping"}}, ["collections.abc.Mapping"])
+    reject_targets({"model": {"_target_": "collections.abc.Mapping"}}, ["collections.abc.Mapping"])

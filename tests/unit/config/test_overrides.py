@@ -55,12 +55,12 @@ def test_an_unknown_choice_is_taken_out_and_reported_with_the_closest(conf):
     prepared = prepare(["model=mpl", "seed=1"], conf)
     assert prepared.arguments == ["++seed=1"]
     assert keys(prepared) == ["model"]
-    assert prepared.problems[0].text == "there is no model=mpl (did you mean 'mlp'?)"
+    assert prepared.problems[0].text == "no such choice: model=mpl (did you mean 'mlp'?)"
 
 
 def test_a_choice_like_no_other_is_answered_with_all(conf):
     (problem,) = prepare(["model=transformer"], conf).problems
-    assert problem.text == "there is no model=transformer (valid: cnn, mlp)"
+    assert problem.text == "no such choice: model=transformer (valid: cnn, mlp)"
 
 
 @pytest.mark.parametrize(("argument", "wrong"), [
@@ -68,7 +68,7 @@ def test_a_choice_like_no_other_is_answered_with_all(conf):
 ])  # fmt: skip
 def test_every_choice_of_a_sweep_is_looked_at(conf, argument, wrong):
     (problem,) = prepare([argument], conf).problems
-    assert f"there is no model={wrong}" in problem.text
+    assert f"no such choice: model={wrong}" in problem.text
 
 
 @pytest.mark.parametrize("argument", ["model=null", "model=", "model=[cnn,mlp]", "model=glob(*)"])
@@ -117,7 +117,7 @@ def test_a_syntax_error_is_reported_with_its_key_and_the_rest_goes_on(conf, argu
     assert prepared.arguments == ["++seed=1"]
     assert keys(prepared) == [argument.partition("=")[0]]
     assert repr(argument) in prepared.problems[0].text
-    assert "cannot be read" in prepared.problems[0].text
+    assert "cannot be parsed" in prepared.problems[0].text
 
 
 def test_problems_of_all_arguments_come_together(conf):

@@ -13,7 +13,7 @@ from support.run_records import CONFIG, first, hostile_run, lines, moment, secon
 
 from trainer import report, reporting
 from trainer.checkpoint import lineage
-from trainer.config.schema import flatten
+from trainer.core.nested import flatten
 from trainer.errors import ConfigError, StoreError
 from trainer.reporting import clock, facts, settings
 from trainer.storage import LocalStore

@@ -134,16 +134,16 @@ def test_check_target_accepts_classes_methods_and_functions(package, target, arg
 
 
 @pytest.mark.parametrize(("target", "text"), [
-    ("a_missing_package.Net", "there is no module 'a_missing_package'"),
-    ("Net", "there is no module 'Net'; give the dotted name"),
+    ("a_missing_package.Net", "no such module 'a_missing_package'"),
+    ("Net", "no such module 'Net'; give the dotted name"),
     ("", "'' is not a dotted name"),
     (".nets.Net", "'.nets.Net' is not a dotted name"),
     ("torch..nn", "'torch..nn' is not a dotted name"),
-    ("torch.optim.Adm", "no 'Adm' in torch.optim (did you mean 'Adam'?)"),
-    ("mine_build.nets.Nt", "no 'Nt' in mine_build.nets (did you mean 'Net'?)"),
-    ("mine_build.nets.Net.smal", "no 'smal' in mine_build.nets (did you mean 'small'?)"),
-    ("mine_build.net.Net", "no 'net' in mine_build (did you mean 'nets'?)"),
-    ("mine_build.deep.mud.Thing", "no 'mud' in mine_build.deep (did you mean 'mod'?)"),
+    ("torch.optim.Adm", "torch.optim has no 'Adm' (did you mean 'Adam'?)"),
+    ("mine_build.nets.Nt", "mine_build.nets has no 'Nt' (did you mean 'Net'?)"),
+    ("mine_build.nets.Net.smal", "mine_build.nets has no 'smal' (did you mean 'small'?)"),
+    ("mine_build.net.Net", "mine_build has no 'net' (did you mean 'nets'?)"),
+    ("mine_build.deep.mud.Thing", "mine_build.deep has no 'mud' (did you mean 'mod'?)"),
     ("mine_build.CONSTANT", "is a int, not a class or function"),
     ("mine_build.nets", "is a module, not a class or function"),
     ("mine_build.fails.Net", "cannot be imported: RuntimeError: my package is broken"),
@@ -169,7 +169,10 @@ def test_check_target_reports_a_user_folder_that_hides_models(tmp_path, monkeypa
         problems = problems_of("models.mlp.MLP")
     finally:
         sys.modules.pop("models", None)
-    assert f"'models' is {tmp_path / 'models'} here, which hides" in problems["model._target_"]
+    assert (
+        f"'models' is imported from {tmp_path / 'models'}, which hides"
+        in problems["model._target_"]
+    )
     assert "rename that folder" in problems["model._target_"]
 
 
@@ -452,7 +455,7 @@ def test_build_data_recognises_a_source_without_loading_it(package, tmp_path):
 
 
 def test_build_model_value_error_of_a_target_is_a_config_error(package):
-    with pytest.raises(ConfigError, match=r"model: mine_build.nets.Net refused: width=-1 must not"):
+    with pytest.raises(ConfigError, match=r"Net rejected its arguments: width=-1 must not"):
         build.build_model(a_run(model={"_target_": f"{package}.nets.Net", "width": -1}))
 
 

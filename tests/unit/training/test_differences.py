@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from tests.support.run_configs import CONFIG, changed
-from trainer.config.schema import flatten
+from trainer.core.nested import flatten
 from trainer.training.differences import Difference, compare, rejection_text
 
 

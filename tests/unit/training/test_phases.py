@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 
 from trainer.cluster.stop import Stop
 from trainer.cluster.world import World
-from trainer.config import schema
+from trainer.config.merge import merge
 from trainer.core import rng
 from trainer.core.intervals import Every
 from trainer.core.state import State
@@ -271,7 +271,7 @@ def configured(**optimizer):
     from omegaconf import OmegaConf
 
     node = {**CONFIG, "optimizer": {**CONFIG["optimizer"], **optimizer}}
-    run, problems = schema.merge(OmegaConf.create(node))
+    run, problems = merge(OmegaConf.create(node))
     assert problems == []
     return run
 
