@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from trainer.importing.formats import open_foreign
+from trainer.importing.formats import open_external
 from trainer.cluster.world import World
 
 SHAPES = {"even": (8, 3), "uneven": (5, 3), "one_row": (1, 7), "vector": (6,), "empty": (0, 2)}
@@ -51,7 +51,7 @@ def save_fsdp(world: World, folder: str):
 
 def test_parts_of_two_ranks_are_put_together(tmp_path, on_ranks):
     on_ranks(2, save_tensors, str(tmp_path / "a"))
-    source = open_foreign(str(tmp_path / "a"))
+    source = open_external(str(tmp_path / "a"))
     assert len(list((tmp_path / "a").glob("*.distcp"))) == 2
     assert torch.equal(source.fetch("plain"), torch.arange(4))
     assert [int(source.fetch(f"rank.{rank}")) for rank in range(2)] == [0, 1]
@@ -64,7 +64,7 @@ def test_parts_of_two_ranks_are_put_together(tmp_path, on_ranks):
 @pytest.mark.slow
 def test_parts_of_a_grid_of_ranks_are_put_together(tmp_path, on_ranks):
     on_ranks(4, save_grid, str(tmp_path / "a"))
-    source = open_foreign(str(tmp_path / "a"))
+    source = open_external(str(tmp_path / "a"))
     assert len(source.tensors) == 4
     for name in source.tensors:
         assert torch.equal(source.fetch(name), tensor(name.split(".")[0])), name
@@ -73,7 +73,7 @@ def test_parts_of_a_grid_of_ranks_are_put_together(tmp_path, on_ranks):
 @pytest.mark.slow
 def test_weights_of_an_fsdp_model_are_whole_again(tmp_path, on_ranks):
     expected = on_ranks(2, save_fsdp, str(tmp_path / "a"))[0]
-    source = open_foreign(str(tmp_path / "a"))
+    source = open_external(str(tmp_path / "a"))
     assert {n for n in source.tensors if n.startswith("model.")} == {f"model.{n}" for n in expected}
     for name, value in expected.items():
         assert torch.equal(source.fetch(f"model.{name}"), torch.from_numpy(value)), name

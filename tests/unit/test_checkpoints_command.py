@@ -1,4 +1,4 @@
-"""python -m trainer.checkpoints over a run that has everything: golden outputs, refusals, exits."""
+"""python -m trainer.checkpoints: golden outputs, rejected arguments and exit codes."""
 
 import io
 import json
@@ -50,7 +50,7 @@ CONFIG = {"checkpoint": {"metric": "accuracy", "mode": "max", "keep_last": 1, "k
 
 @pytest.fixture
 def run(tmp_path):
-    """Attempt 1 saved 10, 20, 30, 40 and died in 50; attempt 2 went on from 20, saves 30, lives."""
+    """Attempt 1 saved steps 10 to 40 and crashed in 50; attempt 2 resumed from 20 and runs."""
     folder = tmp_path / "run"
     store = LocalStore(folder)
     first = lineage.begin(store, {"host": "a"})
@@ -92,8 +92,8 @@ def call(capsys, *arguments: object) -> tuple[int, str, str]:
     return code, out, err
 
 
-def settled(text: str, run: Path) -> str:
-    """Without what differs from machine to machine and from day to day."""
+def normalized(text: str, run: Path) -> str:
+    """Replace values that differ between machines and days."""
     text = text.replace(str(run.parent), "<folder>")
     text = text.replace(torch.__version__, "<torch>")
     text = re.sub(r"-[0-9a-f]{8}-(\d+)\.safetensors", r"-<token>-\1.safetensors", text)
@@ -102,7 +102,7 @@ def settled(text: str, run: Path) -> str:
     return re.sub(r"(?<=kB)  +\d+ s(?=  )", "  <age>", text)
 
 
-# --- what it says ------------------------------------------------------------------------------
+# --- golden outputs ------------------------------------------------------------------------------
 
 GOLDENS = {
     "list": ("list", "RUN"),
@@ -119,7 +119,7 @@ CODES = {"verify-damaged": 1, "diff": 1}
 
 @pytest.mark.parametrize("form", ["text", "json"])
 @pytest.mark.parametrize("name", GOLDENS)
-def test_what_a_command_says_is_the_golden_text(run, tmp_path, capsys, name, form):
+def test_command_output_equals_golden(run, tmp_path, capsys, name, form):
     if "DAMAGED" in GOLDENS[name]:
         damage(run, "step-00000020.0001")
     places = {"RUN": run, "DAMAGED": run, "TARGET": tmp_path / "target"}
@@ -127,19 +127,19 @@ def test_what_a_command_says_is_the_golden_text(run, tmp_path, capsys, name, for
     code, out, err = call(capsys, *arguments, *(["--json"] if form == "json" else []))
     assert (code, err) == (CODES.get(name, 0), "")
     golden = GOLDEN / f"{name}.{'json' if form == 'json' else 'txt'}"
-    found = settled(out, run)
+    output = normalized(out, run)
     if os.environ.get("PERDURE_WRITE_GOLDEN"):
-        golden.write_text(found)
-    assert found == golden.read_text()
+        golden.write_text(output)
+    assert output == golden.read_text()
     if form == "json":
         json.loads(out)
 
 
-def test_the_first_damaged_tensor_is_named(run, capsys):
+def test_verify_names_first_damaged_tensor(run, capsys):
     damage(run, "step-00000020.0001")
     code, out, _ = call(capsys, "verify", run, "step=20")
     assert code == 1
-    assert "DAMAGED" in out
+    assert "damaged" in out
     assert "tensor 'model.weight'" in out
     assert call(capsys, "verify", run, "step=30")[0] == 0
 
@@ -151,12 +151,12 @@ def folders(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir() if any(path.iterdir()))
 
 
-def test_prune_deletes_what_is_not_kept_and_nothing_that_may_be_being_written(run, capsys):
+def test_prune_keeps_retained_and_unfinished_checkpoints(run, capsys):
     before = tree(run)
     code, out, _ = call(capsys, "prune", run, "--yes")
     assert code == 0
     assert "freed" in out
-    # 20 is what the living attempt went on from
+    # the running attempt resumed from 20
     assert folders(run) == [
         "step-00000020.0001", "step-00000030.0002", "step-00000040.0002", "step-00000050.0001",
     ]  # fmt: skip
@@ -164,43 +164,45 @@ def test_prune_deletes_what_is_not_kept_and_nothing_that_may_be_being_written(ru
     assert call(capsys, "verify", run)[0] == 0
 
 
-def test_prune_deletes_litter_once_the_newest_attempt_has_ended(run, capsys):
+def test_prune_deletes_orphaned_files_after_newest_attempt_ended(run, capsys):
     store = LocalStore(run)
     lineage.amend(store, lineage.Attempt(2, ""), {"ended": "2026-01-02"})
-    (run / "checkpoints/step-00000030.0002/notes.txt").write_text("not ours")
+    (run / "checkpoints/step-00000030.0002/notes.txt").write_text("user file")
     assert call(capsys, "prune", run, "--yes")[0] == 0
     assert folders(run) == [
         "step-00000030.0002", "step-00000040.0002", "step-00000050.0001"
     ]  # fmt: skip
     for name in ("step-00000040.0002", "step-00000050.0001"):
-        (left,) = (run / "checkpoints" / name).iterdir()
-        assert manifest.is_void(left.read_bytes())  # its writer can no longer commit
+        (file,) = (run / "checkpoints" / name).iterdir()
+        assert manifest.is_void(file.read_bytes())  # the writing process can no longer commit
     assert (run / "checkpoints/step-00000030.0002/notes.txt").exists()
 
 
-def test_the_folder_inside_a_run_is_the_run(run, capsys):
-    """Its attempts say which checkpoints count, also where only `checkpoints/` was given."""
-    inner = json.loads(call(capsys, "list", run / "checkpoints", "--json")[1])
-    assert inner["checkpoints"] == json.loads(call(capsys, "list", run, "--json")[1])["checkpoints"]
+def test_checkpoints_folder_of_a_run_is_opened_as_the_run(run, capsys):
+    """The attempt records above `checkpoints/` are applied."""
+    content = json.loads(call(capsys, "list", run / "checkpoints", "--json")[1])
+    assert (
+        content["checkpoints"] == json.loads(call(capsys, "list", run, "--json")[1])["checkpoints"]
+    )
     assert call(capsys, "prune", run / "checkpoints", "--yes")[0] == 0
     assert "step-00000030.0002" in folders(run)
 
 
-def test_a_shard_that_is_cut_short_is_no_reason_to_delete_others(run, capsys):
+def test_prune_with_truncated_newest_shard_keeps_older_checkpoint(run, capsys):
     (shard,) = (run / "checkpoints/step-00000030.0002").glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:100])
     assert call(capsys, "prune", run, "keep_last=1", "--yes")[0] == 0
     assert "step-00000020.0001" in folders(run)
 
 
-def test_what_others_put_beside_a_checkpoint_stays(tmp_path, capsys):
+def test_prune_keeps_user_files_in_checkpoint_folder(tmp_path, capsys):
     for step in (1, 2):
         one_checkpoint(tmp_path / f"all/step-{step}")
     (tmp_path / "all/step-1/tokenizer.json").write_text("{}")
     one_checkpoint(tmp_path / "all/step-1/nested-7")
     assert call(capsys, "prune", tmp_path / "all", "keep_last=1", "--yes")[0] == 0
-    left = {str(path.relative_to(tmp_path / "all")) for path in (tmp_path / "all").rglob("*.json")}
-    assert left == {
+    files = {str(path.relative_to(tmp_path / "all")) for path in (tmp_path / "all").rglob("*.json")}
+    assert files == {
         "step-1/tokenizer.json",
         "step-1/nested-7/manifest.json",
         "step-2/manifest.json",
@@ -214,13 +216,13 @@ def one_checkpoint(folder: Path, value: float = 1.0) -> Path:
     return folder
 
 
-def test_prune_keeps_what_it_is_told_to_keep(run, capsys):
+def test_prune_applies_retention_options(run, capsys):
     arguments = ("keep_last=1", "keep_best=1", "keep_every_steps=10", "--yes")
     assert call(capsys, "prune", run, *arguments)[0] == 0
     assert "step-00000010.0001" in folders(run)
 
 
-def test_without_a_terminal_and_without_yes_nothing_is_deleted(run, capsys, monkeypatch):
+def test_prune_without_terminal_and_yes_deletes_nothing(run, capsys, monkeypatch):
     before = tree(run)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     code, out, err = call(capsys, "prune", run)
@@ -230,18 +232,18 @@ def test_without_a_terminal_and_without_yes_nothing_is_deleted(run, capsys, monk
 
 
 @pytest.mark.parametrize(("answer", "code"), [("y", 0), ("n", 2), ("", 2)])
-def test_on_a_terminal_it_asks(run, answer, code):
+def test_prune_on_terminal_asks(run, answer, code):
     before = tree(run)
     leader, follower = pty.openpty()
-    asked = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "trainer.checkpoints", "prune", str(run)],
         cwd=ROOT, stdin=follower, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     os.write(leader, f"{answer}\n".encode())
-    _, err = asked.communicate(timeout=120)
+    _, err = process.communicate(timeout=120)
     os.close(leader)
     os.close(follower)
-    assert asked.returncode == code
+    assert process.returncode == code
     assert "[y/N]" in err
     assert (tree(run) == before) == (code == 2)
 
@@ -249,20 +251,20 @@ def test_on_a_terminal_it_asks(run, answer, code):
 # --- copy --------------------------------------------------------------------------------------
 
 
-def test_a_copied_run_is_a_run_with_the_same_checkpoints(run, tmp_path, capsys):
+def test_copy_run_copies_surviving_checkpoints(run, tmp_path, capsys):
     target = tmp_path / "target"
     assert call(capsys, "copy", run, target)[0] == 0
-    there, here = tree(target), tree(run)
-    assert there.items() <= here.items()
-    left = {name.split("/")[1] for name in here.keys() - there.keys()}
-    assert left == {
+    copied, source = tree(target), tree(run)
+    assert copied.items() <= source.items()
+    omitted = {name.split("/")[1] for name in source.keys() - copied.keys()}
+    assert omitted == {
         "step-00000030.0001", "step-00000040.0001", "step-00000040.0002", "step-00000050.0001",
     }  # fmt: skip
     assert call(capsys, "verify", target)[0] == 0
     assert call(capsys, "diff", run, target)[0] == 0
 
 
-def test_an_interrupted_copy_goes_on(run, tmp_path, capsys):
+def test_copy_continues_after_interruption(run, tmp_path, capsys):
     target = tmp_path / "target"
     call(capsys, "copy", run, target)
     for name in ("step-00000020.0001", "step-00000030.0002"):
@@ -270,11 +272,11 @@ def test_an_interrupted_copy_goes_on(run, tmp_path, capsys):
     shard = next((target / "checkpoints/step-00000030.0002").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:5000])
     code, out, _ = call(capsys, "copy", run, target)
-    assert (code, "2 checkpoints copied, 1 were there, whole" in out) == (0, True)
+    assert (code, "2 checkpoints copied, 1 already there and intact" in out) == (0, True)
     assert call(capsys, "verify", target)[0] == 0
 
 
-def test_a_damaged_copy_is_replaced_only_if_one_may(run, tmp_path, capsys, monkeypatch):
+def test_copy_replaces_damaged_target_only_with_yes(run, tmp_path, capsys, monkeypatch):
     target = tmp_path / "target"
     call(capsys, "copy", run, target)
     damage(target, "step-00000020.0001")
@@ -286,54 +288,54 @@ def test_a_damaged_copy_is_replaced_only_if_one_may(run, tmp_path, capsys, monke
     assert call(capsys, "verify", target)[0] == 0
 
 
-def test_another_run_is_not_copied_into(run, tmp_path, capsys):
+def test_copy_into_another_run_is_rejected(run, tmp_path, capsys):
     other = LocalStore(tmp_path / "other")
     lineage.begin(other, {})
     code, _, err = call(capsys, "copy", run, tmp_path / "other")
     assert code == 2
-    assert "is another run" in err
+    assert "belongs to another run" in err
     assert list((tmp_path / "other").iterdir()) == [tmp_path / "other/attempts"]
 
 
-def test_a_damaged_source_is_not_committed(run, tmp_path, capsys):
+def test_copy_of_damaged_source_commits_nothing(run, tmp_path, capsys):
     damage(run, "step-00000020.0001")
     code, _, err = call(capsys, "copy", run, tmp_path / "target", "step=20")
     assert (code, "model.weight" in err) == (1, True)
     assert not (tmp_path / "target/checkpoints/step-00000020.0001/manifest.json").exists()
 
 
-def test_one_checkpoint_alone_is_copied_to_a_folder_and_is_one_there(run, tmp_path, capsys):
+def test_copy_of_one_checkpoint_creates_one_checkpoint(run, tmp_path, capsys):
     one = run / "checkpoints/step-00000020.0001"
     assert call(capsys, "copy", one, tmp_path / "best")[0] == 0
     assert tree(tmp_path / "best") == tree(one)
     assert call(capsys, "diff", run, tmp_path / "best", "step=20")[0] == 0
 
 
-def test_a_copy_never_becomes_the_home_of_others_or_lies_in_its_source(run, tmp_path, capsys):
-    home = one_checkpoint(tmp_path / "home/step-1").parent
+def test_copy_rejects_overlapping_paths_and_folders_of_checkpoints(run, tmp_path, capsys):
+    parent = one_checkpoint(tmp_path / "home/step-1").parent
     before = tree(tmp_path)
     one = run / "checkpoints/step-00000020.0001"
     for target, code, text in (
-        (home, 1, "contains step-1/"),
-        (run, 2, "lie in one another"),
-        (one / "inner", 2, "lie in one another"),
-        (tmp_path, 2, "lie in one another"),
+        (parent, 1, "contains step-1/"),
+        (run, 2, "overlap"),
+        (one / "subfolder", 2, "overlap"),
+        (tmp_path, 2, "overlap"),
     ):
-        found, _, err = call(capsys, "copy", one, target, "--yes")
-        assert (found, text in err) == (code, True), err
+        exit_code, _, err = call(capsys, "copy", one, target, "--yes")
+        assert (exit_code, text in err) == (code, True), err
     assert call(capsys, "copy", run, run, "--yes")[0] == 2
     assert tree(tmp_path) == before
 
 
-def test_what_is_no_run_is_not_overwritten_by_one(run, tmp_path, capsys):
+def test_copy_into_folder_with_user_files_is_rejected(run, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/config.yaml").write_text("precious")
     code, _, err = call(capsys, "copy", run, tmp_path / "mine", "--yes")
-    assert (code, "has config.yaml in it" in err) == (2, True)
+    assert (code, "contains config.yaml" in err) == (2, True)
     assert tree(tmp_path / "mine") == {"config.yaml": b"precious"}
 
 
-def test_nothing_is_deleted_for_a_source_that_is_damaged(tmp_path, capsys):
+def test_copy_of_damaged_source_deletes_nothing(tmp_path, capsys):
     source, target = one_checkpoint(tmp_path / "a"), one_checkpoint(tmp_path / "b", 2.0)
     (shard,) = source.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
@@ -342,14 +344,14 @@ def test_nothing_is_deleted_for_a_source_that_is_damaged(tmp_path, capsys):
     assert tree(target) == before
 
 
-def test_a_folder_of_checkpoints_is_copied_whole_whatever_they_are_called(tmp_path, capsys):
+def test_copy_of_folder_copies_checkpoints_with_any_name(tmp_path, capsys):
     for name in ("ckpt", "zz-5"):
         one_checkpoint(tmp_path / "ckpt" / name)
     out = json.loads(call(capsys, "copy", tmp_path / "ckpt", tmp_path / "to", "--json")[1])
     assert sorted(out["copied"]) == [0, 5]
 
 
-# --- refusals ----------------------------------------------------------------------------------
+# --- rejected input ----------------------------------------------------------------------------
 
 
 def altered(run: Path, change) -> Path:
@@ -392,18 +394,18 @@ def saved(path: Path) -> Path:
 
 @pytest.mark.parametrize("verb", ["show", "verify", "diff", "prune", "copy"])
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_input_is_named_in_one_line_and_nothing_is_changed(run, tmp_path, capsys, kind, verb):
-    make_it, code, text = BAD[kind]
-    place = make_it(run, tmp_path)
+def test_bad_input_reports_one_line_and_changes_nothing(run, tmp_path, capsys, kind, verb):
+    create, code, text = BAD[kind]
+    path = create(run, tmp_path)
     if verb == "copy" and kind in ("DCP", "torch.save"):
-        return  # which it brings
+        return  # converted
     before = tree(tmp_path)
-    more = {"diff": [place], "copy": [tmp_path / "target"], "prune": ["--yes"]}.get(verb, [])
-    found, out, err = call(capsys, verb, place, *more)
+    more = {"diff": [path], "copy": [tmp_path / "target"], "prune": ["--yes"]}.get(verb, [])
+    exit_code, out, err = call(capsys, verb, path, *more)
     if verb == "verify" and code == 1:
-        assert (found, text in out) == (1, True)  # it goes through all, and says of each
+        assert (exit_code, text in out) == (1, True)  # reports the result of each checkpoint
     else:
-        assert (found, out) == (code, "")
+        assert (exit_code, out) == (code, "")
         assert text in err
         assert err.count("\n") == 1
     assert tree(tmp_path) == before
@@ -418,10 +420,10 @@ def test_bad_input_is_named_in_one_line_and_nothing_is_changed(run, tmp_path, ca
         (["list", "a", "--yess"], "no flag '--yess'"),
         (["prune", "a", "keeplast=2"], "did you mean 'keep_last'"),
         (["show", "a", "store.endpoint=x"], "store.endpoint=x"),
-        (["diff", "a"], "give two paths, or one path and step=A,B"),
+        (["diff", "a"], "pass two paths, or one path and step=A,B"),
     ],
 )
-def test_what_was_typed_wrong_is_said_with_the_usage(capsys, arguments, text):
+def test_invalid_arguments_report_usage(capsys, arguments, text):
     code, out, err = call(capsys, *arguments)
     assert (code, out) == (2, "")
     assert text in err
@@ -429,10 +431,10 @@ def test_what_was_typed_wrong_is_said_with_the_usage(capsys, arguments, text):
 
 
 def rewritten(folder: Path, change) -> None:
-    """Change a manifest's content, with a right checksum."""
+    """Change a manifest's content and update its checksum."""
     path = folder / "manifest.json"
-    made = manifest.from_bytes(path.read_bytes(), "")
-    path.write_bytes(manifest.to_bytes(replace(made, **change(made))))
+    original = manifest.from_bytes(path.read_bytes(), "")
+    path.write_bytes(manifest.to_bytes(replace(original, **change(original))))
 
 
 @pytest.mark.parametrize("change", [
@@ -443,9 +445,9 @@ def rewritten(folder: Path, change) -> None:
     {"objects": {"dcp": []}}, {"objects": {"dcp": {"objects": 1, "opaque": {}, "paths": {}}}},
     {"objects": {"a": {(1, 2): float("nan")}, "b": "\udc80"}},
 ])  # fmt: skip
-def test_odd_values_in_a_manifest_are_shown_and_never_a_traceback(run, capsys, change):
+def test_odd_manifest_values_never_raise(run, capsys, change):
     folder = run / "checkpoints/step-00000020.0001"
-    rewritten(folder, lambda made: change)
+    rewritten(folder, lambda original: change)
     for verb in ("list", "show", "verify", "diff", "prune"):
         for form in ([], ["--json"]):
             more = {"diff": ["step=20,30"], "show": ["step=20"], "prune": ["keep_last=9", "--yes"]}
@@ -459,16 +461,16 @@ def test_odd_values_in_a_manifest_are_shown_and_never_a_traceback(run, capsys, c
             dcp.load({"x": torch.ones(1)}, storage_reader=PerdureStorageReader(folder))
 
 
-def test_a_manifest_that_names_what_its_shards_lack_is_damage(run, capsys):
+def test_verify_reports_tensor_missing_in_shard(run, capsys):
     folder = run / "checkpoints/step-00000020.0001"
     ghost = manifest.TensorEntry("F32", (2,), file=0)
-    rewritten(folder, lambda made: {"tensors": {**made.tensors, "ghost": ghost}})
+    rewritten(folder, lambda original: {"tensors": {**original.tensors, "ghost": ghost}})
     code, out, _ = call(capsys, "verify", run)
     assert (code, "'ghost'" in out) == (1, True)
 
 
 @pytest.mark.parametrize("record", ['{"attempt": "2"}', '{"attempt": 2, "resumed_from": 5}', "[]"])
-def test_a_record_that_is_none_is_said_and_not_a_reason_to_delete(run, capsys, record):
+def test_invalid_attempt_record_is_reported_and_nothing_deleted(run, capsys, record):
     (run / "attempts/0002.json").write_text(record)
     for verb in ("list", "prune"):
         code, _, err = call(capsys, verb, run, *(["--yes"] if verb == "prune" else []))
@@ -481,7 +483,7 @@ def test_a_record_that_is_none_is_said_and_not_a_reason_to_delete(run, capsys, r
     ["list", "RUN", "store.endpoint_url=["], ["list", "RUN", "store.[=1"],
     ["prune", "RUN", "keep_last=" + "9" * 5000], ["list", "s3://"],
 ])  # fmt: skip
-def test_odd_arguments_are_refused(run, capsys, arguments):
+def test_odd_arguments_are_rejected(run, capsys, arguments):
     before = tree(run)
     code, out, err = call(capsys, *(word.replace("RUN", str(run)) for word in arguments))
     assert (code, out) == (2, "")
@@ -489,7 +491,7 @@ def test_odd_arguments_are_refused(run, capsys, arguments):
     assert tree(run) == before
 
 
-def test_a_name_cannot_move_the_cursor(tmp_path, capsys):
+def test_show_escapes_control_characters(tmp_path, capsys):
     state = {"\x1b[31mred\n": torch.ones(2)}
     dcp.save(state, storage_writer=PerdureStorageWriter(tmp_path / "a"), no_dist=True)
     out = call(capsys, "show", tmp_path / "a")[1]
@@ -497,13 +499,13 @@ def test_a_name_cannot_move_the_cursor(tmp_path, capsys):
     assert "\\x1b[31mred\\n" in out
 
 
-def test_steps_that_are_not_there_are_listed(run, capsys):
+def test_show_missing_step_lists_steps(run, capsys):
     code, _, err = call(capsys, "show", run, "step=11")
     assert (code, "available: 10, 20, 30" in err) == (2, True)
     code, _, err = call(capsys, "show", run, "step=best")
     assert code == 0
 
 
-def test_help_says_how(capsys):
+def test_help_exit_codes(capsys):
     assert call(capsys, "--help")[0] == 0
     assert call(capsys)[0] == 2

@@ -42,7 +42,7 @@ class _Chunk:
 
 
 class DcpFolder:
-    """A foreign.Source; reads only what is asked for.
+    """A formats.Source; reads only what is asked for.
 
     Args:
         url: of the folder.

@@ -63,7 +63,7 @@ class Source(Protocol):
         """
 
 
-def open_foreign(
+def open_external(
     url: str,
     settings: ObjectStore = ObjectStore(),  # noqa: B008 (frozen)
     *,

@@ -146,7 +146,7 @@ def is_folder(store: Store, names: list[str]) -> bool:
 
 
 class OneflowFolder:
-    """A foreign.Source; reads only what is asked for.
+    """A formats.Source; reads only what is asked for.
 
     Args:
         url: of the folder.

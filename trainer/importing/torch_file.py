@@ -15,7 +15,7 @@ _Where = tuple[str | int, ...]
 
 
 class TorchFile:
-    """A foreign.Source: a dict, nested as it likes; a whole module stands for its state dict.
+    """A formats.Source: a dict, nested as it likes; a whole module stands for its state dict.
 
     Args:
         url: of the file.

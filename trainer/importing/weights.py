@@ -12,7 +12,7 @@ from trainer.checkpoint.select import Selection
 from trainer.config.schema import Init, ObjectStore
 from trainer.errors import ConfigError
 from trainer.importing.fit import Fit
-from trainer.importing.formats import Source, open_foreign
+from trainer.importing.formats import Source, open_external
 from trainer.importing.names import find_weights
 from trainer.importing.pickles import RefusedError
 from trainer.storage import open_store
@@ -91,7 +91,7 @@ def open_weights(
     if selection is not None:
         return _PerdureSource(selection), selection.skipped
     try:
-        found = open_foreign(url, settings, on_pickle=on_pickle)
+        found = open_external(url, settings, on_pickle=on_pickle)
     except RefusedError as error:
         if open_store(url, settings).entries(""):  # no pickle in a folder is ever run
             raise

@@ -89,7 +89,7 @@ def test_reading_the_whole_into_memory_would_be_too_much(large):
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (("verify", "one"), 0, "whole, 420 MB read"),
+        (("verify", "one"), 0, "intact, 420 MB read"),
         (("diff", "one", "two"), 1, "equal   1 tensor"),
         (("copy", "one", "copied"), 0, "1 checkpoint copied"),
     ],

@@ -24,7 +24,7 @@ from trainer.export.contract import ExportError
 from trainer.export.exporting import export
 from trainer.export.subject import Choices
 from trainer.importing import oneflow, weights
-from trainer.importing.formats import open_foreign
+from trainer.importing.formats import open_external
 from trainer.storage import open_store
 from trainer.training import loop
 from trainer.training.contents import collect
@@ -348,7 +348,7 @@ def test_a_folder_of_oneflow_is_what_protobuf_and_our_reader_say(tmp_path):
     model = net(1)
     done = export(of_model(tmp_path / "run", model), "oneflow")
     expected = model.state_dict()
-    source = open_foreign(done.url)
+    source = open_external(done.url)
     equal({name: source.fetch(name) for name in source.tensors}, expected)
     for name, value in expected.items():
         info = text_format.Parse((done.path / name / "meta").read_text(), Info())

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from trainer.errors import CheckpointError
 from trainer.importing import pickles
-from trainer.importing.formats import open_foreign
+from trainer.importing.formats import open_external
 
 __all__ = ["brought"]
 
@@ -38,7 +38,7 @@ def stored(found, name):
 
 
 def test_a_dcp_folder_is_read_back_as_it_was_saved(tmp_path, brought):
-    source = open_foreign(brought(save_dcp(tmp_path / "a", a_state())))
+    source = open_external(brought(save_dcp(tmp_path / "a", a_state())))
     assert source.kind == "a DCP folder (torch.distributed.checkpoint)"
     assert source.tensors["model.half"] == (torch.bfloat16, (4,))
     assert source.paths["optimizer.param_groups.0.lr"] == ("optimizer", "param_groups", 0, "lr")
@@ -49,13 +49,13 @@ def test_a_dcp_folder_is_read_back_as_it_was_saved(tmp_path, brought):
 
 def test_a_dcp_folder_without_a_planners_paths_has_its_own_names(tmp_path):
     url = tampered(tmp_path / "a", lambda found: setattr(found, "planner_data", None))
-    assert open_foreign(url).paths["model.w"] == ("model.w",)
+    assert open_external(url).paths["model.w"] == ("model.w",)
 
 
 def test_objects_that_torch_would_unpickle_stay_bytes(tmp_path):
     bomb = tmp_path / "bomb"
     state = {"stream": io.BytesIO(b"x"), "bomb": Bomb(bomb), "pair": (1, torch.ones(2)), "n": 1}
-    source = open_foreign(save_dcp(tmp_path / "a", state))
+    source = open_external(save_dcp(tmp_path / "a", state))
     assert source.objects["n"] == 1
     pair = torch.load(io.BytesIO(source.objects["pair"]), weights_only=True)
     assert torch.equal(pair[1], torch.ones(2))
@@ -78,7 +78,7 @@ def test_a_bomb_in_the_metadata_is_named_and_never_goes_off(tmp_path):
         folder.mkdir()
         (folder / ".metadata").write_bytes(pickle.dumps(content))
         with pytest.raises(CheckpointError, match=r"/\.metadata asks for posix\.system, which"):
-            open_foreign(str(folder))
+            open_external(str(folder))
     assert not bomb.exists()
 
 
@@ -106,7 +106,7 @@ def test_a_part_that_is_a_bomb_is_refused(tmp_path):
         info = stored(found, "model.w")
         info.relative_path, info.offset, info.length = "evil.distcp", 0, len(blob.getvalue())
 
-    source = open_foreign(tampered(tmp_path / "a", change))
+    source = open_external(tampered(tmp_path / "a", change))
     with pytest.raises(CheckpointError, match=r"evil\.distcp: tensor 'model\.w' asks for posix"):
         source.fetch("model.w")
     assert not bomb.exists()
@@ -120,7 +120,7 @@ def test_no_file_outside_of_the_folder_is_opened(tmp_path, path):
         stored(found, "model.w").relative_path = path
 
     with pytest.raises(CheckpointError, match=r"names .*which (is no file|would lie outside)"):
-        open_foreign(tampered(tmp_path / "a", change))
+        open_external(tampered(tmp_path / "a", change))
 
 
 def in_two(found):
@@ -141,7 +141,7 @@ def in_two(found):
 ])  # fmt: skip
 def test_metadata_that_contradicts_itself_is_refused(tmp_path, change, text):
     with pytest.raises(CheckpointError, match=text):
-        open_foreign(tampered(tmp_path / "a", change))
+        open_external(tampered(tmp_path / "a", change))
 
 
 def swap(found):
@@ -162,7 +162,7 @@ def cut(found):
     (lambda found: setattr(stored(found, "model.w"), "offset", 1), "not what torch.save writes"),
 ])  # fmt: skip
 def test_bytes_that_do_not_fit_the_metadata_are_refused(tmp_path, change, text):
-    source = open_foreign(tampered(tmp_path / "a", change))
+    source = open_external(tampered(tmp_path / "a", change))
     with pytest.raises(CheckpointError, match=text):
         source.fetch("model.w")
 
@@ -175,14 +175,14 @@ def test_a_damaged_part_is_refused_with_the_name_of_its_file(tmp_path):
     data[info.offset + 8 : info.offset + info.length] = bytes(info.length - 8)
     file.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp: tensor 'model\.w' cannot be read"):
-        open_foreign(url).fetch("model.w")
+        open_external(url).fetch("model.w")
 
 
 def test_a_dcp_folder_of_another_serialization_is_refused(tmp_path):
     state = {"w": torch.ones(30)}
     url = save_dcp(tmp_path / "a", state, serialization_format=SerializationFormat.SAFETENSORS)
     with pytest.raises(CheckpointError, match="serialization_format=SAFETENSORS, which is not"):
-        open_foreign(url).fetch("w")
+        open_external(url).fetch("w")
 
 
 def test_metadata_that_was_cut_or_altered_is_an_error_and_never_a_traceback(tmp_path):
@@ -192,10 +192,10 @@ def test_metadata_that_was_cut_or_altered_is_an_error_and_never_a_traceback(tmp_
     for cut_at in range(0, len(data), 11):
         file.write_bytes(data[:cut_at])
         with pytest.raises(CheckpointError, match="metadata"):
-            open_foreign(str(folder))
+            open_external(str(folder))
     for at in range(0, len(data), 5):
         file.write_bytes(data[:at] + bytes([data[at] ^ 0x11]) + data[at + 1 :])
         try:
-            nested(open_foreign(str(folder)))
+            nested(open_external(str(folder)))
         except CheckpointError:
             continue

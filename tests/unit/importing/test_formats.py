@@ -16,7 +16,7 @@ from torch import nn
 from trainer.checkpoint import lineage
 from trainer.checkpoint.manifest import shard_name
 from trainer.errors import CheckpointError, StoreError
-from trainer.importing.formats import open_foreign
+from trainer.importing.formats import open_external
 
 __all__ = ["brought"]
 
@@ -42,7 +42,7 @@ nests = st.recursive(
 @given(st.dictionaries(keys, nests, max_size=4), st.booleans())
 def test_whatever_torch_saves_comes_back(tmp_path_factory, state, is_zip):
     path = tmp_path_factory.mktemp("torch") / "a.pt"
-    source = open_foreign(save_torch(path, state, _use_new_zipfile_serialization=is_zip))
+    source = open_external(save_torch(path, state, _use_new_zipfile_serialization=is_zip))
     same(nested(source), state)
 
 
@@ -50,7 +50,7 @@ def test_whatever_torch_saves_comes_back(tmp_path_factory, state, is_zip):
 def test_a_torch_file_from_anywhere(tmp_path, brought, is_zip):
     state = a_state() | {"optimizer": {"state": {0: {"m": torch.ones(2)}}}}
     path = save_torch(tmp_path / "a.pt", state, _use_new_zipfile_serialization=is_zip)
-    source = open_foreign(brought(path))
+    source = open_external(brought(path))
     assert source.kind == "a torch.save file"
     assert source.paths["optimizer.state.0.m"] == ("optimizer", "state", "0", "m")
     same(nested(source), state)
@@ -59,7 +59,7 @@ def test_a_torch_file_from_anywhere(tmp_path, brought, is_zip):
 def test_shared_storage_is_found_and_only_where_all_of_it_is_the_same(tmp_path):
     w = torch.randn(4, 4)
     state = {"a": w, "b": w, "t": w.t(), "part": w[1:], "e": torch.empty(0), "f": torch.empty(0)}
-    source = open_foreign(save_torch(tmp_path / "a.pt", state))
+    source = open_external(save_torch(tmp_path / "a.pt", state))
     assert source.aliases == {"b": "a"}
     assert sorted(source.tensors) == ["a", "e", "f", "part", "t"]
     same(nested(source), state)
@@ -76,7 +76,7 @@ def test_shared_storage_is_found_and_only_where_all_of_it_is_the_same(tmp_path):
 ])  # fmt: skip
 def test_what_is_no_dict_of_plain_tensors_and_values_is_refused(tmp_path, state, text):
     with pytest.raises(CheckpointError, match=text) as caught:
-        open_foreign(save_torch(tmp_path / "a.pt", state))
+        open_external(save_torch(tmp_path / "a.pt", state))
     assert "\n" not in str(caught.value)
 
 
@@ -84,7 +84,7 @@ def test_a_dict_that_contains_itself_is_refused(tmp_path):
     state = {}
     state["again"] = state
     with pytest.raises(CheckpointError, match="or contains itself"):
-        open_foreign(save_torch(tmp_path / "a.pt", state))
+        open_external(save_torch(tmp_path / "a.pt", state))
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
@@ -92,7 +92,7 @@ def test_a_bomb_in_a_torch_file_never_goes_off(tmp_path, is_zip):
     state = {"w": torch.ones(2), "x": Bomb(tmp_path / "bomb")}
     path = save_torch(tmp_path / "a.pt", state, _use_new_zipfile_serialization=is_zip)
     with pytest.raises(CheckpointError, match=r"a\.pt asks for posix\.system, which is not made"):
-        open_foreign(path)
+        open_external(path)
     assert not (tmp_path / "bomb").exists()
 
 
@@ -104,7 +104,7 @@ def test_a_torch_file_that_was_cut_is_an_error_and_never_a_traceback(tmp_path, i
     for cut_at in range(32, len(data) - 8, len(data) // 40):
         path.write_bytes(data[:cut_at])
         with pytest.raises(CheckpointError, match=r"a\.pt"):
-            open_foreign(str(path))
+            open_external(str(path))
 
 
 # --- safetensors -------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ TENSORS = {"a.w": torch.randn(3, 2), "a.b": torch.ones(2).half(), "n": torch.ten
 
 def test_a_safetensors_file_from_anywhere(tmp_path, brought):
     safetensors.torch.save_file(TENSORS, tmp_path / "a.safetensors")
-    source = open_foreign(brought(tmp_path / "a.safetensors"))
+    source = open_external(brought(tmp_path / "a.safetensors"))
     assert source.kind == "a safetensors file"
     assert (source.paths["a.w"], source.objects) == (("a.w",), {})
     same(
@@ -137,7 +137,7 @@ def test_a_folder_of_safetensors_files(tmp_path, brought, with_index):
     if with_index:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
         (folder / "other.safetensors").write_bytes(b"not in the index")
-    source = open_foreign(brought(folder))
+    source = open_external(brought(folder))
     assert source.kind == "a folder of safetensors files"
     assert set(source.tensors) == set(TENSORS)
     assert all(torch.equal(source.fetch(name), value) for name, value in TENSORS.items())
@@ -147,7 +147,7 @@ def test_names_that_safetensors_left_out_are_aliases(tmp_path):
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     model["b"].weight = model["a"].weight
     safetensors.torch.save_model(model, str(tmp_path / "a.safetensors"))
-    source = open_foreign(str(tmp_path / "a.safetensors"))
+    source = open_external(str(tmp_path / "a.safetensors"))
     assert source.aliases == {"b.weight": "a.weight"}
     assert torch.equal(source.fetch("b.weight"), model["a"].weight)
 
@@ -165,14 +165,14 @@ def test_a_folder_that_cannot_be_taken_as_it_is(tmp_path, brought, files, text):
         data = content if isinstance(content, bytes) else safetensors.torch.save(content)
         (tmp_path / "hf" / name).write_bytes(data)
     with pytest.raises(CheckpointError, match=text):
-        open_foreign(brought(tmp_path / "hf"))
+        open_external(brought(tmp_path / "hf"))
 
 
 def test_one_ranks_part_of_safetensors_is_refused(tmp_path):
     data = safetensors.torch.save(TENSORS, metadata={"DCP_SHARDING_INFO": "{}"})
     (tmp_path / "shard-00001-model-00001-of-00001.safetensors").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"one rank's part .*consolidate_safetensors_files"):
-        open_foreign(str(tmp_path))
+        open_external(str(tmp_path))
 
 
 # --- neither of them ---------------------------------------------------------------------------
@@ -184,9 +184,9 @@ def test_what_is_none_of_these_is_none(tmp_path):
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"w": [1.0]}))
     (tmp_path / "nothing").write_bytes(b"")
     for name in ("empty", "text", "plain.pkl", "nothing", "absent", "text/inner"):
-        assert open_foreign(str(tmp_path / name)) is None
+        assert open_external(str(tmp_path / name)) is None
     for url in ("memory://nowhere", "memory://nowhere/a.pt", "/", "."):
-        assert open_foreign(url) is None
+        assert open_external(url) is None
 
 
 def test_our_own_checkpoints_are_not_foreign_committed_or_not(tmp_path):
@@ -195,7 +195,7 @@ def test_our_own_checkpoints_are_not_foreign_committed_or_not(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(safetensors.torch.save(TENSORS))
         (tmp_path / name / name).write_bytes(b"")
-        assert open_foreign(str(tmp_path / name)) is None
+        assert open_external(str(tmp_path / name)) is None
 
 
 def test_a_disk_without_space_for_a_remote_file_is_no_damage(tmp_path, monkeypatch):
@@ -209,4 +209,4 @@ def test_a_disk_without_space_for_a_remote_file_is_no_damage(tmp_path, monkeypat
 
     monkeypatch.setattr("tempfile.NamedTemporaryFile", Full)
     with pytest.raises(StoreError, match="No space left on device; set TMPDIR"):
-        open_foreign(url)
+        open_external(url)

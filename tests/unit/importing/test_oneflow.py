@@ -12,7 +12,7 @@ from support.state_dicts import brought, oneflow_folder
 
 from trainer.errors import CheckpointError
 from trainer.importing import oneflow
-from trainer.importing.formats import open_foreign
+from trainer.importing.formats import open_external
 
 __all__ = ["brought"]
 
@@ -112,7 +112,7 @@ TENSORS = {
 
 
 def test_a_folder_from_anywhere_is_read_bit_for_bit(tmp_path, brought):
-    source = open_foreign(brought(oneflow_folder(tmp_path / "of", TENSORS)))
+    source = open_external(brought(oneflow_folder(tmp_path / "of", TENSORS)))
     assert source.kind == "a folder of OneFlow variables"
     assert set(source.tensors) == set(source.paths) == set(TENSORS)
     assert (source.aliases, source.objects) == ({}, {})
@@ -128,7 +128,7 @@ def test_a_folder_from_anywhere_is_read_bit_for_bit(tmp_path, brought):
 def test_a_folder_that_was_not_finished_is_refused(tmp_path, brought):
     (oneflow_folder(tmp_path / "of", TENSORS) / "snapshot_done").unlink()
     with pytest.raises(CheckpointError, match="no snapshot_done, which is written last"):
-        open_foreign(brought(tmp_path / "of"))
+        open_external(brought(tmp_path / "of"))
 
 
 @pytest.mark.parametrize(("key", "content", "text"), [
@@ -150,17 +150,17 @@ def test_a_variable_that_is_not_what_it_says_is_refused(tmp_path, brought, key, 
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match=text):
-        open_foreign(brought(tmp_path / "of"))
+        open_external(brought(tmp_path / "of"))
 
 
 def test_bytes_that_are_no_truth_values_are_refused(tmp_path):
     (oneflow_folder(tmp_path / "of", TENSORS) / "mask" / "out").write_bytes(b"\x01\x02")
     with pytest.raises(CheckpointError, match="other bytes than 0 and 1"):
-        open_foreign(str(tmp_path / "of")).fetch("mask")
+        open_external(str(tmp_path / "of")).fetch("mask")
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path):
-    source = open_foreign(str(oneflow_folder(tmp_path / "of", TENSORS)))
+    source = open_external(str(oneflow_folder(tmp_path / "of", TENSORS)))
     (tmp_path / "of" / "fc.weight" / "out").write_bytes(b"")
     with pytest.raises(CheckpointError, match="cut short while it was read"):
         source.fetch("fc.weight")

@@ -1,0 +1,89 @@
+"""python -m trainer.checkpoints list|show|verify|diff|prune|copy PATH [key=value…] [--json].
+
+`prune` and `copy` ask before they delete. The other verbs only read.
+"""
+
+import io
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+from trainer import cli
+from trainer.checkpoints.answer import Answer
+from trainer.checkpoints.copy import copy
+from trainer.checkpoints.diff import diff
+from trainer.checkpoints.listing import list_checkpoints
+from trainer.checkpoints.prune import prune
+from trainer.checkpoints.show import show
+from trainer.checkpoints.verify import verify
+from trainer.cli import Arguments
+from trainer.errors import ConfigError, closest
+
+_USAGE = """usage: python -m trainer.checkpoints VERB PATH [key=value…] [--json]
+  list PATH                     step, attempt, size, age, ranks, state and metrics
+  show PATH [step=…]            contents of one checkpoint
+  verify PATH [step=…]          read every byte and name the first damaged tensor (default: all)
+  diff PATH OTHER [step=…]      differences between two checkpoints; with one PATH and step=A,B,
+                                between two of its steps
+  prune PATH [keep_last=…] [keep_best=…] [keep_every_steps=…]
+                                delete checkpoints outside of the retention policy, and orphaned
+                                files (default: the policy in the run's configuration)
+  copy PATH TARGET [step=…]     copy, verified, to another directory or bucket (default: all);
+                                converts DCP folders, torch.save and safetensors files
+  PATH    run directory, folder of checkpoints, or one checkpoint; local, s3://… or another URL
+  step    latest, best, all, or a number (default: latest, unless noted)
+  --json  one JSON object on standard output instead of text
+  --yes   delete without asking
+  store.endpoint_url=… and the other store.* settings of trainer.run
+exit codes: 0 done (diff: equal), 1 damage, or a difference, 2 invalid arguments, nothing done"""
+
+_OPTIONS = {
+    "list": {},
+    "show": {"step": "latest"},
+    "verify": {"step": "all"},
+    "diff": {"step": "latest"},
+    "prune": {"keep_last": "", "keep_best": "", "keep_every_steps": ""},
+    "copy": {"step": "all"},
+}
+_VERBS: Mapping[str, Callable[[Arguments], Answer]] = {
+    "list": list_checkpoints,
+    "show": show,
+    "verify": verify,
+    "diff": lambda arguments: diff(arguments, _USAGE),
+    "prune": prune,
+    "copy": copy,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    interrupted = "interrupted; checkpoints copied or deleted before stay copied or deleted"
+    return cli.command(argv, _USAGE, _run, interrupted=interrupted)
+
+
+def _run(argv: list[str]) -> int:
+    verb, rest = argv[0], argv[1:]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if verb not in _VERBS:
+        raise ConfigError(f"unknown verb {verb!r}{closest(verb, _VERBS)}\n{_USAGE}")
+    flags = ["--json", "--yes"] if verb in ("prune", "copy") else ["--json"]
+    places = {"diff": (1, 2), "copy": (2,)}.get(verb, (1,))
+    arguments = cli.parse(rest, _USAGE, options=_OPTIONS[verb], flags=flags, places=places)
+    code, content, text = _VERBS[verb](arguments)
+    if "--json" in arguments.flags:
+        text = json.dumps(_strict(content), indent=1, ensure_ascii=False)
+    print(text, flush=True)
+    return code
+
+
+def _strict(value: Any) -> Any:
+    """Return a value as strict JSON; values that JSON does not have become their repr."""
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    is_plain = value is None or type(value) in (bool, int, str)
+    return value if is_plain or (type(value) is float and isfinite(value)) else repr(value)

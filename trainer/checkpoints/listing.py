@@ -1,0 +1,32 @@
+"""`list`: one line for each checkpoint folder."""
+
+from trainer.checkpoint.inspection import inspect
+from trainer.checkpoints.answer import Answer, open_checkpoints, status_json
+from trainer.cli import Arguments
+from trainer.core.formatting import age, size, table
+from trainer.errors import DONE
+
+
+def list_checkpoints(arguments: Arguments) -> Answer:
+    """Return a table of all checkpoint folders."""
+    location = open_checkpoints(arguments.places[0], arguments.store)
+    statuses = inspect(location)
+    rows = [["step", "attempt", "size", "age", "ranks", "state", "metrics"]]
+    for status in statuses:
+        rows.append(
+            [
+                f"{status.commit.step:,}",
+                str(status.commit.attempt),
+                size(status.size_bytes),
+                "" if status.saved_s is None else age(status.saved_s),
+                "" if status.manifest is None else str(status.manifest.world_size),
+                status.state + (f": {status.reason}" if status.reason else ""),
+                ", ".join(f"{name} {value:.4g}" for name, value in status.metrics.items()),
+            ]
+        )
+    content = {
+        "path": location.url,
+        "is_run": location.is_run,
+        "checkpoints": [*map(status_json, statuses)],
+    }
+    return DONE, content, table(rows) if statuses else f"{location.url} has no checkpoints yet"
