@@ -86,6 +86,7 @@ def runs(world, folder, options):
     from support.gan_jobs import gan_job, images, phased
 
     from trainer.training import loop, parallel, resume, sample_outputs
+    from trainer.training.step import warm_up
     from trainer.core import rng
     from trainer.checkpoint import lineage
     from trainer.checkpoint.retention import Retention

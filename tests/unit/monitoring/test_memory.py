@@ -1,4 +1,4 @@
-"""Sizes that are foretold, against what is there after a step, and on the disk after a save."""
+"""Estimated sizes against the real ones after a step and after a save."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from trainer.training.ema import Ema
 
 
 class Shapes(nn.Module):
-    """Parameters of nought to four axes, two of them tied, one frozen, one in half precision."""
+    """Parameters with zero to four axes: two tied, one frozen, one in half precision."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_the_state_of_an_optimizer_is_foretold(kind):
+def test_measure_predicts_optimizer_state(kind):
     model = Shapes()
     if kind in ("fused", "foreach"):
         model.narrow.data = model.narrow.data.float()
@@ -60,7 +60,7 @@ def test_the_state_of_an_optimizer_is_foretold(kind):
     optimizer = OPTIMIZERS[kind](trained)
     before = [parameter.clone() for parameter in model.parameters()]
     keys = len(optimizer.state)
-    found = memory.measure(model, [optimizer], {}, 1)
+    sizes = memory.measure(model, [optimizer], {}, 1)
     assert len(optimizer.state) == keys
     assert all(map(torch.equal, model.parameters(), before))
     for parameter in trained:
@@ -68,35 +68,35 @@ def test_the_state_of_an_optimizer_is_foretold(kind):
     optimizer.step()
     states = [value for state in optimizer.state.values() for value in state.values()]
     real = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
-    assert found.optimizer_bytes == real
-    assert found.gradients_bytes == sum(parameter.grad.nbytes for parameter in trained)
-    assert found.weights_bytes == sum(p.nbytes for p in model.parameters()) + 24
-    assert found.parameters == sum(p.numel() for p in model.parameters())
-    assert found.trained == found.parameters - 1000
+    assert sizes.optimizer_bytes == real
+    assert sizes.gradients_bytes == sum(parameter.grad.nbytes for parameter in trained)
+    assert sizes.weights_bytes == sum(p.nbytes for p in model.parameters()) + 24
+    assert sizes.parameters == sum(p.numel() for p in model.parameters())
+    assert sizes.trained == sizes.parameters - 1000
     again = memory.measure(model, [optimizer], {}, 1)  # as after a resume
-    assert again == found
+    assert again == sizes
 
 
-class Mine(torch.optim.SGD):
-    """Not one of torch's: what it keeps is its own business."""
+class ThirdParty(torch.optim.SGD):
+    """A third-party optimizer."""
 
 
-@pytest.mark.parametrize("make", [torch.optim.LBFGS, lambda p: Mine(p, lr=0.1)])
-def test_what_cannot_be_foretold_is_unknown(make):
+@pytest.mark.parametrize("make", [torch.optim.LBFGS, lambda p: ThirdParty(p, lr=0.1)])
+def test_measure_returns_none_for_unknown_optimizer_state(make):
     model = Net()
-    found = memory.measure(model, [make(model.parameters())], {}, 1)
-    assert (found.optimizer_bytes, found.checkpoint_bytes) == (None, None)
-    assert found.weights_bytes > 0
+    sizes = memory.measure(model, [make(model.parameters())], {}, 1)
+    assert (sizes.optimizer_bytes, sizes.checkpoint_bytes) == (None, None)
+    assert sizes.weights_bytes > 0
 
 
 @pytest.mark.parametrize("averaged", [False, True])
-def test_a_checkpoint_is_about_as_large_as_foretold(tmp_path, averaged):
+def test_measure_predicts_checkpoint_size(tmp_path, averaged):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 300), nn.Linear(300, 300), nn.Linear(300, 3))
     job = a_job(model=model, optimizer=lambda m: torch.optim.Adam(m.parameters()), max_steps=1)
     job.ema = Ema(model, 0.9) if averaged else None
     averages = job.ema.averages if averaged else {}
-    found = memory.measure(model, [job.phases[0].optimizer], averages, 1)
+    sizes = memory.measure(model, [job.phases[0].optimizer], averages, 1)
     loop.train(job, State(), a_saver(tmp_path), Stop(job.world))
     real = sum(file.stat().st_size for file in tmp_path.glob("checkpoints/*/*"))
-    assert found.checkpoint_bytes == pytest.approx(real, rel=0.05)
+    assert sizes.checkpoint_bytes == pytest.approx(real, rel=0.05)
