@@ -25,7 +25,7 @@ def begin(world: World, store: LocalStore, **settings) -> Saver:
     world.from_rank0(lambda: lineage.amend(store, attempt, {"resumed_from": {"step": 0}}))
     said: list[str] = []
     retention = Retention(store, attempt, keep_last=100)
-    saver = a_saver_for(store, attempt, world, retention=retention, say=said.append, **settings)
+    saver = a_saver_for(store, attempt, world, retention=retention, log=said.append, **settings)
     saver.said = said
     return saver
 

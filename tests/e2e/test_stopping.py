@@ -185,7 +185,7 @@ def test_a_save_that_cannot_be_done_in_the_grace_time_is_not_begun(command):
     arguments = [*FRAGILE, "name=a", "preemption.grace_s=1.0"]
     code, done = run(command, "single", *arguments, SIGNAL_IN_STEP="SIGTERM", STEP_S="0.1")
     assert code == 75
-    assert "NOT SAVED" in done.stdout
+    assert "is not saved:" in done.stdout
     assert "newest checkpoint: step 5" in done.stdout
 
 

@@ -1,4 +1,4 @@
-"""When a save happens, what follows it, and what a failed one means."""
+"""Schedule, progress and failures of one attempt's saves."""
 
 import math
 import time
@@ -20,24 +20,25 @@ from trainer.core.state import State
 from trainer.errors import CheckpointError, PerdureError, SaveHangsError, StoreError
 from trainer.storage.store import Store
 
-_MAX_FAILURES_IN_A_ROW = 3
+_MAX_CONSECUTIVE_FAILURES = 3
+"""Consecutive failed saves that end the attempt."""
 
 
 class _OutOfTime(PerdureError):
-    """The grace time is over."""
+    """The time for the last save is over."""
 
 
 @dataclass(frozen=True)
 class _Flight:
-    """The save that is being written."""
+    """A save in progress."""
 
     step: int
-    began_s: float
+    started_s: float
     save: PendingSave
     stall_s: float
-    """How long the training had to wait until the save was begun."""
+    """Time for which starting the save blocked training."""
     updates_s: float
-    """How long updates had waited for earlier saves, all together."""
+    """Total time for which earlier saves had blocked updates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class SaveHooks:
 
     before_commit: Callable[[], None] = lambda: None
     """Called before each manifest is written, on the save thread."""
-    say: Callable[[str], None] = print
+    log: Callable[[str], None] = print
     """Called with messages for the user."""
     saved: Callable[[Mapping[str, Any]], None] = lambda save: None
     """Called once a save is committed, with `step`, `attempt`, `time` (start, seconds since 1970),
@@ -129,7 +130,7 @@ class Saver:
         self._last_save_s = clock()
         self._failures = 0
         self._flight: _Flight | None = None
-        self._begun = 0
+        self._started = 0
         self._is_due = False
         self._notes: list[str] = []  # messages from the save thread
 
@@ -145,7 +146,7 @@ class Saver:
 
     @property
     def update_stall_s(self) -> float:
-        """For how long updates waited until what they change was copied, all together."""
+        """Total time that updates waited for a save to copy their tensors, seconds."""
         return self._writer.stall_s
 
     @contextmanager
@@ -157,124 +158,123 @@ class Saver:
             self.stall_s += time.monotonic() - began
 
     def due_by_clock(self) -> bool:
-        """Return whether `every_s` has passed since the last save. Rank 0's answer counts."""
-        return (
-            self.policy.every_s is not None
-            and self._clock() - self._last_save_s >= self.policy.every_s
-        )
+        """Return True if `every_s` has passed since the last save; rank 0 decides."""
+        every_s = self.policy.every_s
+        return every_s is not None and self._clock() - self._last_save_s >= every_s
 
     def ended(self) -> int:
-        """Return how many saves of this attempt have ended on this rank, or take too long."""
+        """Return the number of this rank's saves that have ended or exceeded their time limit."""
         if self._flight is None:
-            return self._begun
-        late = self._clock() - self._flight.began_s > self.policy.timeout_s
-        return self._begun if late or self._flight.save.is_done else self._begun - 1
+            return self._started
+        is_late = self._clock() - self._flight.started_s > self.policy.timeout_s
+        return self._started if is_late or self._flight.save.is_done else self._started - 1
 
     def at_boundary(
         self, state: State, collect: Callable[[], Content], *, due: bool, ended: int
     ) -> None:
-        """Take note of a save that has ended; begin the one that is due, or was meanwhile.
+        """Finish a save that has ended on every rank; start one that is due or overdue.
 
         Args:
-            state: of this step.
-            collect: returns what this rank brings to a checkpoint of this step.
-            due: whether a save is due; the same on every rank.
-            ended: the least `ended()` of all ranks.
+            state: the state after this step.
+            collect: returns this rank's contents of a checkpoint of this step.
+            due: True if a save is due; the same on every rank.
+            ended: the minimum of `ended()` over all ranks.
 
         Raises:
-            CheckpointError, StoreError: a save failed and `stop_on_error`, or it was the third
-                failure in a row. Earlier checkpoints stand.
+            CheckpointError, StoreError: a save failed and `stop_on_error` is set, or it was the
+                third consecutive failure. Earlier checkpoints are intact.
             SaveHangsError: a save took longer than `timeout_s`.
             SupersededError: a newer attempt owns the run.
         """
-        if self._flight is not None and ended == self._begun:
+        if self._flight is not None and ended == self._started:
             with self._stalling():
-                self._settle(self._flight)
+                self._finish(self._flight)
         elif self._mirror is not None and self._mirror.notes:
-            self._tell()
+            self._log_notes()
         self._is_due = self._is_due or due
         if self._is_due and self._flight is None:
             with self._stalling():
-                self._begin(state, collect)
+                self._start(state, collect)
 
     def save(
         self, state: State, collect: Callable[[], Content], *, within_s: float | None = None
     ) -> bool:
-        """Save this step, unless it is committed; wait; return whether it is. Raises as above.
+        """Save this step unless it is committed, and wait; return True if it is committed.
+
+        Raises the same errors as `at_boundary`.
 
         Args:
-            state: of this step.
-            collect: as for `at_boundary`.
-            within_s: seconds that there are for it; the same on every rank. What is known not to
-                be done in time is not begun. None: as long as it takes.
+            state: the state after this step.
+            collect: as in `at_boundary`.
+            within_s: time limit in seconds, the same on every rank; a save that is expected to take
+                longer is not started. None: no limit.
         """
         until_s = None if within_s is None else self._clock() + within_s
         with self._stalling():
-            self._save_now(state, collect, until_s)
+            try:
+                self._save_now(state, collect, until_s)
+            except _OutOfTime as error:
+                if self._world.rank == 0:
+                    self._hooks.log(str(error))
         return self.committed_step == state.step
 
     def _save_now(
         self, state: State, collect: Callable[[], Content], until_s: float | None
     ) -> None:
-        try:
-            if self._flight is not None:
-                self._settle(self._flight, until_s)
-            if self.committed_step != state.step and self._fits(until_s):
-                self._begin(state, collect, is_awaited=True)
-                if self._flight is not None:
-                    self._settle(self._flight, until_s)
-            self._await_mirror(until_s)
-        except _OutOfTime as error:
-            if self._world.rank == 0:
-                self._hooks.say(str(error))
+        self.finish(until_s)
+        if self.committed_step != state.step:
+            self._check_time(state.step, until_s)
+            self._start(state, collect, is_blocking=True)
+            self.finish(until_s)
+        self._await_mirror(until_s)
 
-    def finish(self) -> None:
-        """Wait for the save that is under way, if there is one. Collective; raises as above."""
+    def finish(self, until_s: float | None = None) -> None:
+        """Wait for the save in flight, if any. Collective; raises the errors of `at_boundary`."""
         if self._flight is not None:
-            self._settle(self._flight)
+            self._finish(self._flight, until_s)
 
     def _await_mirror(self, until_s: float | None) -> None:
-        """Wait until the mirror has the newest checkpoint, or time is over, or it cannot be."""
+        """Wait until the mirror has the newest checkpoint, its copy fails, or time is over."""
         if self._mirror is None:
             return
         if not self._mirror.wait(0.0):
             step = self.committed_step or 0
             if self._world.rank == 0:
-                self._hooks.say(f"copying step {step:,} to {self._mirror.url}")
-            left_s = None if until_s is None else max(until_s - self._clock(), 0.0)
-            if not self._mirror.wait(left_s) and self._world.rank == 0:
-                self._hooks.say(
-                    f"NOT COPIED: step {step:,} is in {self._store.url} alone; the next attempt "
-                    "copies it, if it finds it there"
+                self._hooks.log(f"copying step {step:,} to {self._mirror.url}")
+            remaining_s = None if until_s is None else max(until_s - self._clock(), 0.0)
+            if not self._mirror.wait(remaining_s) and self._world.rank == 0:
+                self._hooks.log(
+                    f"warning: step {step:,} is not copied to the mirror and exists only in "
+                    f"{self._store.url}. The next attempt copies it if it can read that store"
                 )
-        self._tell()
+        self._log_notes()
 
     def _check(self) -> None:
-        """Refuse a commit that must not be. Rank 0, on the save's thread."""
+        """Check that a commit is still allowed. Rank 0, on the save thread."""
         self._hooks.before_commit()
         if self._mirror is not None and self._mirror.superseded is not None:
             raise self._mirror.superseded
 
-    def _fits(self, until_s: float | None) -> bool:
-        """Return whether a save is likely to be done in time; rank 0 decides. Collective."""
+    def _check_time(self, step: int, until_s: float | None) -> None:
+        """Raise `_OutOfTime` on every rank if rank 0 expects a save to take too long."""
         if until_s is None:
-            return True
+            return
 
-        def judge() -> None:
-            left_s = until_s - self._clock()
-            if self.save_s is not None and self.save_s > left_s:
+        def compare() -> None:
+            remaining_s = until_s - self._clock()
+            if self.save_s is not None and self.save_s > remaining_s:
                 raise _OutOfTime(
-                    f"NOT SAVED: {left_s:.0f} s are left, and a save takes {self.save_s:.0f} s"
+                    f"warning: step {step:,} is not saved: {remaining_s:.0f} s remain, but a save "
+                    f"takes {self.save_s:.0f} s"
                 )
 
-        self._world.from_rank0(judge)
-        return True
+        self._world.from_rank0(compare)
 
-    def _begin(
-        self, state: State, collect: Callable[[], Content], *, is_awaited: bool = False
+    def _start(
+        self, state: State, collect: Callable[[], Content], *, is_blocking: bool = False
     ) -> None:
         self._is_due = False
-        began_s = self._last_save_s = self._clock()
+        started_s = self._last_save_s = self._clock()
         content = collect()
         try:
             save = self._writer.start_save(
@@ -284,37 +284,36 @@ class Saver:
                 samples=state.samples,
                 config=self._config,
                 before_commit=self._check,
-                after_commit=self._committed,
-                is_blocking=is_awaited,
+                after_commit=self._delete_expired,
+                is_blocking=is_blocking,
             )
         except (CheckpointError, StoreError) as error:
-            self._failed(state.step, error)
+            self._handle_failure(state.step, error)
             return
-        self._flight = _Flight(
-            state.step, began_s, save, self._clock() - began_s, self._writer.stall_s
-        )
-        self._begun += 1
+        stall_s = self._clock() - started_s
+        self._flight = _Flight(state.step, started_s, save, stall_s, self._writer.stall_s)
+        self._started += 1
 
-    def _settle(self, flight: _Flight, until_s: float | None = None) -> None:
-        """Wait for a save to end on every rank; take note of what came of it."""
+    def _finish(self, flight: _Flight, until_s: float | None = None) -> None:
+        """Wait for a save to end on every rank; record and report its result."""
         self._flight = None
-        waits_from = self._clock()
+        began_s = self._clock()
         try:
-            made = self._world.together(lambda: self._result(flight, until_s))
+            manifest = self._world.together(lambda: self._await_result(flight, until_s))
         except (SaveHangsError, _OutOfTime):
             raise
         except (CheckpointError, StoreError) as error:
-            self._failed(flight.step, error)
+            self._handle_failure(flight.step, error)
         else:
             self.committed_step = flight.step
             self.save_s = flight.save.duration_s
             self._failures = 0
-            self._tell_of(flight, made, self._clock() - waits_from)
+            self._report(flight, manifest, self._clock() - began_s)
             self.compare_with_grace()
-        self._tell()
+        self._log_notes()
 
-    def _tell_of(self, flight: _Flight, made: Manifest, waited_s: float) -> None:
-        """Tell what a save was, and what it has cost. Any rank; rank 0 speaks."""
+    def _report(self, flight: _Flight, manifest: Manifest, waited_s: float) -> None:
+        """Pass the facts about a committed save to the hook. Rank 0 only."""
         if self._world.rank != 0:
             return
         stall_s = flight.stall_s + self._writer.stall_s - flight.updates_s + waited_s
@@ -322,40 +321,40 @@ class Saver:
             {
                 "step": flight.step,
                 "attempt": self._attempt.number,
-                "time": round(time.time() - (self._clock() - flight.began_s), 3),
+                "time": round(time.time() - (self._clock() - flight.started_s), 3),
                 "save_s": round(flight.save.duration_s, 4),
                 "stall_s": round(stall_s, 4),
-                "bytes": sum(file.bytes for file in made.files.values()),
+                "bytes": sum(file.bytes for file in manifest.files.values()),
             }
         )
 
-    def _tell(self) -> None:
-        """Say what came up on other threads."""
+    def _log_notes(self) -> None:
+        """Log messages from other threads."""
         for notes in (self._notes, self._mirror.notes if self._mirror is not None else []):
             while notes:
-                self._hooks.say(notes.pop(0))
+                self._hooks.log(notes.pop(0))
 
     def compare_with_grace(self) -> None:
-        """Say so, when a save no longer fits into the grace time. Any rank; rank 0 speaks."""
+        """Log a warning on rank 0 when saves start to take longer than the grace time."""
         fits = self.save_s is None or self.save_s <= self.policy.grace_s
         if not fits and self._fitted_grace and self._world.rank == 0:
-            self._hooks.say(
+            self._hooks.log(
                 f"warning: a save takes {self.save_s:.0f} s, longer than preemption.grace_s="
                 f"{self.policy.grace_s:.0f}, so a preempted attempt may end without a last save. "
                 "Increase the scheduler's lead time, or lower checkpoint.every_s"
             )
         self._fitted_grace = fits
 
-    def _result(self, flight: _Flight, until_s: float | None) -> Manifest:
-        hangs_s = flight.began_s + self.policy.timeout_s
-        end_s = hangs_s if until_s is None else min(hangs_s, until_s)
+    def _await_result(self, flight: _Flight, until_s: float | None) -> Manifest:
+        timeout_at_s = flight.started_s + self.policy.timeout_s
+        end_s = timeout_at_s if until_s is None else min(timeout_at_s, until_s)
         try:
             return flight.save.result(max(end_s - self._clock(), 0.0))
         except TimeoutError:
-            if end_s != hangs_s:
+            if end_s != timeout_at_s:
                 raise _OutOfTime(
-                    f"NOT SAVED: the save of step {flight.step:,} has not ended in the time that "
-                    "was left"
+                    f"warning: step {flight.step:,} is not saved: the save has not ended in the "
+                    "remaining time"
                 ) from None
             raise SaveHangsError(
                 f"the save of step {flight.step:,} has not ended after "
@@ -363,36 +362,39 @@ class Saver:
                 f"{self._store.url} hangs. Earlier checkpoints are intact"
             ) from None
 
-    def _failed(self, step: int, error: PerdureError) -> None:
+    def _handle_failure(self, step: int, error: PerdureError) -> None:
         self._failures += 1
-        if self.policy.stop_on_error or self._failures >= _MAX_FAILURES_IN_A_ROW:
+        if self.policy.stop_on_error or self._failures >= _MAX_CONSECUTIVE_FAILURES:
             raise error
         if self._world.rank == 0:
-            self._hooks.say(
-                f"SAVE FAILED at step {step:,} ({self._failures} in a row; "
-                f"{_MAX_FAILURES_IN_A_ROW} stop the run): {error}. Training goes on; earlier "
-                "checkpoints stand."
+            self._hooks.log(
+                f"warning: saving step {step:,} failed ({self._failures} consecutive; "
+                f"{_MAX_CONSECUTIVE_FAILURES} end the attempt): {error}. Training continues; "
+                "earlier checkpoints are intact"
             )
 
-    # --- after the commit, on the save's thread --------------------------------------------------
+    # --- after the commit, on the save thread ----------------------------------------------------
 
-    def _committed(self, made: Manifest) -> None:
-        """Hand it to the mirror; delete old ones. If that fails, the next save tries again."""
+    def _delete_expired(self, manifest: Manifest) -> None:
+        """Pass the commit to the mirror; delete expired checkpoints. Failures are retried."""
         if self._mirror is not None:
-            self._mirror.submit(made)
+            self._mirror.submit(manifest)
 
-        def prune() -> list[str]:
+        def delete() -> list[str]:
             pinned = self._mirror.pinned() if self._mirror is not None else ()
-            self._retention.apply(made, pinned)
+            self._retention.apply(manifest, pinned)
             return [commit.folder for commit in lineage.commits(self._store, damaged=True)]
 
         try:
             if self._is_shared:
                 if self._world.rank == 0:
-                    prune()
+                    delete()
                 return
-            kept = self._aside.from_rank0(prune)
+            folders = self._aside.from_rank0(delete)
             if self._world.local_rank == 0 and self._world.rank > 0:
-                lineage.delete_except(self._store, self._attempt, kept)
+                lineage.delete_except(self._store, self._attempt, folders)
         except (CheckpointError, StoreError) as error:
-            self._notes.append(f"OLD CHECKPOINTS WERE NOT DELETED at step {made.step:,}: {error}")
+            self._notes.append(
+                f"warning: expired checkpoints were not deleted after step {manifest.step:,}: "
+                f"{error}"
+            )

@@ -15,8 +15,9 @@ from trainer.cluster.world import World
 from trainer.errors import INTERRUPTED_TWICE
 
 DEADLINE = 1000
-"""The reason to stop that is no signal's number."""
+"""Stop reason of a deadline; larger than any signal number."""
 _POLL_S = 0.02
+"""Interval between two checks for missing data, seconds."""
 
 
 class Saves(Protocol):
@@ -50,17 +51,17 @@ NO_SAVES: Saves = _NoSaves()
 
 
 class Stop:
-    """Whether the ranks have agreed to stop, and what else they agree on at every boundary.
+    """Signals and deadlines, turned into a stop decision that all ranks share.
 
-    A vote has a whole step to travel: what one rank saw before step k is known to all at the
-    boundary after step k, at the same step on every rank. Only the first vote, and those while some
-    rank waits for data, are waited for. Making one is collective.
+    Votes are pipelined by one step: what a rank observes before step k is known to every rank at
+    the step boundary after step k. Only the first vote, and votes while some rank waits for data,
+    block. The constructor is collective.
 
     Args:
         world: the ranks.
         grace_s: seconds between a signal and SIGKILL.
-        deadline: called on rank 0 at every boundary with the seconds to reserve for saves; returns
-            True when the attempt must end.
+        deadline: called on rank 0 at every step boundary with the seconds to reserve for saves;
+            returns True when the attempt must end.
     """
 
     def __init__(
@@ -74,63 +75,63 @@ class Stop:
         self.grace_s = grace_s
         """Seconds between a signal and SIGKILL."""
         self.reason = 0
-        """Number of the signal that the ranks agreed on, `DEADLINE`, or 0."""
+        """Signal number that the ranks agreed on, `DEADLINE`, or 0."""
         self.waited_s = 0.0
-        """Seconds in which some rank had not got the data that was asked for."""
+        """Total time that ranks waited until all had their data, seconds."""
         self.boundaries = 0
-        """How often the ranks have agreed: what moves as long as the training does."""
+        """Number of votes so far; it increases as long as training progresses."""
         self._received = 0
         self._received_s: float | None = None
         self._previous: dict[int, Any] = {}
         self._votes = agreement.between(world)
         self._in_flight = False
-        self._asked: Callable[[int], bool] | None = None
+        self._has: Callable[[int], bool] | None = None
         self._stop_watching: Callable[[], None] = lambda: None
 
-    # --- what arrives ----------------------------------------------------------------------------
+    # --- signals ----------------------------------------------------------------------------------
 
     def listen(self, names: Sequence[str], *, interrupts_end: bool = False) -> None:
-        """Install the handlers; main thread only.
+        """Install the signal handlers. Main thread only.
 
         Args:
-            names: of the signals.
-            interrupts_end: whether a second Ctrl-C at a terminal ends the process at once. Not for
-                ranks: of their launcher's second one they die with it, and it passes on the first.
+            names: signal names.
+            interrupts_end: exit at once on a second Ctrl-C at a terminal. False for ranks, whose
+                launcher forwards the first one and kills them on the second.
         """
-        second = SecondInterrupt() if interrupts_end else lambda number: None
+        exit_on_second = SecondInterrupt() if interrupts_end else lambda number: None
 
-        def arrived(number: int) -> None:
-            self._note_time(number)
-            second(number)
+        def receive(number: int) -> None:
+            self._record_time(number)
+            exit_on_second(number)
 
-        self._stop_watching = watch_arrivals(arrived)
+        self._stop_watching = watch_arrivals(receive)
         for name in names:
             number = getattr(signal, name)
-            self._previous[number] = signal.signal(number, self._store)
+            self._previous[number] = signal.signal(number, self._record)
 
-    def _store(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self._received = number
 
-    def _note_time(self, number: int) -> None:
-        """Take the time at once, on a thread; the handler waits for the main thread's next line."""
+    def _record_time(self, number: int) -> None:
+        """Record the arrival time. On a thread, since handlers wait for the main thread."""
         if self._received_s is None and number in self._previous:
             self._received_s = time.monotonic()
 
     def restore_handlers(self) -> None:
-        """Put the previous handlers back."""
+        """Restore the previous handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
         self._stop_watching()
 
     @property
-    def left_s(self) -> float | None:
-        """Seconds of the grace time that are left on this rank; None: no signal came here."""
+    def remaining_s(self) -> float | None:
+        """Remaining grace time on this rank, seconds; None: it has received no signal."""
         if self._received_s is None:
             return None
         return self.grace_s - (time.monotonic() - self._received_s)
 
-    # --- what is agreed --------------------------------------------------------------------------
+    # --- votes -----------------------------------------------------------------------------------
 
     def agree(
         self, has: Callable[[int], bool] = lambda count: True, saves: Saves = NO_SAVES
@@ -143,37 +144,37 @@ class Stop:
             saves: save state of this rank.
         """
         self.boundaries += 1
-        agreed = self._take()
-        if agreed is None or has != self._asked:  # that vote was of other data, if of any
-            self._asked = has
-            agreed = self._now(has, saves)
-        if not agreed.ready and not agreed.reason:
-            agreed = self._wait(has, saves)
-        self.reason = self.reason or agreed.reason
+        result = self._take()
+        if result is None or has != self._has:  # the vote in flight was about other data
+            self._has = has
+            result = self._vote_now(has, saves)
+        if not result.ready and not result.reason:
+            result = self._wait_for_data(has, saves)
+        self.reason = self.reason or result.reason
         if self._votes is not None:
-            self._votes.send(self._mine(has(2), saves))
+            self._votes.send(self._own_vote(has(2), saves))
             self._in_flight = True
-        return agreed
+        return result
 
-    def _wait(self, has: Callable[[int], bool], saves: Saves) -> Vote:
-        """Agree again and again, until every rank has its data or the ranks stop."""
+    def _wait_for_data(self, has: Callable[[int], bool], saves: Saves) -> Vote:
+        """Repeat the vote until every rank has its data or the ranks stop."""
         began = time.monotonic()
-        agreed = self._now(has, saves)
-        while not agreed.ready and not agreed.reason:
+        result = self._vote_now(has, saves)
+        while not result.ready and not result.reason:
             if not has(1):
                 time.sleep(_POLL_S)
-            agreed = self._now(has, saves)
+            result = self._vote_now(has, saves)
         self.waited_s += time.monotonic() - began
-        return agreed
+        return result
 
-    def _now(self, has: Callable[[int], bool], saves: Saves) -> Vote:
-        mine = self._mine(has(1), saves)
+    def _vote_now(self, has: Callable[[int], bool], saves: Saves) -> Vote:
+        vote = self._own_vote(has(1), saves)
         if self._votes is None:
-            return mine
-        self._votes.send(mine)
+            return vote
+        self._votes.send(vote)
         return self._votes.take()
 
-    def _mine(self, has_data: bool, saves: Saves) -> Vote:
+    def _own_vote(self, has_data: bool, saves: Saves) -> Vote:
         is_first = self._world.rank == 0
         reason = self._received
         if is_first and not reason and self._deadline(saves.reserve_s):
@@ -181,7 +182,7 @@ class Stop:
         return Vote(reason, is_first and saves.due_by_clock(), saves.ended(), has_data)
 
     def _take(self) -> Vote | None:
-        """Return what the ranks said together since the last boundary, if they did."""
+        """Return the result of the vote in flight, if any."""
         if self._votes is None or not self._in_flight:
             return None
         self._in_flight = False

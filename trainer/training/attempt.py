@@ -490,7 +490,7 @@ def _saver(run: Run, job: Job, target: SaveTarget, grace_s: float, mirror: Mirro
     )
     hooks = SaveHooks(
         before_commit=job.tracker.flush,
-        say=job.tracker.message,
+        log=job.tracker.message,
         saved=getattr(job.tracker, "saved", lambda save: None),
     )
     return Saver(target, policy, retention, mirror, hooks)

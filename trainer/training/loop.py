@@ -130,7 +130,7 @@ def _save_last_step(
     job: Job, state: State, saver: Saver, stop: Stop, content: Any, *, is_complete: bool
 ) -> bool:
     """Save the current step unless it is committed; return `is_complete`."""
-    within_s = None if is_complete else _remaining_s(job.world.gather(stop.left_s))
+    within_s = None if is_complete else _remaining_s(job.world.gather(stop.remaining_s))
     if not saver.save(state, content, within_s=within_s) and is_complete:
         saver.save(state, content)  # retry once, since this is the run's result
     return is_complete

@@ -43,7 +43,7 @@ class Job:
         self.said: list[str] = []
         self.now_s = 0.0
         self.saver = a_saver_for(
-            store, attempt, say=self.said.append,
+            store, attempt, log=self.said.append,
             clock=lambda: self.now_s, retention=Retention(store, attempt, keep_last=keep_last),
             **settings,
         )  # fmt: skip
@@ -124,11 +124,11 @@ def test_a_save_that_cannot_end_in_time_is_left_and_one_that_will_not_is_not_beg
     job.saver.save_s = 5.0
     step_2 = partial(content_of, 2)
     assert not job.saver.save(State(step=2), step_2, within_s=4.9)
-    assert job.said.pop() == "NOT SAVED: 5 s are left, and a save takes 5 s"
+    assert job.said.pop() == ("warning: step 2 is not saved: 5 s remain, but a save takes 5 s")
     assert "put" not in store.calls[store.calls.index("finish") + 1 :]
     store.hanging = ("put",)
     assert not job.saver.save(State(step=2), step_2, within_s=5.1)  # by a clock that stands still
-    assert "NOT SAVED: the save of step 2 has not ended" in job.said.pop()
+    assert "step 2 is not saved: the save has not ended" in job.said.pop()
     store.released.set()
     ended()
     assert_whole(tmp_path, 1, 2)  # it came to its end all the same
@@ -202,7 +202,7 @@ def test_an_error_of_the_kernel_is_named_and_the_next_save_is_whole(
         patched.setattr(os, name, fails_once(getattr(os, name), number))
         assert not job.save(2)
     assert len(job.said) == 1
-    assert "SAVE FAILED at step 2" in job.said[0]
+    assert "saving step 2 failed" in job.said[0]
     assert errno.errorcode[number] in job.said[0]
     assert str(tmp_path) in job.said[0]
     assert_whole(tmp_path, 1)

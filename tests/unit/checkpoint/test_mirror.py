@@ -268,7 +268,7 @@ def test_at_the_end_the_newest_is_copied_in_the_time_that_is_left(run, capsys):
     saver = saver_of(run)
     run.target.gate.clear()
     assert saver.save(State(step=1), lambda: content_of(1), within_s=0.2)
-    assert "NOT COPIED: step 1" in capsys.readouterr().out
+    assert "step 1 is not copied to the mirror" in capsys.readouterr().out
     run.target.gate.set()
     assert saver.save(State(step=2), lambda: content_of(2))
     assert run.copied()[-1] == 2

@@ -1,4 +1,4 @@
-"""When a save happens, what follows it, and what a failed one means."""
+"""Saver: intervals, retention and failed saves."""
 
 import math
 import time
@@ -28,7 +28,7 @@ RETENTION = ("keep_last", "keep_best", "keep_every_steps", "metric", "mode")
 
 
 class Clock:
-    """Time that passes only when a test says so."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -44,14 +44,14 @@ def start(store: LocalStore, step: int = 0) -> Attempt:
 
 
 def saver_on(store: LocalStore, attempt: Attempt | None = None, **more: Any) -> Saver:
-    more = {"say": lambda text: None, "every": Every(steps=1), "config": {"seed": 5}, **more}
+    more = {"log": lambda text: None, "every": Every(steps=1), "config": {"seed": 5}, **more}
     attempt = attempt or start(store)
-    kept = {key: more.pop(key) for key in RETENTION if key in more}
-    return a_saver_for(store, attempt, retention=Retention(store, attempt, **kept), **more)
+    limits = {key: more.pop(key) for key in RETENTION if key in more}
+    return a_saver_for(store, attempt, retention=Retention(store, attempt, **limits), **more)
 
 
 def save(saver: Saver, step: int, **metrics: float) -> bool:
-    """Save a step; `metrics` are those of an evaluation at this step, if there were any."""
+    """Save a step; `metrics` are the results of an evaluation at this step."""
     state = State(step=step, samples=8 * step, cursor={"epoch": step // 4, "batch": step % 4})
     if metrics:
         state.last_eval_step, state.metrics = step, metrics
@@ -73,17 +73,17 @@ def store(tmp_path: Path) -> FaultyStore:
 # --- saving ------------------------------------------------------------------------------------
 
 
-def test_a_save_commits_the_step_with_its_numbers_and_configuration(store):
+def test_save_commits_position_metrics_and_config(store):
     saver = saver_on(store)
     assert saver.committed_step is None
     assert save(saver, 6, accuracy=0.5)
     assert saver.committed_step == 6
-    found = checkpoint.latest(store)
-    assert (found.step, found.epoch, found.samples, found.config) == (6, 1, 48, {"seed": 5})
-    assert found.objects["run"]["metrics"] == {"accuracy": 0.5}
+    latest = checkpoint.latest(store)
+    assert (latest.step, latest.epoch, latest.samples, latest.config) == (6, 1, 48, {"seed": 5})
+    assert latest.objects["run"]["metrics"] == {"accuracy": 0.5}
 
 
-def test_a_step_that_is_committed_is_not_saved_again(store):
+def test_save_skips_committed_step(store):
     saver = saver_on(store)
     save(saver, 6)
     before = {key: store.read(key) for key in store.list("")}
@@ -92,7 +92,7 @@ def test_a_step_that_is_committed_is_not_saved_again(store):
     assert {key: store.read(key) for key in store.list("")} == before
 
 
-def test_the_step_that_an_attempt_resumed_from_is_not_saved_again(store):
+def test_save_skips_resumed_step(store):
     saver = saver_on(store, resumed_step=6)
     assert save(saver, 6)
     assert steps_on(store) == []
@@ -100,21 +100,21 @@ def test_the_step_that_an_attempt_resumed_from_is_not_saved_again(store):
     assert steps_on(store) == [7]
 
 
-def test_what_a_save_was_and_what_it_cost_is_told_once_it_is_committed(store):
-    told: list[dict[str, Any]] = []
+def test_saved_hook_receives_committed_saves_only(store):
+    saves: list[dict[str, Any]] = []
     clock = Clock()
-    saver = saver_on(store, saved=told.append, clock=clock)
+    saver = saver_on(store, saved=saves.append, clock=clock)
 
     def collect() -> Content:
-        clock.now_s += 3.0  # the training waits for this
+        clock.now_s += 3.0  # training waits for this
         return Content(tensors={"w": torch.zeros(9)}, objects={"run": {}})
 
     for step in (6, 7):
         before_s = time.time() - 3.0
         store.broken = ("put",) if step == 6 else ()
         saver.save(State(step=step), collect)
-        assert [save["step"] for save in told] == [7][: step - 6]
-    (save,) = told
+        assert [save["step"] for save in saves] == [7][: step - 6]
+    (save,) = saves
     sizes = [store.size(key) for key in store.list("checkpoints") if "safetensors" in key]
     assert save.keys() == {"step", "attempt", "time", "save_s", "stall_s", "bytes"}
     assert (save["attempt"], [save["bytes"]]) == (1, sizes)
@@ -123,7 +123,7 @@ def test_what_a_save_was_and_what_it_cost_is_told_once_it_is_committed(store):
     assert save["save_s"] > 0
 
 
-def test_before_commit_is_called_for_each_save_and_its_failure_is_a_failed_save(store):
+def test_before_commit_failure_fails_the_save(store):
     calls: list[list[int]] = []
 
     def flush() -> None:
@@ -140,7 +140,7 @@ def test_before_commit_is_called_for_each_save_and_its_failure_is_a_failed_save(
 # --- the clock ---------------------------------------------------------------------------------
 
 
-def test_a_save_is_due_when_the_interval_has_passed_since_the_last_one(store):
+def test_due_by_clock_after_interval(store):
     clock = Clock()
     saver = saver_on(store, every_s=60, clock=clock)
     assert not saver.due_by_clock()
@@ -154,14 +154,14 @@ def test_a_save_is_due_when_the_interval_has_passed_since_the_last_one(store):
     assert saver.due_by_clock()
 
 
-def test_without_an_interval_the_clock_makes_nothing_due(store):
+def test_due_by_clock_without_interval_is_false(store):
     clock = Clock()
     saver = saver_on(store, clock=clock)
     clock.now_s += 1e9
     assert not saver.due_by_clock()
 
 
-def test_a_failed_save_waits_for_the_next_interval(store):
+def test_due_by_clock_restarts_after_failed_save(store):
     clock = Clock()
     saver = saver_on(store, every_s=60, clock=clock)
     clock.now_s += 60
@@ -170,7 +170,7 @@ def test_a_failed_save_waits_for_the_next_interval(store):
     assert not saver.due_by_clock()
 
 
-def test_a_save_that_was_not_needed_does_not_start_the_interval_anew(store):
+def test_due_by_clock_ignores_skipped_save(store):
     clock = Clock()
     saver = saver_on(store, every_s=60, clock=clock)
     save(saver, 1)
@@ -179,13 +179,13 @@ def test_a_save_that_was_not_needed_does_not_start_the_interval_anew(store):
     assert saver.due_by_clock()
 
 
-# --- what is kept ------------------------------------------------------------------------------
+# --- retention --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("keep_last", "expected"), [(1, [5]), (2, [4, 5]), (9, [1, 2, 3, 4, 5]), (0, [5])]
 )
-def test_the_newest_checkpoints_are_kept(store, keep_last, expected):
+def test_retention_keeps_newest_checkpoints(store, keep_last, expected):
     saver = saver_on(store, keep_last=keep_last)
     for step in range(1, 6):
         save(saver, step)
@@ -195,37 +195,37 @@ def test_the_newest_checkpoints_are_kept(store, keep_last, expected):
 
 
 @pytest.mark.parametrize(("mode", "best"), [("max", 2), ("min", 3)])
-def test_the_best_checkpoint_is_kept_besides(store, mode, best):
+def test_retention_keeps_best_checkpoint(store, mode, best):
     saver = saver_on(store, keep_last=1, keep_best=1, metric="score", mode=mode)
     for step, score in enumerate((0.5, 0.9, 0.1, 0.4, 0.6), start=1):
         save(saver, step, score=score, loss=-score)
     assert steps_on(store) == [best, 5]
 
 
-def test_without_a_metric_none_is_kept_for_being_best(store):
+def test_retention_without_metric_ignores_keep_best(store):
     saver = saver_on(store, keep_last=1, keep_best=3)
     for step in range(1, 4):
         save(saver, step, score=1.0 / step)
     assert steps_on(store) == [3]
 
 
-def test_a_metric_counts_only_where_it_was_measured_at_that_step(store):
+def test_retention_ignores_metric_of_earlier_evaluation(store):
     saver = saver_on(store, keep_last=1, keep_best=1, metric="score")
     save(saver, 1, score=0.3)
-    state = State(step=2, last_eval_step=1, metrics={"score": 0.9})  # an old figure
+    state = State(step=2, last_eval_step=1, metrics={"score": 0.9})  # an earlier result
     saver.save(state, lambda: Content(objects={"run": state.state_dict()}))
     save(saver, 3)
     assert steps_on(store) == [1, 3]
 
 
-def test_a_metric_that_is_not_a_number_never_is_the_best(store):
+def test_retention_never_ranks_nan_best(store):
     saver = saver_on(store, keep_last=1, keep_best=1, metric="score")
     for step, score in enumerate((math.nan, 0.2, math.nan, 0.1, math.nan), start=1):
         save(saver, step, score=score)
     assert steps_on(store) == [2, 5]
 
 
-def test_the_best_of_earlier_attempts_is_known_after_a_resume(store):
+def test_retention_ranks_checkpoints_of_earlier_attempts(store):
     first = saver_on(store, keep_last=1, keep_best=1, metric="score")
     for step, score in ((1, 0.9), (2, 0.1)):
         save(first, step, score=score)
@@ -243,7 +243,7 @@ def test_the_best_of_earlier_attempts_is_known_after_a_resume(store):
     mode=st.sampled_from(["max", "min"]),
     restart_at=st.integers(0, 6),
 )
-def test_what_is_kept_is_the_newest_and_the_best_of_what_was_kept_before(
+def test_retention_keeps_newest_and_best_over_restarts(
     tmp_path_factory, scores, keep_last, keep_best, mode, restart_at
 ):
     store = LocalStore(tmp_path_factory.mktemp("run"))
@@ -263,24 +263,24 @@ def test_what_is_kept_is_the_newest_and_the_best_of_what_was_kept_before(
         assert steps_on(store) == expected
 
 
-def test_an_unreadable_manifest_of_an_older_checkpoint_does_not_stop_the_pruning(store):
+def test_retention_survives_unreadable_manifest(store):
     first = saver_on(store, keep_last=9, metric="score")
     for step in (1, 2, 3):
         save(first, step, score=0.1 * step)
     folder = checkpoint.steps(store)[1].folder
     store.replace(f"{folder}/manifest.json", b"{ altered " * 20)
-    said: list[str] = []
+    messages: list[str] = []
     second = saver_on(
-        store, start(store, 3), keep_last=2, keep_best=1, metric="score", say=said.append
+        store, start(store, 3), keep_last=2, keep_best=1, metric="score", log=messages.append
     )
     for step in (4, 5):
         assert save(second, step, score=0.01)
     assert {3, 4, 5} <= set(steps_on(store))
     assert 1 not in steps_on(store)
-    assert said == []
+    assert messages == []
 
 
-def test_a_damaged_checkpoint_is_kept_and_counts_for_nothing(store):
+def test_retention_ignores_damaged_checkpoint(store):
     saver = saver_on(store, keep_last=2)
     for step in (1, 2):
         save(saver, step)
@@ -292,7 +292,7 @@ def test_a_damaged_checkpoint_is_kept_and_counts_for_nothing(store):
     assert len(store.list(damaged.folder)) == 3
 
 
-def test_a_save_cleans_what_earlier_attempts_left_unfinished(store):
+def test_save_deletes_orphaned_files_of_earlier_attempts(store):
     first = saver_on(store)
     save(first, 1)
     store.create("checkpoints/step-00000002.0001/shard", bytes(100))
@@ -305,22 +305,22 @@ def test_a_save_cleans_what_earlier_attempts_left_unfinished(store):
 # --- failures ----------------------------------------------------------------------------------
 
 
-def test_a_failed_save_is_told_and_training_goes_on(store):
-    said: list[str] = []
-    saver = saver_on(store, say=said.append)
+def test_save_failure_is_logged_and_tolerated(store):
+    messages: list[str] = []
+    saver = saver_on(store, log=messages.append)
     save(saver, 1)
     store.broken = ("put",)
     assert not save(saver, 2)
     assert saver.committed_step == 1
-    (text,) = said
-    for part in ("SAVE FAILED", "step 2", "1 in a row", "the disk failed in put"):
+    (text,) = messages
+    for part in ("warning: saving step 2 failed", "1 consecutive", "the disk failed in put"):
         assert part in text
     store.broken = ()
     assert save(saver, 2)
     assert steps_on(store) == [1, 2]
 
 
-def test_the_third_failure_in_a_row_ends_the_run(store):
+def test_save_third_consecutive_failure_raises(store):
     saver = saver_on(store)
     save(saver, 1)
     store.broken = ("put",)
@@ -330,7 +330,7 @@ def test_the_third_failure_in_a_row_ends_the_run(store):
     assert steps_on(store) == [1]
 
 
-def test_a_success_between_them_begins_the_count_of_failures_anew(store):
+def test_save_success_resets_failure_count(store):
     saver = saver_on(store)
     for step in range(0, 12, 3):
         store.broken = ("put",)
@@ -340,7 +340,7 @@ def test_a_success_between_them_begins_the_count_of_failures_anew(store):
         assert save(saver, step + 3)
 
 
-def test_a_save_that_was_not_needed_is_no_success_between_failures(store):
+def test_save_skipped_step_keeps_failure_count(store):
     saver = saver_on(store)
     save(saver, 1)
     store.broken = ("put",)
@@ -351,24 +351,24 @@ def test_a_save_that_was_not_needed_is_no_success_between_failures(store):
         save(saver, 4)
 
 
-def test_the_first_failure_ends_the_run_where_that_is_wanted(store):
+def test_save_with_stop_on_error_raises_at_first_failure(store):
     saver = saver_on(store, stop_on_error=True)
     store.broken = ("put",)
     with pytest.raises(StoreError, match="the disk failed"):
         save(saver, 1)
 
 
-def test_a_value_that_cannot_be_stored_is_a_failed_save(store):
-    said: list[str] = []
-    saver = saver_on(store, say=said.append)
+def test_save_unsupported_value_fails(store):
+    messages: list[str] = []
+    saver = saver_on(store, log=messages.append)
     state = State(step=1)
     assert not saver.save(state, lambda: Content(objects={"run": {}, "odd": object()}))
-    assert "objects.odd is a builtins.object" in said[0]
+    assert "objects.odd is a builtins.object" in messages[0]
     with pytest.raises(CheckpointError):
         saver_on(store, stop_on_error=True).save(state, lambda: Content(objects={"odd": object()}))
 
 
-def test_a_superseded_attempt_ends_at_once(store):
+def test_save_superseded_attempt_raises(store):
     saver = saver_on(store)
     save(saver, 1)
     lineage.begin(store, {})
@@ -378,27 +378,23 @@ def test_a_superseded_attempt_ends_at_once(store):
 
 
 @pytest.mark.parametrize("stop_on_error", [False, True])
-def test_a_checkpoint_that_was_committed_counts_though_old_ones_could_not_be_deleted(
-    store, stop_on_error
-):
-    said: list[str] = []
-    saver = saver_on(store, keep_last=1, stop_on_error=stop_on_error, say=said.append)
+def test_save_commits_when_expired_checkpoints_cannot_be_deleted(store, stop_on_error):
+    messages: list[str] = []
+    saver = saver_on(store, keep_last=1, stop_on_error=stop_on_error, log=messages.append)
     save(saver, 1)
     store.broken = ("delete",)
     for step in (2, 3, 4, 5):
         assert save(saver, step)
         assert saver.committed_step == step
-    assert len(said) == 4
-    assert all("the disk failed in delete" in text for text in said)
+    assert len(messages) == 4
+    assert all("the disk failed in delete" in text for text in messages)
     store.broken = ()
     assert save(saver, 6)
     assert steps_on(store) == [6]
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_whichever_call_of_a_save_with_its_pruning_fails_every_checkpoint_that_counts_is_whole(
-    tmp_path, after
-):
+def test_save_failure_of_any_store_call_keeps_checkpoints_intact(tmp_path, after):
     def prepared(name: str, fail_at: int) -> tuple[LocalStore, FaultyStore, Saver]:
         store = LocalStore(tmp_path / name)
         first = saver_on(store, keep_last=3)
@@ -425,8 +421,8 @@ def test_whichever_call_of_a_save_with_its_pruning_fails_every_checkpoint_that_c
         assert steps_on(store) == [5]
 
 
-def test_a_saver_keeps_what_the_policy_says_it_keeps(store):
-    """The saver adds no rule of its own to the policy."""
+def test_saver_keeps_checkpoints_selected_by_intervals(store):
+    """The saver applies `intervals.stale` without further rules."""
     scores = {1: 0.3, 2: 0.9, 3: 0.5, 4: 0.7, 5: 0.1}
     saver = saver_on(store, keep_last=9, metric="m")
     for step, score in scores.items():

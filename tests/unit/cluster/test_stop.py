@@ -1,4 +1,4 @@
-"""Signals, deadlines and waiting for data, on one rank; several ranks: tests/dist."""
+"""Stop on one rank: signals, deadlines and missing data (several ranks: tests/dist)."""
 
 import os
 import pty
@@ -16,13 +16,13 @@ from trainer.cluster.world import World
 
 @pytest.fixture
 def stop():
-    made = Stop(World(), grace_s=50.0)
-    made.listen(["SIGUSR1", "SIGUSR2"])
-    yield made
-    made.restore_handlers()
+    stop = Stop(World(), grace_s=50.0)
+    stop.listen(["SIGUSR1", "SIGUSR2"])
+    yield stop
+    stop.restore_handlers()
 
 
-def test_a_signal_is_known_at_the_next_boundary_and_stays(stop):
+def test_agree_returns_signal_from_next_boundary_on(stop):
     assert stop.agree().reason == stop.reason == 0
     signal.raise_signal(signal.SIGUSR2)
     assert stop.agree().reason == stop.reason == signal.SIGUSR2
@@ -31,41 +31,41 @@ def test_a_signal_is_known_at_the_next_boundary_and_stays(stop):
     assert stop.boundaries == 3
 
 
-def test_the_grace_time_runs_from_the_signals_arrival(stop):
-    assert stop.left_s is None
+def test_remaining_s_counts_from_first_signal(stop):
+    assert stop.remaining_s is None
     signal.raise_signal(signal.SIGUSR1)
-    while stop.left_s is None:  # a thread takes the time
+    while stop.remaining_s is None:  # a thread records the time
         pass
-    first = stop.left_s
+    first = stop.remaining_s
     assert 0 < first < 50.0
-    signal.raise_signal(signal.SIGUSR1)  # does not begin it anew
-    assert stop.left_s <= first
+    signal.raise_signal(signal.SIGUSR1)  # does not restart it
+    assert stop.remaining_s <= first
 
 
-def test_a_deadline_is_a_reason_like_a_signal():
+def test_agree_returns_deadline_as_reason():
     stop = Stop(World(), deadline=lambda reserve_s: stop.boundaries >= 3)
     assert [stop.agree().reason for _ in range(3)] == [0, 0, DEADLINE]
     assert reason_text(stop.reason) == "deadline"
-    assert stop.left_s is None
+    assert stop.remaining_s is None
 
 
-def test_data_that_does_not_come_is_waited_for_until_it_does(stop):
+def test_agree_waits_for_data(stop):
     arrived = threading.Event()
-    asked = []
+    counts = []
 
     def has(count):
-        asked.append(count)
-        if len(asked) == 5:
+        counts.append(count)
+        if len(counts) == 5:
             arrived.set()
         return arrived.is_set()
 
     vote = stop.agree(has)
     assert vote.ready
     assert not vote.reason
-    assert len(asked) >= 5
+    assert len(counts) >= 5
 
 
-def test_a_signal_ends_the_waiting_for_data(stop):
+def test_agree_signal_ends_wait_for_data(stop):
     def has(count):
         signal.raise_signal(signal.SIGUSR1)
         return False
@@ -73,20 +73,20 @@ def test_a_signal_ends_the_waiting_for_data(stop):
     assert stop.agree(has).reason == signal.SIGUSR1
 
 
-def test_the_handlers_are_put_back():
+def test_restore_handlers_restores_previous_state():
     before = signal.getsignal(signal.SIGUSR1)
     threads = threading.active_count()
     for _ in range(3):
-        made = Stop(World())
-        made.listen(["SIGUSR1"])
-        made.restore_handlers()
+        stop = Stop(World())
+        stop.listen(["SIGUSR1"])
+        stop.restore_handlers()
     assert signal.getsignal(signal.SIGUSR1) is before
     until = time.monotonic() + 30
     while threading.active_count() > threads:
         assert time.monotonic() < until
 
 
-def test_names_that_are_no_signals_to_handle_are_found():
+def test_signal_problems_returns_unusable_names():
     assert signal_problems(["SIGTERM", "SIGKILL", "TERM", "SIGUSR1"]) == ["SIGKILL", "TERM"]
 
 
@@ -103,7 +103,7 @@ while True:
 
 
 @pytest.mark.parametrize("at_terminal", [True, False])
-def test_at_a_terminal_a_second_interrupt_ends_the_process_at_once(at_terminal):
+def test_second_interrupt_exits_at_terminal_only(at_terminal):
     leader, follower = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", HANGS],

@@ -355,12 +355,12 @@ def test_the_clock_can_ask_for_a_save_at_any_step(tmp_path):
 def test_the_last_save_is_tried_again_before_it_is_given_up(tmp_path):
     store, said = FailsAtFirst(tmp_path), []
     store.failures = 2
-    saver = a_saver(tmp_path, store=store, say=said.append)
+    saver = a_saver(tmp_path, store=store, log=said.append)
     assert loop.train(a_job(), State(), saver, Stop(World()))
     assert saved_steps(tmp_path) == [12]
-    assert ["SAVE FAILED at step 12" in text for text in said] == [True, True]
+    assert ["saving step 12 failed" in text for text in said] == [True, True]
     store.failures = 3
-    saver = a_saver(tmp_path / "other", store=store, say=said.append)
+    saver = a_saver(tmp_path / "other", store=store, log=said.append)
     with pytest.raises(StoreError, match="no space left"):
         loop.train(a_job(), State(), saver, Stop(World()))
 
