@@ -175,7 +175,7 @@ def bench_save(  # noqa: C901 (one closure for each rival)
     """Seconds of durable saves, everybody in turn."""
     run = folder / "ours"
     store = LocalStore(run)
-    writer = checkpoint.Writer(store, world, world.from_rank0(lambda: lineage.begin(store, {})))
+    writer = checkpoint.Writer(store, world, world.run_on_rank0(lambda: lineage.begin(store, {})))
     first = world.rank == 0
     step = 0
 
@@ -240,7 +240,7 @@ def bench_save(  # noqa: C901 (one closure for each rival)
 def bench_load(job: Job, world: World, folder: Path, rounds: int) -> dict[str, list[float]]:
     """Seconds of loading into live tensors from a cold cache, everybody in turn."""
     store = LocalStore(folder / "ours")
-    writer = checkpoint.Writer(store, world, world.from_rank0(lambda: lineage.begin(store, {})))
+    writer = checkpoint.Writer(store, world, world.run_on_rank0(lambda: lineage.begin(store, {})))
     made = checkpoint.save(writer, job.content(), step=1)
     dcp.save(job.state_dict(), checkpoint_id=folder / "dcp", no_dist=world.size == 1)
     targets = job.tensors()
@@ -284,7 +284,7 @@ def bench_stall(job: Job, world: World, folder: Path, rounds: int) -> dict[str, 
     store = LocalStore(folder / "ours")
     marks: dict[str, float] = {}
     register_optimizer_step_pre_hook(lambda *_: marks.update(before=time.perf_counter()))
-    writer = checkpoint.Writer(store, world, world.from_rank0(lambda: lineage.begin(store, {})))
+    writer = checkpoint.Writer(store, world, world.run_on_rank0(lambda: lineage.begin(store, {})))
     checkpoint.save(writer, job.content(), step=1)  # installs its own hook between these two
     register_optimizer_step_pre_hook(lambda *_: marks.update(after=time.perf_counter()))
     flights: list[Any] = []
@@ -350,7 +350,7 @@ def resident_bytes(field: str) -> int:
 def bench_plan(job: Job, world: World, folder: Path, rounds: int) -> dict[str, list[float]]:
     """Seconds of the pieces that come before the snapshot; bytes of memory that a save adds."""
     store = LocalStore(folder / "ours")
-    writer = checkpoint.Writer(store, world, world.from_rank0(lambda: lineage.begin(store, {})))
+    writer = checkpoint.Writer(store, world, world.run_on_rank0(lambda: lineage.begin(store, {})))
     content = job.content()
     began = time.perf_counter()
     first = plan.make(content, world)

@@ -30,8 +30,8 @@ def content_of(world: World, model: nn.Module):
 
 
 def begin(world: World, store: LocalStore):
-    attempt = world.from_rank0(lambda: lineage.begin(store, {}))
-    world.from_rank0(
+    attempt = world.run_on_rank0(lambda: lineage.begin(store, {}))
+    world.run_on_rank0(
         lambda: lineage.amend(store, attempt, {"resumed_from": {"step": 0, "attempt": None}})
     )
     return checkpoint.Writer(store, world, attempt)
@@ -51,7 +51,7 @@ def load_everything(world: World, folder: str):
     model = make_model()
     for parameter in model.parameters():
         parameter.data.zero_()
-    world.together(lambda: checkpoint.load(store, manifest, state_tree.model_targets(model)))
+    world.run_on_all(lambda: checkpoint.load(store, manifest, state_tree.model_targets(model)))
     same = all(
         torch.equal(a, b)
         for a, b in zip(model.parameters(), make_model().parameters(), strict=True)

@@ -120,7 +120,7 @@ def save_each(world, folder):
 
 def load_each(world, folder):
     """Load all that was saved under each strategy; return how many loads that were."""
-    places = world.from_rank0(lambda: sorted(Path(folder).iterdir()))
+    places = world.run_on_rank0(lambda: sorted(Path(folder).iterdir()))
     for strategy, where in product(STRATEGIES[world.size], places):
         job, state = step_matrix.load(world, replace(MOVED, strategy=strategy), where)
         assert repr(state) == (where / "state.txt").read_text()

@@ -65,8 +65,8 @@ def trained(world, folder, slow_rank, what, strategy):
         data=TrainStream(SleepyData(), world, 5, 6), eval_every=Every(), log_every_steps=10,
     )  # fmt: skip
     store = open_store(folder)
-    attempt = world.from_rank0(lambda: lineage.begin(store, {}))
-    world.from_rank0(lambda: lineage.amend(store, attempt, {"resumed_from": {"step": 0}}))
+    attempt = world.run_on_rank0(lambda: lineage.begin(store, {}))
+    world.run_on_rank0(lambda: lineage.amend(store, attempt, {"resumed_from": {"step": 0}}))
     saver, state, stop = a_saver_for(store, attempt, world), State(), Stop(world)
     timing = loop.start_timing(job, state, saver, stop)
     loop.train(job, state, saver, stop, timing=timing)

@@ -112,11 +112,11 @@ def runs(world, folder, options):
         rng.seed_all(world.rank)
         warm_up(job)
         run = Run(name="a", run_dir=f"{folder}/{name}")
-        start = world.from_rank0(lambda: resume.choose(Replicas(store), run, {}))
+        start = world.run_on_rank0(lambda: resume.choose(Replicas(store), run, {}))
         state = resume.load(job, start)
-        attempt = world.from_rank0(lambda: lineage.begin(store, {"resume": "auto"}))
+        attempt = world.run_on_rank0(lambda: lineage.begin(store, {"resume": "auto"}))
         origin = {"step": start.step, "attempt": None}
-        world.from_rank0(lambda: lineage.amend(store, attempt, {"resumed_from": origin}))
+        world.run_on_rank0(lambda: lineage.amend(store, attempt, {"resumed_from": origin}))
         retention = Retention(store, attempt, keep_last=9)
         saver = a_saver_for(store, attempt, world, retention=retention)
         assert loop.train(job, state, saver, Stop(world))
@@ -124,7 +124,7 @@ def runs(world, folder, options):
         if measures:  # parts of a sharded model are called there
             told = sample_outputs.show(job, state.step, store)
             assert "no samples" not in "".join(told)
-            assert world.from_rank0(lambda: store.read("samples/images.png"))[1:4] == b"PNG"
+            assert world.run_on_rank0(lambda: store.read("samples/images.png"))[1:4] == b"PNG"
         content = collect(job, state)
         tensors = {
             name: (t.to_local() if hasattr(t, "to_local") else t).detach().numpy().tobytes()

@@ -22,7 +22,7 @@ from trainer.storage import LocalStore
 
 def begin(world: World, folder: str) -> checkpoint.Writer:
     store = LocalStore(folder)
-    return checkpoint.Writer(store, world, world.from_rank0(lambda: lineage.begin(store, {})))
+    return checkpoint.Writer(store, world, world.run_on_rank0(lambda: lineage.begin(store, {})))
 
 
 def raw(tensor: torch.Tensor) -> bytes:

@@ -21,8 +21,8 @@ from trainer.storage import LocalStore
 
 
 def begin(world: World, store: LocalStore, **settings) -> Saver:
-    attempt = world.from_rank0(lambda: lineage.begin(store, {}))
-    world.from_rank0(lambda: lineage.amend(store, attempt, {"resumed_from": {"step": 0}}))
+    attempt = world.run_on_rank0(lambda: lineage.begin(store, {}))
+    world.run_on_rank0(lambda: lineage.amend(store, attempt, {"resumed_from": {"step": 0}}))
     said: list[str] = []
     retention = Retention(store, attempt, keep_last=100)
     saver = a_saver_for(store, attempt, world, retention=retention, log=said.append, **settings)

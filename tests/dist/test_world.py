@@ -10,7 +10,7 @@ from trainer.cluster.stop import Stop
 
 
 def answers_and_errors(world: World):
-    seen = [world.from_rank0(lambda: world.rank + 10), world.gather(world.rank)]
+    seen = [world.run_on_rank0(lambda: world.rank + 10), world.gather(world.rank)]
 
     def fail_on_1():
         if world.rank == 1:
@@ -20,16 +20,16 @@ def answers_and_errors(world: World):
     def fail_on_0():
         raise DataError("no data")
 
-    for ask in (lambda: world.together(fail_on_1), lambda: world.from_rank0(fail_on_0)):
+    for ask in (lambda: world.run_on_all(fail_on_1), lambda: world.run_on_rank0(fail_on_0)):
         try:
             ask()
         except (CheckpointError, DataError) as error:
             seen.append((type(error).__name__, str(error), error.agreed))
     try:
-        world.together(lambda: 1 / world.rank)
+        world.run_on_all(lambda: 1 / world.rank)
     except RuntimeError as error:
         seen.append("ZeroDivisionError" in str(error))
-    seen.append(world.on_each(lambda: world.rank * 2))
+    seen.append(world.gather_results(lambda: world.rank * 2))
     return seen
 
 

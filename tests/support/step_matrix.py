@@ -235,7 +235,7 @@ def train(world, case, folder, max_steps):
     Returns the job and its state.
     """
     store = open_store(str(folder))
-    attempt = world.from_rank0(lambda: lineage.begin(store, {"resume": "auto"}))
+    attempt = world.run_on_rank0(lambda: lineage.begin(store, {"resume": "auto"}))
     job, state = load(world, case, folder, max_steps)
     saver = a_saver_for(store, attempt, world, resumed_step=state.step or None)
     assert loop.train(job, state, saver, Stop(world))
@@ -246,11 +246,11 @@ def load(world, case, folder, max_steps=5):
     """Build a job, and bring it to the newest checkpoint in `folder`, if any. Collective."""
     replicas = Replicas(open_store(str(folder)))
     run = replace(configured(case, max_steps), run_dir=str(folder))
-    start = world.from_rank0(lambda: resume.choose(replicas, run, {}))
+    start = world.run_on_rank0(lambda: resume.choose(replicas, run, {}))
     job = a_job(case, world, max_steps)
     if start.manifest is not None:
         rng.seed_all(999)  # the checkpoint alone decides
-    return job, world.together(lambda: resume.load(job, start))
+    return job, world.run_on_all(lambda: resume.load(job, start))
 
 
 def everything(job, state):

@@ -80,7 +80,7 @@ def make(content: Content, world: World, previous: Plan | None = None) -> Plan:
     signature = _signature(content)
     if world.all(previous is not None and previous.signature == signature) and previous:
         return previous
-    shared, own = world.together(
+    shared, own = world.run_on_all(
         lambda: (
             describe(content.tensors, range(world.size)),
             describe(content.rank_local, [world.rank]),

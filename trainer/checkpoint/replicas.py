@@ -187,7 +187,7 @@ class Mirror:
         self.copy_s = 0.0
         """Duration of the last copy."""
         self._source, self._target, self._attempt = source, target, attempt
-        self._world = world.apart()
+        self._world = world.with_own_group()
         self._retention, self._also = retention, also
         self._changed = threading.Condition()
         self._queue: dict[int, Manifest] = {}  # by number, counted from 1
@@ -297,7 +297,7 @@ class Mirror:
     def _copy(self, manifest: Manifest) -> None:
         """Copy one checkpoint, its manifest last. Collective."""
         folder = _folder(manifest)
-        if self._world.from_rank0(lambda: self._has(manifest)):
+        if self._world.run_on_rank0(lambda: self._has(manifest)):
             return
         reader = Reader(self._source, folder, manifest)
         assigned = self._assigned_files(manifest)
@@ -306,8 +306,8 @@ class Mirror:
             for file in assigned:
                 copy_shard(reader, file, self._target, folder, manifest)
 
-        self._world.together(copy)
-        self._world.from_rank0(lambda: self._commit(manifest))
+        self._world.run_on_all(copy)
+        self._world.run_on_rank0(lambda: self._commit(manifest))
 
     def _has(self, manifest: Manifest) -> bool:
         key = f"{_folder(manifest)}/{MANIFEST}"
@@ -324,7 +324,7 @@ class Mirror:
         files = list(manifest.files)
         if manifest.attempt == self._attempt.number:
             return [files[self._world.rank]]
-        visible = self._world.on_each(lambda: [self._sees(manifest, file) for file in files])
+        visible = self._world.gather_results(lambda: [self._sees(manifest, file) for file in files])
         assigned = []
         for index, file in enumerate(files):
             holders = [rank for rank, sees in enumerate(visible) if sees[index]]

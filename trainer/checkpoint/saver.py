@@ -124,7 +124,7 @@ class Saver:
         self._writer = Writer(target.store, target.world, target.attempt)
         self._config, self._is_shared = target.config, target.is_shared
         self._retention = retention or Retention(target.store, target.attempt)
-        self._mirror, self._aside = mirror, target.world.aside()
+        self._mirror, self._aside = mirror, target.world.for_background_thread()
         self._hooks, self._clock = hooks or SaveHooks(), clock
         self._fitted_grace = True
         self._last_save_s = clock()
@@ -268,7 +268,7 @@ class Saver:
                     f"takes {self.save_s:.0f} s"
                 )
 
-        self._world.from_rank0(compare)
+        self._world.run_on_rank0(compare)
 
     def _start(
         self, state: State, collect: Callable[[], Content], *, is_blocking: bool = False
@@ -299,7 +299,7 @@ class Saver:
         self._flight = None
         began_s = self._clock()
         try:
-            manifest = self._world.together(lambda: self._await_result(flight, until_s))
+            manifest = self._world.run_on_all(lambda: self._await_result(flight, until_s))
         except (SaveHangsError, _OutOfTime):
             raise
         except (CheckpointError, StoreError) as error:
@@ -390,7 +390,7 @@ class Saver:
                 if self._world.rank == 0:
                     delete()
                 return
-            folders = self._aside.from_rank0(delete)
+            folders = self._aside.run_on_rank0(delete)
             if self._world.local_rank == 0 and self._world.rank > 0:
                 lineage.delete_except(self._store, self._attempt, folders)
         except (CheckpointError, StoreError) as error:

@@ -74,7 +74,7 @@ class Writer:
     def __init__(self, store: Store, world: World, attempt: Attempt) -> None:
         self._store = store
         self._world = world
-        self._aside = world.aside()
+        self._aside = world.for_background_thread()
         self._attempt = attempt
         self._plan: plan.Plan | None = None
         self._snapshot = Snapshot()
@@ -187,8 +187,8 @@ class Writer:
 
         try:
             with deleted_unless_committed(self._store, shard_keys):
-                complete = replace(made, files=dict(self._aside.on_each(write)))
-                committed = self._aside.from_rank0(commit_complete)
+                complete = replace(made, files=dict(self._aside.gather_results(write)))
+                committed = self._aside.run_on_rank0(commit_complete)
         finally:
             self._snapshot.wait()  # the store may have failed before the copy was complete
         if committed.save != made.save:

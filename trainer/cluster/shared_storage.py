@@ -28,12 +28,12 @@ def find_shared(stores: Sequence[Store], world: World) -> bool:
     """
     if world.size == world.local_size:
         return True
-    key, host = world.from_rank0(lambda: _leave_keys(stores))
+    key, host = world.run_on_rank0(lambda: _leave_keys(stores))
     try:
-        sees = world.on_each(lambda: [_sees(store, key) for store in stores])
-    finally:  # an error of `on_each` is every rank's
-        world.from_rank0(lambda: _take_keys(stores, key))
-    world.from_rank0(partial(_refuse_blind, stores, host, [seen[-1] for seen in sees]))
+        sees = world.gather_results(lambda: [_sees(store, key) for store in stores])
+    finally:  # an error of `gather_results` is every rank's
+        world.run_on_rank0(lambda: _take_keys(stores, key))
+    world.run_on_rank0(partial(_refuse_blind, stores, host, [seen[-1] for seen in sees]))
     return all(seen[0] for seen in sees)
 
 

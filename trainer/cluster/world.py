@@ -36,7 +36,7 @@ class World:
     background: Any = None
     """A gloo group for agreements of threads that work beside them; nothing else uses it."""
 
-    def from_rank0(self, ask: Callable[[], T]) -> T:
+    def run_on_rank0(self, ask: Callable[[], T]) -> T:
         """Call `ask` on rank 0; return its answer or raise its error on every rank. Collective."""
         if self.size == 1:
             return ask()
@@ -57,7 +57,7 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def together(self, do: Callable[[], T]) -> T:
+    def run_on_all(self, do: Callable[[], T]) -> T:
         """Call `do` on every rank and return its own answer, or raise the first rank's error.
 
         Collective; `do` itself must not communicate, or only if it does so on every rank alike.
@@ -71,9 +71,9 @@ class World:
                 raise _agreed(error, f"rank {rank}: ")
         return outcome[0]  # type: ignore[no-any-return]
 
-    def on_each(self, do: Callable[[], T]) -> list[T]:
-        """As `together`, but return every rank's answer, in rank order."""
-        return self.gather(self.together(do))
+    def gather_results(self, do: Callable[[], T]) -> list[T]:
+        """As `run_on_all`, but return every rank's answer, in rank order."""
+        return self.gather(self.run_on_all(do))
 
     def all(self, value: bool) -> bool:
         """Return whether `value` is true on every rank. Collective."""
@@ -83,11 +83,11 @@ class World:
         dist.all_reduce(votes, dist.ReduceOp.MIN, group=self.control)
         return bool(votes)
 
-    def aside(self) -> "World":
+    def for_background_thread(self) -> "World":
         """Return the same ranks for a thread beside the main one: it agrees on `background`."""
         return replace(self, control=self.background)
 
-    def apart(self) -> "World":
+    def with_own_group(self) -> "World":
         """Return the same ranks for one more thread, with a group of its own.
 
         Collective, on the main thread.

@@ -134,7 +134,7 @@ def _machine(run: Run, world: World) -> Iterator[Finding]:
     yield from machine.devices(seen, run.launch.device)
     if world.size > 1:
         yield machine.clocks(seen)
-    found = world.on_each(lambda: machine.signals(run.preemption.signals))
+    found = world.gather_results(lambda: machine.signals(run.preemption.signals))
     yield next((finding for finding in found if finding.state != "green"), found[0])
 
 

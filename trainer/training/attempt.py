@@ -71,27 +71,27 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
     replicas = resume.open_replicas(run)
     store = replicas.run
     is_shared = shared_storage.find_shared(replicas.stores, world)
-    start = world.from_rank0(lambda: resume.choose(replicas, run, stored))
+    start = world.run_on_rank0(lambda: resume.choose(replicas, run, stored))
     if resume.finished(run, start):
         if world.rank == 0:
             print(messages.finished_text(run, start.step, start.epoch))
         return DONE
-    earlier = world.from_rank0(lambda: _earlier(run, replicas))
+    earlier = world.run_on_rank0(lambda: _earlier(run, replicas))
     threads = launch.threads_per_rank(run.launch, earlier[-1].get("threads") if earlier else None)
     torch.set_num_threads(threads)
     began = time.monotonic()
     facts = {**_facts(world, threads), "resume": run.resume}
-    attempt = world.from_rank0(lambda: replicas.begin(facts))
+    attempt = world.run_on_rank0(lambda: replicas.begin(facts))
     grace_s = slurm.grace_s(run.preemption.grace_s)
     stop = Stop(world, grace_s=grace_s, deadline=_deadline(run, began))
     stop.listen(run.preemption.signals, interrupts_end=not launch.is_rank())
     watchdog = _watchdog(run, world, replicas, attempt, stop)
     ending: dict[str, Any] = {"outcome": attempts.DIED}
-    tracker = world.together(lambda: build.build_tracker(run, world))
+    tracker = world.run_on_all(lambda: build.build_tracker(run, world))
     notes = _Notes(replicas, attempt) if world.rank == 0 else None
     with ExitStack() as at_last:
         try:
-            source = world.together(lambda: build.build_data(run))
+            source = world.run_on_all(lambda: build.build_data(run))
             job = build.build_job(run, world, source, tracker)
             warm_up(job)
             start, state = _load(run, stored, job, replicas, attempt)
@@ -109,7 +109,7 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
                 last_save_s=save_times_s[-1] if save_times_s else None,
             )
             saver = _saver(run, job, target, stop.grace_s, mirror)
-            world.from_rank0(
+            world.run_on_rank0(
                 lambda: _record_start(run, stored, job, replicas, attempt, start, state)
             )
             saver.compare_with_grace()
@@ -122,7 +122,7 @@ def run_attempt(run: Run, stored: Mapping[str, Any], world: World) -> int:
             done = loop.train(job, state, saver, stop, timing=timing, profiler=profiler)
             seconds = time.monotonic() - trained
             if stop.reason == DEADLINE and (state.step, state.last_eval_step) == before:
-                world.from_rank0(lambda: _refuse_no_time(run, trained - began, seconds))
+                world.run_on_rank0(lambda: _refuse_no_time(run, trained - began, seconds))
             ending = {"outcome": "done" if done else "preempted"}
             is_safe = done and saver.committed_step == state.step
             shown = sample_outputs.show(job, state.step, store) if is_safe else []
@@ -359,7 +359,7 @@ def _refuse_different_configs(stored: Mapping[str, Any], world: World) -> None:
                 "same command, configuration files and environment"
             )
 
-    world.from_rank0(compare)
+    world.run_on_rank0(compare)
 
 
 def _facts(world: World, threads: int) -> dict[str, Any]:
@@ -384,22 +384,22 @@ def _load(
     world = job.world
     damaged: list[tuple[Commit, tuple[str, ...]]] = []
     while True:
-        start = world.from_rank0(
+        start = world.run_on_rank0(
             lambda: resume.choose(replicas, run, stored, attempt=attempt.number, damaged=damaged)
         )
         try:
-            state = world.together(partial(resume.load, job, start, run.store))
+            state = world.run_on_all(partial(resume.load, job, start, run.store))
         except DamagedError as error:
             is_last = len(start.urls) == 1
             if start.is_fork or start.commit is None or (start.is_named and is_last):
-                world.from_rank0(partial(_refuse_damaged, run, start, error))
+                world.run_on_rank0(partial(_refuse_damaged, run, start, error))
             else:
                 damaged.append((start.commit, start.urls))
-                world.from_rank0(partial(_set_aside, replicas, start, error))
+                world.run_on_rank0(partial(_set_aside, replicas, start, error))
             continue
         if start.manifest is None and run.init.weights:
             say = job.tracker.message  # of rank 0
-            start = world.together(
+            start = world.run_on_all(
                 partial(resume.load_weights, job.model, run.init, run.store, warn=say)
             )
             if job.ema is not None:
@@ -450,7 +450,7 @@ def _mirror(
         retention=retention,
         also=lambda: _history(replicas.run),
     )
-    if start.manifest is not None and job.world.from_rank0(lambda: _is_own(replicas, start)):
+    if start.manifest is not None and job.world.run_on_rank0(lambda: _is_own(replicas, start)):
         mirror.submit(start.manifest)
     return mirror
 

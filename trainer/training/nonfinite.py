@@ -111,5 +111,5 @@ class LossCheck:
         def reject() -> NoReturn:
             raise TrainingError(f"{problem}. Last good checkpoint: {checkpoint}. {advice}")
 
-        self._job.world.from_rank0(reject)
-        raise AssertionError  # from_rank0 raises on every rank
+        self._job.world.run_on_rank0(reject)
+        raise AssertionError  # run_on_rank0 raises on every rank

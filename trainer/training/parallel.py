@@ -169,7 +169,7 @@ def _shard(
     per-parameter sharding as in torch's `fully_shard`.
     """
     root = root or model
-    blocks = world.together(lambda: _blocks(model, options))
+    blocks = world.run_on_all(lambda: _blocks(model, options))
     if world.size == 1:
         return root
     from torch.distributed.device_mesh import init_device_mesh

@@ -50,10 +50,10 @@ def show(job: Job, step: int, store: Store) -> list[str]:
     if not hasattr(job.task, "samples"):
         return []
     try:
-        if not job.world.from_rank0(lambda: _index(store).get("step") != step):
+        if not job.world.run_on_rank0(lambda: _index(store).get("step") != step):
             return []
-        samples = job.world.together(partial(_samples, job, step))
-        return job.world.from_rank0(lambda: _write(store, step, samples))
+        samples = job.world.run_on_all(partial(_samples, job, step))
+        return job.world.run_on_rank0(lambda: _write(store, step, samples))
     except PerdureError as error:
         return [f"  warning: no samples: {error}. The run itself is finished and saved."]
     except Exception:
