@@ -52,7 +52,7 @@ def test_weights_that_do_not_fit_are_one_message_and_exit_code_2(command):
         "init.rename={layers.*.bias:layers.*.bias}", "init.skip=[layers.1.*]",
     )  # fmt: skip
     assert fits.returncode == 0, fits.stderr
-    assert "loaded       1 of 4 tensors, 10 numbers\n  skipped      2 tensors" in fits.stdout
+    assert "loaded       1 of 4 tensors, 10 elements\n  skipped      2 tensors" in fits.stdout
     absent = command(*SMALL, "init.weights=absent.pt")
     assert absent.returncode == 2
     assert "'absent.pt' is not a file or folder" in absent.stderr

@@ -11,7 +11,7 @@ from trainer.errors import ConfigError
 from trainer.export.source import Source
 from trainer.export.subject import Subject
 from trainer.export.updates import refuse_changes, updates
-from trainer.importing.names import clean_names
+from trainer.importing.name_matching import clean_names
 from trainer.training.contents import EMA
 
 SUFFIX = ".ckpt"

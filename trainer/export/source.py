@@ -10,7 +10,7 @@ from trainer.checkpoint.location import open_location
 from trainer.checkpoint.manifest import Manifest
 from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError
-from trainer.importing.names import clean_names
+from trainer.importing.name_matching import clean_names
 from trainer.training.contents import EMA
 
 

@@ -13,7 +13,7 @@ from trainer.errors import ConfigError, closest
 from trainer.export import rebuild, samples
 from trainer.export.calls import Call, outputs_of
 from trainer.export.source import Source
-from trainer.importing.names import clean_names
+from trainer.importing.name_matching import clean_names
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

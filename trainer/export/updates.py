@@ -8,7 +8,7 @@ from trainer.checkpoint import state_tree
 from trainer.errors import CheckpointError, ConfigError
 from trainer.export.source import Source
 from trainer.export.subject import Choices
-from trainer.importing.names import clean_names
+from trainer.importing.name_matching import clean_names
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ class DcpFolder:
         stream = self._read(blob)
         try:
             value = pickles.load(stream, f"{self.url}/{blob.file}")
-        except pickles.RefusedError:
+        except pickles.UnsafePickleError:
             return stream.getvalue()
         return stream.getvalue() if _has_tensors(value) else value
 

@@ -22,7 +22,7 @@ from trainer.errors import CheckpointError, StoreError
 _HEAD_BYTES = 4096
 
 
-class RefusedError(CheckpointError):
+class UnsafePickleError(CheckpointError):
     """A pickle asks for something that is not made for it."""
 
 
@@ -46,7 +46,7 @@ def load(
             before whatever is pickled in it is run. Without it that is refused.
 
     Raises:
-        RefusedError: it asks for more than tensors and plain values.
+        UnsafePickleError: it asks for more than tensors and plain values.
         CheckpointError: it is damaged, or something else.
         StoreError: it could not be read.
     """
@@ -73,12 +73,12 @@ def load(
         )
         return _run(file, where, mmap=mmap)
     if isinstance(file, str) and _first_global(file) == what:
-        raise RefusedError(
+        raise UnsafePickleError(
             f"{where} is a whole pickled {what} and no dict of tensors; loading it runs any code "
             "that is in it. In a script that you trust, load it and save its weights alone: "
             "torch.save(model.state_dict(), path)"
         )
-    raise RefusedError(
+    raise UnsafePickleError(
         f"{where} asks for {what}, which is not made for it, as that could run anything. In a "
         "script that you trust, load it and torch.save a dict of plain tensors and values"
     )
@@ -220,7 +220,7 @@ class _Unpickler(pickle.Unpickler):
         found = vars(torch).get(name) if module == "torch" else None
         if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
             return found
-        raise RefusedError(
+        raise UnsafePickleError(
             f"{self._where} asks for {module}.{name}, which no DCP folder needs and which could "
             "run anything; nothing of it is read"
         )
@@ -230,12 +230,12 @@ def metadata(data: bytes, where: str) -> Record:
     """Read a `.metadata` file; what the record holds is as its writer had it, and unchecked.
 
     Raises:
-        RefusedError: it asks for something that does not belong in it.
+        UnsafePickleError: it asks for something that does not belong in it.
         CheckpointError: it is damaged.
     """
     try:
         found = _Unpickler(data, where).load()
-    except RefusedError:
+    except UnsafePickleError:
         raise
     except Exception as error:  # altered bytes may fail in any way
         text = f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -1,4 +1,4 @@
-"""Weights from anywhere into a model: whoever wrote them, and whatever they are wrapped in."""
+"""Load weights of any supported format into a model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,59 +11,57 @@ from trainer.checkpoint.plan import TORCH_DTYPES
 from trainer.checkpoint.select import Selection
 from trainer.config.schema import Init, ObjectStore
 from trainer.errors import ConfigError
-from trainer.importing.fit import Fit
 from trainer.importing.formats import Source, open_external
-from trainer.importing.names import find_weights
-from trainer.importing.pickles import RefusedError
+from trainer.importing.name_matching import Fit, find_weights
+from trainer.importing.pickles import UnsafePickleError
 from trainer.storage import open_store
 
 _EXTRA = "_extra_state"
-"""What nn.Module calls the value of `get_extra_state`."""
+"""Last name part of nn.Module's extra state."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What there is to say after a model was filled."""
+    """Report of `load`."""
 
     lines: Sequence[str]
-    """The table of what fits and what does not."""
-    passed_over: Sequence[str]
-    """Why newer checkpoints of the run that it came from were passed over, if any were."""
+    """Table of matched and unmatched tensors."""
+    skipped: Sequence[str]
+    """Errors of newer checkpoints of the same run that are damaged."""
 
 
 def load(
     model: nn.Module,
-    wanted: Init,
+    init: Init,
     settings: ObjectStore = ObjectStore(),  # noqa: B008 (frozen)
     *,
     warn: Callable[[str], None] = print,
 ) -> Loaded:
-    """Fill a model, one tensor at a time. Any rank, no collectives.
+    """Load weights into a model, one tensor at a time. Any rank, no collectives.
 
     Args:
         model: the plain module.
-        wanted: where the weights are: a safetensors file or folder, a torch.save file, a DCP or
-            OneFlow folder, a run of ours or one of its checkpoints; and how they have to fit.
-        settings: of object stores.
-        warn: called before a pickle is run, where that is allowed.
+        init: `weights` is a safetensors file or folder, a torch.save file, a DCP or OneFlow
+            folder, a Perdure run or one of its checkpoints; the other settings rename, exclude and
+            require tensors.
+        settings: object store settings.
+        warn: called before a pickle is executed, if init.allow_pickle is set.
 
     Raises:
-        ConfigError: nothing of these is there, or what is there does not fit; nothing is changed.
-        CheckpointError: it is damaged, or holds what is not read.
-        StoreError: it could not be read.
+        ConfigError: no weights there, or they do not match the model; the model is unchanged.
+        CheckpointError: the file is damaged, or has content that is never read.
+        StoreError: the store failed.
     """
-    url = wanted.weights or ""
-    source, passed_over = open_weights(
-        url, settings, on_pickle=warn if wanted.allow_pickle else None
-    )
+    url = init.weights or ""
+    source, skipped = open_weights(url, settings, on_pickle=warn if init.allow_pickle else None)
     try:
-        fit = _fill(model, source, wanted)
+        fit = _fill(model, source, init)
     except ConfigError as error:
         raise ConfigError(f"init.weights={url} does not fit this model: {error}") from None
-    return Loaded(fit.lines(), passed_over)
+    return Loaded(fit.lines(), skipped)
 
 
-# --- where they are ----------------------------------------------------------------------------
+# --- source ------------------------------------------------------------------------------------
 
 
 def open_weights(
@@ -72,44 +70,44 @@ def open_weights(
     *,
     on_pickle: Callable[[str], None] | None = None,
 ) -> tuple[Source, tuple[str, ...]]:
-    """Open what weights can be read from; of a run, its newest whole checkpoint.
+    """Open a file or folder with weights; for a run, its newest intact checkpoint.
 
     Args:
-        url: of it.
-        settings: of object stores.
-        on_pickle: called with a warning before a pickle is run; without it none is.
+        url: the path.
+        settings: object store settings.
+        on_pickle: called with a warning before a pickle is executed; default: never execute one.
 
     Returns:
-        It, and why newer checkpoints were passed over.
+        The source, and errors of newer checkpoints that are damaged.
 
     Raises:
-        ConfigError: there is nothing of that kind.
-        CheckpointError: it is damaged, or holds what is never read.
-        StoreError: it could not be read.
+        ConfigError: no supported format at that path.
+        CheckpointError: the file is damaged, or has content that is never read.
+        StoreError: the store failed.
     """
     selection = select.from_path(url, settings)
     if selection is not None:
         return _PerdureSource(selection), selection.skipped
     try:
-        found = open_external(url, settings, on_pickle=on_pickle)
-    except RefusedError as error:
-        if open_store(url, settings).entries(""):  # no pickle in a folder is ever run
+        source = open_external(url, settings, on_pickle=on_pickle)
+    except UnsafePickleError as error:
+        if open_store(url, settings).entries(""):  # pickles in folders are never executed
             raise
-        raise RefusedError(
-            f"{error}. Or, if you trust whoever made it, init.allow_pickle=true runs it"
+        raise UnsafePickleError(
+            f"{error}. If you trust the file, init.allow_pickle=true executes it"
         ) from None
-    if found is None:
+    if source is None:
         raise ConfigError(
-            f"init.weights={url} does not fit any model: there is no safetensors file or folder, "
-            "torch.save file, DCP folder, OneFlow folder, run or checkpoint; check the path"
+            f"init.weights={url}: no safetensors file or folder, torch.save file, DCP folder, "
+            "OneFlow folder, run or checkpoint there; check the path"
         )
-    return found, ()
+    return source, ()
 
 
 class _PerdureSource:
     """A Perdure checkpoint as a Source; every byte is verified."""
 
-    kind = "a checkpoint of Perdure"
+    kind = "a Perdure checkpoint"
 
     def __init__(self, selection: Selection) -> None:
         self.url = f"{selection.urls[0]}/{selection.commit.folder}"
@@ -128,11 +126,11 @@ class _PerdureSource:
         self.paths = {name: (name,) for name in (*entries, *self.objects)}
 
 
-# --- into the model ----------------------------------------------------------------------------
+# --- model -------------------------------------------------------------------------------------
 
 
-def _fill(model: nn.Module, source: Source, wanted: Init) -> Fit:
-    """Load what fits; refuse before anything is changed where that is not what is wanted."""
+def _fill(model: nn.Module, source: Source, init: Init) -> Fit:
+    """Load matching tensors; reject a match that `init` does not allow before any change."""
     live = model.state_dict(keep_vars=True)
     extras = {name for name in live if name.rpartition(".")[2] == _EXTRA}
     tensors = {n: v for n, v in live.items() if isinstance(v, Tensor) and n not in extras}
@@ -143,18 +141,18 @@ def _fill(model: nn.Module, source: Source, wanted: Init) -> Fit:
         [*tensors, *extras],
         tied={name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()},
         optional={name for name in extras if not isinstance(live[name], Tensor)},
-        skip=wanted.skip,
-        rename=wanted.rename,
+        skip=init.skip,
+        rename=init.rename,
     )
     misfits = {
         name: text
         for name, tensor in tensors.items()
-        if name in match.chosen and (text := _problem(tensor, source, match.chosen[name]))
+        if name in match.sources and (text := _problem(tensor, source, match.sources[name]))
     }
     elements = {name: tensor.numel() for name, tensor in tensors.items()}
     fit = Fit(source.url, source.kind, match, misfits, elements)
-    _refuse(fit, wanted)
-    for name, stored in match.chosen.items():
+    _check(fit, init)
+    for name, stored in match.sources.items():
         if name in misfits:
             continue
         value = source.objects[stored] if _is_object(source, stored) else source.fetch(stored)
@@ -166,27 +164,28 @@ def _fill(model: nn.Module, source: Source, wanted: Init) -> Fit:
     return fit
 
 
-def _refuse(fit: Fit, wanted: Init) -> None:
+def _check(fit: Fit, init: Init) -> None:
+    """Raise ConfigError if `init` does not allow this match."""
     table = "\n".join(fit.lines())
-    if not wanted.strict and fit.match.others and not fit.is_exact:
-        others = ", ".join(f'"{prefix}"' for prefix in fit.match.others)
+    if not init.strict and fit.match.alternatives and not fit.is_exact:
+        others = ", ".join(f'"{prefix}"' for prefix in fit.match.alternatives)
         raise ConfigError(
-            f'as much of it stands under {others} as under "{fit.match.prefix}"; leave one out: '
-            f"init.rename={{{fit.match.others[0]}*:''}}\n{table}"
+            f'prefix {others} matches as many tensors as "{fit.match.prefix}"; exclude one: '
+            f"init.rename={{{fit.match.alternatives[0]}*:''}}\n{table}"
         )
     if not fit.loaded:
-        raise ConfigError(f"nothing of it does\n{table}")
-    if wanted.strict and not fit.is_exact:
+        raise ConfigError(f"no tensor in the file matches\n{table}")
+    if init.strict and not fit.is_exact:
         raise ConfigError(
-            f"every tensor has to be in both, with one shape\n{table}\n"
-            "Leave layers of the model as they are initialised with init.skip=[fc.*], give names "
-            "there other names with init.rename={old.*:new.*} (or '' to leave them out), or take "
-            "what fits with init.strict=false"
+            f"every tensor must be in both, with equal shapes\n{table}\n"
+            "Keep the initial values of layers with init.skip=[fc.*], rename tensors of the file "
+            "with init.rename={old.*:new.*} (or '' to exclude them), or load only the tensors that "
+            "match with init.strict=false"
         )
 
 
 def _put(value: Tensor, target: Tensor) -> None:
-    """Copy a whole tensor into a live one, of a DTensor into what this rank holds of it."""
+    """Copy a full tensor into a model's tensor; for a DTensor, the part of this rank."""
     if hasattr(target, "device_mesh"):
         box = plan.describe({"": target}, [0])[0].box
         for axis, (offset, length) in enumerate(zip(box.offsets, box.lengths, strict=True)):
@@ -202,8 +201,8 @@ def _extra_names(source: Source) -> list[str]:
     for name in source.objects:
         if f".{_EXTRA}." in f".{name}":
             raise ConfigError(
-                f'"{name}" is a part of a module\'s extra state, which cannot be put together '
-                "from a file; leave it out of it"
+                f'"{name}" is part of a module\'s extra state, which cannot be assembled from a '
+                "file; remove it from the file"
             )
     return [name for name in source.objects if name.rpartition(".")[2] == _EXTRA]
 
@@ -213,9 +212,10 @@ def _problem(tensor: Tensor, source: Source, stored: str) -> str:
         return ""
     dtype, shape = source.tensors[source.aliases.get(stored, stored)]
     if tuple(tensor.shape) != shape:
-        return f"shape {list(shape)} there, {list(tensor.shape)} in the model"
+        return f"shape {list(shape)} in the file, {list(tensor.shape)} in the model"
     if dtype != tensor.dtype and not (dtype.is_floating_point and tensor.is_floating_point()):
         return (
-            f"{dtype} there, {tensor.dtype} in the model; only floating-point numbers are converted"
+            f"{dtype} in the file, {tensor.dtype} in the model; only floating-point dtypes are "
+            "converted"
         )
     return ""

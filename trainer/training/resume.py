@@ -235,4 +235,4 @@ def load_weights(
     from trainer.importing import weights  # with everything that knows other formats
 
     loaded = weights.load(model, wanted, settings, warn=warn)
-    return Start(skipped=tuple(loaded.passed_over), filled=tuple(loaded.lines))
+    return Start(skipped=tuple(loaded.skipped), filled=tuple(loaded.lines))

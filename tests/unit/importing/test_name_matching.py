@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.errors import CheckpointError, ConfigError
-from trainer.importing.names import clean_names, find_weights
+from trainer.importing.name_matching import clean_names, find_weights
 
 NAMES = ["fc.weight", "fc.bias"]
 
@@ -20,14 +20,14 @@ def test_names_are_found_under_any_prefix_among_other_things(prefix):
     others = ["optimizer.fc.weight.exp_avg", "epoch"]
     if prefix in ("", "_orig_mod."):  # nothing but the model stands at the top
         others = []
-    assert find_weights([*names, *others], NAMES).chosen == dict(zip(NAMES, names, strict=True))
+    assert find_weights([*names, *others], NAMES).sources == dict(zip(NAMES, names, strict=True))
 
 
 def test_a_compiled_model_takes_the_names_of_a_plain_one_and_the_other_way_round():
     compiled = [f"_orig_mod.{name}" for name in NAMES]
-    assert find_weights(NAMES, compiled).chosen == dict(zip(compiled, NAMES, strict=True))
+    assert find_weights(NAMES, compiled).sources == dict(zip(compiled, NAMES, strict=True))
     wrapped = [f"module.{name}" for name in NAMES]
-    assert find_weights(NAMES, wrapped).chosen == dict(zip(wrapped, NAMES, strict=True))
+    assert find_weights(NAMES, wrapped).sources == dict(zip(wrapped, NAMES, strict=True))
 
 
 @pytest.mark.parametrize(("first", "second"), [
@@ -36,7 +36,7 @@ def test_a_compiled_model_takes_the_names_of_a_plain_one_and_the_other_way_round
 def test_the_usual_prefix_wins(first, second):
     names = [prefix + name for prefix in (second, first) for name in NAMES]
     match = find_weights(names, NAMES)
-    assert (match.prefix, match.chosen["fc.bias"]) == (first, first + "fc.bias")
+    assert (match.prefix, match.sources["fc.bias"]) == (first, first + "fc.bias")
     assert (match.missing, match.unexpected) == ([], [])
 
 
@@ -55,8 +55,8 @@ def test_names_that_do_not_fit_are_listed(names, missing, unexpected):
 
 @pytest.mark.parametrize(("names", "text"), [
     (["a.fc.weight", "a.fc.bias", "b.fc.weight", "b.fc.bias"], 'more than once, under "a.", "b."'),
-    (["ema.fc.weight", "_orig_mod.ema.fc.weight"], "two tensors would both be called"),
-    (["fc.weight", "module.fc.weight", "fc.module.bias"], '"fc.weight", "module.fc.weight" would'),
+    (["ema.fc.weight", "_orig_mod.ema.fc.weight"], "two tensors have the name"),
+    (["fc.weight", "module.fc.weight", "fc.module.bias"], '"module.fc.weight" all match'),
 ])  # fmt: skip
 def test_names_that_could_mean_two_tensors_are_refused(names, text):
     with pytest.raises(ConfigError) as caught:
@@ -67,8 +67,8 @@ def test_names_that_could_mean_two_tensors_are_refused(names, text):
 def test_one_of_two_tied_names_is_enough():
     tied = {"embed": "embed", "head": "embed"}
     match = find_weights(["head", "x"], [*tied, "x"], tied=tied)
-    assert (match.chosen, match.missing) == ({"head": "head", "x": "x"}, [])
-    assert find_weights(["m.embed"], tied, tied=tied).chosen == {"embed": "m.embed"}
+    assert (match.sources, match.missing) == ({"head": "head", "x": "x"}, [])
+    assert find_weights(["m.embed"], tied, tied=tied).sources == {"embed": "m.embed"}
     assert find_weights(["x"], [*tied, "x"], tied=tied).missing == ["embed", "head"]
 
 
@@ -85,7 +85,7 @@ def test_module_is_removed_wherever_that_makes_a_name_of_the_model(theirs, ours)
     others = ["b.module.own", "b.c"]  # a user's own submodule, and what keeps prefixes apart
     prefix = theirs[: theirs.index("module.w")] if theirs.startswith("state_dict") else ""
     match = find_weights([theirs, *(prefix + name for name in others)], [ours, *others])
-    assert match.chosen[ours] == theirs
+    assert match.sources[ours] == theirs
     assert match.missing == match.unexpected == []
 
 
@@ -114,7 +114,7 @@ def test_no_wrapper_hides_a_name_and_no_submodule_of_the_user_is_lost(names, dat
 
     theirs = {name: wrapped(name) for name in sorted(names)}
     match = find_weights([*theirs.values(), *([] if not prefix else ["epoch"])], sorted(names))
-    assert match.chosen == theirs
+    assert match.sources == theirs
     assert not match.missing
     assert not match.unexpected
 
@@ -137,15 +137,15 @@ BODY = ["body.0.weight", "body.0.bias", *NAMES]
 def test_what_is_skipped_is_neither_needed_nor_unexpected():
     there = find_weights(BODY, BODY, skip=["fc.*"])
     absent = find_weights(BODY[:2], BODY, skip=["fc.weight", "*.bias"])
-    assert (there.chosen, there.skipped) == ({n: n for n in BODY[:2]}, NAMES)
+    assert (there.sources, there.skipped) == ({n: n for n in BODY[:2]}, NAMES)
     assert there.missing == there.unexpected == []
-    assert (list(absent.chosen), absent.missing) == (["body.0.weight"], [])
+    assert (list(absent.sources), absent.missing) == (["body.0.weight"], [])
     assert absent.skipped == ["body.0.bias", *NAMES]
 
 
 @pytest.mark.parametrize(("skip", "text"), [
-    (["fc.weights"], "init.skip: nothing is called 'fc.weights' (did you mean 'fc.weight'?)"),
-    (["fc.*", "head.*"], "nothing is called 'head.*'"),
+    (["fc.weights"], "init.skip: no tensor matches 'fc.weights' (did you mean 'fc.weight'?)"),
+    (["fc.*", "head.*"], "no tensor matches 'head.*'"),
     (["*"], "leaves nothing to load"),
 ])  # fmt: skip
 def test_a_pattern_of_what_is_skipped_has_to_mean_something(skip, text):
@@ -158,7 +158,7 @@ def test_tensors_that_are_one_are_skipped_together():
     tied = {"embed": "embed", "head": "embed", "x": "x"}
     with pytest.raises(ConfigError, match='"head" and "embed" are one tensor; skip both'):
         find_weights(["x"], tied, tied=tied, skip=["head"])
-    assert find_weights(["x"], tied, tied=tied, skip=["head", "embed"]).chosen == {"x": "x"}
+    assert find_weights(["x"], tied, tied=tied, skip=["head", "embed"]).sources == {"x": "x"}
 
 
 @pytest.mark.parametrize(("rename", "theirs"), [
@@ -173,14 +173,14 @@ def test_tensors_that_are_one_are_skipped_together():
 def test_names_are_changed_below_any_prefix(rename, theirs, prefix):
     match = find_weights([prefix + name for name in theirs], BODY, rename=rename)
     assert (match.missing, match.unexpected) == ([], [])
-    assert len(set(match.chosen.values())) == len(BODY)
-    assert not any("teacher" in name for name in match.chosen.values())
+    assert len(set(match.sources.values())) == len(BODY)
+    assert not any("teacher" in name for name in match.sources.values())
 
 
 def test_the_first_pattern_that_fits_counts_and_one_that_fits_nothing_is_refused():
     rename = {"a.*": "fc.*", "a.bias": "other"}
     assert find_weights(["a.weight", "a.bias"], NAMES, rename=rename).missing == []
-    with pytest.raises(ConfigError, match=r"init.rename: nothing there is called 'b\.\*'"):
+    with pytest.raises(ConfigError, match=r"init.rename: no tensor matches 'b\.\*'"):
         find_weights(NAMES, NAMES, rename={"b.*": "fc.*"})
-    with pytest.raises(ConfigError, match=r'"fc\.bias", "a\.bias" would both be "fc\.bias"'):
+    with pytest.raises(ConfigError, match=r'"fc\.bias", "a\.bias" all match "fc\.bias"'):
         find_weights([*NAMES, "a.bias"], NAMES, rename={"a.*": "fc.*"})
