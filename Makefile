@@ -2,7 +2,7 @@
 # make test      install what the tests need, then run them
 # make check     formatting, lint, types, direction of imports
 # make docs      build the site of docs/ into build/site, warnings being errors
-# make bench-loop, bench-data, bench-checkpoint, bench-dcp, bench-s3   figures against named rivals (docs/benchmarks.md)
+# make bench-loop, bench-data, bench-checkpoint, bench-dcp, bench-s3   ratios against named rivals
 # make chaos     kill a real training at KILLS random instants; nothing may be lost. STORE=s3: in a
 #                bucket, and its server too
 # make s3       a real S3 server on this machine, to try things

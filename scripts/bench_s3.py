@@ -83,7 +83,7 @@ class Floor:
             list(pool.map(get, range(0, len(buffer), _RANGE_BYTES)))
 
 
-class Ours:
+class Perdure:
     """A committed checkpoint, written anew each round; read back verified."""
 
     def __init__(self, url: str, state: dict[str, Tensor]) -> None:
@@ -109,7 +109,7 @@ class Ours:
 
 
 class Blocking:
-    """What a save costs the thread that trains: its beginning, and the wait before the update."""
+    """Time a save blocks the training thread: its start, and the wait before the update."""
 
     def __init__(self, folder: str, state: dict[str, Tensor]) -> None:
         self._state = state
@@ -131,11 +131,11 @@ class Blocking:
     def _mark(self, name: str) -> None:
         self._marks[name] = time.perf_counter()
 
-    def measure(self, place: str) -> float:
+    def measure(self, url: str) -> float:
         """Return the seconds that a save blocked."""
         self._step += 1
         began = time.perf_counter()
-        save = self._writers[place].start_save(Content(tensors=self._state), step=1 + self._step)
+        save = self._writers[url].begin(Content(tensors=self._state), step=1 + self._step)
         begun_s = time.perf_counter() - began
         while time.perf_counter() < began + 0.5:  # forward and backward of the next step
             self._work @ self._work
@@ -183,34 +183,36 @@ def main() -> int:
         server.start()
         os.environ |= server.environment
         floor = Floor(server.endpoint, nbytes)
-        ours = Ours(f"s3://{BUCKET}/ours", state)
+        perdure = Perdure(f"s3://{BUCKET}/perdure", state)
         rival = Dcp(f"s3://{BUCKET}/dcp", state, server.endpoint)
         times: dict[str, list[tuple[float, float]]] = {}
         for _ in range(arguments.rounds):
             for verb in ("save", "load"):
-                for name, one in {"floor": floor, "ours": ours, "dcp": rival}.items():
+                for name, one in {"floor": floor, "perdure": perdure, "dcp": rival}.items():
                     times.setdefault(f"{name} {verb}", []).append(timed(getattr(one, verb)))
-            ours.clear()
+            perdure.clear()
         blocking = Blocking(f"{folder}/disk", state)
         blocked: dict[str, list[float]] = {"disk": [], "S3": []}
         for _ in range(arguments.rounds):
-            for place, seconds in blocked.items():
-                seconds.append(blocking.measure(place))
+            for url, seconds in blocked.items():
+                seconds.append(blocking.measure(url))
         server.kill()
     print(f"{nbytes / 1e9:.2f} GB, {arguments.rounds} rounds, medians (range)")
     for verb in ("save", "load"):
-        for name in ("floor", "ours", "dcp"):
-            each = times[f"{name} {verb}"]
-            rate = statistics.median(nbytes / 1e9 / seconds for seconds, _ in each)
-            cpu = statistics.median(cpu_s / (nbytes / 1e9) for _, cpu_s in each)
-            ratios = [a / b for (a, _), (b, _) in zip(each, times[f"ours {verb}"], strict=True)]
-            against = "" if name == "ours" else (
-                f"   ours is {statistics.median(ratios):.2f} times as fast "
+        for name in ("floor", "perdure", "dcp"):
+            rounds = times[f"{name} {verb}"]
+            rate = statistics.median(nbytes / 1e9 / seconds for seconds, _ in rounds)
+            cpu = statistics.median(cpu_s / (nbytes / 1e9) for _, cpu_s in rounds)
+            ratios = [
+                a / b for (a, _), (b, _) in zip(rounds, times[f"perdure {verb}"], strict=True)
+            ]
+            against = "" if name == "perdure" else (
+                f"   Perdure is {statistics.median(ratios):.2f} times as fast "
                 f"({min(ratios):.2f} to {max(ratios):.2f})"
             )  # fmt: skip
             print(f"{verb}  {name:<6} {rate:6.3f} GB/s  {cpu:5.2f} CPU s/GB{against}")
-    for place, seconds in blocked.items():
-        print(f"blocked per save, to {place:<4} {1e3 * statistics.median(seconds):6.1f} ms")
+    for url, seconds in blocked.items():
+        print(f"blocked per save, to {url:<4} {1e3 * statistics.median(seconds):6.1f} ms")
     return 0
 
 

@@ -5,20 +5,20 @@ python scripts/chaos.py [--kills 500] [--ranks 1,2] [--seed 0] [--folder DIR]
 A run is started, killed, examined and started again until the kills are used up; then it is left
 alone. What must hold; at the first failure the exit code is 1 and the folder stays:
 
-- Whatever the instant, every byte of every checkpoint is right, and none that was ever seen
-  committed is lost. There is no checkpoint only before the first commit.
-- The next attempt goes on from exactly the newest one.
+- Every byte of every checkpoint is right at any moment, and no committed checkpoint is lost.
+  A run has a checkpoint from its first commit on.
+- The next attempt resumes from exactly the newest one.
 - A rank whose peer was killed reports no success.
 - The end is that of a run which was never killed, bit for bit: weights, optimizer, scheduler,
   generators, metrics.jsonl.
 - A finished run keeps no shards but those of its checkpoints.
 
 Of the kills of several ranks, half take one rank first, so that the others see it die. The aims
-are drawn from --seed; what a kill really meets is up to the machine, and the tally says what.
+are drawn from --seed; the tally counts what each kill actually interrupted.
 
 One process imports everything once and forks the ranks of every attempt, so that they start in
 tenths of a second. It never computes and never has a second thread: a fork copies a pool of
-threads without its threads, and whoever waits for one of them waits forever.
+threads without its threads, and a wait for one of them never ends.
 """
 
 import argparse
@@ -46,7 +46,7 @@ EPOCHS, STEPS_PER_EPOCH, GLOBAL_BATCH_SIZE = 8, 20, 12
 LAST_STEP = EPOCHS * STEPS_PER_EPOCH
 KEEP_LAST = 2
 
-# All that makes resume hard, as in tests/e2e/commands.py, with a model so wide that a save writes
+# The settings of tests/support/run_commands.py, with a model so wide that a save writes
 # 5 MB and takes as long as some steps.
 SETTINGS = [
     "data=synthetic", "sample.shape=[1,8,8]", "data.eval_samples=70",
@@ -65,11 +65,11 @@ WRITING = "a save: shards"
 PUBLISHING = "a save: manifest"
 PRUNING = "after a commit: pruning"
 STATES = (START_UP, TRAINING, WRITING, PUBLISHING, PRUNING)
-"""What a killed attempt can have been doing, as the tally calls it."""
+"""Activities of a killed attempt, as counted in the tally."""
 
 _POLL_S = 0.0005
 _PATIENCE_S = 180.0
-"""How long to wait for anything; the machine may have other work."""
+"""Timeout of every wait, in seconds; the machine may have other work."""
 
 
 class Broken(Exception):
@@ -84,8 +84,8 @@ _children: set[int] = set()
 _IMPORTS = (
     "torch.distributed.checkpoint.default_planner", "torch.distributed.tensor",
     "torch._dynamo",  # every optimizer imports it
-    "torchmetrics", "hydra", "omegaconf", "trainer.run", "trainer.attempt", "trainer.schedule",
-    "trainer.task", "trainer.data.synthetic", "trainer.tracking.console", "models.cnn",
+    "torchmetrics", "hydra", "omegaconf", "trainer.run", "trainer.training.attempt",
+    "trainer.schedule", "trainer.task", "trainer.data.synthetic", "trainer.tracking.console", "models.cnn",
     "scripts.compare_runs",
 )  # fmt: skip
 
@@ -101,7 +101,7 @@ def preload() -> None:
     from hydra.core.plugins import Plugins
 
     Plugins.instance()  # looks through packages, once
-    gc.freeze()  # or a child's collector would copy every page by looking at it
+    gc.freeze()  # or the collector of a child would copy every page
 
 
 def fork(body: Callable[[], int], log: Path) -> int:
@@ -145,11 +145,11 @@ def ask(question: Callable[[], Any], log: Path) -> Any:
     def answer() -> int:
         os.close(reading)
         try:
-            found = {"answer": question()}
+            finding = {"answer": question()}
         except Exception as error:
-            found = {"error": "".join(traceback.format_exception(error)).rstrip()}
+            finding = {"error": "".join(traceback.format_exception(error)).rstrip()}
         with open(writing, "w") as pipe:
-            json.dump(found, pipe)
+            json.dump(finding, pipe)
         return 0
 
     pid = fork(answer, log)
@@ -158,14 +158,14 @@ def ask(question: Callable[[], Any], log: Path) -> Any:
         text = pipe.read()
     os.waitpid(pid, 0)
     _children.discard(pid)
-    found = json.loads(text or '{"error": "the process that examined the run died"}')
-    if "error" in found:
-        raise Broken(found["error"])
-    return found["answer"]
+    finding = json.loads(text or '{"error": "the process that examined the run was killed"}')
+    if "error" in finding:
+        raise Broken(finding["error"])
+    return finding["answer"]
 
 
 def kill_children() -> None:
-    """End whatever is alive."""
+    """Kill all children."""
     for pid in tuple(_children):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -177,7 +177,7 @@ class Ranks:
 
     def __init__(self, run_dir: Path, count: int, log: Path) -> None:
         self.codes: dict[int, int] = {}
-        """Exit codes of the ranks that left by themselves."""
+        """Exit codes of the ranks that exited early."""
         port = _free_port()
         self._pids = {
             rank: fork(lambda rank=rank: _train(run_dir, rank, count, port), log)
@@ -206,7 +206,7 @@ class Ranks:
             self.codes[rank] = code
 
     def wait(self, condition: Callable[[], bool]) -> bool:
-        """Wait until a condition holds; return False if a rank left by itself before."""
+        """Wait until a condition holds; return False if a rank exited early before."""
         deadline_s = time.monotonic() + _PATIENCE_S
         while not condition():
             self.alive()
@@ -225,7 +225,7 @@ class Ranks:
                 raise Broken(f"an attempt did not end within {_PATIENCE_S:.0f} s")
             time.sleep(0.01)
         if any(self.codes.values()):
-            raise Broken(f"nobody was killed; the exit codes are {self.codes}")
+            raise Broken(f"no rank was killed; the exit codes are {self.codes}")
 
 
 def _train(run_dir: Path, rank: int, count: int, port: int) -> int:
@@ -242,7 +242,7 @@ def _train(run_dir: Path, rank: int, count: int, port: int) -> int:
 
 
 def _free_port() -> int:
-    """Return a free port below those that the kernel hands out by itself meanwhile."""
+    """Return a free port below those that the kernel assigns automatically."""
     while True:
         port = random.randrange(10_000, 32_000)
         with socket.socket() as probe:
@@ -257,7 +257,7 @@ def _free_port() -> int:
 
 
 class Watch:
-    """What an attempt has done so far, seen from outside."""
+    """Progress of an attempt, observed from outside."""
 
     def __init__(self, run_dir: Path) -> None:
         self._attempts, self._checkpoints = run_dir / "attempts", run_dir / "checkpoints"
@@ -298,9 +298,9 @@ class Watch:
         """Return the checkpoints of this attempt: each one's step and files."""
         from trainer.checkpoint.manifest import parse_folder
 
-        own = set(_names(self._checkpoints)) - self._earlier_folders
-        parsed = [(parse_folder(name), _names(self._checkpoints / name)) for name in own]
-        return [(found[0], files) for found, files in parsed if found]
+        folders = set(_names(self._checkpoints)) - self._earlier_folders
+        parsed = [(parse_folder(name), _names(self._checkpoints / name)) for name in folders]
+        return [(finding[0], files) for finding, files in parsed if finding]
 
 
 def _names(folder: Path) -> list[str]:
@@ -317,14 +317,14 @@ def _is_temporary(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a killed attempt has left, every byte of it examined."""
+    """Files of a killed attempt, every byte verified."""
 
     newest_step: int
-    """Of the newest checkpoint; 0 if there is none."""
+    """Step of the newest checkpoint; 0 without one."""
     resumed_step: int | None
-    """Where the attempt said that it started from, if it came that far."""
+    """Step that the attempt recorded as its start, if any."""
     state: str
-    """What it was doing, one of STATES."""
+    """Activity, one of STATES."""
     left_files: int
     """Files of no use, which a later attempt has to delete."""
 
@@ -353,7 +353,7 @@ def examine(run_dir: Path, earlier_attempts: int) -> dict[str, Any]:
 
 
 def _state(run_dir: Path, attempt: int, commits: Sequence[Any]) -> str:
-    """Return what an attempt that had begun to train was doing. One save follows the other."""
+    """Return the activity of an attempt that had started to train. Saves follow each other."""
     from trainer.checkpoint.lineage import MANIFEST
     from trainer.checkpoint.manifest import parse_folder
 
@@ -400,18 +400,18 @@ def compare(undisturbed: Path, run_dir: Path) -> tuple[list[str], list[str]]:
 
 @dataclass(frozen=True)
 class Shot:
-    """When to kill an attempt, and whom first. Times are in steps of the undisturbed run."""
+    """Time of a kill and its first victim. Times are in steps of the undisturbed run."""
 
     aim: str
-    """What to wait for: START_UP, TRAINING, WRITING or PUBLISHING."""
+    """Activity to wait for: START_UP, TRAINING, WRITING or PUBLISHING."""
     lead: float
-    """How long to let it train before that, if the aim is a save."""
+    """Training time before that, if the aim is a save."""
     delay: float
-    """How long to wait after it."""
+    """Wait after it."""
     first: int | None
     """The rank that dies first, or None: all at the same time."""
     ahead: float
-    """How long the others live on."""
+    """Time between the first kill and the kill of the others."""
 
 
 _AIMS = {START_UP: (1, 8.0), TRAINING: (3, 20.0), WRITING: (3, 0.5), PUBLISHING: (3, 0.2)}
@@ -433,14 +433,14 @@ def draw(dice: random.Random, ranks: int) -> Shot:
 
 @dataclass
 class Tally:
-    """What the kills of so many ranks have met."""
+    """Tally of the kills for one number of ranks."""
 
     kills: int = 0
     states: Counter[str] = field(default_factory=Counter)
     one_first: int = 0
-    left: int = 0
-    """Ranks that left by themselves when they saw a peer die."""
-    most_left_files: int = 0
+    early_exits: int = 0
+    """Ranks that exited when a peer was killed."""
+    max_orphaned_files: int = 0
     runs: int = 0
     end_files: int = 0
     """Useless files of finished runs."""
@@ -451,7 +451,7 @@ class Run:
 
     def __init__(self, run_dir: Path, ranks: int, tally: Tally, step_s: float) -> None:
         self.newest_step = 0
-        """Of the newest checkpoint after the last kill; 0 if there is none."""
+        """Step of the newest checkpoint after the last kill; 0 without one."""
         self._seen_step = 0
         """The newest that was ever seen committed, also while an attempt was alive."""
         self._run_dir, self._ranks, self._tally, self._step_s = run_dir, ranks, tally, step_s
@@ -472,12 +472,12 @@ class Run:
                 time.sleep(_POLL_S)
         self._see(watch)
         ranks.kill(ranks.alive())
-        found = ask(lambda: examine(self._run_dir, watch.earlier_attempts), self._log)
-        self._judge(Finding(**found), ranks.codes)
+        finding = ask(lambda: examine(self._run_dir, watch.earlier_attempts), self._log)
+        self._check(Finding(**finding), ranks.codes)
         return True
 
     def _take_aim(self, shot: Shot, watch: Watch, ranks: Ranks) -> bool:
-        """Wait for the instant; return False if a rank left by itself before."""
+        """Wait for the instant; return False if a rank exited early before."""
         if shot.aim == START_UP:
             return ranks.wait(watch.has_begun) and self._pause(shot.delay, watch, ranks)
         if not ranks.wait(watch.is_training):
@@ -497,37 +497,37 @@ class Run:
     def _see(self, watch: Watch) -> None:
         self._seen_step = max(self._seen_step, watch.committed_step())
 
-    def _judge(self, found: Finding, codes: Mapping[int, int]) -> None:
-        """Hold what was found against what was promised, and count it."""
-        if found.resumed_step not in (None, self.newest_step):
+    def _check(self, finding: Finding, codes: Mapping[int, int]) -> None:
+        """Compare a finding with the promises, and count it."""
+        if finding.resumed_step not in (None, self.newest_step):
             raise Broken(
-                f"the newest checkpoint was of step {self.newest_step}, and the next attempt went "
-                f"on from step {found.resumed_step}"
+                f"the newest checkpoint was of step {self.newest_step}, and the next attempt "
+                f"resumed from step {finding.resumed_step}"
             )
-        if found.newest_step < self._seen_step:
+        if finding.newest_step < self._seen_step:
             raise Broken(
-                f"step {self._seen_step} was committed; after a kill ({found.state}) the newest "
-                f"checkpoint is of step {found.newest_step}"
+                f"step {self._seen_step} was committed; after a kill ({finding.state}) the newest "
+                f"checkpoint is of step {finding.newest_step}"
             )
         for rank, code in codes.items():
-            if code not in ((0, 1) if found.newest_step == LAST_STEP else (1,)):
+            if code not in ((0, 1) if finding.newest_step == LAST_STEP else (1,)):
                 raise Broken(
                     f"rank {rank} left with {code} when its peer was killed; the newest checkpoint "
-                    f"is of step {found.newest_step} of {LAST_STEP}"
+                    f"is of step {finding.newest_step} of {LAST_STEP}"
                 )
-        self.newest_step = self._seen_step = found.newest_step
+        self.newest_step = self._seen_step = finding.newest_step
         self._tally.kills += 1
-        self._tally.states[found.state] += 1
-        self._tally.left += len(codes)
-        self._tally.most_left_files = max(self._tally.most_left_files, found.left_files)
+        self._tally.states[finding.state] += 1
+        self._tally.early_exits += len(codes)
+        self._tally.max_orphaned_files = max(self._tally.max_orphaned_files, finding.left_files)
 
     def end(self, undisturbed: Path) -> None:
         """Let the run end, and compare it with one that was never killed."""
         was_over = self.newest_step == LAST_STEP
         Ranks(self._run_dir, self._ranks, self._log).let_end()
-        found, useless = ask(lambda: compare(undisturbed, self._run_dir), self._log)
-        if found:
-            text = "\n".join(line[:300] for line in found[:20])
+        finding, useless = ask(lambda: compare(undisturbed, self._run_dir), self._log)
+        if finding:
+            text = "\n".join(line[:300] for line in finding[:20])
             raise Broken(f"the end differs from that of an undisturbed run:\n{text}")
         shards = [name for name in useless if name.endswith(".safetensors")]
         if shards and not was_over:  # else no attempt has saved, and so cleaned up, since the kill
@@ -552,7 +552,7 @@ class Campaign:
         self._folder, self._kills, self._dice, self._keep = folder, kills, dice, keep
 
     def torture(self, ranks: int, kills: int) -> None:
-        """Kill runs of so many ranks, one after the other, until the kills are used up."""
+        """Kill runs with this number of ranks, one after the other, until the kills are used up."""
         tally = self.tallies[ranks] = Tally()
         undisturbed = self.run_dir = self._folder / f"ranks-{ranks}-undisturbed"
         began_s = time.monotonic()
@@ -582,8 +582,8 @@ class Campaign:
             ("kills", [t.kills for t in tallies], sum),
             *((f"  {state}", [t.states[state] for t in tallies], sum) for state in STATES),
             ("one rank died first", [t.one_first for t in tallies], sum),
-            ("  others left by themselves", [t.left for t in tallies], sum),
-            ("useless files, most after a kill", [t.most_left_files for t in tallies], max),
+            ("  others exited early", [t.early_exits for t in tallies], sum),
+            ("useless files, most after a kill", [t.max_orphaned_files for t in tallies], max),
             ("useless files, in ended runs", [t.end_files for t in tallies], sum),
             ("runs that ended bit-identical", [t.runs for t in tallies], sum),
         ]
@@ -621,8 +621,8 @@ def main() -> int:
     code = 1
     try:
         for index, ranks in enumerate(arguments.ranks):
-            share, rest = divmod(arguments.kills, len(arguments.ranks))
-            campaign.torture(ranks, share + (index < rest))
+            count, rest = divmod(arguments.kills, len(arguments.ranks))
+            campaign.torture(ranks, count + (index < rest))
         code = 0
     except Broken as error:
         log = log_of(campaign.run_dir)
@@ -635,8 +635,8 @@ def main() -> int:
         if not keep and code != 1:
             shutil.rmtree(folder, ignore_errors=True)
     print(campaign.table())
-    said = {0: "Every promise held.", 1: f"A promise is broken; see {folder}."}
-    print(f"{time.monotonic() - campaign.began_s:.0f} s. {said.get(code, 'Interrupted.')}")
+    messages = {0: "Every promise held.", 1: f"A promise is broken; see {folder}."}
+    print(f"{time.monotonic() - campaign.began_s:.0f} s. {messages.get(code, 'Interrupted.')}")
     return code
 
 

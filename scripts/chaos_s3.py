@@ -34,9 +34,9 @@ from trainer.storage import Store, open_store
 
 _PATIENCE_S = 240.0
 _LONGEST_S = 4.0
-"""Of the time between the beginning of the training and the kill."""
+"""Maximum time between the start of training and the kill, in seconds."""
 _LONGEST_OUTAGE_S = 3.0
-_WHAT = ("the run", "a rank", "the server")
+_TARGETS = ("the run", "a rank", "the server")
 
 
 class Run:
@@ -48,7 +48,7 @@ class Run:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the command in a process group of its own."""
+        """Start the command in its own process group."""
         command = [sys.executable, "-m", "trainer.run", *SETTINGS, f"run_dir={self.url}"]
         with open(self._log, "ab") as log:
             self._process = subprocess.Popen(
@@ -73,7 +73,7 @@ class Run:
         return True
 
     def is_training(self, attempt: int) -> bool:
-        """Return whether an attempt of this number or a later one has begun to train."""
+        """Return whether an attempt of this number or a later one has started to train."""
         records = lineage.records(self.store)
         return bool(records) and records[-1]["attempt"] >= attempt and "resumed_from" in records[-1]
 
@@ -119,19 +119,19 @@ def torment(
         run.start()
         if run.wait(lambda attempt=attempt: run.is_training(attempt)) and kills > 0:
             kills -= 1
-            what = dice.choice(_WHAT)
+            target = dice.choice(_TARGETS)
             time.sleep(dice.uniform(0.0, _LONGEST_S))
             if run.code() is not None:
                 pass  # it was faster
-            elif what == "the server":
-                tally[what] += 1
+            elif target == "the server":
+                tally[target] += 1
                 server.kill()
                 time.sleep(dice.uniform(0.0, _LONGEST_OUTAGE_S))
                 server.start()
                 run.wait(lambda: False)
             else:
-                tally[what] += 1
-                run.kill() if what == "the run" else run.kill_rank()
+                tally[target] += 1
+                run.kill() if target == "the run" else run.kill_rank()
         run.wait(lambda: False)
         code = run.code()
         newest = run.newest()
@@ -160,17 +160,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ |= {**server.environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
         try:
-            whole = {count: Run(f"whole-{count}", count, log) for count in counts}
-            for run in whole.values():
+            undisturbed = {count: Run(f"whole-{count}", count, log) for count in counts}
+            for run in undisturbed.values():
                 torment(run, server, 0, dice, Counter())
             done = 0
             while (used := tally.total()) < options.kills:
                 count = counts[done % len(counts)]
                 run = Run(f"run-{done}", count, log)
                 torment(run, server, options.kills - used, dice, tally)
-                found = [*differences(whole[count].url, run.url), *run.useless()]
-                if found:
-                    raise Broken(f"{run.url} is not as a run that nothing happened to: {found[:9]}")
+                texts = [*differences(undisturbed[count].url, run.url), *run.useless()]
+                if texts:
+                    raise Broken(f"{run.url} is not as a run that nothing happened to: {texts[:9]}")
                 done += 1
         except Broken as error:
             print(log.read_text()[-4000:], file=sys.stderr)
@@ -178,8 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         finally:
             server.kill()
-    for what in _WHAT:
-        print(f"kills of {what:<12} {tally[what]:5}")
+    for target in _TARGETS:
+        print(f"kills of {target:<12} {tally[target]:5}")
     print(f"kills in all          {tally.total():5}")
     print(f"runs that ended bit-identical {done}")
     print("Every promise held.")

@@ -53,7 +53,7 @@ PHRASES = {
     r"handed on|hands? on\b": "'passed'",
     r"counted as|counts as": "'is treated as'",
     r"(?<!no )such(?! as)": "delete it",
-    r"figures?": "'metrics', 'numbers', 'measurements'",
+    r"(?<![\"'<])figures?(?![\"'])": "'metrics', 'numbers', 'measurements'",
     r"makes? known|made known|make (it|them) known": "'reports', 'publishes'",
     r"comes? of|came of": "'results from'",
     r"(of|in|for|with|by|after) so (many|much|long)": "name the setting or the number",

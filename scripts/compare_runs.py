@@ -16,7 +16,7 @@ from trainer.tracking import jsonl
 
 def differences(run_a: str, run_b: str) -> list[str]:
     """Return what differs between two runs; empty if nothing does."""
-    found = []
+    texts = []
     opened = []
     for run in (run_a, run_b):
         store = open_store(run)
@@ -25,24 +25,24 @@ def differences(run_a: str, run_b: str) -> list[str]:
         opened.append((manifest, checkpoint.Reader(store, commit.folder, manifest)))
     (a, read_a), (b, read_b) = opened
     if a.step != b.step:
-        found.append(f"step: {a.step} and {b.step}")
+        texts.append(f"step: {a.step} and {b.step}")
     if set(a.tensors) != set(b.tensors):
-        found.append(f"names of tensors: {sorted(set(a.tensors) ^ set(b.tensors))}")
+        texts.append(f"names of tensors: {sorted(set(a.tensors) ^ set(b.tensors))}")
     for name in sorted(set(a.tensors) & set(b.tensors)):
-        ours, theirs = read_a.fetch(name), read_b.fetch(name)
-        same = ours.dtype == theirs.dtype and torch.equal(_bits(ours), _bits(theirs))
+        tensor_a, tensor_b = read_a.fetch(name), read_b.fetch(name)
+        same = tensor_a.dtype == tensor_b.dtype and torch.equal(_bits(tensor_a), _bits(tensor_b))
         if not same:
-            found.append(f"tensor {name}")
+            texts.append(f"tensor {name}")
     for key in sorted(set(a.objects) | set(b.objects)):
         if repr(a.objects.get(key)) != repr(b.objects.get(key)):
-            found.append(f"object {key}: {a.objects.get(key)!r} and {b.objects.get(key)!r}")
+            texts.append(f"object {key}: {a.objects.get(key)!r} and {b.objects.get(key)!r}")
     lines_a, lines_b = _metrics(run_a), _metrics(run_b)
     if len(lines_a) != len(lines_b):
-        found.append(f"metrics.jsonl: {len(lines_a)} and {len(lines_b)} lines")
-    for ours, theirs in zip(lines_a, lines_b, strict=False):
-        if ours != theirs:
-            found.append(f"metrics.jsonl: {ours} and {theirs}")
-    return found
+        texts.append(f"metrics.jsonl: {len(lines_a)} and {len(lines_b)} lines")
+    for tensor_a, tensor_b in zip(lines_a, lines_b, strict=False):
+        if tensor_a != tensor_b:
+            texts.append(f"metrics.jsonl: {tensor_a} and {tensor_b}")
+    return texts
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -57,9 +57,9 @@ def _metrics(run: str) -> list[dict[str, object]]:
 
 
 def main() -> int:
-    found = differences(*sys.argv[1:3])
-    print("\n".join(found[:40]) or "identical")
-    return int(bool(found))
+    texts = differences(*sys.argv[1:3])
+    print("\n".join(texts[:40]) or "identical")
+    return int(bool(texts))
 
 
 if __name__ == "__main__":

@@ -20,17 +20,17 @@ DARK = "--blink-settings=preferredColorScheme=0"
 def take(page: Path, name: str, top: int, bottom: int, *flags: str) -> None:
     """Write a stretch of a page as a small PNG."""
     with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder) / "whole.png"
+        screenshot = Path(folder) / "page.png"
         subprocess.run(
             [
                 "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
                 "--no-first-run", "--disable-background-networking", "--disable-component-update",
                 "--disable-sync", "--hide-scrollbars", f"--user-data-dir={folder}/profile",
-                f"--window-size={WIDTH},{bottom}", f"--screenshot={whole}", *flags, page.as_uri(),
+                f"--window-size={WIDTH},{bottom}", f"--screenshot={screenshot}", *flags, page.as_uri(),
             ],
             check=True, capture_output=True,
         )  # fmt: skip
-        picture = Image.open(whole).convert("RGB").crop((0, top, WIDTH, bottom))
+        picture = Image.open(screenshot).convert("RGB").crop((0, top, WIDTH, bottom))
         picture.quantize(128, dither=Image.Dither.NONE).save(FOLDER / name, optimize=True)
     print(f"{FOLDER / name}: {(FOLDER / name).stat().st_size:,} bytes")
 

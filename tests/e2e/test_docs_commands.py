@@ -1,7 +1,7 @@
-"""The documents' commands run, in their order, where what they speak of is there.
+"""The commands in the documents run, in order, where their requirements are met.
 
-Those that need SLURM or S3 are run where there is one, by test_docs_on_slurm.py and
-test_docs_on_s3.py. Capital words stand for places. Trainings take two steps.
+Commands that need SLURM or S3 are run by test_docs_on_slurm.py and test_docs_on_s3.py. Words in
+capitals are replaced by paths. Trainings take two steps.
 """
 
 import re
@@ -22,8 +22,8 @@ PLACES = {
 }  # fmt: skip
 FAILS = {"checkpoints verify runs/broken": 1, "checkpoints diff": 1}
 """Commands that show what is wrong, or another."""
-MADE = {"make s3"}
-"""What starts the server that test_docs_on_s3.py has."""
+SERVERS = {"make s3"}
+"""The command that starts the server of test_docs_on_s3.py."""
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +79,19 @@ def as_typed(words):
     return words
 
 
-def test_the_documents_have_commands_of_every_kind():
-    found = dict.fromkeys(("", "slurm", "s3"), 0)
+def test_documents_have_commands_of_every_kind():
+    counts = dict.fromkeys(("", "slurm", "s3"), 0)
     for document in documents.DOCUMENTS:
-        for need in found:
-            found[need] += len(documents.typed(document, need))
-        assert {" ".join(words) for words in documents.typed(document, "make")} <= MADE
-    assert found[""] >= 20
-    assert min(found.values()) >= 3
+        for need in counts:
+            counts[need] += len(documents.typed(document, need))
+        assert {" ".join(words) for words in documents.typed(document, "make")} <= SERVERS
+    assert counts[""] >= 20
+    assert min(counts.values()) >= 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", [d for d in documents.DOCUMENTS if documents.typed(d, "")])
-def test_its_commands_run(prepared, document):
+def test_document_commands_run(prepared, document):
     weights_of_others(prepared.folder)
     for words in documents.typed(document, ""):
         shutil.rmtree(prepared.folder / "runs/of-a-document", ignore_errors=True)

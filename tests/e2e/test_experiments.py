@@ -27,7 +27,7 @@ def idx(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_it_runs_two_steps(command, idx, recipe):
+def test_experiment_runs_two_steps(command, idx, recipe):
     data = [f"data.dir={idx}"] if "dir:" in recipe.read_text() else []
     cache = {"XDG_CACHE_HOME": str(command.folder / "cache")}
     done = command(f"experiment={recipe.stem}", "trainer.max_steps=2", *data, **cache)

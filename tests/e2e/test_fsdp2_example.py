@@ -1,4 +1,4 @@
-"""The example of the docs: FSDP2 in a loop of one's own, stopped and started again."""
+"""The example of the docs: FSDP2 in a hand-written loop, stopped and restarted."""
 
 import subprocess
 import sys
@@ -20,15 +20,15 @@ def train(folder, last_step: int) -> str:
 
 
 @pytest.mark.slow
-def test_it_goes_on_where_it_stopped_and_ends_the_same(tmp_path):
-    whole = train(tmp_path / "whole", 30)
+def test_example_resumes_and_ends_with_the_same_bits(tmp_path):
+    undisturbed = train(tmp_path / "undisturbed", 30)
     assert "from the beginning" in train(tmp_path / "broken", 10)
     resumed = train(tmp_path / "broken", 30)
     assert "from the beginning" not in resumed
-    assert "step 30: saved" in whole
+    assert "step 30: saved" in undisturbed
     assert "step 30: saved" in resumed
     compared = subprocess.run(
-        [sys.executable, "-m", "trainer.checkpoints", "diff", tmp_path / "whole",
+        [sys.executable, "-m", "trainer.checkpoints", "diff", tmp_path / "undisturbed",
          tmp_path / "broken", "step=30"],
         capture_output=True, text=True, timeout=100,
     )  # fmt: skip

@@ -17,9 +17,9 @@ def run(*arguments, **options):
 
 @pytest.fixture
 def clone(tmp_path):
-    made = run("git", "clone", "--quiet", str(ROOT), str(tmp_path / "clone"))
-    if made.returncode:
-        pytest.fail(made.stderr)
+    cloned = run("git", "clone", "--quiet", str(ROOT), str(tmp_path / "clone"))
+    if cloned.returncode:
+        pytest.fail(cloned.stderr)
     return tmp_path / "clone"
 
 
@@ -32,7 +32,7 @@ def test_make_train_in_a_fresh_clone(clone):
 
 
 @pytest.mark.cluster
-def test_a_built_wheel_works_from_any_directory(clone, tmp_path):
+def test_wheel_works_from_any_directory(clone, tmp_path):
     """Dependencies come from this environment; the project itself is installed anew."""
     venv, folder = tmp_path / "venv", tmp_path / "elsewhere"
     folder.mkdir()

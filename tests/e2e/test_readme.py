@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands run, its links lead somewhere."""
+"""The README's commands run, and its links exist."""
 
 import re
 import subprocess
@@ -9,12 +9,12 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_tours_commands_run_in_their_order(command):
+def test_tour_commands_run_in_order(command):
     """All `python -m` commands; the `make` commands have a test of their own, in a fresh clone."""
     blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if "python -m" in line]
     assert len(lines) == 13
-    shown = []
+    outputs = []
     for line in lines:
         bash = line.replace("python -m", f"{sys.executable} -m")
         done = subprocess.run(
@@ -24,8 +24,8 @@ def test_the_tours_commands_run_in_their_order(command):
             capture_output=True,
             text=True,
         )  # fmt: skip
-        shown.append(done)
-    killed, resumed, finished, exported, *looked, listed, checked, two, helped = shown
+        outputs.append(done)
+    killed, resumed, finished, exported, *looked, listed, checked, two, helped = outputs
     assert "Finished" not in killed.stdout
     assert resumed.returncode == 0, resumed.stderr
     assert re.search(r"resuming from step \d+; \d+ steps left|Finished at step 880", resumed.stdout)
@@ -54,7 +54,7 @@ def test_the_tours_commands_run_in_their_order(command):
     assert loaded.returncode == 0, loaded.stderr
 
 
-def test_the_default_run_is_as_good_as_the_readme_says(command):
+def test_default_run_reaches_the_readme_accuracy(command):
     done = command()
     assert done.returncode == 0, done.stderr
     accuracy = float(re.search(r"Finished .* accuracy (\S+)", done.stdout)[1])

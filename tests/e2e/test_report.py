@@ -25,7 +25,7 @@ FRAGILE = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The directory of a run that was preempted in step 9 and went on."""
+    """The directory of a run that was preempted in step 9 and resumed."""
     command = in_folder(tmp_path_factory.mktemp("real"))
     run = command.folder / "runs/a"
     stopped = command(*FRAGILE, SIGNAL_IN_STEP="SIGTERM")
@@ -37,15 +37,15 @@ def folder(tmp_path_factory):
     return run
 
 
-def test_the_page_says_what_the_runs_own_files_say(folder):
+def test_report_matches_the_run_files(folder):
     page = parsed((folder / "report.html").read_text())
     written = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = charts(page)
+    page_charts = charts(page)
     for split, name in (("train", "training"), ("eval", "evaluation")):
-        wanted = [
+        expected = [
             (o["step"], pytest.approx(o["loss"], 1e-5)) for o in written if o["split"] == split
         ]
-        assert curve(found["Loss"], name) == wanted
+        assert curve(page_charts["Loss"], name) == expected
     best = max(one["accuracy"] for one in written if one["split"] == "eval")
     assert float(tiles(page)["best accuracy"]) == pytest.approx(best, rel=1e-3)
     assert tiles(page)["step"] == "40"
@@ -56,14 +56,14 @@ def test_the_page_says_what_the_runs_own_files_say(folder):
     stopped, done = lineage.records(LocalStore(folder))
     assert f"{stopped['last_step']} … 40" in second.text
     assert (done["max_steps"], done["steps_per_epoch"]) == (40, 20)
-    kept = [int(row.all("td")[0].text) for row in page.all("section")[3].all("tr")[1:]]
-    assert kept == [commit.step for commit in reversed(lineage.commits(LocalStore(folder)))]
+    steps = [int(row.all("td")[0].text) for row in page.all("section")[3].all("tr")[1:]]
+    assert steps == [commit.step for commit in reversed(lineage.commits(LocalStore(folder)))]
     assert [one.text for one in page.all("span", "best")] == ["best"]
     changed = page.all("tr", "changed")
     assert [row.attributes["data-key"] for row in changed] in ([], ["trainer.clip_norm"])
 
 
-def test_the_table_of_runs_knows_it_too(folder):
+def test_top_row_matches_the_run(folder):
     row = board.look(str(folder), reporting.ObjectStore())
     assert (row.state, row.step, row.max_steps, len(row.attempts)) == ("finished", 40, 40, 2)
     assert row.checkpoint_step == 40
@@ -78,30 +78,30 @@ def hangs(*arguments, **settings):
 
 
 def fails(*arguments, **settings):
-    raise ZeroDivisionError("a bug of ours")
+    raise ZeroDivisionError("a bug")
 
 
 @pytest.mark.parametrize(("write", "text"), [
     (None, "NO REPORT: ConfigError: "),
-    (fails, "NO REPORT: ZeroDivisionError: a bug of ours"),
+    (fails, "NO REPORT: ZeroDivisionError: a bug"),
     (hangs, "NO REPORT: not written within"),
 ])  # fmt: skip
-def test_a_report_that_fails_is_said_and_nothing_more(tmp_path, capsys, monkeypatch, write, text):
+def test_report_failure_is_logged_and_changes_nothing(tmp_path, capsys, monkeypatch, write, text):
     if write is not None:
         monkeypatch.setattr(reporting, "write", write)
     monkeypatch.setattr(attempt, "_REPORT_S", 0.05 if write is hangs else 30.0)
     attempt._report(Run(name="a", run_dir=str(tmp_path / "nowhere")))
-    said = capsys.readouterr().out
-    assert text in said
-    assert ("Traceback" in said) is (write is fails)  # of a bug, and of nothing else
+    output = capsys.readouterr().out
+    assert text in output
+    assert ("Traceback" in output) is (write is fails)  # of a bug, and of nothing else
     assert list(tmp_path.iterdir()) == []
 
 
 # --- in a browser --------------------------------------------------------------------------------
 
 
-def shown(page, profile, *flags):
-    """Return the page as a browser has it after its script, and what the browser complained of."""
+def rendered(page, profile, *flags):
+    """Return the page's DOM after its script, and the browser's console errors."""
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("needs chromium: apt-get install chromium")
@@ -119,24 +119,24 @@ def shown(page, profile, *flags):
 
 
 @pytest.mark.slow
-def test_a_browser_has_nothing_to_complain_of(folder, tmp_path):
+def test_report_renders_in_chromium_without_errors(folder, tmp_path):
     dark = "--blink-settings=preferredColorScheme=0"
     for name, flags in (("light", []), ("dark", [dark]), ("narrow", ["--window-size=400,900"])):
-        text, complaints = shown(folder / "report.html", tmp_path / name, *flags)
+        text, complaints = rendered(folder / "report.html", tmp_path / name, *flags)
         assert complaints == []
         page = parsed(text.removeprefix("<!DOCTYPE html>"))
-        drawn = page.all("figure", "chart")
+        elements = page.all("figure", "chart")
         ready = page.all("html")[0].attributes["data-ready"]  # the script has come to its end
-        assert int(ready) == len(drawn) >= 4
-        assert all(figure.all("path", "curve") for figure in drawn)
+        assert int(ready) == len(elements) >= 4
+        assert all(element.all("path", "curve") for element in elements)
 
 
 @pytest.mark.slow
-def test_a_browser_runs_nothing_that_stands_in_a_runs_files(tmp_path):
+def test_report_runs_no_script_from_run_files(tmp_path):
     hostile_run(tmp_path / "run")
-    place = reporting.write([str(tmp_path / "run")], str(tmp_path / "page.html"))
-    text, complaints = shown(tmp_path / "page.html", tmp_path / "profile")
-    assert place == str(tmp_path / "page.html")
+    path = reporting.write([str(tmp_path / "run")], str(tmp_path / "page.html"))
+    text, complaints = rendered(tmp_path / "page.html", tmp_path / "profile")
+    assert path == str(tmp_path / "page.html")
     assert complaints == []
     page = parsed(text.removeprefix("<!DOCTYPE html>"))
     assert HOSTILE in page.all("h1")[0].text

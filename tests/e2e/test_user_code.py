@@ -30,7 +30,7 @@ def write_conf(folder):
     (folder / "my_conf/model/mine.yaml").write_text("_target_: mine.nets.Net\nwidth: 8\n")
 
 
-def test_a_users_package_trains_resumes_and_exports(command):
+def test_user_package_trains_resumes_and_exports(command):
     write_conf(command.folder)
     mine = ["--config-dir", "my_conf", "experiment=mine", "launch.nproc=2"]
     stopped = command(*mine, TERM_AT="1:4")
@@ -45,7 +45,7 @@ def test_a_users_package_trains_resumes_and_exports(command):
 
 
 @pytest.mark.slow
-def test_a_plain_dataset_is_trained_on_without_evaluation(command):
+def test_plain_dataset_trains_without_evaluation(command):
     done = command(
         "model._target_=mine.nets.Net", "~model.classes", "~model.input_shape", "++model.width=4",
         "data._target_=mine.data.Points", "trainer.max_steps=3",
@@ -75,7 +75,7 @@ def test_exported_weights_start_a_new_run(command):
 
 
 @pytest.mark.slow
-def test_a_path_forks_the_full_state_into_a_new_run(command):
+def test_resume_path_forks_the_full_state_into_a_new_run(command):
     write_conf(command.folder)
     mine = ["--config-dir", "my_conf", "experiment=mine"]
     assert command(*mine, "name=first").returncode == 0
@@ -91,7 +91,7 @@ def test_a_path_forks_the_full_state_into_a_new_run(command):
 
 
 @pytest.mark.slow
-def test_a_sweep_gives_each_job_its_own_directory_and_a_finished_one_is_not_repeated(command):
+def test_sweep_gives_jobs_separate_directories_and_skips_finished_ones(command):
     write_conf(command.folder)
     sweep = ["--config-dir", "my_conf", "experiment=mine", "-m", "seed=1,2", "trainer.max_steps=2"]
     assert command(*sweep).returncode == 0
@@ -106,7 +106,7 @@ def test_a_sweep_gives_each_job_its_own_directory_and_a_finished_one_is_not_repe
 
 
 @pytest.mark.slow
-def test_a_sweep_over_lists_gives_each_job_a_name_too(command):
+def test_sweep_over_lists_names_each_job(command):
     done = command(*HARD, "name=a", "-m", "model.channels=[4,8],[4,4]", "trainer.max_steps=1")
     assert done.returncode == 0, done.stderr
     runs = sorted(path.name for path in (command.folder / "runs").iterdir())
@@ -116,7 +116,7 @@ def test_a_sweep_over_lists_gives_each_job_a_name_too(command):
 
 
 @pytest.mark.slow
-def test_a_sweep_with_a_failing_job_does_the_others_and_ends_with_a_failure(command):
+def test_sweep_with_a_failing_job_runs_the_others_and_fails(command):
     write_conf(command.folder)
     failed = command(
         "--config-dir", "my_conf", "experiment=mine", "-m", "model.width=a,2", "trainer.max_steps=1"

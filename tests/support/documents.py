@@ -14,19 +14,19 @@ _SLURM = ("sbatch", "srun", "slurm/chain.sh")
 def typed(document, need):
     """Return the commands of a document that need this, as words."""
     text = (ROOT / document).read_text()
-    found = []
+    commands = []
     for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ "), comments=True)
             if words and needs(words) == need:
-                found.append(words)
-    return found
+                commands.append(words)
+    return commands
 
 
 def needs(words):
-    """Return what a line of a `console` block needs, beside the package.
+    """Return what a line of a `console` block needs, in addition to the package.
 
-    `slurm`, `s3`: one that is started; `make`: a clone; `cloud`: somebody else's; `sketch`: to be
+    `slurm`, `s3`: one that is started; `make`: a clone; `cloud`: a third party's; `sketch`: to be
     completed; `output`: it is what a command printed.
     """
     program = next(word for word in words if not _is_variable(word))

@@ -10,17 +10,17 @@ from typing import Any
 class Element:
     tag: str
     attributes: dict[str, str | None]
-    inner: list["Element | str"] = field(default_factory=list)
+    children: list["Element | str"] = field(default_factory=list)
 
     def all(self, tag: str, kind: str = "") -> list["Element"]:
         """Return all elements below with this tag and, where given, class."""
-        found = []
-        for one in self.inner:
+        matches = []
+        for one in self.children:
             if isinstance(one, Element):
                 if one.tag == tag and (not kind or kind in one.kinds):
-                    found.append(one)
-                found += one.all(tag, kind)
-        return found
+                    matches.append(one)
+                matches += one.all(tag, kind)
+        return matches
 
     @property
     def kinds(self) -> list[str]:
@@ -28,7 +28,7 @@ class Element:
 
     @property
     def text(self) -> str:
-        return "".join(one if isinstance(one, str) else one.text for one in self.inner)
+        return "".join(one if isinstance(one, str) else one.text for one in self.children)
 
 
 class _Parser(HTMLParser):
@@ -37,20 +37,20 @@ class _Parser(HTMLParser):
         self.open = [Element("document", {})]
 
     def handle_starttag(self, tag, attrs):
-        made = Element(tag, dict(attrs))
-        self.open[-1].inner.append(made)
+        element = Element(tag, dict(attrs))
+        self.open[-1].children.append(element)
         if tag not in ("meta", "input", "img", "br"):
-            self.open.append(made)
+            self.open.append(element)
 
     def handle_startendtag(self, tag, attrs):
-        self.open[-1].inner.append(Element(tag, dict(attrs)))
+        self.open[-1].children.append(Element(tag, dict(attrs)))
 
     def handle_endtag(self, tag):
         assert self.open[-1].tag == tag, f"</{tag}> closes <{self.open[-1].tag}>"
         self.open.pop()
 
     def handle_data(self, data):
-        self.open[-1].inner.append(data)
+        self.open[-1].children.append(data)
 
 
 def parsed(text: str) -> Element:
@@ -64,21 +64,21 @@ def parsed(text: str) -> Element:
 
 def charts(page: Element) -> dict[str, dict[str, Any]]:
     """Return what each chart's pointer reads, by the chart's title."""
-    found = {}
-    for figure in page.all("figure", "chart"):
-        (script,) = figure.all("script")
-        found[figure.all("h3")[0].text] = json.loads(script.text)
-    return found
+    matches = {}
+    for element in page.all("figure", "chart"):
+        (script,) = element.all("script")
+        matches[element.all("h3")[0].text] = json.loads(script.text)
+    return matches
 
 
 def curve(chart: dict[str, Any], name: str) -> list[tuple[int, float]]:
     """Return the points of one curve of a chart."""
-    (chosen,) = [one for one in chart["curves"] if one["name"] == name]
-    return list(zip(chosen["x"], chosen["y"], strict=True))
+    (match,) = [one for one in chart["curves"] if one["name"] == name]
+    return list(zip(match["x"], match["y"], strict=True))
 
 
 def tiles(page: Element) -> dict[str, str]:
-    """Return the figures at the head of the page."""
+    """Return the numbers at the top of the page, by label."""
     return {
         tile.all("span", "what")[0].text: tile.all("b")[0].text for tile in page.all("div", "tile")
     }

@@ -129,7 +129,7 @@ USER_PACKAGE = {
 
 
         class Stuck(Points):
-            """Waits for a file after so many samples; its samples are partly random."""
+            """Waits for a file after a number of samples; its samples are partly random."""
 
             fetched = 0
 
@@ -185,7 +185,7 @@ class Command:
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def kill_all(self) -> None:
-        """SIGKILL what was started here, and what that started: whoever has our variable.
+        """SIGKILL all processes started here and their children, by an environment variable.
 
         One that outlives its parent holds the pipe that a test reads to its end.
         """
@@ -204,9 +204,9 @@ class Command:
 @pytest.fixture
 def command(tmp_path: Path) -> Iterator[Command]:
     """The command, started in an empty folder, with the user's package `mine` on its path."""
-    made = in_folder(tmp_path)
-    yield made
-    made.kill_all()
+    command_in_folder = in_folder(tmp_path)
+    yield command_in_folder
+    command_in_folder.kill_all()
 
 
 def in_folder(parent: Path) -> Command:
@@ -217,9 +217,9 @@ def in_folder(parent: Path) -> Command:
         (package / name).write_text(textwrap.dedent(text))
     folder = parent / "work"
     folder.mkdir()
-    made = Command(folder)
-    made.env["PYTHONPATH"] = str(package.parent)
-    return made
+    command_in_folder = Command(folder)
+    command_in_folder.env["PYTHONPATH"] = str(package.parent)
+    return command_in_folder
 
 
 @pytest.fixture

@@ -44,32 +44,32 @@ def second(**more: Any) -> dict[str, Any]:
 
 def lines(last: int = 40, began_s: float = 1000.0, per_epoch: int = 10) -> list[dict[str, Any]]:
     """A training line of every step, one a second; an evaluation at each epoch's end."""
-    found, zero_s = [], time.time() - began_s
+    metric_lines, zero_s = [], time.time() - began_s
     for step in range(1, last + 1):
         at = {"step": step, "epoch": step // per_epoch, "samples": 8 * step}
         at["time"] = zero_s + step
         speed = {"lr": 0.1 / step, "samples_per_s": 100.0 + step}
-        found.append({**at, "split": "train", "loss": 3.0 / step, "accuracy": 0.5, **speed})
+        metric_lines.append({**at, "split": "train", "loss": 3.0 / step, "accuracy": 0.5, **speed})
         if step % per_epoch == 0:
             accuracy = 0.9 - abs(step - 30) / 100  # the best is at 30
-            found.append({**at, "split": "eval", "loss": 3.5 / step, "accuracy": accuracy})
-    return found
+            metric_lines.append({**at, "split": "eval", "loss": 3.5 / step, "accuracy": accuracy})
+    return metric_lines
 
 
 def write(
     folder: Path,
-    figures: Iterable[Mapping[str, Any]] = (),
+    metrics: Iterable[Mapping[str, Any]] = (),
     config: Mapping[str, Any] | None = CONFIG,
     records: Iterable[Mapping[str, Any]] = (),
 ) -> Path:
     """Write a run's directory."""
     (folder / "attempts").mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in figures))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     if config is not None:
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
     for number, record in enumerate(records, 1):
-        whole = {"attempt": number, "token": "aaaaaaaa", **record}
-        (folder / f"attempts/{number:04d}.json").write_text(json.dumps(whole))
+        complete = {"attempt": number, "token": "aaaaaaaa", **record}
+        (folder / f"attempts/{number:04d}.json").write_text(json.dumps(complete))
     return folder
 
 
@@ -85,8 +85,8 @@ def hostile_run(folder: Path) -> Path:
     for line in bad:
         line[HOSTILE] = 0.5
     bad[0]["loss"] = HOSTILE
-    told = {"host": HOSTILE, "outcome": "error", "error": HOSTILE, "changed": [HOSTILE]}
-    record = {**second(), **told, HOSTILE: HOSTILE, "versions": {HOSTILE: HOSTILE}}
+    hostile = {"host": HOSTILE, "outcome": "error", "error": HOSTILE, "changed": [HOSTILE]}
+    record = {**second(), **hostile, HOSTILE: HOSTILE, "versions": {HOSTILE: HOSTILE}}
     config = {**CONFIG, "name": HOSTILE, HOSTILE: {HOSTILE: HOSTILE}}
     write(folder, bad, config, [first(), record])
     samples = folder / "samples"

@@ -1,4 +1,4 @@
-"""What the documents say is what the code does."""
+"""The documents agree with the code."""
 
 import ast
 import subprocess
@@ -13,8 +13,7 @@ from support.state_dicts import net
 from scripts.settings_reference import reference
 from trainer import checkpoint
 from trainer.checkpoint import Content, Writer, lineage, save, state_tree
-from trainer.checkpoint.location import open_location
-from trainer.checkpoint.select import pick
+from trainer.checkpoint.location import open_place
 from trainer.cluster.world import World
 from trainer.storage import open_store
 
@@ -22,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 READER = ROOT / "docs/examples/read_checkpoint.py"
 
 
-def test_the_page_of_settings_is_that_of_the_code():
+def test_settings_page_matches_the_code():
     assert (ROOT / "docs/settings.md").read_text() == reference(), (
         "run python scripts/settings_reference.py > docs/settings.md"
     )
@@ -53,29 +52,29 @@ def run(tmp_path):
             writer = Writer(store, World(), attempt)
         content = Content()
         state_tree.add_model(content, net(step), with_buffers=True)
-        content.rank_local["wide"] = torch.randn(3, 2, dtype=torch.complex128)
-        content.rank_local["long"] = torch.randn(1 << 19)  # two blocks
+        content.own["wide"] = torch.randn(3, 2, dtype=torch.complex128)
+        content.own["long"] = torch.randn(1 << 19)  # two blocks
         save(writer, content, step=step, config={})
     return tmp_path / "run"
 
 
-def test_the_standalone_reader_reads_what_ours_does(reader, run):
+def test_standalone_reader_matches_perdures_reader(reader, run):
     folder = reader["newest"](run)
     assert folder.name == "step-00000005.0002"  # step 8 was left
     manifest, tensors = reader["read"](folder)
-    place = open_location(str(run))
-    ours = place.reader(pick(place, "latest"))
+    location = open_place(str(run))
+    reference_reader = location.reader(location.pick("latest"))
     assert set(tensors) == set(manifest["tensors"])
-    for name, found in tensors.items():
-        expected = ours.fetch(manifest["tensors"][name].get("alias", name))
+    for name, tensor in tensors.items():
+        expected = reference_reader.fetch(manifest["tensors"][name].get("alias", name))
         if expected.dtype == torch.bfloat16:
             expected = expected.view(torch.uint16)
         if expected.is_complex():
             expected = torch.view_as_real(expected)
-        np.testing.assert_array_equal(found, expected.numpy())
+        np.testing.assert_array_equal(tensor, expected.numpy())
 
 
-def test_the_standalone_reader_finds_damage(reader, run):
+def test_standalone_reader_detects_damage(reader, run):
     folder = reader["newest"](run)
     (shard,) = folder.glob("*.safetensors")
     data = bytearray(shard.read_bytes())
@@ -85,7 +84,7 @@ def test_the_standalone_reader_finds_damage(reader, run):
         reader["read"](folder)
 
 
-def test_the_standalone_reader_is_short_and_needs_nothing_of_ours(run):
+def test_standalone_reader_is_short_and_independent(run):
     source = ast.parse(READER.read_text())
     imported = [node for node in ast.walk(source) if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {getattr(node, "module", None) or node.names[0].name for node in imported}

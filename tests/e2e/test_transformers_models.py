@@ -1,4 +1,4 @@
-"""Models of transformers, from their configurations alone, without a line of code for them."""
+"""Models of transformers, built from their configurations alone."""
 
 import json
 
@@ -28,42 +28,42 @@ VIT = {
 }  # fmt: skip
 
 
-def test_their_targets_are_judged_before_anything_runs():
+def test_check_target_validates_transformers_targets():
     assert targets.check_target(GPT2, "model") == []
     assert targets.check_target(VIT, "model") == []
     wrong = {**VIT, "config": {**VIT["config"], "_target_": "transformers.VitConfig"}}
     assert "transformers has no 'VitConfig'" in targets.check_target(wrong, "model")[0].text
 
 
-def test_a_language_model_answers_as_a_plain_one_does():
+def test_language_model_matches_plain_logits():
     model = instantiate(GPT2).eval()
     tokens = torch.randint(0, 257, (2, 16))
     loss, logits = LanguageModel().loss(model, (tokens, tokens.roll(-1, 1)))
     assert torch.equal(logits, model(tokens).logits)
-    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.roll(-1, 1).flatten())
-    torch.testing.assert_close(loss, wanted)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.roll(-1, 1).flatten())
+    torch.testing.assert_close(loss, expected)
 
 
-def test_a_classifier_answers_as_a_plain_one_does():
+def test_classifier_matches_plain_logits():
     model = instantiate(VIT).eval()
     images = torch.randn(3, 1, 8, 8)
     _, logits = Classification().loss(model, (images, torch.tensor([1, 2, 3])))
     assert torch.equal(logits, model(images).logits)
 
 
-@pytest.mark.parametrize(("node", "given"), [
+@pytest.mark.parametrize(("node", "overrides"), [
     (GPT2, ["data=text", "data.files='{corpus}/*.txt'", "data.eval_share=0.3", "sample.shape=[16]",
             "task=language_model"]),
     (VIT, ["data=digits"]),
 ], ids=["gpt2", "vit"])  # fmt: skip
-def test_they_train_stop_and_go_on(command, node, given):
+def test_transformers_model_trains_stops_and_resumes(command, node, overrides):
     corpus = command.folder / "corpus"
     corpus.mkdir()
     for number in range(20):
         (corpus / f"{number}.txt").write_text(f"{number} words and some more of them. " * 20)
     model = json.dumps(node).replace('"', "").replace(" ", "")
     arguments = [
-        "~model", f"+model={model}", *(text.format(corpus=corpus) for text in given), "name=a",
+        "~model", f"+model={model}", *(text.format(corpus=corpus) for text in overrides), "name=a",
         "trainer.max_epochs=null", "trainer.global_batch_size=8", "optimizer=adamw",
     ]  # fmt: skip
     cache = {"XDG_CACHE_HOME": str(command.folder / "cache")}
