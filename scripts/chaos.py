@@ -85,8 +85,8 @@ _IMPORTS = (
     "torch.distributed.checkpoint.default_planner", "torch.distributed.tensor",
     "torch._dynamo",  # every optimizer imports it
     "torchmetrics", "hydra", "omegaconf", "trainer.run", "trainer.training.attempt",
-    "trainer.schedule", "trainer.task", "trainer.data.synthetic", "trainer.tracking.console", "models.cnn",
-    "scripts.compare_runs",
+    "trainer.schedule", "trainer.task", "trainer.data.synthetic", "trainer.tracking.console",
+    "models.cnn", "scripts.compare_runs",
 )  # fmt: skip
 
 

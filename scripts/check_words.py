@@ -114,7 +114,11 @@ def phrases(text: str) -> Iterator[tuple[int, str, str]]:
     for number, line in enumerate(text.splitlines(), 1):
         for pattern, use in PATTERNS:
             for match in pattern.finditer(line):
-                yield number, match[0], use
+                around = (
+                    line[match.start() - 1 : match.start()] + line[match.end() : match.end() + 1]
+                )
+                if around not in ('""', "''", "``"):  # a stored key or value, not prose
+                    yield number, match[0], use
 
 
 def names(tree: ast.Module) -> Iterator[tuple[int, str, str]]:

@@ -26,7 +26,8 @@ def take(page: Path, name: str, top: int, bottom: int, *flags: str) -> None:
                 "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
                 "--no-first-run", "--disable-background-networking", "--disable-component-update",
                 "--disable-sync", "--hide-scrollbars", f"--user-data-dir={folder}/profile",
-                f"--window-size={WIDTH},{bottom}", f"--screenshot={screenshot}", *flags, page.as_uri(),
+                f"--window-size={WIDTH},{bottom}", f"--screenshot={screenshot}", *flags,
+                page.as_uri(),
             ],
             check=True, capture_output=True,
         )  # fmt: skip

@@ -13,8 +13,8 @@ from trainer.cli import Arguments
 from trainer.core.formatting import age, duration, number, plain, table
 from trainer.core.threads import in_parallel
 from trainer.errors import DONE, ConfigError, PerdureError
-from trainer.reporting import board
-from trainer.reporting.board import Row
+from trainer.reporting import overview
+from trainer.reporting.overview import Row
 from trainer.reporting.scales import SIZE, fitting
 
 _MOST_PLACES = 1000
@@ -23,12 +23,12 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 16
 _STYLES = {
     "finished": "green", "running": "bold blue", "starting": "blue", "stopped": "yellow",
-    "died": "red", "silent": "red", board.UNREADABLE: "red",
+    "died": "red", "silent": "red", overview.UNREADABLE: "red",
 }  # fmt: skip
 _USAGE = """usage: python -m trainer.top RUN [RUN …] [every_s=2] [--once] [--json]
-  RUN      directory of a run, or a folder of runs; local, s3://… and the like
-  every_s  seconds between two looks (default 2)
-  --once   print the table once; also what happens where the output is no terminal
+  RUN      directory of a run, or a folder of runs; local or s3://…
+  every_s  seconds between updates (default 2)
+  --once   print the table once; default without a terminal
   --json   print one JSON object, once
   store.endpoint_url=… and the other store.* settings as trainer.run has them
 Ctrl-C ends it."""
@@ -40,15 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _top(argv: list[str]) -> int:
-    given = cli.parse(
+    arguments = cli.parse(
         argv,
         _USAGE,
         options={"every_s": "2"},
         flags=("--once", "--json"),
         places=range(1, _MOST_PLACES + 1),
     )
-    with suppress(KeyboardInterrupt):  # how one leaves it
-        _watch(given, _every_s(given.options["every_s"]))
+    with suppress(KeyboardInterrupt):  # the user's way to end it
+        _watch(arguments, _every_s(arguments.options["every_s"]))
     return DONE
 
 
@@ -62,51 +62,55 @@ def _every_s(text: str) -> float:
     return seconds
 
 
-def _watch(given: Arguments, every_s: float) -> None:
-    rows = _look(given, {})
-    if "--json" in given.flags:
+def _watch(arguments: Arguments, every_s: float) -> None:
+    rows = _read_all(arguments, {})
+    if "--json" in arguments.flags:
         print(json.dumps({"runs": [row.json() for row in rows]}, indent=1), flush=True)
-    elif "--once" in given.flags or not sys.stdout.isatty():
+    elif "--once" in arguments.flags or not sys.stdout.isatty():
         print("\n".join([table([_TITLES, *map(cells, rows)]), *_reasons(rows)]), flush=True)
     else:
-        _live(given, rows, every_s)
+        _live(arguments, rows, every_s)
 
 
-def _look(given: Arguments, known: Mapping[str, Row]) -> list[Row]:
-    """Read every run again, several at a time; runs that came meanwhile are found."""
-    urls = [url for place in given.places for url in board.find(place, given.store)]
-    found: dict[str, Row] = {}
+def _read_all(arguments: Arguments, rows_before: Mapping[str, Row]) -> list[Row]:
+    """Read all runs again, several at a time, including new ones."""
+    urls = [
+        url
+        for url_or_folder in arguments.places
+        for url in overview.find(url_or_folder, arguments.store)
+    ]
+    rows_by_url: dict[str, Row] = {}
 
-    def look(url: str) -> None:
-        found[url] = board.look(url, given.store, known.get(url))
+    def read(url: str) -> None:
+        rows_by_url[url] = overview.read_row(url, arguments.store, rows_before.get(url))
 
-    in_parallel(look, list(dict.fromkeys(urls)), _MOST_AT_ONCE)
-    return board.ordered(list(found.values()))
+    in_parallel(read, list(dict.fromkeys(urls)), _MOST_AT_ONCE)
+    return overview.ordered(list(rows_by_url.values()))
 
 
-def _live(given: Arguments, rows: list[Row], every_s: float) -> None:
-    from rich.live import Live  # only where there is a terminal
+def _live(arguments: Arguments, rows: list[Row], every_s: float) -> None:
+    from rich.live import Live  # only needed on a terminal
 
     with Live(auto_refresh=False) as live:
         while True:
             live.update(_table(rows, live.console.width), refresh=True)
             time.sleep(every_s)
             try:
-                rows = _look(given, {row.run: row for row in rows})
-            except PerdureError as error:  # a server that is away may come back
+                rows = _read_all(arguments, {row.run: row for row in rows})
+            except PerdureError as error:  # the server may recover
                 live.console.print(f"{type(error).__name__}: {error}", markup=False)
 
 
 def _reasons(rows: Sequence[Row]) -> list[str]:
-    """Return a line for each run of whose state there is more to say."""
-    return [plain(f"{row.run}: {row.why}") for row in rows if row.why]
+    """Return a line per run whose state has a reason."""
+    return [plain(f"{row.run}: {row.reason}") for row in rows if row.reason]
 
 
 _TITLES = ["run", "state", "step", "left", "loss", "lately", "evaluation", "saved", "attempts"]
 
 
 def cells(row: Row) -> list[str]:
-    """Return a row as texts, below `_TITLES`."""
+    """Return a row as cells under `_TITLES`."""
     state = row.state
     if row.since_s is not None and state not in ("running", "starting"):
         state += f" {age(row.since_s)} ago"
@@ -120,13 +124,13 @@ def cells(row: Row) -> list[str]:
         if row.checkpoint_s is not None:
             saved += f", {age(row.checkpoint_s)} ago"
     loss = number(row.losses[-1]) if row.losses else ""
-    left = "" if row.eta_s is None else duration(row.eta_s)
-    shown = [row.run, state, step, left, loss, sparkline(row.losses), evaluation, saved]
-    return [plain(cell) for cell in [*shown, str(len(row.attempts))]]
+    eta = "" if row.eta_s is None else duration(row.eta_s)
+    titles = [row.run, state, step, eta, loss, sparkline(row.losses), evaluation, saved]
+    return [plain(cell) for cell in [*titles, str(len(row.attempts))]]
 
 
 def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
-    """Return values as a row of blocks: means of neighbours, on the scale that charts have."""
+    """Return values as a sparkline: means of neighbours on a chart's scale."""
     if not values:
         return ""
     count = min(width, len(values))
@@ -139,20 +143,20 @@ def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
 
 
 _NARROW = {"lately": 130, "attempts": 115, "loss": 105, "saved": 95, "evaluation": 75}
-"""Columns that a terminal of fewer characters does without."""
+"""Columns hidden on terminals narrower than this many characters."""
 
 
 def _table(rows: Sequence[Row], width: int) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=None, pad_edge=False, header_style="dim")
-    shown = [title for title in _TITLES if width >= _NARROW.get(title, 0)]
-    for title in shown:
-        right = title in ("step", "left", "loss", "attempts")
-        made.add_column(
+    view = Table(box=None, pad_edge=False, header_style="dim")
+    titles = [title for title in _TITLES if width >= _NARROW.get(title, 0)]
+    for title in titles:
+        align_right = title in ("step", "left", "loss", "attempts")
+        view.add_column(
             title,
-            justify="right" if right else "left",
+            justify="right" if align_right else "left",
             no_wrap=title != "run",
             overflow="fold" if title == "run" else "ellipsis",
         )
@@ -160,8 +164,8 @@ def _table(rows: Sequence[Row], width: int) -> Any:
         texts = dict(zip(_TITLES, map(Text, cells(row)), strict=True))
         texts["state"].stylize(_STYLES.get(row.state, ""))
         texts["lately"].stylize("blue")
-        made.add_row(*(texts[title] for title in shown))
-    return made
+        view.add_row(*(texts[title] for title in titles))
+    return view
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from support.run_records import HOSTILE, hostile_run
 from trainer import reporting
 from trainer.checkpoint import lineage
 from trainer.config.schema import Run
-from trainer.reporting import board
+from trainer.reporting import overview
 from trainer.storage import LocalStore
 from trainer.training import attempt
 
@@ -64,7 +64,7 @@ def test_report_matches_the_run_files(folder):
 
 
 def test_top_row_matches_the_run(folder):
-    row = board.look(str(folder), reporting.ObjectStore())
+    row = overview.read_row(str(folder), reporting.ObjectStore())
     assert (row.state, row.step, row.max_steps, len(row.attempts)) == ("finished", 40, 40, 2)
     assert row.checkpoint_step == 40
     assert row.metric == "accuracy"

@@ -25,7 +25,7 @@ from trainer.checkpoint import Content, lineage
 from trainer.cluster.world import World
 from trainer.config.schema import ObjectStore
 from trainer.errors import StoreError
-from trainer.reporting import board
+from trainer.reporting import overview
 from trainer.storage import LocalStore
 from trainer.tracking import jsonl
 
@@ -35,13 +35,13 @@ HERE = ObjectStore()
 
 def living(**more):
     """The record of an attempt that began lately and has not ended."""
-    known = {"host": "n1", "first_step": 0, "max_steps": 200, "steps_per_epoch": 10}
-    return {"started": moment(20), "told": moment(1), **known, **more}
+    previous = {"host": "n1", "first_step": 0, "max_steps": 200, "steps_per_epoch": 10}
+    return {"started": moment(20), "told": moment(1), **previous, **more}
 
 
 @pytest.fixture
 def runs(tmp_path):
-    """One that is finished, one that runs, one that was killed; and what is no run."""
+    """A finished, a running and a killed run, among entries that are not runs."""
     folder = tmp_path / "runs"
     write(folder / "done", lines(), records=[first(), second()])
     write(folder / "lab/alive", lines(began_s=42), records=[living()])
@@ -55,20 +55,20 @@ def runs(tmp_path):
     return folder
 
 
-def shown(capsys, *arguments):
+def rendered(capsys, *arguments):
     code = top.main(list(map(str, arguments)))
-    found = capsys.readouterr()
-    return code, found.out, found.err
+    rows = capsys.readouterr()
+    return code, rows.out, rows.err
 
 
-def test_runs_are_found_in_folders_and_below(runs):
-    wanted = ["done", "killed", "lab/alive"]
-    assert board.find(str(runs), HERE) == [f"{runs}/{name}" for name in wanted]
-    assert board.find(f"{runs}/done/", HERE) == [f"{runs}/done"]
+def test_find_searches_folders_two_levels_deep(runs):
+    expected = ["done", "killed", "lab/alive"]
+    assert overview.find(str(runs), HERE) == [f"{runs}/{name}" for name in expected]
+    assert overview.find(f"{runs}/done/", HERE) == [f"{runs}/done"]
 
 
-def test_json_says_how_each_run_is(runs, capsys):
-    code, out, _ = shown(capsys, runs, "--once", "--json")
+def test_json_has_the_state_of_each_run(runs, capsys):
+    code, out, _ = rendered(capsys, runs, "--once", "--json")
     assert code == 0
     alive, killed, done = json.loads(out)["runs"]
     assert [one["state"] for one in (alive, killed, done)] == ["running", "silent", "finished"]
@@ -84,8 +84,8 @@ def test_json_says_how_each_run_is(runs, capsys):
     assert done["since_s"] == pytest.approx(time.time() - 570, abs=30)
 
 
-def test_the_table_says_the_same_once(runs, capsys):
-    code, out, _ = shown(capsys, runs, "--once")
+def test_once_prints_the_table(runs, capsys):
+    code, out, _ = rendered(capsys, runs, "--once")
     assert code == 0
     head, alive, killed, done, *reasons = out.splitlines()
     assert head.split()[:3] == ["run", "state", "step"]
@@ -99,7 +99,7 @@ def test_the_table_says_the_same_once(runs, capsys):
     assert "█" in done
 
 
-def test_a_run_of_a_sweep_is_found_by_its_name_and_reasons_are_said(tmp_path, capsys, monkeypatch):
+def test_sweep_run_is_found_by_name_with_its_reason(tmp_path, capsys, monkeypatch):
     write(tmp_path / "a-lr=0.1", lines(), records=[first()])
     (tmp_path / "a-lr=0.1/attempts/0002.json").write_text("{")
     monkeypatch.chdir(tmp_path)
@@ -110,9 +110,9 @@ def test_a_run_of_a_sweep_is_found_by_its_name_and_reasons_are_said(tmp_path, ca
     assert "0002.json" in reason
 
 
-def test_names_of_runs_cannot_move_the_cursor(tmp_path, capsys):
+def test_run_names_are_printed_without_control_characters(tmp_path, capsys):
     write(tmp_path / "a\x1b[2Jb", lines(), records=[first()])
-    _, out, _ = shown(capsys, tmp_path)
+    _, out, _ = rendered(capsys, tmp_path)
     assert "\x1b" not in out
     assert "a\\x1b[2Jb" in out
 
@@ -122,16 +122,16 @@ def test_damaged_files_do_not_hide_the_other_runs(runs, capsys):
     (runs / "killed/config.yaml").write_text("a: [")
     with open(runs / "lab/alive/metrics.jsonl", "ab") as file:
         file.write(b"\xff\xff\n[]\n{")
-    code, out, _ = shown(capsys, runs, "--json")
+    code, out, _ = rendered(capsys, runs, "--json")
     assert code == 0
-    found = {Path(one["run"]).name: one for one in json.loads(out)["runs"]}
-    assert found["done"]["state"] == "unreadable"
-    assert "0002.json" in found["done"]["why"]
-    assert found["killed"]["state"] == "silent"
-    assert found["alive"]["step"] == 40
+    rows = {Path(one["run"]).name: one for one in json.loads(out)["runs"]}
+    assert rows["done"]["state"] == "unreadable"
+    assert "0002.json" in rows["done"]["why"]
+    assert rows["killed"]["state"] == "silent"
+    assert rows["alive"]["step"] == 40
 
 
-def test_the_newest_checkpoint_is_that_of_the_surviving_timeline(tmp_path):
+def test_newest_checkpoint_is_of_the_current_timeline(tmp_path):
     store = LocalStore(tmp_path)
 
     def save(attempt, *steps):
@@ -142,54 +142,54 @@ def test_the_newest_checkpoint_is_that_of_the_surviving_timeline(tmp_path):
 
     first = lineage.begin(store, {"host": "a"})
     save(first, 10, 20, 30)
-    assert board.look(str(tmp_path), HERE).checkpoint_step == 30
+    assert overview.read_row(str(tmp_path), HERE).checkpoint_step == 30
     second = lineage.begin(store, {"host": "b"})
     lineage.amend(store, second, {"resumed_from": {"step": 10, "attempt": 1}, "first_step": 10})
-    assert board.look(str(tmp_path), HERE).checkpoint_step == 10
+    assert overview.read_row(str(tmp_path), HERE).checkpoint_step == 10
     save(second, 15)
     (tmp_path / "checkpoints/step-00000018.0002").mkdir()
-    row = board.look(str(tmp_path), HERE)
+    row = overview.read_row(str(tmp_path), HERE)
     assert row.checkpoint_step == 15
     assert row.checkpoint_s == pytest.approx(time.time(), abs=60)
 
 
-def test_a_run_that_is_over_is_not_read_again_until_it_goes_on(runs, monkeypatch):
+def test_finished_run_is_not_read_again_until_it_resumes(runs, monkeypatch):
     url = f"{runs}/done"
-    before = board.look(url, HERE)
+    before = overview.read_row(url, HERE)
     with monkeypatch.context() as patched:
         patched.setattr(jsonl, "newest", lambda store: pytest.fail("it was read"))
-        assert board.look(url, HERE, before) is before
+        assert overview.read_row(url, HERE, before) is before
     write(runs / "done", lines(), records=[first(), second(), living()])
-    assert board.look(url, HERE, before).state == "running"
+    assert overview.read_row(url, HERE, before).state == "running"
 
 
-def test_a_long_file_is_read_from_its_end(tmp_path):
+def test_long_metrics_file_is_read_from_its_end(tmp_path):
     written = [{**line, "pad": "x" * 500} for line in lines(last=3000, per_epoch=100)]
     write(tmp_path, written)
-    found = jsonl.newest(LocalStore(tmp_path)).lines
-    assert 100 < len(found) < 400
-    assert found == written[-len(found) :]
-    assert board.look(str(tmp_path), HERE).step == 3000
+    rows = jsonl.newest(LocalStore(tmp_path)).lines
+    assert 100 < len(rows) < 400
+    assert rows == written[-len(rows) :]
+    assert overview.read_row(str(tmp_path), HERE).step == 3000
 
 
-def test_a_store_that_is_away_is_a_line_of_the_table(runs, monkeypatch):
+def test_unreachable_store_is_a_row(runs, monkeypatch):
     def away(store):
         raise StoreError("the server does not answer")
 
     monkeypatch.setattr(lineage, "attempts", away)
-    row = board.look(f"{runs}/done", HERE)
-    assert (row.state, row.why) == ("unreadable", "the server does not answer")
+    row = overview.read_row(f"{runs}/done", HERE)
+    assert (row.state, row.reason) == ("unreadable", "the server does not answer")
     assert top.cells(row)[1] == "unreadable"
 
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=300))
-def test_a_sparkline_is_short_and_ends_at_the_edges(values):
+def test_sparkline_is_short_and_reaches_the_edges(values):
     text = top.sparkline(values)
     assert len(text) == min(len(values), 16)
     assert set(text) <= set("▁▂▃▄▅▆▇█")
 
 
-def test_a_sparkline_shows_the_way_down():
+def test_sparkline_descends_with_the_values():
     assert top.sparkline([float(8 - i) for i in range(8)]) == "█▇▆▅▄▃▂▁"
     assert top.sparkline([1.0, 1.0]) == "▅▅"
 
@@ -199,14 +199,14 @@ def test_a_sparkline_shows_the_way_down():
     (["{}", "every_s=0"], "every_s=0: give seconds"), (["{}", "every_s=x"], "every_s=x"),
     (["{}", "--onc"], "did you mean '--once'?"), (["--once"], "1 to 1000 paths needed"),
 ])  # fmt: skip
-def test_what_is_not_understood_is_said(runs, capsys, arguments, text):
-    code, out, err = shown(capsys, *(one.replace("{}", str(runs)) for one in arguments))
+def test_top_rejects_bad_arguments(runs, capsys, arguments, text):
+    code, out, err = rendered(capsys, *(one.replace("{}", str(runs)) for one in arguments))
     assert (code, out) == (2, "")
     assert text in err
     assert "Traceback" not in err
 
 
-def test_on_a_terminal_it_refreshes_until_ctrl_c(runs):
+def test_top_refreshes_on_a_terminal_until_ctrl_c(runs):
     main, other = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "trainer.top", str(runs), "every_s=0.1"],
@@ -237,7 +237,7 @@ def test_on_a_terminal_it_refreshes_until_ctrl_c(runs):
         os.close(main)
 
 
-def test_rows_are_ordered_by_who_needs_a_look():
+def test_rows_are_ordered_by_urgency():
     states = (
         "finished",
         "silent",
@@ -248,16 +248,16 @@ def test_rows_are_ordered_by_who_needs_a_look():
         "died",
         "unknown",
     )
-    rows = [board.Row(f"r{i}", state) for i, state in enumerate(states)]
-    assert [row.state for row in board.ordered(rows)] == [
+    rows = [overview.Row(f"r{i}", state) for i, state in enumerate(states)]
+    assert [row.state for row in overview.ordered(rows)] == [
         "running", "starting", "unreadable", "silent", "died", "stopped", "unknown", "finished",
     ]  # fmt: skip
-    assert board.ordered([replace(rows[0], run="b"), replace(rows[0], run="a")])[0].run == "a"
+    assert overview.ordered([replace(rows[0], run="b"), replace(rows[0], run="a")])[0].run == "a"
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120, 160])
-def test_a_narrow_terminal_shows_fewer_columns_on_one_line_each(width):
-    row = board.Row("runs/a", "silent", "", time.time() - 800, 2640, 2640, None, [1e-5] * 20,
+def test_narrow_terminal_hides_columns(width):
+    row = overview.Row("runs/a", "silent", "", time.time() - 800, 2640, 2640, None, [1e-5] * 20,
                     "accuracy", 0.9916, 40, 2640, time.time() - 800, [1, 2])  # fmt: skip
     screen = Console(width=width, file=io.StringIO(), color_system=None)
     screen.print(top._table([row], width))

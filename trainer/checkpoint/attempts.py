@@ -139,7 +139,7 @@ _QUIET_S = 90.0
 
 
 @dataclass(frozen=True)
-class Standing:
+class Condition:
     """How a run is, from outside."""
 
     state: str
@@ -150,7 +150,7 @@ class Standing:
     why: str = ""
 
 
-def standing(newest: Record | None, *, heard_s: float | None, now_s: float) -> Standing:
+def condition(newest: Record | None, *, last_activity_s: float | None, now_s: float) -> Condition:
     """Return how a run is.
 
     Args:
@@ -159,18 +159,18 @@ def standing(newest: Record | None, *, heard_s: float | None, now_s: float) -> S
         now_s: the time.
     """
     if newest is None:
-        return Standing("unknown", heard_s, "no attempt has left a record")
+        return Condition("unknown", last_activity_s, "no attempt has left a record")
     ended_s = moment_s(newest.get("ended"))
     if "ended" in newest:
         outcome = newest.get("outcome")
         state = {"done": "finished", "preempted": "stopped"}.get(str(outcome), "died")
         why = newest.get("error") if state == "died" else newest.get("reason")
-        return Standing(state, ended_s, str(why or ""))
+        return Condition(state, ended_s, str(why or ""))
     times = [moment_s(newest.get(key)) for key in ("told", "started")]
-    since_s = max((at for at in [*times, heard_s] if at is not None), default=None)
+    since_s = max((at for at in [*times, last_activity_s] if at is not None), default=None)
     if since_s is None or now_s - since_s > _QUIET_S:
-        return Standing("silent", since_s, "killed without a word, or it hangs")
-    return Standing("running" if "first_step" in newest else "starting", since_s)
+        return Condition("silent", since_s, "killed without a word, or it hangs")
+    return Condition("running" if "first_step" in newest else "starting", since_s)
 
 
 def moment_s(text: object) -> float | None:

@@ -1,4 +1,4 @@
-"""Curves: what is drawn of a run's figures. Pure."""
+"""Curves of metrics: points, smoothing and SVG paths. Pure."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,36 +9,36 @@ from typing import Any
 from trainer.reporting.scales import SIZE, Scale
 
 MOST_POINTS = 800
-"""More than these cannot be told apart on a page; of more, the extremes are drawn."""
+"""Maximum points per curve; of more, the extremes of each section are drawn."""
 
 Points = Sequence[tuple[int, float]]
-"""(step, finite value), steps rising."""
+"""(step, finite value) pairs, steps ascending."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart."""
+    """Line of a chart."""
 
     name: str
     points: Points
     colour: int
-    """Number of a colour of the page, from 1."""
+    """Index of a page colour, from 1."""
     style: str = "line"
-    """line, faint (what was smoothed), or dots (a few measurements, joined)."""
+    """line, faint (raw data of a smoothed line), or dots (few measurements, joined)."""
 
 
 def points(lines: Iterable[Mapping[str, Any]], split: str, key: str) -> Points:
-    """Return the finite values of one figure, by step."""
-    found = [
+    """Return the finite values of one metric, by step."""
+    values = [
         (line["step"], float(line[key]))
         for line in lines
         if line["split"] == split and is_number(line.get(key))
     ]
-    return sorted(found, key=lambda point: point[0])
+    return sorted(values, key=lambda point: point[0])
 
 
 def is_number(value: object) -> bool:
-    """Return whether this is a number that can be drawn."""
+    """Return whether a value is a finite number that can be drawn."""
     if type(value) is int:
         return abs(value) < 1 << 1000
     return type(value) is float and math.isfinite(value)
@@ -52,32 +52,32 @@ def smoothed(raw: Points) -> Points:
     sums = [0.0, *accumulate(value for _, value in raw)]
     if not math.isfinite(sums[-1]):
         return raw
-    found = []
+    values = []
     for index, (step, _) in enumerate(raw):
         first, end = max(index - reach, 0), min(index + reach + 1, len(raw))
-        found.append((step, (sums[end] - sums[first]) / (end - first)))
-    return found
+        values.append((step, (sums[end] - sums[first]) / (end - first)))
+    return values
 
 
-def thinned(all_points: Points, most: int = MOST_POINTS) -> Points:
+def thinned(all_points: Points, max_points: int = MOST_POINTS) -> Points:
     """Return at most about `most` points: of each stretch the lowest and the highest."""
-    if len(all_points) <= most:
+    if len(all_points) <= max_points:
         return all_points
-    kept = {0, len(all_points) - 1}
-    stretches = max((most - 2) // 2, 1)
+    indices_drawn = {0, len(all_points) - 1}
+    stretches = max((max_points - 2) // 2, 1)
     for number in range(stretches):
         first = number * len(all_points) // stretches
         end = (number + 1) * len(all_points) // stretches
         indices = range(first, end)
-        kept.add(min(indices, key=lambda i: all_points[i][1]))
-        kept.add(max(indices, key=lambda i: all_points[i][1]))
-    return [all_points[i] for i in sorted(kept)]
+        indices_drawn.add(min(indices, key=lambda i: all_points[i][1]))
+        indices_drawn.add(max(indices, key=lambda i: all_points[i][1]))
+    return [all_points[i] for i in sorted(indices_drawn)]
 
 
 def path(drawn: Points, x: Scale, y: Scale) -> str:
     """Return the `d` of an SVG path through the points; y grows downwards there."""
-    places = [f"{_short(x(step))} {_short(SIZE - y(value))}" for step, value in drawn]
-    return "M" + "L".join(places) if places else ""
+    positions = [f"{_short(x(step))} {_short(SIZE - y(value))}" for step, value in drawn]
+    return "M" + "L".join(positions) if positions else ""
 
 
 def dots(drawn: Points, x: Scale, y: Scale) -> str:
@@ -90,7 +90,7 @@ def _short(value: float) -> str:
 
 
 def steps_per_epoch(lines: Iterable[Mapping[str, Any]]) -> int | None:
-    """Return how long an epoch is, where the lines say it almost exactly."""
+    """Return the steps per epoch, if the lines determine it closely."""
     lower, upper = 0, None
     for line in lines:
         step, epoch = line["step"], line.get("epoch")

@@ -1,34 +1,34 @@
-"""What is known of a run from its directory or bucket. Reads only."""
+"""The facts of a run, read from its directory or bucket."""
 
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from trainer.checkpoint import attempts, lineage
-from trainer.checkpoint.attempts import Goodput, Standing
-from trainer.checkpoint.inspection import CheckpointStatus, inspect
-from trainer.checkpoint.location import Location
+from trainer.checkpoint.attempts import Condition, Goodput
+from trainer.checkpoint.location import Found, Place
 from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError, PerdureError
 from trainer.reporting import curves
 from trainer.reporting.curves import is_number
-from trainer.storage import Store, local_path, open_store
+from trainer.storage import Store, is_local, open_store
 from trainer.tracking import jsonl
 
 T = TypeVar("T")
 SAVES = "saves.jsonl"
 _MARKS = ("attempts/", jsonl.FILE_NAME)
-"""One of these lies in every run's directory."""
+"""Entries of which every run directory has at least one."""
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best of a figure, at the step where it was reached first."""
+    """Best value of a metric, at the step where it was first reached."""
 
     metric: str
     mode: str
@@ -38,114 +38,120 @@ class Best:
 
 @dataclass(frozen=True)
 class Facts:
-    """A run as it was read at one moment."""
+    """Facts of a run, read at one time."""
 
     url: str
     store: Store
     read_s: float
-    """When, in seconds since 1970."""
+    """Time of reading, in seconds since 1970."""
     records: Sequence[Mapping[str, Any]] = ()
     lines: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
-    """Of the newest attempt."""
-    checkpoints: Sequence[CheckpointStatus] = ()
+    """Configuration of the newest attempt."""
+    checkpoints: Sequence[Found] = ()
     saves: Sequence[Mapping[str, Any]] = ()
-    """What saves took, where the run has noted it."""
+    """Lines of saves.jsonl."""
     notes: Sequence[str] = ()
-    """What could not be read, for people."""
+    """Messages about unreadable parts."""
 
     @property
     def name(self) -> str:
         """Return the run's name, or that of its directory."""
         name = self.config.get("name")
-        path = local_path(self.url)
-        found = path.resolve().name if path is not None else self.url.rstrip("/").rpartition("/")[2]
-        return name if isinstance(name, str) and name else found or self.url
+        path = Path(self.url.removeprefix("file://"))
+        folder = (path.resolve() if is_local(self.url) else path).name
+        return name if isinstance(name, str) and name else folder or self.url
 
     @cached_property
-    def standing(self) -> Standing:
-        """Return whether it runs, and if not, how it ended."""
+    def condition(self) -> Condition:
+        """Return whether the run is active, and if not, how it ended."""
         newest = self.records[-1] if self.records else None
-        return attempts.standing(newest, heard_s=heard_s(self.lines), now_s=self.read_s)
+        return attempts.condition(
+            newest, last_activity_s=last_activity_s(self.lines), now_s=self.read_s
+        )
 
     @property
     def step(self) -> int:
-        """Return the newest step that is known of."""
+        """Return the newest recorded step."""
         return newest_step(self.lines, self.records[-1] if self.records else {})
 
     @cached_property
     def steps_per_epoch(self) -> int | None:
-        """Return how long an epoch is, if it is known."""
-        told = self.records[-1].get("steps_per_epoch") if self.records else None
-        return told if type(told) is int and told > 0 else curves.steps_per_epoch(self.lines)
+        """Return the number of steps per epoch, if recorded or derivable."""
+        recorded = self.records[-1].get("steps_per_epoch") if self.records else None
+        return (
+            recorded
+            if type(recorded) is int and recorded > 0
+            else curves.steps_per_epoch(self.lines)
+        )
 
     @property
     def max_steps(self) -> int | None:
-        """Return how many steps the run is to take, if it is known."""
+        """Return the number of steps at which the run ends, if known."""
         newest = self.records[-1] if self.records else {}
         return max_steps(newest, self.config, self.steps_per_epoch)
 
     @property
     def goodput(self) -> Goodput:
-        """Return what all attempts have done together."""
+        """Return the goodput over all attempts."""
         return attempts.goodput(self.records, self.step)
 
     @cached_property
     def best(self) -> Best | None:
-        """Return the best evaluation: of the metric that decides, else of the loss."""
-        chosen = self.config.get("checkpoint")
-        settings = chosen if isinstance(chosen, Mapping) else {}
-        wanted = [(settings.get("metric"), settings.get("mode", "max")), ("loss", "min")]
-        for metric, mode in wanted:
-            found = curves.points(self.lines, "eval", metric) if isinstance(metric, str) else []
-            if found:
+        """Return the best evaluation, by `checkpoint.metric` or else by the loss."""
+        checkpoint_settings = self.config.get("checkpoint")
+        settings = checkpoint_settings if isinstance(checkpoint_settings, Mapping) else {}
+        candidates = [(settings.get("metric"), settings.get("mode", "max")), ("loss", "min")]
+        for metric, mode in candidates:
+            values = curves.points(self.lines, "eval", metric) if isinstance(metric, str) else []
+            if values:
                 choose = min if mode == "min" else max
-                step, value = choose(found, key=lambda point: point[1])
+                step, value = choose(values, key=lambda point: point[1])
                 return Best(str(metric), str(mode), value, step)
         return None
 
     def last(self, split: str) -> Mapping[str, Any]:
-        """Return the newest line of a split; perhaps none."""
+        """Return the newest line of a split; empty without one."""
         return next((line for line in reversed(self.lines) if line["split"] == split), {})
 
 
 def gather(url: str, settings: ObjectStore) -> Facts:
-    """Read everything but the checkpoints' shards. What cannot be read becomes a note.
+    """Read everything except the shards of checkpoints. Unreadable parts become notes.
 
     Raises:
-        ConfigError: no run lies there.
-        StoreError: the place cannot be reached.
+        ConfigError: the URL is not a run.
+        StoreError: the store is unreachable.
     """
     url = url.rstrip("/") or "/"
     store = open_store(url, settings)
-    refuse_other_places(url, store.entries(""))
+    require_run(url, store.entries(""))
     notes: list[str] = []
 
-    def attempt(what: str, ask: Callable[[], T], otherwise: T) -> T:
+    def attempt(subject: str, read: Callable[[], T], default: T) -> T:
         try:
-            return ask()
+            return read()
         except PerdureError as error:
-            notes.append(f"{what} cannot be read: {error}")
-            return otherwise
+            notes.append(f"{subject} cannot be read: {error}")
+            return default
 
-    found = attempt("The figures", lambda: jsonl.salvage(store), jsonl.Salvage())
-    if found.damaged:
-        were = "line was" if found.damaged == 1 else "lines were"
-        notes.append(f"{found.damaged:,} damaged {were} skipped in {jsonl.FILE_NAME}.")
-    saves = attempt("The saves", lambda: _saves(store), jsonl.Salvage())
+    salvaged = attempt("metrics.jsonl", lambda: jsonl.salvage(store), jsonl.Salvage())
+    if salvaged.damaged:
+        verb = "line was" if salvaged.damaged == 1 else "lines were"
+        notes.append(f"{salvaged.damaged:,} damaged {verb} skipped in {jsonl.FILE_NAME}.")
+    saves = attempt("saves.jsonl", lambda: _saves(store), jsonl.Salvage())
     if saves.damaged:
-        were = "line was" if saves.damaged == 1 else "lines were"
-        notes.append(f"{saves.damaged:,} damaged {were} skipped in {SAVES}.")
-    nobody: list[dict[str, Any]] = []
-    records = attempt("The attempts", lambda: lineage.records(store), nobody)
+        verb = "line was" if saves.damaged == 1 else "lines were"
+        notes.append(f"{saves.damaged:,} damaged {verb} skipped in {SAVES}.")
+    no_records: list[dict[str, Any]] = []
+    records = attempt("attempts/", lambda: lineage.records(store), no_records)
     return Facts(
         url,
         store,
         time.time(),
         records,
-        sorted(found.lines, key=lambda line: line["step"]),
-        attempt("The configuration", lambda: read_config(store), {}),
-        attempt("The checkpoints", lambda: inspect(Location(url, store)), []),
+        sorted(salvaged.lines, key=lambda line: line["step"]),
+        attempt("config.yaml", lambda: read_config(store), {}),
+        attempt("checkpoints/", Place(url, store).survey, []),
         saves.lines,
         notes,
     )
@@ -156,80 +162,80 @@ def is_run(names: Sequence[str]) -> bool:
     return any(mark in names for mark in _MARKS)
 
 
-def refuse_other_places(url: str, names: Sequence[str]) -> None:
-    """Make sure that a run lies there.
+def require_run(url: str, names: Sequence[str]) -> None:
+    """Raise unless these are the entries of a run directory.
 
     Raises:
-        ConfigError: something else does, or nothing.
+        ConfigError: they are not.
     """
     if is_run(names):
         return
-    shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
-    found = f"holds no run (there is {shown})" if names else "does not exist, or is empty"
+    listed = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+    problem = f"is not a run (it has {listed})" if names else "does not exist, or is empty"
     raise ConfigError(
-        f"{url} {found}; give the directory of a run, as `python -m trainer.run` printed it"
+        f"{url} {problem}; give the directory of a run, as `python -m trainer.run` printed it"
     )
 
 
-def heard_s(lines: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return when the newest line was written, in seconds since 1970."""
+def last_activity_s(lines: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the time of the newest line, in seconds since 1970."""
     times = [line.get("time") for line in lines[-20:]]
     return max((float(at) for at in times if is_number(at)), default=None)  # type: ignore[arg-type]
 
 
 def newest_step(lines: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> int:
-    """Return the newest step that the figures or the newest attempt's record know of."""
-    told = [record.get(key) for key in ("last_step", "first_step")]
-    known = [step for step in told if type(step) is int]
-    return max([*known, *(line["step"] for line in lines[-20:])], default=0)
+    """Return the newest step in the metrics or the newest attempt's record."""
+    recorded = [record.get(key) for key in ("last_step", "first_step")]
+    steps_known = [step for step in recorded if type(step) is int]
+    return max([*steps_known, *(line["step"] for line in lines[-20:])], default=0)
 
 
 def max_steps(
     record: Mapping[str, Any], config: Mapping[str, Any], steps_per_epoch: int | None
 ) -> int | None:
-    """Return how many steps a run is to take: as it said itself, else as its configuration says."""
-    told = record.get("max_steps")
-    if type(told) is int:
-        return told
+    """Return the step at which a run ends, as recorded by it or from its configuration."""
+    recorded = record.get("max_steps")
+    if type(recorded) is int:
+        return recorded
     limits = config.get("trainer")
     if not isinstance(limits, Mapping):
         return None
     steps, epochs = limits.get("max_steps"), limits.get("max_epochs")
     by_epochs = epochs * steps_per_epoch if type(epochs) is int and steps_per_epoch else None
-    known = [n for n in (steps, by_epochs) if type(n) is int and n < 1 << 63]
-    return min(known, default=None)
+    steps_known = [n for n in (steps, by_epochs) if type(n) is int and n < 1 << 63]
+    return min(steps_known, default=None)
 
 
 def read_config(store: Store) -> dict[str, Any]:
-    """Return the configuration of the newest attempt; empty where there is none yet.
+    """Return the configuration of the newest attempt; empty without one.
 
     Raises:
         ConfigError: it is not YAML.
     """
     try:
-        found = yaml.safe_load(store.read("config.yaml"))
+        config = yaml.safe_load(store.read("config.yaml"))
     except FileNotFoundError:
         return {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"config.yaml is not YAML ({text})") from None
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def _saves(store: Store) -> jsonl.Salvage:
-    found = jsonl.Salvage()
+    salvaged = jsonl.Salvage()
     try:
         texts = store.read(SAVES).split(b"\n")
     except FileNotFoundError:
-        return found
+        return salvaged
     for text in filter(bytes.strip, texts):
         try:
             line = json.loads(text)
-            is_whole = type(line["step"]) is int
+            is_valid = type(line["step"]) is int
         except (ValueError, LookupError, TypeError, RecursionError):
-            is_whole = False
-        if is_whole:
-            found.lines.append(line)
+            is_valid = False
+        if is_valid:
+            salvaged.lines.append(line)
         else:
-            found.damaged += 1
-    return found
+            salvaged.damaged += 1
+    return salvaged

@@ -1,4 +1,4 @@
-"""HTML as values that cannot be forged: what is not `Html` is text, and is escaped."""
+"""HTML markup as a type: every string that is not `Html` is escaped."""
 
 import html
 import json
@@ -10,45 +10,45 @@ _SELF_CLOSING = frozenset({"path"})
 
 
 _MANY_ROWS = 14
-"""More than these scroll in their frame."""
+"""Rows above which a table scrolls."""
 
 
 class Html(str):
-    """Markup that was made here; every other string came from outside."""
+    """Trusted markup; every other string is external."""
 
     __slots__ = ()
 
 
 def escaped(text: object) -> Html:
-    """Return text as markup that shows it."""
+    """Return text escaped as markup."""
     return text if isinstance(text, Html) else Html(html.escape(str(text)))
 
 
 def tag(name: str, /, *content: object, **attributes: object) -> Html:
-    """Return an element; None and False are left out, of the content as of the attributes.
+    """Return an element; None and False are omitted from content and attributes.
 
-    A `_` at an attribute's end is dropped, and the others stand for `-`: `class_`, `aria_label`.
+    In attribute names a trailing `_` is dropped and others become `-`: `class_`, `aria_label`.
     """
-    shown = "".join(
+    attribute_text = "".join(
         f" {key.rstrip('_').replace('_', '-')}"
         + ("" if value is True else f'="{html.escape(str(value))}"')
         for key, value in attributes.items()
         if value is not None and value is not False
     )
     if name in _VOID:
-        return Html(f"<{name}{shown}>")
+        return Html(f"<{name}{attribute_text}>")
     if name in _SELF_CLOSING:
-        return Html(f"<{name}{shown}/>")
-    return Html(f"<{name}{shown}>{joined(content)}</{name}>")
+        return Html(f"<{name}{attribute_text}/>")
+    return Html(f"<{name}{attribute_text}>{joined(content)}</{name}>")
 
 
 def joined(parts: Iterable[object], between: str = "") -> Html:
-    """Return parts one after the other."""
+    """Concatenate parts."""
     return Html(between.join(escaped(p) for p in parts if p is not None and p is not False))
 
 
 def data(values: Mapping[str, Any]) -> Html:
-    """Return JSON for a script to read, which no text in it can end early."""
+    """Return JSON in a script element that no text in it can close."""
     text = json.dumps(values, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -63,9 +63,9 @@ def listing(
     plain: Iterable[int] = (),
     class_: str | None = None,
 ) -> Html:
-    """Return a table in a frame that scrolls where it is too wide; `numbers` go to the right.
+    """Return a table in a scrolling frame; `numbers` are right-aligned columns.
 
-    `plain` are columns that are not to be broken into lines.
+    `plain` columns are not wrapped.
     """
     rows = list(rows)
     kinds = {**dict.fromkeys(plain, "plain"), **dict.fromkeys(numbers, "number")}

@@ -1,4 +1,4 @@
-"""The whole page: one file of HTML that needs no network and loads nothing."""
+"""The report page: one HTML file that loads nothing."""
 
 import base64
 import hashlib
@@ -7,7 +7,7 @@ from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 
 from trainer.core.formatting import iso
-from trainer.reporting import attempts, charts, figures, samples, sections, settings
+from trainer.reporting import attempts, charts, metric_charts, samples, sections, settings
 from trainer.reporting.charts import Axis, Chart
 from trainer.reporting.facts import Facts
 from trainer.reporting.markup import Html, joined, tag
@@ -15,10 +15,10 @@ from trainer.reporting.markup import Html, joined, tag
 
 def single(run: Facts) -> str:
     """Return the page of one run."""
-    axis = figures.axis([run])
+    axis = metric_charts.axis([run])
     parts = [
-        ("curves", "Curves", _charts(figures.measures(run), axis, _NO_FIGURES)),
-        ("pace", "Learning rate and pace", _charts(figures.machine(run), axis, _NO_FIGURES)),
+        ("curves", "Curves", _charts(metric_charts.measures(run), axis, _NO_METRICS)),
+        ("pace", "Learning rate and speed", _charts(metric_charts.machine(run), axis, _NO_METRICS)),
         ("attempts", "Attempts", attempts.draw(run)),
         ("checkpoints", "Checkpoints", sections.checkpoints(run)),
         ("samples", "Samples", samples.draw(run)),
@@ -37,24 +37,24 @@ def single(run: Facts) -> str:
 def several(runs: Sequence[Facts]) -> str:
     """Return the page that compares runs."""
     names = distinct(runs)
-    axis = figures.axis(runs)
+    axis = metric_charts.axis(runs)
     parts = [
         ("results", "Results", sections.summary(runs, names)),
-        ("curves", "Curves", _charts(figures.overlaid(runs, names), axis, _NO_FIGURES)),
+        ("curves", "Curves", _charts(metric_charts.overlaid(runs, names), axis, _NO_METRICS)),
         ("configuration", "Differences in configuration", settings.differences(runs, names)),
     ]
     title = f"{len(runs)} runs"
     notes = [f"{name}: {note}" for run, name in zip(runs, names, strict=True) for note in run.notes]
-    places = joined((tag("code", run.url) for run in runs), " · ")
-    head = [tag("h1", title), tag("p", places, class_="since"), _notes(notes)]
+    urls = joined((tag("code", run.url) for run in runs), " · ")
+    head = [tag("h1", title), tag("p", urls, class_="since"), _notes(notes)]
     return _document(title, head, parts, min(run.read_s for run in runs))
 
 
-_NO_FIGURES = "There are no figures yet: a run writes some every trainer.log_every_steps steps."
+_NO_METRICS = "No metrics yet: a run logs every trainer.log_every_steps steps."
 
 
 def distinct(runs: Sequence[Facts]) -> list[str]:
-    """Return the runs' names; their places, where two have the same."""
+    """Return the runs' names, or their URLs if names repeat."""
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
         return names
@@ -64,14 +64,14 @@ def distinct(runs: Sequence[Facts]) -> list[str]:
     return [f"{url} ({index})" for index, url in enumerate(urls, 1)]
 
 
-def _charts(found: Sequence[Chart], axis: Axis, otherwise: str) -> Html:
-    drawn = [charts.draw(chart, axis) for chart in found]
-    if not any(drawn):
+def _charts(chart_list: Sequence[Chart], axis: Axis, otherwise: str) -> Html:
+    markup = [charts.draw(chart, axis) for chart in chart_list]
+    if not any(markup):
         return tag("p", otherwise, class_="none")
     key = None
     if axis.resumed:
-        key = tag("p", tag("i", class_="key resumed"), "an attempt went on here", class_="legend")
-    return joined([tag("div", *drawn, class_="charts"), key])
+        key = tag("p", tag("i", class_="key resumed"), "resumed here", class_="legend")
+    return joined([tag("div", *markup, class_="charts"), key])
 
 
 def _notes(notes: Sequence[str]) -> Html | None:
@@ -98,7 +98,7 @@ def _document(
             "main",
             *(tag("section", tag("h2", text), content, id=name) for name, text, content in parts),
         ),
-        tag("footer", f"Written by Perdure{_version()} from what the run's files said at "
+        tag("footer", f"Written by Perdure{_version()} from the run's files at "
             f"{iso(read_s).replace('T', ' ').removesuffix('+00:00')} UTC."),
         tag("div", id="tip", hidden=True),
         tag("script", Html(script)),

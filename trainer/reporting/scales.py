@@ -1,4 +1,4 @@
-"""From values to places on paper, and to texts. Pure."""
+"""Scales from values to positions, ticks and axis labels. Pure."""
 
 import math
 from collections.abc import Sequence
@@ -7,43 +7,43 @@ from dataclasses import dataclass
 from trainer.core.formatting import compact, duration, number, size
 
 SIZE = 1000.0
-"""Side of the square that everything is drawn in; the page stretches it."""
+"""Side of the square in which charts are drawn; the page stretches it."""
 _HUGE = 1e300
 _WIDE = 30.0
-"""A ratio of the largest to the smallest value from which on a logarithm shows more."""
+"""Ratio of largest to smallest value above which the scale is logarithmic."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps values from `low` … `high` to 0 … SIZE; what is outside lands on the edge."""
+    """Maps `low` … `high` to 0 … SIZE; values outside are clipped."""
 
     low: float
     high: float
     is_log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Return the place of a value."""
+        """Return the position of a value."""
         low, high = self._bent(self.low), self._bent(self.high)
-        share = (self._bent(value) - low) / (high - low) if high > low else 0.5
-        return SIZE * min(max(share, 0.0), 1.0)
+        fraction = (self._bent(value) - low) / (high - low) if high > low else 0.5
+        return SIZE * min(max(fraction, 0.0), 1.0)
 
     def _bent(self, value: float) -> float:
         value = _within(value)
         return math.log10(max(value, 5e-324)) if self.is_log else value
 
-    def ticks(self, most: int = 5) -> list[float]:
+    def ticks(self, max_ticks: int = 5) -> list[float]:
         """Return round values within the scale, rising, of which there are at most `most` + 1."""
         if self.is_log:
-            return _log_values(self.low, self.high, most)
-        return _round_values(self.low, self.high, most)
+            return _log_values(self.low, self.high, max_ticks)
+        return _round_values(self.low, self.high, max_ticks)
 
 
 def fitting(values: Sequence[float], *, may_log: bool = False) -> Scale:
-    """Return a scale for finite values, with some air; shares of one stay within 0 … 1.
+    """Return a scale for finite values with a margin; fractions stay within 0 … 1.
 
     Args:
-        values: what is drawn.
-        may_log: whether to take logarithms where the values span decades.
+        values: the values to draw.
+        may_log: use a logarithmic scale if the values span decades.
     """
     if not values:
         return Scale(0.0, 1.0)
@@ -55,28 +55,28 @@ def fitting(values: Sequence[float], *, may_log: bool = False) -> Scale:
     if low == high:
         return Scale(low - (abs(low) / 2 or 1.0), high + (abs(high) / 2 or 1.0))
     air = 0.04 * (high - low)
-    is_share = low >= 0 and high <= 1 and high > 0.2
+    is_fraction = low >= 0 and high <= 1 and high > 0.2
     low, high = low - air, high + air
-    return Scale(max(low, 0.0), min(high, 1.0)) if is_share else Scale(low, high)
+    return Scale(max(low, 0.0), min(high, 1.0)) if is_fraction else Scale(low, high)
 
 
 def _within(value: float) -> float:
-    """Return a value with which sums and differences stay finite."""
+    """Clip a value so that sums and differences stay finite."""
     return min(max(value, -_HUGE), _HUGE)
 
 
-def _log_values(low: float, high: float, most: int) -> list[float]:
+def _log_values(low: float, high: float, max_ticks: int) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     for mantissas in ((1, 2, 5), (1, 3), (1,)):
-        found = [m * 10.0**power for power in range(first, last + 1) for m in mantissas]
-        found = [value for value in found if low <= value <= high]
-        if len(found) <= most + 1:
-            return found
-    return found[:: -(-len(found) // most)]
+        values = [m * 10.0**power for power in range(first, last + 1) for m in mantissas]
+        values = [value for value in values if low <= value <= high]
+        if len(values) <= max_ticks + 1:
+            return values
+    return values[:: -(-len(values) // max_ticks)]
 
 
-def _round_values(low: float, high: float, most: int) -> list[float]:
-    span = (high - low) / most
+def _round_values(low: float, high: float, max_ticks: int) -> list[float]:
+    span = (high - low) / max_ticks
     if not (span > 0 and math.isfinite(span)):
         return [low]
     unit = 10.0 ** math.floor(math.log10(span))
@@ -84,18 +84,18 @@ def _round_values(low: float, high: float, most: int) -> list[float]:
     if not step > 0:  # too small for a float
         return [low]
     first = math.ceil(low / step - 1e-9)
-    found = [(first + i) * step for i in range(most + 2)]
-    return [value for value in found if low <= value <= high] or [low]
+    values = [(first + i) * step for i in range(max_ticks + 2)]
+    return [value for value in values if low <= value <= high] or [low]
 
 
-def whole_ticks(low: int, high: int, most: int = 5) -> list[int]:
-    """Return round whole numbers within low … high."""
-    values = Scale(float(low), float(high)).ticks(most)
+def integer_ticks(low: int, high: int, max_ticks: int = 5) -> list[int]:
+    """Return round integers within low … high."""
+    values = Scale(float(low), float(high)).ticks(max_ticks)
     return sorted({int(value) for value in values if value == int(value)})
 
 
 def labels(name: str, values: Sequence[float]) -> list[str]:
-    """Return figures as an axis has them; the unit of a rate stands in the chart's head."""
+    """Return axis labels; the unit of a rate is in the chart's title."""
     if name.endswith(("_s", "_bytes")) and not is_rate(name):
         return [quantity(name, value) for value in values]
     if max(map(abs, values), default=0.0) < 10_000:
@@ -104,12 +104,12 @@ def labels(name: str, values: Sequence[float]) -> list[str]:
 
 
 def is_rate(name: str) -> bool:
-    """Return whether a figure counts something per second."""
+    """Return whether a metric is a rate per second."""
     return name.endswith("_per_s")
 
 
 def quantity(name: str, value: float | None) -> str:
-    """Return a figure with the unit that its name says."""
+    """Return a value with the unit implied by its name."""
     if value is None or not math.isfinite(value):
         return number(value)
     if is_rate(name):

@@ -1,92 +1,94 @@
-"""The parts of a run's page that are tables and tiles."""
+"""Tables and tiles of the report."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.checkpoint.inspection import CheckpointStatus
+from trainer.checkpoint.location import Found
 from trainer.core.formatting import age, duration, integer, iso, number, pluralize, size
-from trainer.reporting import figures
+from trainer.reporting import metric_charts
 from trainer.reporting.curves import is_number, points
 from trainer.reporting.facts import Facts
 from trainer.reporting.markup import Html, joined, listing, tag
 from trainer.reporting.scales import quantity
 
-_KNOWN = frozenset(
+_OMITTED = frozenset(
     {
         "attempt", "token", "started", "ended", "told", "first_step", "last_step", "outcome",
         "reason", "error", "resumed_from", "save_s", "starting_s", "training_s", "resume", "pid",
         "max_steps", "steps_per_epoch", "changed",
     }
 )  # fmt: skip
-"""What is shown of an attempt's record in other places, or tells a person nothing."""
+"""Keys of an attempt's record that other sections show, or that do not help a reader."""
 
 
 # --- head --------------------------------------------------------------------------------------
 
 
 def pill(run: Facts) -> Html:
-    """Return how the run is, as a badge."""
-    state = run.standing.state
+    """Return the run's state as a badge."""
+    state = run.condition.state
     return tag("span", state, class_=f"pill {state}")
 
 
 def since(run: Facts) -> str:
-    """Return since when the run is as it is, in words."""
-    standing = run.standing
-    if standing.since_s is None:
-        return standing.why
-    ago = f"{age(standing.since_s)} ago"
-    words = {
-        "running": f"heard of {ago}",
-        "silent": f"not heard of since {ago.removesuffix(' ago')}",
+    """Return the time and reason of the run's state."""
+    condition = run.condition
+    if condition.since_s is None:
+        return condition.why
+    ago = f"{age(condition.since_s)} ago"
+    phrases = {
+        "running": f"active {ago}",
+        "silent": f"no activity for {ago.removesuffix(' ago')}",
     }
-    text = words.get(standing.state, ago)
-    return f"{text}: {standing.why}" if standing.why else text
+    text = phrases.get(condition.state, ago)
+    return f"{text}: {condition.why}" if condition.why else text
 
 
 def tiles(run: Facts) -> Html:
-    """Return the figures that one looks for first."""
+    """Return the headline numbers as tiles."""
     newest = max((run.last("train"), run.last("eval")), key=lambda line: line.get("step", -1))
     good, best = run.goodput, run.best
     took_s = good.starting_s + good.training_s
-    shown = [
-        _tile("step", number(run.step), _of(run.step, run.max_steps), share=_share(run)),
+    tiles_shown = [
+        _tile("step", number(run.step), _of(run.step, run.max_steps), progress=_progress(run)),
         _tile("epoch", integer(newest.get("epoch")), f"{integer(newest.get('samples'))} samples"),
     ]
     if best is not None:
-        shown.append(_tile(f"best {best.metric}", number(best.value), f"at step {best.step:,}"))
+        tiles_shown.append(
+            _tile(f"best {best.metric}", number(best.value), f"at step {best.step:,}")
+        )
     for split, key in (("eval", "loss"), ("train", "loss")):
         line = run.last(split)
         if is_number(line.get(key)) and (best is None or (split, key) != ("eval", best.metric)):
             name = "eval loss" if split == "eval" else "train loss"
-            shown.append(_tile(name, number(line[key]), f"at step {line['step']:,}"))
+            tiles_shown.append(_tile(name, number(line[key]), f"at step {line['step']:,}"))
     if took_s:
         parts = f"{duration(good.training_s)} training"
-        shown.append(_tile("time", duration(took_s), parts))
+        tiles_shown.append(_tile("time", duration(took_s), parts))
     if run.records:
         lost = good.all_steps - good.useful_steps
         text = f"{pluralize(lost, 'step')} repeated"
-        shown.append(_tile("goodput", f"{100 * good.share:.1f} %", text))
+        tiles_shown.append(_tile("goodput", f"{100 * good.share:.1f} %", text))
     rates = sorted(value for _, value in points(run.lines, "train", "samples_per_s"))
     if rates:
         median = f"{number(rates[len(rates) // 2], 3)}/s"
-        shown.append(_tile("throughput", median, "samples; median"))
-    return tag("div", *shown, class_="tiles")
+        tiles_shown.append(_tile("throughput", median, "samples; median"))
+    return tag("div", *tiles_shown, class_="tiles")
 
 
-def _of(step: int, most: int | None) -> str:
-    return "" if most is None else f"of {most:,}"
+def _of(step: int, limit: int | None) -> str:
+    return "" if limit is None else f"of {limit:,}"
 
 
-def _share(run: Facts) -> float | None:
+def _progress(run: Facts) -> float | None:
     return min(run.step / run.max_steps, 1.0) if run.max_steps else None
 
 
-def _tile(name: str, value: str, more: str, share: float | None = None) -> Html:
+def _tile(name: str, value: str, more: str, progress: float | None = None) -> Html:
     bar = None
-    if share is not None:
-        bar = tag("i", tag("i", style=f"width:{100 * share:.2f}%"), class_="meter")
+    if progress is not None:
+        bar = tag("i", tag("i", style=f"width:{100 * progress:.2f}%"), class_="meter")
     head = tag("span", name, class_="what")
     return tag("div", head, tag("b", value), bar, tag("small", more), class_="tile")
 
@@ -95,9 +97,9 @@ def _tile(name: str, value: str, more: str, share: float | None = None) -> Html:
 
 
 def system(run: Facts) -> Html:
-    """Return what the attempts ran on; what was not the same for all is marked."""
+    """Return hardware and versions of the attempts; differences are marked."""
     if not run.records:
-        return tag("p", "No attempt has left a record of what it ran on.", class_="none")
+        return tag("p", "No attempt has recorded its system.", class_="none")
     facts: dict[str, list[Any]] = {}
     for record in run.records:
         for key, value in _flat(record).items():
@@ -106,14 +108,14 @@ def system(run: Facts) -> Html:
     for key, values in facts.items():
         counts = Counter(_fact(key, value) for value in values)
         newest = _fact(key, values[-1])
-        others = [text for text in counts if text != newest]
-        more = tag("span", "earlier: " + ", ".join(others), class_="before") if others else None
+        earlier = [text for text in counts if text != newest]
+        more = tag("span", "earlier: " + ", ".join(earlier), class_="before") if earlier else None
         rows.append([key.replace("_", " "), joined([newest, more])])
     return listing(["", f"attempt {run.records[-1].get('attempt')}"], rows, class_="facts")
 
 
 def _fact(key: str, value: Any) -> str:
-    """Return a fact with its unit; of one that each rank has of its own, the largest."""
+    """Return a fact with its unit; for a list with a value per rank, the largest."""
     if isinstance(value, list) and value and all(map(is_number, value)):
         return f"{_fact(key, max(value))} (the largest of {len(value):,})"
     is_measured = is_number(value) and key.endswith(("_s", "_bytes"))
@@ -121,68 +123,67 @@ def _fact(key: str, value: Any) -> str:
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    entry: dict[str, Any] = {}
     for key, value in record.items():
-        if key in _KNOWN:
+        if key in _OMITTED:
             continue
-        inner = value.items() if isinstance(value, Mapping) else [("", value)]
-        found |= {f"{key}: {name}" if name else key: one for name, one in inner}
-    return {key.removeprefix("versions: "): value for key, value in found.items()}
+        items = value.items() if isinstance(value, Mapping) else [("", value)]
+        entry |= {f"{key}: {name}" if name else key: one for name, one in items}
+    return {key.removeprefix("versions: "): value for key, value in entry.items()}
 
 
 # --- checkpoints -------------------------------------------------------------------------------
 
 
 def checkpoints(run: Facts) -> Html:
-    """Return a table of the checkpoints, the newest first, the best one marked."""
+    """Return the table of checkpoints, newest first, the best one marked."""
     if not run.checkpoints:
-        return tag("p", "There is no checkpoint.", class_="none")
+        return tag("p", "No checkpoints.", class_="none")
     best = _best_step(run)
-    rows = [_checkpoint(found, found.commit.step == best) for found in reversed(run.checkpoints)]
+    rows = [_checkpoint(entry, entry.commit.step == best) for entry in reversed(run.checkpoints)]
     titles = ["step", "attempt", "saved (UTC)", "age", "size", "ranks", "state", "metrics"]
     return listing(titles, rows, numbers=(0, 1, 3, 4, 5), plain=(2,))
 
 
 def _best_step(run: Facts) -> int | None:
-    """Return the step of the best checkpoint that is still there."""
+    """Return the step of the best existing checkpoint."""
     best = run.best
     if best is None:
         return None
-    kept = [
-        (found.metrics[best.metric], -found.commit.step)
-        for found in run.checkpoints
-        if found.state == "intact" and is_number(found.metrics.get(best.metric))
+    candidates = [
+        (entry.metrics[best.metric], -entry.commit.step)
+        for entry in run.checkpoints
+        if entry.state == "whole" and is_number(entry.metrics.get(best.metric))
     ]
     sign = -1 if best.mode == "min" else 1
-    return -max(kept, key=lambda one: (sign * one[0], one[1]))[1] if kept else None
+    return -max(candidates, key=lambda one: (sign * one[0], one[1]))[1] if candidates else None
 
 
-def _checkpoint(found: CheckpointStatus, is_best: bool) -> Sequence[object]:
+def _checkpoint(entry: Found, is_best: bool) -> Sequence[object]:
     saved = "–"
-    if found.saved_s is not None:
-        saved = iso(found.saved_s).removesuffix("+00:00").replace("T", " ")
-    shown = [f"{name} {number(value)}" for name, value in found.metrics.items()]
-    pill = tag("span", found.state, class_=f"pill {found.state}")
-    state = joined([pill, " ", found.reason or None])
+    if entry.saved_s is not None:
+        saved = iso(entry.saved_s).removesuffix("+00:00").replace("T", " ")
+    tiles_shown = [f"{name} {number(value)}" for name, value in entry.metrics.items()]
+    state = joined([tag("span", entry.state, class_=f"pill {entry.state}"), " ", entry.why or None])
     badge = tag("span", "best", class_="pill best") if is_best else None
     return [
-        f"{found.commit.step:,}",
-        found.commit.attempt,
+        f"{entry.commit.step:,}",
+        entry.commit.attempt,
         saved,
-        "" if found.saved_s is None else age(found.saved_s),
-        size(found.size_bytes),
-        found.manifest.world_size if found.manifest else "",
+        "" if entry.saved_s is None else age(entry.saved_s),
+        size(entry.size_bytes),
+        entry.manifest.world_size if entry.manifest else "",
         state,
-        joined([badge, " " if is_best else None, ", ".join(shown)]),
+        joined([badge, " " if is_best else None, ", ".join(tiles_shown)]),
     ]
 
 
-# --- runs beside one another -------------------------------------------------------------------
+# --- comparison of runs ------------------------------------------------------------------------
 
 
 def summary(runs: Sequence[Facts], names: Sequence[str]) -> Html:
-    """Return one line a run: how it is, and its final and best figures."""
-    keys = list(dict.fromkeys(key for run in runs for key in figures.ordered(run)))
+    """Return a row per run: state, final and best metrics."""
+    keys = list(dict.fromkeys(key for run in runs for key in metric_charts.ordered(run)))
     measured = [key for key in keys if any(points(run.lines, "eval", key) for run in runs)]
     titles = ["run", "state", "step", "time", *(f"{key}, last" for key in measured)]
     titles += ["best", "at step"]
@@ -192,17 +193,19 @@ def summary(runs: Sequence[Facts], names: Sequence[str]) -> Html:
         good, best = run.goodput, run.best
         swatch = tag("i", class_=f"key c{index % 8 + 1} line")
         last = [number(run.last("eval").get(key)) for key in measured]
-        chosen: list[object] = ["–", "–"]
+        best_cells: list[object] = ["–", "–"]
         if best is not None:
             text = f"{best.metric} {number(best.value)}"
-            chosen = [tag("b", text) if index == winner else text, f"{best.step:,}"]
-        took = duration(good.starting_s + good.training_s)
-        rows.append([joined([swatch, name]), pill(run), f"{run.step:,}", took, *last, *chosen])
+            best_cells = [tag("b", text) if index == winner else text, f"{best.step:,}"]
+        duration_text = duration(good.starting_s + good.training_s)
+        rows.append(
+            [joined([swatch, name]), pill(run), f"{run.step:,}", duration_text, *last, *best_cells]
+        )
     return listing(titles, rows, numbers=range(2, len(titles)))
 
 
 def _winner(runs: Sequence[Facts]) -> int | None:
-    """Return which run is best, where all are judged by the same figure and none is as good."""
+    """Return the index of the best run, if all use the same metric and it is unique."""
     best = [run.best for run in runs]
     if len({(one.metric, one.mode) for one in best if one}) != 1:
         return None

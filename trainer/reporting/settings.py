@@ -1,4 +1,4 @@
-"""The configuration as a table that can be searched, and how configurations differ."""
+"""The configuration as a searchable table, and differences between configurations."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ from trainer.reporting.markup import Html, joined, listing, tag
 _ABSENT = object()
 
 
-def shown(value: object) -> str:
-    """Return a setting as one would type it."""
+def setting_text(value: object) -> str:
+    """Return a setting as typed on the command line."""
     if value is _ABSENT:
         return "(not set)"
     if isinstance(value, str):
@@ -21,15 +21,15 @@ def shown(value: object) -> str:
 
 
 def by_attempt(run: Facts) -> dict[int, dict[str, Any]]:
-    """Return the settings of each attempt of which a checkpoint, or config.yaml, still tells."""
-    found = {
-        each.commit.attempt: flatten(each.manifest.config)
-        for each in run.checkpoints
-        if each.manifest is not None and each.manifest.config
+    """Return the settings of each attempt that a checkpoint or config.yaml still has."""
+    configs = {
+        checkpoint.commit.attempt: flatten(checkpoint.manifest.config)
+        for checkpoint in run.checkpoints
+        if checkpoint.manifest is not None and checkpoint.manifest.config
     }
     if run.config and run.records:
-        found[run.records[-1]["attempt"]] = flatten(run.config)
-    return dict(sorted(found.items()))
+        configs[run.records[-1]["attempt"]] = flatten(run.config)
+    return dict(sorted(configs.items()))
 
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -43,7 +43,7 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def table(run: Facts) -> Html:
-    """Return the newest configuration; what differed in earlier attempts is marked."""
+    """Return the newest configuration; differences to earlier attempts are marked."""
     if not run.config:
         return tag("p", "The run has no config.yaml; it is written when an attempt starts.",
                    class_="none")  # fmt: skip
@@ -57,7 +57,7 @@ def table(run: Facts) -> Html:
         if dot and top != group:
             rows.append(tag("tr", tag("th", top, colspan=2), class_="group"))
         group = top if dot else None
-        now = tag("code", shown(newest.get(key, _ABSENT)))
+        now = tag("code", setting_text(newest.get(key, _ABSENT)))
         before = _before(attempts, key, newest) if key in changed else None
         name = tag("td", rest if dot else key, class_="inner" if dot else None)
         mark = "changed" if key in changed else None
@@ -77,27 +77,27 @@ def _intro(attempts: Mapping[int, Any], changed: set[str]) -> Html | None:
         return None
     numbers = ", ".join(map(str, attempts))
     text = f"{len(changed)} changed" if changed else "no setting changed"
-    return tag("span", f"{text} between attempts {numbers}, as far as files tell", class_="hint")
+    return tag("span", f"{text} between attempts {numbers}, as far as stored", class_="hint")
 
 
 def _before(attempts: Mapping[int, Mapping[str, Any]], key: str, newest: Mapping[str, Any]) -> Html:
     value = newest.get(key, _ABSENT)
-    others = [
-        tag("span", f"attempt {number}: ", tag("code", shown(config.get(key, _ABSENT))))
+    earlier = [
+        tag("span", f"attempt {number}: ", tag("code", setting_text(config.get(key, _ABSENT))))
         for number, config in attempts.items()
         if config.get(key, _ABSENT) != value
     ]
-    return tag("span", *others, class_="before")
+    return tag("span", *earlier, class_="before")
 
 
 def differences(runs: Sequence[Facts], names: Sequence[str]) -> Html:
-    """Return the settings in which runs differ, one column a run."""
+    """Return the settings in which runs differ, a column per run."""
     configs = [flatten(run.config) for run in runs]
-    found = [key for key in differing(configs) if key not in ("name", "run_dir")]
-    if not found:
+    keys = [key for key in differing(configs) if key not in ("name", "run_dir")]
+    if not keys:
         return tag("p", "All settings are the same.", class_="none")
     rows = [
-        [key, *(tag("code", shown(config.get(key, _ABSENT))) for config in configs)]
-        for key in found
+        [key, *(tag("code", setting_text(config.get(key, _ABSENT))) for config in configs)]
+        for key in keys
     ]
     return listing(["setting", *names], rows)

@@ -1,4 +1,4 @@
-"""A time line of a run: its attempts, saves and evaluations, idle times cut short."""
+"""The timeline of a run: attempts, saves and evaluations; long idle times are shortened."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,28 +14,28 @@ _TICKS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800
 _MOST_MARKS = 400
 
 
-def draw(run: Facts, found: Sequence[Span]) -> Html:
-    """Return the time line; one sentence where no attempt left a record."""
-    if not found:
-        return tag("p", "No attempt has left a record, so there is no time line.", class_="none")
-    place = clock(found)
+def draw(run: Facts, spans: Sequence[Span]) -> Html:
+    """Return the timeline; a sentence without attempt records."""
+    if not spans:
+        return tag("p", "No timeline: no attempt has a record.", class_="none")
+    position = clock(spans)
     lanes = [
-        _lane("" if index else "attempts", *_bars(run, lane, place))
-        for index, lane in enumerate(_lanes(found))
+        _lane("" if index else "attempts", *_bars(run, lane, position))
+        for index, lane in enumerate(_lanes(spans))
     ]
     marks = [
-        _lane("stops", *_marks(_stops(found), place, "stop")),
-        _lane("saves", *_marks(_saves(run), place, "save")),
-        _lane("evaluations", *_marks(_evaluations(run), place, "eval")),
+        _lane("stops", *_marks(_stops(spans), position, "stop")),
+        _lane("saves", *_marks(_saves(run), position, "save")),
+        _lane("evaluations", *_marks(_evaluations(run), position, "eval")),
     ]
-    rows = tag("div", _gaps(place), *lanes, *marks, _times(place), class_="timeline")
+    rows = tag("div", _gaps(position), *lanes, *marks, _times(position), class_="timeline")
     return joined([rows, _key()])
 
 
-def _lanes(found: Sequence[Span]) -> list[list[Span]]:
-    """Put attempts that overlap, as one that was superseded does, into lanes of their own."""
+def _lanes(spans: Sequence[Span]) -> list[list[Span]]:
+    """Put overlapping attempts, such as a superseded one, into separate lanes."""
     lanes: list[list[Span]] = []
-    for span in found:
+    for span in spans:
         free = next((lane for lane in lanes if lane[-1].end_s <= span.begin_s), None)
         if free is None:
             lanes.append([span])
@@ -49,60 +49,64 @@ def _lane(name: str, *content: Html) -> Html:
 
 
 def state_of(span: Span, run: Facts) -> str:
-    """Return how an attempt is, in one word that is also a class of the page."""
+    """Return an attempt's state, which is also a CSS class of the page."""
     if span.record is run.records[-1]:
-        return run.standing.state
+        return run.condition.state
     return outcome(span.record)
 
 
 def outcome(record: Mapping[str, Any]) -> str:
-    """Return how an attempt ended that is not the newest, in one word."""
+    """Return the outcome of an attempt that is not the newest."""
     named = {"done": "finished", "preempted": "stopped"}
     return named.get(str(record.get("outcome")), "died")
 
 
-def _bars(run: Facts, lane: Sequence[Span], place: Clock) -> list[Html]:
+def _bars(run: Facts, lane: Sequence[Span], position: Clock) -> list[Html]:
     bars = []
     for span in lane:
-        left, middle, right = place(span.begin_s), place(span.train_s), place(span.end_s)
+        x, x_first_step, x_end = (
+            position(span.begin_s),
+            position(span.train_s),
+            position(span.end_s),
+        )
         state = state_of(span, run)
         number = span.record.get("attempt", "?")
-        told = f"attempt {number}: {duration(span.end_s - span.begin_s)} from {iso(span.begin_s)}"
-        for part, begin, end in (("starting", left, middle), ("training", middle, right)):
-            shown = number if part == "training" and end - begin > 3 else ""
+        label = f"attempt {number}: {duration(span.end_s - span.begin_s)} from {iso(span.begin_s)}"
+        for part, begin, end in (("starting", x, x_first_step), ("training", x_first_step, x_end)):
+            text = number if part == "training" and end - begin > 3 else ""
             style = f"left:{begin:.3f}%;width:{end - begin:.3f}%"
             if end > begin or part == "training":
-                bars.append(tag("i", shown, class_=f"bar {part} {state}", style=style, title=told))
+                bars.append(tag("i", text, class_=f"bar {part} {state}", style=style, title=label))
     return bars
 
 
 Mark = tuple[float, float, str]
-"""When it began, how long it took, what there is to say."""
+"""(start, duration, text) of a mark."""
 
 
-def _marks(found: Sequence[Mark], place: Clock, kind: str) -> list[Html]:
-    stride = -(-len(found) // _MOST_MARKS) or 1
+def _marks(spans: Sequence[Mark], position: Clock, kind: str) -> list[Html]:
+    stride = -(-len(spans) // _MOST_MARKS) or 1
     marks = []
-    for begin_s, length_s, text in found[::stride]:
-        left = place(begin_s)
-        style = f"left:{left:.3f}%;width:{place(begin_s + length_s) - left:.3f}%"
+    for begin_s, length_s, text in spans[::stride]:
+        x = position(begin_s)
+        style = f"left:{x:.3f}%;width:{position(begin_s + length_s) - x:.3f}%"
         marks.append(tag("i", class_=f"mark {kind}", style=style, title=text))
     return marks
 
 
-def _stops(found: Sequence[Span]) -> list[Mark]:
-    over = [span for span in found if span.record.get("outcome") != "done"]
+def _stops(spans: Sequence[Span]) -> list[Mark]:
+    over = [span for span in spans if span.record.get("outcome") != "done"]
     return [
-        (span.end_s, 0.0, f"attempt {span.record.get('attempt')}: {why(span.record)}")
+        (span.end_s, 0.0, f"attempt {span.record.get('attempt')}: {ending(span.record)}")
         for span in over
-        if span.has_ended or span is not found[-1]
+        if span.has_ended or span is not spans[-1]
     ]
 
 
-def why(record: Mapping[str, Any]) -> str:
-    """Return how an attempt ended and why, as its record has it."""
+def ending(record: Mapping[str, Any]) -> str:
+    """Return the recorded end of an attempt and its reason."""
     if "ended" not in record:
-        return "no word of its end (killed, or still running)"
+        return "no end recorded (killed, or still running)"
     if record.get("outcome") == "done":
         return "done"
     reason = record.get("error") or record.get("reason")
@@ -111,28 +115,28 @@ def why(record: Mapping[str, Any]) -> str:
 
 
 def _saves(run: Facts) -> list[Mark]:
-    noted = [
+    marks = [
         (float(save["time"]) - _seconds(save, "save_s"), _seconds(save, "save_s"), save["step"])
         for save in run.saves
         if is_number(save.get("time"))
     ]
-    known = {step for _, _, step in noted}
-    noted += [
-        (found.saved_s, 0.0, found.commit.step)
-        for found in run.checkpoints
-        if found.saved_s is not None and found.commit.step not in known
+    steps_noted = {step for _, _, step in marks}
+    marks += [
+        (spans.saved_s, 0.0, spans.commit.step)
+        for spans in run.checkpoints
+        if spans.saved_s is not None and spans.commit.step not in steps_noted
     ]
-    return [(at, took, f"checkpoint of step {step:,}") for at, took, step in sorted(noted)]
+    return [(at, took_s, f"checkpoint of step {step:,}") for at, took_s, step in sorted(marks)]
 
 
 def _evaluations(run: Facts) -> list[Mark]:
-    found = []
+    spans = []
     for line in run.lines:
         if line["split"] == "eval" and is_number(line.get("time")):
             took_s = _seconds(line, "eval_s")
             text = f"evaluation at step {line['step']:,}"
-            found.append((float(line["time"]) - took_s, took_s, text))
-    return found
+            spans.append((float(line["time"]) - took_s, took_s, text))
+    return spans
 
 
 def _seconds(values: Mapping[str, Any], key: str) -> float:
@@ -140,36 +144,38 @@ def _seconds(values: Mapping[str, Any], key: str) -> float:
     return max(float(value), 0.0) if is_number(value) else 0.0  # type: ignore[arg-type]
 
 
-def _gaps(place: Clock) -> Html:
-    """Return the bands of idle time; those that are cut short say how long they were."""
+def _gaps(position: Clock) -> Html:
+    """Return the bands of idle time; shortened ones state their duration."""
     bands = []
-    for gap in place.gaps():
-        left, right = place(gap[0]), place(gap[1])
+    for gap in position.gaps():
+        x, x_end = position(gap[0]), position(gap[1])
         text = f"nothing ran for {duration(gap[1] - gap[0])}"
-        cut = " cut" if place.is_cut(gap) else ""
-        style = f"left:{left:.3f}%;width:{right - left:.3f}%"
+        cut = " cut" if position.is_cut(gap) else ""
+        style = f"left:{x:.3f}%;width:{x_end - x:.3f}%"
         bands.append(tag("i", class_=f"idle{cut}", style=style, title=text))
     return tag("div", tag("div", *bands, class_="track"), class_="idles")
 
 
-def _times(place: Clock) -> Html:
-    """Return clock times below, a few and none too near to the next."""
-    work_s = sum(end - begin for begin, end in place.busy)
-    each_s = next((tick for tick in _TICKS_S if tick >= work_s / 5), _TICKS_S[-1])
+def _times(position: Clock) -> Html:
+    """Return a few well-spaced clock times below the timeline."""
+    work_s = sum(end - begin for begin, end in position.busy)
+    interval_s = next((tick for tick in _TICKS_S if tick >= work_s / 5), _TICKS_S[-1])
     labels: list[Html] = []
     last, day = -100.0, ""
-    moments = [place.busy[0][0]]
-    for begin, end in place.busy:
-        first = int(begin // each_s + 1)
-        moments += [tick * each_s for tick in range(first, min(int(end // each_s), first + 50) + 1)]
+    moments = [position.busy[0][0]]
+    for begin, end in position.busy:
+        first = int(begin // interval_s + 1)
+        moments += [
+            tick * interval_s for tick in range(first, min(int(end // interval_s), first + 50) + 1)
+        ]
     for at_s in moments:
-        left = place(at_s)
-        if left - last < 9 or left > 93:
+        x = position(at_s)
+        if x - last < 9 or x > 93:
             continue
         date, _, time_of_day = iso(at_s).removesuffix("+00:00").partition("T")
         text = time_of_day if date == day else f"{date} {time_of_day}"
-        labels.append(tag("span", text, style=f"left:{left:.2f}%"))
-        last, day = left + (8 if date != day else 0), date
+        labels.append(tag("span", text, style=f"left:{x:.2f}%"))
+        last, day = x + (8 if date != day else 0), date
     return tag("div", tag("b", "UTC"), tag("div", *labels), class_="x clock")
 
 
@@ -177,9 +183,9 @@ def _key() -> Html:
     entries = [
         ("bar starting", "starting"),
         ("bar training finished", "training"),
-        ("bar training stopped", "training, then stopped in order"),
+        ("bar training stopped", "training, then stopped"),
         ("bar training died", "training, then died"),
-        ("idle cut", "idle, cut short"),
+        ("idle cut", "idle, shortened"),
     ]
     return tag(
         "p",

@@ -129,9 +129,9 @@ def at(seconds):
 ])  # fmt: skip
 def test_how_a_run_is_follows_from_its_newest_record(more, heard_s, state, since_s):
     record = {"attempt": 1, "started": at(800), **more}
-    found = attempts.standing(record, heard_s=heard_s, now_s=1000)
+    found = attempts.condition(record, last_activity_s=heard_s, now_s=1000)
     assert (found.state, found.since_s) == (state, since_s)
 
 
 def test_a_run_without_a_record_is_unknown():
-    assert attempts.standing(None, heard_s=3.0, now_s=1000).state == "unknown"
+    assert attempts.condition(None, last_activity_s=3.0, now_s=1000).state == "unknown"

@@ -1,4 +1,4 @@
-"""The page of a run that was written by hand: what it says, whatever the files hold."""
+"""The report of hand-written run directories, intact and damaged."""
 
 import base64
 import json
@@ -30,36 +30,38 @@ def page_of(folder, *more):
     return parsed(reporting.render([str(folder), *map(str, more)]))
 
 
-# --- the figures are those of the file ---------------------------------------------------------
+# --- metrics match the file ---------------------------------------------------------
 
 
-def test_the_curves_are_the_lines_of_the_file(run):
-    found = charts(page_of(run))
+def test_curves_match_the_metrics_file(run):
+    page_charts = charts(page_of(run))
     written = [json.loads(text) for text in (run / FILE_NAME).read_text().splitlines()]
     for key, heading in (("loss", "Loss"), ("accuracy", "Accuracy")):
         for split, name in (("train", "training"), ("eval", "evaluation")):
-            wanted = [(o["step"], o[key]) for o in written if o["split"] == split]
-            assert curve(found[heading], name) == [(s, pytest.approx(v, 1e-5)) for s, v in wanted]
-    assert curve(found["Learning rate"], "lr")[9] == (10, 0.01)
-    assert curve(found["Throughput"], "measured")[0] == (1, 101.0)
+            expected = [(o["step"], o[key]) for o in written if o["split"] == split]
+            assert curve(page_charts[heading], name) == [
+                (s, pytest.approx(v, 1e-5)) for s, v in expected
+            ]
+    assert curve(page_charts["Learning rate"], "lr")[9] == (10, 0.01)
+    assert curve(page_charts["Throughput"], "measured")[0] == (1, 101.0)
 
 
-def test_the_tiles_say_where_it_is_and_what_is_best(run):
-    found = tiles(page_of(run))
-    assert found["step"] == "40"
-    assert found["epoch"] == "4"
-    assert found["best accuracy"] == "0.9"
-    assert found["eval loss"] == "0.0875"
-    assert found["train loss"] == "0.075"
-    assert found["goodput"] == "95.2 %"  # 40 of 42 steps
-    assert found["time"] == "42 s"
+def test_tiles_show_progress_and_best_evaluation(run):
+    page_charts = tiles(page_of(run))
+    assert page_charts["step"] == "40"
+    assert page_charts["epoch"] == "4"
+    assert page_charts["best accuracy"] == "0.9"
+    assert page_charts["eval loss"] == "0.0875"
+    assert page_charts["train loss"] == "0.075"
+    assert page_charts["goodput"] == "95.2 %"  # 40 of 42 steps
+    assert page_charts["time"] == "42 s"
     text = page_of(run).all("div", "tiles")[0].text
     assert "of 40" in text  # four epochs of ten steps, as the lines show
     assert "at step 30" in text
     assert "2 steps repeated" in text
 
 
-def test_attempts_are_told_with_their_ends_and_what_changed(run):
+def test_attempts_table_shows_ends_and_changes(run):
     page = page_of(run)
     rows = [
         [cell.text for cell in row.all("td")] for row in page.all("table", "attempts")[0].all("tr")
@@ -74,7 +76,7 @@ def test_attempts_are_told_with_their_ends_and_what_changed(run):
     assert "world size4earlier: 2" in facts_table
 
 
-def test_what_other_parts_note_is_drawn_when_it_is_there(run):
+def test_optional_metrics_are_drawn_if_present(run):
     extended = [
         {**line, "step_p50_s": 0.1, "step_p95_s": 0.2, "data_wait_s": 0.01, "tokens_per_s": 5.0,
          "peak_memory_bytes": 1e9, "skipped": 1.0}
@@ -86,27 +88,27 @@ def test_what_other_parts_note_is_drawn_when_it_is_there(run):
     saves = [{"step": s, "time": time.time() - 990 + s, **took} for s in (10, 20)]
     (run / "saves.jsonl").write_text("".join(json.dumps(one) + "\n" for one in saves) + "{\n")
     page = page_of(run)
-    found = charts(page)
-    assert [one["name"] for one in found["Step time"]["curves"]] == [
+    page_charts = charts(page)
+    assert [one["name"] for one in page_charts["Step time"]["curves"]] == [
         "median", "95th percentile", "wait for data",
     ]  # fmt: skip
-    assert curve(found["Saves"], "training stands still") == [(10, 0.01), (20, 0.01)]
-    assert {"Tokens per second", "Peak memory", "Skipped"} <= set(found)
-    assert "a save took 2 s (median; longest 2 s)" in page.text
+    assert curve(page_charts["Saves"], "training stalled") == [(10, 0.01), (20, 0.01)]
+    assert {"Tokens per second", "Peak memory", "Skipped"} <= set(page_charts)
+    assert "duration 2 s (median; longest 2 s)" in page.text
     assert "2 GB/s" in page.text
     assert "peak bytes3 GB (the largest of 2)" in page.text
     assert "1 damaged line was skipped in saves.jsonl" in page.text
     assert len(page.all("i", "save")) == 2
 
 
-def test_a_loss_that_spans_decades_has_a_logarithm_and_others_have_none(run):
-    found = charts(page_of(run))
-    assert found["Loss"]["log"]
-    assert not found["Accuracy"]["log"]
-    assert not found["Learning rate"]["log"]
+def test_only_a_loss_that_spans_decades_has_a_log_scale(run):
+    page_charts = charts(page_of(run))
+    assert page_charts["Loss"]["log"]
+    assert not page_charts["Accuracy"]["log"]
+    assert not page_charts["Learning rate"]["log"]
 
 
-def test_values_that_were_not_finite_are_counted(run):
+def test_nonfinite_values_are_counted(run):
     broken = lines()
     broken[3]["loss"] = broken[5]["loss"] = None
     write(run, broken)
@@ -115,10 +117,10 @@ def test_values_that_were_not_finite_are_counted(run):
     assert len(curve(charts(page)["Loss"], "training")) == 38
 
 
-# --- whatever the files hold -------------------------------------------------------------------
+# --- damaged and hostile files -------------------------------------------------------------------
 
 
-def test_damaged_lines_are_skipped_and_counted_wherever_they_are(run):
+def test_damaged_lines_are_skipped_and_counted(run):
     texts = (run / FILE_NAME).read_text().splitlines()
     texts[4:4] = ['{"step": 5, "spl', "[]", '{"step": "x", "split": "train"}', "\0\0"]
     (run / FILE_NAME).write_bytes("\n".join([*texts, '{"step": 41, "tra']).encode() + b"\xff")
@@ -128,33 +130,33 @@ def test_damaged_lines_are_skipped_and_counted_wherever_they_are(run):
 
 
 @pytest.mark.parametrize("attempts", [0, 1])
-def test_a_run_without_figures_is_a_page(tmp_path, attempts):
+def test_run_without_metrics_is_rendered(tmp_path, attempts):
     records = [{"started": moment(5), "host": "n1"}] * attempts
     page = page_of(write(tmp_path / "run", config=None, records=records))
-    assert "There are no figures yet" in page.text
-    assert "There is no checkpoint." in page.text
+    assert "No metrics yet" in page.text
+    assert "No checkpoints." in page.text
     assert "no config.yaml" in page.text
-    assert "This run has left no samples" in page.text
+    assert "This run has no samples" in page.text
     assert page.all("span", "pill")[0].text == ("starting" if attempts else "unknown")
 
 
-def test_what_cannot_be_read_is_said_and_the_rest_is_shown(run):
+def test_unreadable_files_are_reported_and_the_rest_is_shown(run):
     (run / "attempts/0001.json").write_text("{")
     (run / "config.yaml").write_text("a: [")
     page = page_of(run)
     notes = page.all("ul", "notes")[0].text
-    assert "The attempts cannot be read" in notes
+    assert "attempts/ cannot be read" in notes
     assert "config.yaml is not YAML" in notes
     assert len(curve(charts(page)["Loss"], "training")) == 40
 
 
 @pytest.mark.parametrize(("newest", "state", "text"), [
-    ({"told": 10, "first_step": 0}, "running", "heard of"),
+    ({"told": 10, "first_step": 0}, "running", "active"),
     ({"told": 500, "first_step": 0}, "silent", "killed without a word, or it hangs"),
     ({"ended": 100, "outcome": "preempted", "reason": "SIGUSR1"}, "stopped", "SIGUSR1"),
     ({"ended": 100, "outcome": "error", "error": "ValueError: x"}, "died", "ValueError: x"),
 ])  # fmt: skip
-def test_how_the_run_is_stands_at_the_head(tmp_path, newest, state, text):
+def test_head_shows_the_state(tmp_path, newest, state, text):
     ago = {key: moment(value) for key, value in newest.items() if key in ("told", "ended")}
     record = {"started": moment(600), "host": "n1", **newest, **ago}
     page = page_of(write(tmp_path / "run", lines(began_s=600), records=[record]))
@@ -163,17 +165,17 @@ def test_how_the_run_is_stands_at_the_head(tmp_path, newest, state, text):
     assert state in page.all("i", "training")[0].kinds
 
 
-def test_an_attempt_without_a_word_of_its_end_lived_as_long_as_its_lines(tmp_path):
+def test_attempt_without_an_end_lasts_as_long_as_its_lines(tmp_path):
     silent = {"started": moment(1000), "first_step": 0, "told": moment(998)}
     folder = write(tmp_path / "run", lines(), records=[silent, second()])
     run = facts.gather(str(folder), reporting.ObjectStore())
     killed, finished = clock.spans(run)
     assert killed.end_s == run.lines[-1]["time"]
     assert finished.has_ended
-    assert "without a word" in page_of(folder).all("table", "attempts")[0].text
+    assert "no end recorded" in page_of(folder).all("table", "attempts")[0].text
 
 
-def test_no_name_value_or_text_of_a_file_becomes_markup(tmp_path):
+def test_hostile_file_contents_never_become_markup(tmp_path):
     folder = hostile_run(tmp_path / "run")
     for page in (page_of(folder), page_of(folder, hostile_run(tmp_path / "other"))):
         assert page.text.count("alert(1)") > 2  # it is there, as text
@@ -189,7 +191,7 @@ def test_no_name_value_or_text_of_a_file_becomes_markup(tmp_path):
             assert one.attributes.get("href", "#").startswith("#")
 
 
-def test_the_page_is_one_file_that_asks_nobody_for_anything(run):
+def test_page_is_one_file_that_loads_nothing(run):
     text = reporting.render([str(run)])
     assert "http://" not in text
     assert "https://" not in text
@@ -227,14 +229,14 @@ def samples(run):
     (folder / "index.json").write_text(
         json.dumps({"step": 40, "files": ["0007.png", "grid.png", "one.txt", "../config.yaml", 3]})
     )
-    told = {
+    predictions = {
         "samples": [
             {"index": 7, "label": 1, "prediction": 1, "probability": 0.875},
             {"index": 8, "label": 0, "prediction": 1, "probability": 0.6},
         ],
         "confusion": [[5, 1], [0, 4]], "confusion_samples": 10, "classes": ["cat", "dog"],
     }  # fmt: skip
-    (folder / "predictions.json").write_text(json.dumps(told))
+    (folder / "predictions.json").write_text(json.dumps(predictions))
     return folder
 
 
@@ -256,17 +258,17 @@ def test_samples_are_embedded(run, samples):
     assert "Taken at step 40" in page.text
 
 
-def test_samples_that_cannot_be_read_say_so(run, samples, monkeypatch):
+def test_unreadable_samples_are_reported(run, samples, monkeypatch):
     (samples / "predictions.json").write_text("{")
     assert "samples/predictions.json cannot be read" in page_of(run).text
     entries = LocalStore.entries
 
-    def refuse(store, prefix):
+    def fail(store, prefix):
         if prefix == "samples":
             raise StoreError("no rights")
         return entries(store, prefix)
 
-    monkeypatch.setattr(LocalStore, "entries", refuse)
+    monkeypatch.setattr(LocalStore, "entries", fail)
     assert "samples/ cannot be read" in page_of(run).text
 
 
@@ -274,7 +276,7 @@ def test_samples_that_cannot_be_read_say_so(run, samples, monkeypatch):
     "{", "[]", "[1]", '{"samples": 3, "confusion": [[1, 2]], "classes": 4}', '{"samples": [3]}',
     '{"samples": [{}], "confusion": [["a"]]}', '{"confusion": [[-1]]}', "\0",
 ])  # fmt: skip
-def test_samples_that_make_no_sense_do_not_break_the_page(run, samples, content):
+def test_malformed_samples_do_not_break_the_page(run, samples, content):
     (samples / "predictions.json").write_text(content)
     (samples / "index.json").write_text(content)
     page = page_of(run)
@@ -285,7 +287,7 @@ def test_samples_that_make_no_sense_do_not_break_the_page(run, samples, content)
 # --- settings ----------------------------------------------------------------------------------
 
 
-def test_settings_that_differ_between_runs_are_found():
+def test_differing_settings_are_listed():
     one, other = flatten(CONFIG), flatten({**CONFIG, "optimizer": {"lr": 0.2}})
     assert settings.differing([one, one]) == []
     assert settings.differing([one, other]) == ["optimizer.lr"]
@@ -299,9 +301,9 @@ def test_runs_are_compared(run, tmp_path):
     config = {**CONFIG, "name": "slow", "optimizer": {"lr": 0.2}}
     other = write(tmp_path / "other", slow, config, [first()])
     page = page_of(run, other)
-    found = charts(page)
-    assert [one["name"] for one in found["Loss, evaluation"]["curves"]] == ["mine", "slow"]
-    assert curve(found["Loss, training"], "slow")[0] == (1, 6.0)
+    page_charts = charts(page)
+    assert [one["name"] for one in page_charts["Loss, evaluation"]["curves"]] == ["mine", "slow"]
+    assert curve(page_charts["Loss, training"], "slow")[0] == (1, 6.0)
     tables = page.all("table")
     rows = [[cell.text for cell in row.all("td")] for row in tables[0].all("tr")[1:]]
     assert [row[0] for row in rows] == ["mine", "slow"]
@@ -310,10 +312,10 @@ def test_runs_are_compared(run, tmp_path):
     assert [cell.text for cell in tables[1].all("td")] == ["optimizer.lr", "0.1", "0.2"]
 
 
-def test_runs_of_one_name_are_told_apart_by_their_places(run, tmp_path):
+def test_runs_with_one_name_are_listed_by_url(run, tmp_path):
     shutil.copytree(run, tmp_path / "copy")
-    found = charts(page_of(run, tmp_path / "copy"))
-    assert [one["name"] for one in found["Loss, evaluation"]["curves"]] == [
+    page_charts = charts(page_of(run, tmp_path / "copy"))
+    assert [one["name"] for one in page_charts["Loss, evaluation"]["curves"]] == [
         str(run), str(tmp_path / "copy"),
     ]  # fmt: skip
     assert (
@@ -325,7 +327,7 @@ def test_runs_of_one_name_are_told_apart_by_their_places(run, tmp_path):
 # --- the command -------------------------------------------------------------------------------
 
 
-def test_the_command_writes_into_the_run_or_where_it_is_told(run, tmp_path, capsys, monkeypatch):
+def test_report_command_writes_into_the_run_or_to_out(run, tmp_path, capsys, monkeypatch):
     assert report.main([str(run)]) == 0
     assert capsys.readouterr().out == f"wrote {run}/report.html\n"
     assert parsed((run / "report.html").read_text()).all("h1")[0].text == "mine finished"
@@ -339,14 +341,14 @@ def test_the_command_writes_into_the_run_or_where_it_is_told(run, tmp_path, caps
 
 @pytest.mark.parametrize(("arguments", "text"), [
     (["{}/nope"], "does not exist, or is empty"),
-    (["{}"], "holds no run (there is run/)"),
+    (["{}"], "is not a run (it has run/)"),
     (["{}/run", "{}/nope"], "nope does not exist"),
-    (["{}/run", "out=/proc/x/report.html"], "give another place with out="),
-    (["{}/run", "out={}/"], "give the name of a file"),
+    (["{}/run", "out=/proc/x/report.html"], "choose another path with out="),
+    (["{}/run", "out={}/"], "not a file name"),
     (["{}/run", "outt=x"], "did you mean 'out'?"),
     (["out=x"], "1 to 40 paths needed, 0 given"),
 ])  # fmt: skip
-def test_what_is_not_understood_is_said_and_nothing_is_written(
+def test_report_command_rejects_bad_arguments_and_writes_nothing(
     run, tmp_path, capsys, arguments, text
 ):
     assert report.main([one.replace("{}", str(tmp_path)) for one in arguments]) == 2
@@ -354,23 +356,23 @@ def test_what_is_not_understood_is_said_and_nothing_is_written(
     assert not (run / "report.html").exists()
 
 
-def test_a_place_that_is_no_run_is_refused(tmp_path):
+def test_write_rejects_a_folder_that_is_not_a_run(tmp_path):
     (tmp_path / "config.yaml").write_text("a: 1")  # a folder of configurations, for one
-    with pytest.raises(ConfigError, match="holds no run"):
+    with pytest.raises(ConfigError, match="is not a run"):
         facts.gather(str(tmp_path), reporting.ObjectStore())
 
 
-def test_nothing_is_changed_by_looking(run):
+def test_render_changes_nothing(run):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     reporting.render([str(run)])
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert lineage.attempts(LocalStore(run)) == [1, 2]
 
 
-def test_numbers_that_no_counter_reaches_do_not_break_the_page(tmp_path):
+def test_absurd_numbers_do_not_break_the_page(tmp_path):
     huge = 10**400
     config = {**CONFIG, "trainer": {"max_steps": huge}}
     records = [{**first(), "first_step": -huge}, {**second(), "last_step": huge, "save_s": huge}]
-    figures = [{**lines()[0], "loss": huge, "step_p50_s": huge}, *lines()[1:]]
-    page = page_of(write(tmp_path / "run", figures, config, records))
+    metric_lines = [{**lines()[0], "loss": huge, "step_p50_s": huge}, *lines()[1:]]
+    page = page_of(write(tmp_path / "run", metric_lines, config, records))
     assert len(charts(page)) > 0

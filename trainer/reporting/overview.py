@@ -1,13 +1,13 @@
-"""A line on each of many runs, read at little cost. Reads only."""
+"""The table of runs: a row per run, read with few requests."""
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trainer.checkpoint import attempts as history
-from trainer.checkpoint import lineage, select
+from trainer.checkpoint import lineage
+from trainer.checkpoint.manifest import parse_folder
 from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError, PerdureError, StoreError
 from trainer.reporting import curves, facts
@@ -17,117 +17,123 @@ from trainer.tracking import jsonl
 
 UNREADABLE = "unreadable"
 _DEPTH = 2
-"""How far below a folder runs are looked for."""
+"""Folder levels searched for runs."""
 _OVER = ("finished", "stopped", "died")
 _ORDER = ("running", "starting", UNREADABLE, "silent", "died", "stopped", "unknown", "finished")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A run as a table of runs has it. Moments are in seconds since 1970."""
+    """Row of a run in the table of runs. Times are in seconds since 1970."""
 
     run: str
     state: str
-    why: str = ""
+    reason: str = ""
     since_s: float | None = None
     step: int = 0
     max_steps: int | None = None
     eta_s: float | None = None
-    """Seconds until the end at the pace of late; None: it does not run, or nobody knows."""
+    """Seconds until the end at the recent speed; None if not running or unknown."""
     losses: Sequence[float] = ()
-    """Of the training, lately, the newest last."""
+    """Recent training losses, the newest last."""
     metric: str | None = None
     value: float | None = None
-    """Of the newest evaluation."""
+    """Metric of the newest evaluation."""
     eval_step: int | None = None
     checkpoint_step: int | None = None
     checkpoint_s: float | None = None
     attempts: Sequence[int] = field(default=())
 
     def json(self) -> dict[str, Any]:
-        """Return the row for programs, losses left out."""
+        """Return the row as JSON values, with the last loss only."""
         values = asdict(self)
         values["loss"] = self.losses[-1] if self.losses else None
         values["attempts"] = len(self.attempts)
+        values["why"] = values.pop("reason")  # the key of --json
         return {key: value for key, value in values.items() if key != "losses"}
 
 
 def find(url: str, settings: ObjectStore) -> list[str]:
-    """Return the places of the runs that lie there: that one, or those in the folder.
+    """Return the URLs of the runs there: the run itself, or those in the folder.
 
     Raises:
-        ConfigError: there is none.
-        StoreError: the place cannot be reached.
+        ConfigError: no run exists there.
+        StoreError: the store is unreachable.
     """
     url = url.rstrip("/") or "/"
     store = open_store(url, settings)
     names = store.entries("")
     if facts.is_run(names):
         return [url]
-    found = _below(store, "", names, _DEPTH)
-    if not found:
-        facts.refuse_other_places(url, names)
+    keys = _below(store, "", names, _DEPTH)
+    if not keys:
+        facts.require_run(url, names)
     above = "" if url == "." else f"{url.rstrip('/')}/"
-    return [above + key for key in found]
+    return [above + key for key in keys]
 
 
 def _below(store: Store, folder: str, names: Sequence[str], depth: int) -> list[str]:
-    found = []
+    keys = []
     for name in names:
         if not name.endswith("/") or name.startswith("."):
             continue
         key = f"{folder}{name}".rstrip("/")
         try:
-            inner = store.entries(key)
+            entries = store.entries(key)
         except StoreError:
-            found.append(key)  # its row says what is wrong
+            keys.append(key)  # its row shows the error
             continue
-        if facts.is_run(inner):
-            found.append(key)
+        if facts.is_run(entries):
+            keys.append(key)
         elif depth > 1:
-            found += _below(store, f"{key}/", inner, depth - 1)
-    return found
+            keys += _below(store, f"{key}/", entries, depth - 1)
+    return keys
 
 
-def look(url: str, settings: ObjectStore, before: Row | None = None) -> Row:
-    """Return a run's row; one that cannot be read says so. `before`: what it was a moment ago.
+def read_row(url: str, settings: ObjectStore, before: Row | None = None) -> Row:
+    """Return the row of a run, with the error if it cannot be read.
 
-    A run whose newest attempt is over is not read again.
+    Args:
+        url: of the run.
+        settings: of the store.
+        before: the previous row; kept if the newest attempt had ended and no other has started.
     """
     try:
         store = open_store(url, settings)
         attempts = lineage.attempts(store)
         if before is not None and before.state in _OVER and before.attempts == attempts:
             return before
-        return _read(url, store, attempts)
+        return _assemble(url, store, attempts)
     except PerdureError as error:
         return Row(url, UNREADABLE, str(error))
 
 
-def _read(url: str, store: Store, attempts: Sequence[int]) -> Row:
+def _assemble(url: str, store: Store, attempts: Sequence[int]) -> Row:
     record = lineage.record(store, attempts[-1]) if attempts else {}
     lines = jsonl.newest(store).lines
     try:
         config = facts.read_config(store)
     except ConfigError:
         config = {}
-    heard_s = facts.heard_s(lines)
-    standing = history.standing(record or None, heard_s=heard_s, now_s=time.time())
+    last_activity_s = facts.last_activity_s(lines)
+    condition = history.condition(
+        record or None, last_activity_s=last_activity_s, now_s=time.time()
+    )
     step = facts.newest_step(lines, record)
-    told = record.get("steps_per_epoch")
-    per_epoch = told if type(told) is int else curves.steps_per_epoch(lines)
-    most = facts.max_steps(record, config, per_epoch)
+    recorded = record.get("steps_per_epoch")
+    per_epoch = recorded if type(recorded) is int else curves.steps_per_epoch(lines)
+    limit = facts.max_steps(record, config, per_epoch)
     metric, value, eval_step = _evaluation(lines, config)
     saved = _newest_checkpoint(store, record)
     losses = [value for _, value in curves.points(lines, "train", "loss")]
     return Row(
         url,
-        standing.state,
-        standing.why,
-        standing.since_s,
+        condition.state,
+        condition.why,
+        condition.since_s,
         step,
-        most,
-        _eta_s(lines, record, step, most) if standing.state == "running" else None,
+        limit,
+        _eta_s(lines, record, step, limit) if condition.state == "running" else None,
         losses[-200:],
         metric,
         value,
@@ -140,42 +146,52 @@ def _read(url: str, store: Store, attempts: Sequence[int]) -> Row:
 def _evaluation(
     lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
 ) -> tuple[str | None, float | None, int | None]:
-    """Return the figure that decides, or the loss, of the newest evaluation."""
+    """Return name, value and step of the newest evaluation: `checkpoint.metric`, or the loss."""
     newest = next((line for line in reversed(lines) if line["split"] == "eval"), None)
     if newest is None:
         return None, None, None
     settings = config.get("checkpoint")
-    wanted = settings.get("metric") if isinstance(settings, Mapping) else None
-    for key in (str(wanted), "loss", *newest):
+    metric_setting = settings.get("metric") if isinstance(settings, Mapping) else None
+    for key in (str(metric_setting), "loss", *newest):
         if key not in ("step", "epoch", "samples", "time") and is_number(newest.get(key)):
             return str(key), float(newest[key]), newest["step"]
     return None, None, newest["step"]
 
 
 def _eta_s(
-    lines: Sequence[Mapping[str, Any]], record: Mapping[str, Any], step: int, most: int | None
+    lines: Sequence[Mapping[str, Any]], record: Mapping[str, Any], step: int, limit: int | None
 ) -> float | None:
-    """Return how long the rest takes, evaluations and saves included, as the last lines went."""
+    """Return the remaining seconds at the recent speed, evaluations and saves included."""
     first_step = record.get("first_step")
     first_step = first_step if type(first_step) is int else 0
     timed = [line for line in lines if is_number(line.get("time")) and line["step"] > first_step]
-    if most is None or len(timed) < 2 or timed[-1]["step"] == timed[0]["step"]:
+    if limit is None or len(timed) < 2 or timed[-1]["step"] == timed[0]["step"]:
         return None
-    took_s = timed[-1]["time"] - timed[0]["time"]
-    pace_s = took_s / (timed[-1]["step"] - timed[0]["step"])
-    return float(max(most - step, 0) * max(pace_s, 0.0))
+    elapsed_s = timed[-1]["time"] - timed[0]["time"]
+    step_s = elapsed_s / (timed[-1]["step"] - timed[0]["step"])
+    return float(max(limit - step, 0) * max(step_s, 0.0))
 
 
 def _newest_checkpoint(store: Store, record: Mapping[str, Any]) -> tuple[int | None, float | None]:
-    """Return the step and commit time of the newest checkpoint."""
-    commit = select.newest_listed(store, record)
-    if commit is None:
-        return None, None
-    with suppress(FileNotFoundError):  # deleted in the meantime
-        return commit.step, store.modified_s(commit.manifest_key)
+    """Return step and time of the newest commit, reading few folders."""
+    names = [name.rstrip("/") for name in store.entries(lineage.FOLDER)]
+    candidates = [(parsed, name) for name in names if (parsed := parse_folder(name)) is not None]
+    origin = record.get("resumed_from")
+    start = origin["step"] if isinstance(origin, Mapping) else None
+    for (step, attempt), name in sorted(
+        candidates, key=lambda one: (one[0][1], one[0][0]), reverse=True
+    ):
+        is_abandoned = start is not None and attempt < record.get("attempt", 0) and step > start
+        folder = f"{lineage.FOLDER}/{name}"
+        if is_abandoned or lineage.MANIFEST not in store.entries(folder):
+            continue
+        try:
+            return step, store.modified_s(f"{folder}/{lineage.MANIFEST}")
+        except FileNotFoundError:  # deleted meanwhile
+            continue
     return None, None
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
-    """Return what runs first, then what needs somebody, then what is finished."""
+    """Return running runs first, then those that need attention, then finished ones."""
     return sorted(rows, key=lambda row: (_ORDER.index(row.state), row.run))

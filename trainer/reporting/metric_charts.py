@@ -1,4 +1,4 @@
-"""Which charts a run's figures make, alone and beside those of other runs."""
+"""The charts of a run's metrics, alone or overlaid with other runs."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,12 +18,12 @@ _STEP_TIMES = {
 }
 _COLOURS = 8
 _MOST_RESUMED = 24
-"""More lines than these would hide the curves."""
-MOST_FIGURES = 24
+"""Maximum resume marks; more would hide the curves."""
+MAX_CHARTS = 24
 
 
 def axis(runs: Sequence[Facts]) -> Axis:
-    """Return the steps that the charts of some runs reach over; with epochs, where all agree."""
+    """Return the step axis of all charts; with epochs if all runs agree on their length."""
     steps = [line["step"] for run in runs for line in run.lines]
     lengths = {run.steps_per_epoch for run in runs}
     firsts = [record.get("first_step") for run in runs for record in run.records[1:]]
@@ -37,48 +37,48 @@ def axis(runs: Sequence[Facts]) -> Axis:
 
 
 def keys(lines: Iterable[Mapping[str, Any]], split: str | None = None) -> list[str]:
-    """Return the names of all figures, in the order in which they appear."""
-    found = {
+    """Return the names of all metrics in order of appearance."""
+    names = {
         key: True
         for line in lines
         if split in (None, line["split"])
         for key, value in line.items()
         if key not in _POSITION and is_number(value)
     }
-    return list(found)
+    return list(names)
 
 
 def is_measure(key: str) -> bool:
-    """Return whether a figure says how good the model is, not how the machine does."""
+    """Return whether a metric measures the model rather than the machine."""
     return not (is_lr(key) or key == "skipped" or key.endswith(("_s", "_bytes")))
 
 
 def is_lr(key: str) -> bool:
-    """Return whether a figure is a learning rate."""
+    """Return whether a metric is a learning rate."""
     return key == "lr" or key.startswith(("lr_", "lr.", "lr/"))
 
 
 def ordered(run: Facts) -> list[str]:
-    """Return the measures of a run: the loss, what decides, then the others."""
+    """Return a run's model metrics: the loss, the deciding metric, then the others."""
     best = run.best.metric if run.best else ""
-    found = [key for key in keys(run.lines) if is_measure(key)]
-    return sorted(found, key=lambda key: (key != "loss", key != best))
+    names = [key for key in keys(run.lines) if is_measure(key)]
+    return sorted(names, key=lambda key: (key != "loss", key != best))
 
 
 def measures(run: Facts) -> list[Chart]:
     """Return loss and metrics: training raw and smoothed, evaluation as dots."""
-    return [_measure(run, key) for key in ordered(run)[:MOST_FIGURES]]
+    return [_measure(run, key) for key in ordered(run)[:MAX_CHARTS]]
 
 
 def _measure(run: Facts, key: str) -> Chart:
     raw = points(run.lines, "train", key)
-    drawn = _smooth("training", raw, 1)
-    drawn.append(Curve("evaluation", points(run.lines, "eval", key), 2, "dots"))
-    return Chart(title(key), drawn, key, may_log=_may_log(key), note=_hidden(run, key))
+    lines = _smooth("training", raw, 1)
+    lines.append(Curve("evaluation", points(run.lines, "eval", key), 2, "dots"))
+    return Chart(title(key), lines, key, may_log=_may_log(key), note=_hidden(run, key))
 
 
 def _hidden(run: Facts, key: str) -> str:
-    """Say how many values were no finite numbers, which files have as null."""
+    """Return a note with the number of non-finite values, which files store as null."""
     count = sum(key in line and not is_number(line[key]) for line in run.lines)
     return f"{count:,} not finite" if count else ""
 
@@ -96,30 +96,30 @@ def _may_log(key: str) -> bool:
 
 
 def title(key: str) -> str:
-    """Return a figure's name as a heading."""
-    known = {
+    """Return a metric's name as a heading."""
+    titles = {
         "lr": "Learning rate",
         "grad_norm": "Gradient norm",
         "samples_per_s": "Throughput",
         "eval_s": "Evaluation time",
     }
-    if key in known:
-        return known[key]
+    if key in titles:
+        return titles[key]
     text = key.removesuffix("_per_s") + (" per second" if key.endswith("_per_s") else "")
     text = text.replace("_", " ").removesuffix(" bytes").removesuffix(" s")
     return text[:1].upper() + text[1:]
 
 
 def machine(run: Facts) -> list[Chart]:
-    """Return learning rate, throughput, step times, saves, and what else was noted."""
-    found = keys(run.lines)
-    rates = [key for key in found if is_lr(key)]
+    """Return learning rate, throughput, step times, saves and other machine metrics."""
+    names = keys(run.lines)
+    rates = [key for key in names if is_lr(key)]
     lr = [
         Curve(key, points(run.lines, "train", key), index % _COLOURS + 1)
         for index, key in enumerate(rates)
     ]
     charts = [Chart("Learning rate", lr, "lr")]
-    for key in (key for key in found if key.endswith("_per_s")):
+    for key in (key for key in names if key.endswith("_per_s")):
         charts.append(_pace(run, key))
     times = [
         Curve(name, points(run.lines, "train", key), colour)
@@ -127,14 +127,14 @@ def machine(run: Facts) -> list[Chart]:
     ]
     charts.append(Chart("Step time", times, "step_s", may_log=True))
     charts.append(Chart("Saves", _saves(run), "save_s", may_log=True))
-    shown = [*rates, *_STEP_TIMES]
-    for key in found:
-        if key not in shown and not is_measure(key) and not key.endswith("_per_s"):
-            noted = [
+    handled = [*rates, *_STEP_TIMES]
+    for key in names:
+        if key not in handled and not is_measure(key) and not key.endswith("_per_s"):
+            measured = [
                 Curve("training", points(run.lines, "train", key), 1),
                 Curve("evaluation", points(run.lines, "eval", key), 2, "dots"),
             ]
-            charts.append(Chart(title(key), noted, key, may_log=_may_log(key)))
+            charts.append(Chart(title(key), measured, key, may_log=_may_log(key)))
     return [chart for chart in charts if any(curve.points for curve in chart.curves)]
 
 
@@ -149,18 +149,18 @@ def _pace(run: Facts, key: str) -> Chart:
 
 def _saves(run: Facts) -> list[Curve]:
     def curve(name: str, key: str, colour: int) -> Curve:
-        found = [(s["step"], float(s[key])) for s in run.saves if is_number(s.get(key))]
-        return Curve(name, sorted(found), colour, "dots")
+        values = [(s["step"], float(s[key])) for s in run.saves if is_number(s.get(key))]
+        return Curve(name, sorted(values), colour, "dots")
 
-    return [curve("whole save", "save_s", 1), curve("training stands still", "stall_s", 2)]
+    return [curve("save", "save_s", 1), curve("training stalled", "stall_s", 2)]
 
 
 def overlaid(runs: Sequence[Facts], names: Sequence[str]) -> list[Chart]:
-    """Return the figures of several runs over one another, evaluations before training."""
+    """Return charts with the metrics of several runs overlaid, evaluations first."""
     shared = list(dict.fromkeys(key for run in runs for key in ordered(run)))
     shared.sort(key=lambda key: key != "loss")
     charts = []
-    for key in shared[:MOST_FIGURES]:
+    for key in shared[:MAX_CHARTS]:
         for split, style, label in (("eval", "dots", "evaluation"), ("train", "line", "training")):
             charts.append(_overlay(runs, names, split, key, style, f"{title(key)}, {label}"))
     for key in ("lr", "samples_per_s", "tokens_per_s"):
@@ -171,10 +171,10 @@ def overlaid(runs: Sequence[Facts], names: Sequence[str]) -> list[Chart]:
 def _overlay(
     runs: Sequence[Facts], names: Sequence[str], split: str, key: str, style: str, heading: str
 ) -> Chart:
-    drawn = []
+    overlay = []
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
-        found = points(run.lines, split, key)
-        soft = found if split == "eval" or is_lr(key) else smoothed(found)
-        drawn.append(Curve(name, soft, index % _COLOURS + 1, style))
+        raw = points(run.lines, split, key)
+        soft = raw if split == "eval" or is_lr(key) else smoothed(raw)
+        overlay.append(Curve(name, soft, index % _COLOURS + 1, style))
     note = "smoothed" if split == "train" and not is_lr(key) else ""
-    return Chart(heading, drawn, key, may_log=_may_log(key), note=note)
+    return Chart(heading, overlay, key, may_log=_may_log(key), note=note)
