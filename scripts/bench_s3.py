@@ -135,7 +135,7 @@ class Blocking:
         """Return the seconds that a save blocked."""
         self._step += 1
         began = time.perf_counter()
-        save = self._writers[url].begin(Content(tensors=self._state), step=1 + self._step)
+        save = self._writers[url].start_save(Content(tensors=self._state), step=1 + self._step)
         begun_s = time.perf_counter() - began
         while time.perf_counter() < began + 0.5:  # forward and backward of the next step
             self._work @ self._work

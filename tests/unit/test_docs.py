@@ -13,7 +13,8 @@ from support.state_dicts import net
 from scripts.settings_reference import reference
 from trainer import checkpoint
 from trainer.checkpoint import Content, Writer, lineage, save, state_tree
-from trainer.checkpoint.location import open_place
+from trainer.checkpoint.location import open_location
+from trainer.checkpoint.select import pick
 from trainer.cluster.world import World
 from trainer.storage import open_store
 
@@ -52,8 +53,8 @@ def run(tmp_path):
             writer = Writer(store, World(), attempt)
         content = Content()
         state_tree.add_model(content, net(step), with_buffers=True)
-        content.own["wide"] = torch.randn(3, 2, dtype=torch.complex128)
-        content.own["long"] = torch.randn(1 << 19)  # two blocks
+        content.rank_local["wide"] = torch.randn(3, 2, dtype=torch.complex128)
+        content.rank_local["long"] = torch.randn(1 << 19)  # two blocks
         save(writer, content, step=step, config={})
     return tmp_path / "run"
 
@@ -62,8 +63,8 @@ def test_standalone_reader_matches_perdures_reader(reader, run):
     folder = reader["newest"](run)
     assert folder.name == "step-00000005.0002"  # step 8 was left
     manifest, tensors = reader["read"](folder)
-    location = open_place(str(run))
-    reference_reader = location.reader(location.pick("latest"))
+    location = open_location(str(run))
+    reference_reader = location.reader(pick(location, "latest"))
     assert set(tensors) == set(manifest["tensors"])
     for name, tensor in tensors.items():
         expected = reference_reader.fetch(manifest["tensors"][name].get("alias", name))

@@ -6,7 +6,7 @@ from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError, StoreError
 from trainer.reporting import facts, page
 from trainer.reporting.facts import Facts
-from trainer.storage import is_local, open_store
+from trainer.storage import local_path, open_store
 
 __all__ = ["Facts", "render", "write"]
 
@@ -38,7 +38,7 @@ def write(
     content = render(urls, settings).encode("utf-8", "backslashreplace")
     path = out or (f"{urls[0].rstrip('/')}/{FILE_NAME}" if len(urls) == 1 else "compare.html")
     parent, slash, name = path.rpartition("/")
-    if not name or (not slash and not is_local(path)):
+    if not name or (not slash and local_path(path) is None):
         raise ConfigError(f"out={path}: not a file name; use for example {FILE_NAME}")
     try:
         open_store(parent or ("/" if slash else "."), settings).replace(name, content)

@@ -5,19 +5,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from trainer.checkpoint import attempts, lineage
 from trainer.checkpoint.attempts import Condition, Goodput
-from trainer.checkpoint.location import Found, Place
+from trainer.checkpoint.inspection import CheckpointStatus, inspect
+from trainer.checkpoint.location import Location
 from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError, PerdureError
 from trainer.reporting import curves
 from trainer.reporting.curves import is_number
-from trainer.storage import Store, is_local, open_store
+from trainer.storage import Store, local_path, open_store
 from trainer.tracking import jsonl
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Facts:
     lines: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     """Configuration of the newest attempt."""
-    checkpoints: Sequence[Found] = ()
+    checkpoints: Sequence[CheckpointStatus] = ()
     saves: Sequence[Mapping[str, Any]] = ()
     """Lines of saves.jsonl."""
     notes: Sequence[str] = ()
@@ -58,8 +58,8 @@ class Facts:
     def name(self) -> str:
         """Return the run's name, or that of its directory."""
         name = self.config.get("name")
-        path = Path(self.url.removeprefix("file://"))
-        folder = (path.resolve() if is_local(self.url) else path).name
+        path = local_path(self.url)
+        folder = path.resolve().name if path is not None else self.url.rpartition("/")[2]
         return name if isinstance(name, str) and name else folder or self.url
 
     @cached_property
@@ -151,7 +151,7 @@ def gather(url: str, settings: ObjectStore) -> Facts:
         records,
         sorted(salvaged.lines, key=lambda line: line["step"]),
         attempt("config.yaml", lambda: read_config(store), {}),
-        attempt("checkpoints/", Place(url, store).survey, []),
+        attempt("checkpoints/", lambda: inspect(Location(url, store)), []),
         saves.lines,
         notes,
     )

@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trainer.checkpoint import attempts as history
-from trainer.checkpoint import lineage
-from trainer.checkpoint.manifest import parse_folder
+from trainer.checkpoint import lineage, select
 from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError, PerdureError, StoreError
 from trainer.reporting import curves, facts
@@ -173,22 +173,12 @@ def _eta_s(
 
 
 def _newest_checkpoint(store: Store, record: Mapping[str, Any]) -> tuple[int | None, float | None]:
-    """Return step and time of the newest commit, reading few folders."""
-    names = [name.rstrip("/") for name in store.entries(lineage.FOLDER)]
-    candidates = [(parsed, name) for name in names if (parsed := parse_folder(name)) is not None]
-    origin = record.get("resumed_from")
-    start = origin["step"] if isinstance(origin, Mapping) else None
-    for (step, attempt), name in sorted(
-        candidates, key=lambda one: (one[0][1], one[0][0]), reverse=True
-    ):
-        is_abandoned = start is not None and attempt < record.get("attempt", 0) and step > start
-        folder = f"{lineage.FOLDER}/{name}"
-        if is_abandoned or lineage.MANIFEST not in store.entries(folder):
-            continue
-        try:
-            return step, store.modified_s(f"{folder}/{lineage.MANIFEST}")
-        except FileNotFoundError:  # deleted meanwhile
-            continue
+    """Return the step and commit time of the newest checkpoint."""
+    commit = select.newest_listed(store, record)
+    if commit is None:
+        return None, None
+    with suppress(FileNotFoundError):  # deleted in the meantime
+        return commit.step, store.modified_s(commit.manifest_key)
     return None, None
 
 

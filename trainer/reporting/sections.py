@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.checkpoint.location import Found
+from trainer.checkpoint.inspection import CheckpointStatus
 from trainer.core.formatting import age, duration, integer, iso, number, pluralize, size
 from trainer.reporting import metric_charts
 from trainer.reporting.curves import is_number, points
@@ -153,18 +153,20 @@ def _best_step(run: Facts) -> int | None:
     candidates = [
         (entry.metrics[best.metric], -entry.commit.step)
         for entry in run.checkpoints
-        if entry.state == "whole" and is_number(entry.metrics.get(best.metric))
+        if entry.state == "intact" and is_number(entry.metrics.get(best.metric))
     ]
     sign = -1 if best.mode == "min" else 1
     return -max(candidates, key=lambda one: (sign * one[0], one[1]))[1] if candidates else None
 
 
-def _checkpoint(entry: Found, is_best: bool) -> Sequence[object]:
+def _checkpoint(entry: CheckpointStatus, is_best: bool) -> Sequence[object]:
     saved = "–"
     if entry.saved_s is not None:
         saved = iso(entry.saved_s).removesuffix("+00:00").replace("T", " ")
     tiles_shown = [f"{name} {number(value)}" for name, value in entry.metrics.items()]
-    state = joined([tag("span", entry.state, class_=f"pill {entry.state}"), " ", entry.why or None])
+    state = joined(
+        [tag("span", entry.state, class_=f"pill {entry.state}"), " ", entry.reason or None]
+    )
     badge = tag("span", "best", class_="pill best") if is_best else None
     return [
         f"{entry.commit.step:,}",
