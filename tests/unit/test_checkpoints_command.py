@@ -371,9 +371,9 @@ BAD = {
     "a file": (lambda run, tmp: ROOT / "README.md", 2, "is not a checkpoint"),
     "DCP": (lambda run, tmp: stock(tmp / "dcp"), 2, "is a DCP folder"),
     "torch.save": (lambda run, tmp: saved(tmp / "x.pt"), 2, "is a torch.save file"),
-    "newer": (lambda run, tmp: altered(run, newer), 1, "format version 2; this program reads"),
-    "cut": (lambda run, tmp: altered(run, lambda data: data[:-9]), 1, "altered or cut short"),
-    "void": (lambda run, tmp: altered(run, lambda data: b'{"void":3}'), 1, "was given up"),
+    "newer": (lambda run, tmp: altered(run, newer), 1, "format version 2 is not supported"),
+    "cut": (lambda run, tmp: altered(run, lambda data: data[:-9]), 1, "altered or truncated"),
+    "void": (lambda run, tmp: altered(run, lambda data: b'{"void":3}'), 1, "marked this folder"),
 }
 
 

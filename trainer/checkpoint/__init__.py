@@ -1,7 +1,7 @@
-"""Checkpoints that either exist whole or do not exist: save, load, latest, steps, verify, delete.
+"""Atomic checkpoints: save, load, latest, steps, verify, delete.
 
-A checkpoint exists if and only if its manifest exists and agrees with the files it names. Nothing
-is trusted: every byte that is loaded is checked, and no pickle is ever read.
+A checkpoint exists if and only if its manifest exists and matches the files it names. Every byte
+that is loaded is verified, and no pickle is ever read.
 """
 
 from collections.abc import Mapping
@@ -34,16 +34,16 @@ def save(
 ) -> Manifest:
     """Write and commit a checkpoint of `step`. Collective; durable and visible on return.
 
-    `Writer.start_save` does the same beside the training. Every rank gets the same manifest.
+    `Writer.start_save` does the same in the background. Every rank gets the same manifest.
 
     Raises:
         CheckpointError, StoreError: on every rank; nothing was committed.
         SupersededError: a newer attempt owns the run.
     """
-    begun = writer.start_save(
+    pending = writer.start_save(
         content, step=step, epoch=epoch, samples=samples, config=config, is_blocking=True
     )
-    return begun.result()
+    return pending.result()
 
 
 def steps(store: Store) -> list[Commit]:
@@ -54,10 +54,10 @@ def steps(store: Store) -> list[Commit]:
 def latest(store: Store) -> Manifest | None:
     """Return the newest manifest of the surviving timeline, or None. Any rank.
 
-    Whether its shards are whole is found by `load` or `verify`.
+    `load` and `verify` check whether its shards are intact.
     """
-    found = steps(store)
-    return lineage.read_manifest(store, found[-1]) if found else None
+    commits = steps(store)
+    return lineage.read_manifest(store, commits[-1]) if commits else None
 
 
 def load(
@@ -65,26 +65,30 @@ def load(
 ) -> None:
     """Read stored tensors into the tensors of `targets`, in place, by name. No collectives.
 
-    Where several processes of a machine load the same checkpoint at the same time, `peers` says
-    how many: what several need is then read from the disk once.
+    Args:
+        store: the run's store.
+        manifest_: the checkpoint.
+        targets: tensors to fill, by stored name.
+        peers: number of processes on this machine that load the same checkpoint at the same time.
+            Data that several of them need is then read from the disk once.
 
     Raises:
-        CheckpointError: a name, shape or dtype does not fit.
-        DamagedError: bytes are proven wrong; `targets` may be partly overwritten.
+        CheckpointError: a name, shape or dtype differs.
+        DamagedError: bytes failed verification; `targets` may be partly overwritten.
     """
     folder = f"{lineage.FOLDER}/{manifest_.folder}"
     Reader(store, folder, manifest_, peers=peers).read(targets)
 
 
 def verify(store: Store, manifest_: Manifest) -> None:
-    """Read every byte of a checkpoint and check it. Any rank.
+    """Read and verify every byte of a checkpoint. Any rank.
 
     Raises:
-        DamagedError: names the file and the tensor.
+        DamagedError: the first mismatch, with file and tensor.
     """
     Reader(store, f"{lineage.FOLDER}/{manifest_.folder}", manifest_).verify()
 
 
 def delete(store: Store, commit: Commit) -> None:
-    """Delete a checkpoint, its manifest first. Rank 0 only."""
+    """Delete a checkpoint, starting with its manifest. Rank 0 only."""
     lineage.delete(store, commit.folder)

@@ -40,7 +40,7 @@ def commit(store: Store, folder: str, data: bytes, attempt: Attempt | None = Non
         raise UnconfirmedError(str(error)) from error
 
 
-def readable_bytes(content: Manifest, where: str) -> bytes:
+def readable_bytes(manifest_: Manifest, where: str) -> bytes:
     """Return the bytes of a manifest, after reading them back.
 
     For manifests built from values that another program supplied.
@@ -48,7 +48,7 @@ def readable_bytes(content: Manifest, where: str) -> bytes:
     Raises:
         CheckpointError: it could not be read again.
     """
-    data = manifest.to_bytes(content)
+    data = manifest.to_bytes(manifest_)
     manifest.from_bytes(data, where)
     return data
 

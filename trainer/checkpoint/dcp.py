@@ -1,10 +1,10 @@
-"""Our checkpoints as a storage of torch.distributed.checkpoint, for other people's loops.
+"""Storage writer and reader for torch.distributed.checkpoint, for third-party training loops.
 
     dcp.save(state_dict, storage_writer=PerdureStorageWriter("out/step-100"))
     dcp.load(state_dict, storage_reader=PerdureStorageReader("out/step-100"))
 
-torch plans who holds what; the shards, their checksums, the commit and the reading are ours. What
-is not a tensor is stored as JSON; bytes are stored as they are and never interpreted.
+torch plans which rank holds which data; Perdure writes, verifies, commits and reads the shards.
+Values that are not tensors are stored as JSON. Bytes are stored unchanged and never interpreted.
 """
 
 import dataclasses
@@ -57,16 +57,16 @@ _OPAQUE = {"bytes": bytes, "bytearray": bytearray, "BytesIO": io.BytesIO}
 
 
 @dataclass(frozen=True)
-class _Place:
-    """What a rank is told with its plan."""
+class _RankInfo:
+    """Rank and world size, sent to each rank with its plan."""
 
     rank: int
     world_size: int
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """What became of one item of a plan."""
+class _ItemRecord:
+    """Result of writing one item of a plan."""
 
     file: str = ""
     record: ShardFile | None = None
@@ -74,27 +74,27 @@ class _Stored:
     """Set for tensors and opaque bytes."""
     box: Box = field(default_factory=lambda: Box((), ()))
     opaque: str = ""
-    """A name in `_OPAQUE`, or `stream`: what the planner itself wrote, and will read."""
+    """A key of `_OPAQUE`, or `stream` for data in the planner's private format."""
     value: Any = None
-    """Of what is neither, encoded."""
+    """Encoded value, if neither a tensor nor opaque."""
 
 
 class PerdureStorageWriter(StorageWriter):
-    """Writes checkpoints in our format: committed by a manifest, every byte with a checksum.
+    """Writes checkpoints in Perdure's format, with checksums and an atomic commit.
 
-    One checkpoint is one folder. It exists when `save` returns, or when the future of `async_save`
-    is done, and is durable then; whatever dies before leaves files without a manifest, which the
-    next save into that folder removes. A folder that holds a checkpoint is never written over.
+    One checkpoint is one folder. It is committed and durable when `save` returns, or when the
+    future of `async_save` is done. A process killed earlier leaves files without a manifest, which
+    the next save into that folder deletes. A folder that holds a checkpoint is never overwritten.
 
     Args:
-        checkpoint_id: the folder: a path, or a URL such as s3://bucket/run/step-100. `save` may
-            give another one for each checkpoint.
-        step: recorded in the manifest. None: the last number in the folder's name, or 0.
-        settings: of object stores; None: the standard ways of AWS.
+        checkpoint_id: path or URL of the folder, such as s3://bucket/run/step-100. `save` can
+            override it for each checkpoint.
+        step: recorded in the manifest. Default: the last number in the folder's name, or 0.
+        settings: object store settings. Default: the standard AWS configuration.
 
     Raises (wrapped in torch's CheckpointException, on all ranks):
-        CheckpointError: the folder holds a checkpoint, or a value cannot be stored; its name and
-            type are said, as nothing is pickled.
+        CheckpointError: the folder holds a checkpoint, or a value's type cannot be stored without
+            pickling.
         StoreError: the store failed; nothing was committed.
     """
 
@@ -107,95 +107,98 @@ class PerdureStorageWriter(StorageWriter):
     ) -> None:
         super().__init__()
         if step is not None and (type(step) is not int or not 0 <= step < 1 << 63):
-            raise ConfigError(f"step={step!r} is no number of a step")
+            raise ConfigError(f"step={step!r} is not an integer between 0 and 2**63 - 1")
         self.checkpoint_id = checkpoint_id
         self._step = step
         self._settings = settings or ObjectStore()
         self._saves = 0
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin another checkpoint; every rank."""
+        """Start another checkpoint. Every rank."""
         self.checkpoint_id = checkpoint_id or self.checkpoint_id
         self._saves += 1
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Open the store; every rank."""
+        """Open the store. Every rank."""
         if kwargs.get("use_collectives") is False:
             raise CheckpointError(
-                "use_collectives=False cannot be saved in this format: one manifest says what all "
-                "ranks wrote, so they have to tell rank 0"
+                "use_collectives=False is not supported: rank 0 needs the results of all ranks for "
+                "the manifest. Remove that argument"
             )
         self._store, self._folder = location.split(_url(self.checkpoint_id), self._settings)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Leave the plan as it is; every rank."""
+        """Return the plan unchanged. Every rank."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Refuse a folder that is taken, and tell each rank who it is; rank 0."""
+        """Raise if the folder is in use, and add each rank's number to its plan. Rank 0."""
         names = self._store.entries(self._folder)
         if MANIFEST in names:
             raise CheckpointError(
-                f"{self.checkpoint_id} holds a checkpoint already, which is never written over; "
-                "give another folder, or delete that one"
+                f"{self.checkpoint_id} already holds a checkpoint, which is never overwritten. "
+                "Use another folder, or delete that one"
             )
         location.check_no_checkpoints_inside(self._store, self._folder)
         return [
-            dataclasses.replace(plan, storage_data=_Place(rank, len(plans)))
+            dataclasses.replace(plan, storage_data=_RankInfo(rank, len(plans)))
             for rank, plan in enumerate(plans)
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> "Future[list[WriteResult]]":
-        """Write this rank's shard; every rank. Durable on return, and not committed."""
-        place: _Place = plan.storage_data
-        # a token of its own, as torch may keep the plan for other folders and later tries
+        """Write this rank's shard. Durable on return, not committed. Every rank."""
+        info: _RankInfo = plan.storage_data
+        # a new token each time, as torch may reuse the plan for other folders and later tries
         token = secrets.token_hex(4)
         name = manifest.shard_name(
-            rank=place.rank, world_size=place.world_size, token=token, save=self._saves
+            rank=info.rank, world_size=info.world_size, token=token, save=self._saves
         )
         tensors: dict[str, Tensor | WriteItem] = {}  # by key in the shard
-        stored: list[tuple[WriteItem, str, _Stored]] = []
+        records: list[tuple[WriteItem, _ItemRecord]] = []
+        sizes: dict[str, tuple[str, tuple[int, ...]]] = {}
         for item in plan.items:
             data: Tensor | None = None
             if item.type is WriteItemType.BYTE_IO:
-                key, found, data = item.index.fqn, *_object(item, planner)
+                key, item_record, data = item.index.fqn, *_object(item, planner)
             else:
-                key, found = _tensor(item)
-            if found.dtype and key in tensors:
-                raise CheckpointError(f"two tensors of the state would both be stored as {key!r}")
-            if found.dtype:
+                key, item_record = _tensor(item)
+            if item_record.dtype:
+                if key in tensors:
+                    raise CheckpointError(
+                        f"two tensors of the state would be stored as {key!r}; rename one of them"
+                    )
                 tensors[key] = item if data is None else data
-            stored.append((item, key, found))
-        sizes = {key: (f.dtype, f.box.lengths) for _, key, f in stored if f.dtype}
-        record = None
+                sizes[key] = (item_record.dtype, item_record.box.lengths)
+            records.append((item, item_record))
+        shard_file = None
         if sizes:
             layout = shard.lay_out((key, *size) for key, size in sizes.items())
 
             def tensor_of(key: str) -> Tensor:
-                held = tensors[key]
-                return held if isinstance(held, Tensor) else _resolved(held, planner)
+                source = tensors[key]
+                return source if isinstance(source, Tensor) else _resolved(source, planner)
 
             file = self._store.open_new(f"{self._folder}/{name}", layout.total_bytes)
-            record = write_shard(file, layout, LiveTensors(layout, tensor_of))
+            shard_file = write_shard(file, layout, LiveTensors(layout, tensor_of))
         results = []
-        for item, _, found in stored:
-            if found.dtype:
-                found = dataclasses.replace(found, file=name, record=record)
-            nbytes = prod(found.box.lengths) * shard.DTYPES.get(found.dtype, 0)
-            results.append(WriteResult(item.index, nbytes, found))
+        for item, item_record in records:
+            if item_record.dtype:
+                item_record = dataclasses.replace(item_record, file=name, record=shard_file)
+            nbytes = item_record.box.elements * shard.DTYPES.get(item_record.dtype, 0)
+            results.append(WriteResult(item.index, nbytes, item_record))
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Commit what all ranks wrote; rank 0."""
-        found = [
-            (result.index, stored)
-            for of_rank in results
-            for result in of_rank
-            if isinstance(stored := result.storage_data, _Stored)
+        """Commit the checkpoint. Rank 0."""
+        items = [
+            (result.index, record)
+            for rank_results in results
+            for result in rank_results
+            if isinstance(record := result.storage_data, _ItemRecord)
         ]
-        files = {s.file: s.record for _, s in found if s.record is not None}
+        files = {r.file: r.record for _, r in items if r.record is not None}
         paths = metadata.planner_data or {}
         step, attempt = location.numbers(self._folder)
         complete = Manifest(
@@ -207,12 +210,12 @@ class PerdureStorageWriter(StorageWriter):
             save=self._saves,
             world_size=len(results),
             versions={"torch": torch.__version__},
-            tensors=_entries(metadata, found, list(files)),
+            tensors=_entries(metadata, items, list(files)),
             files=files,
             objects={
                 DCP_OBJECT: {
-                    "objects": {i.fqn: s.value for i, s in found if not s.dtype},
-                    "opaque": {i.fqn: s.opaque for i, s in found if s.opaque},
+                    "objects": {i.fqn: r.value for i, r in items if not r.dtype},
+                    "opaque": {i.fqn: r.opaque for i, r in items if r.opaque},
                     "paths": {name: list(path) for name, path in paths.items()},
                 }
             },
@@ -237,24 +240,24 @@ class PerdureStorageWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Return whether this may be the place of a checkpoint."""
+        """Return whether this can be a checkpoint's path or URL."""
         return bool(os.fspath(checkpoint_id))
 
 
 class PerdureStorageReader(StorageReader):
-    """Reads what `PerdureStorageWriter` wrote, and the checkpoints of our own runs.
+    """Reads checkpoints of `PerdureStorageWriter` and of Perdure runs.
 
-    Every byte that is read is checked. Each rank reads what it holds, in any sharding and world
-    size. Of a run's checkpoint the tensors are called as in its manifest: `model.…` as the model's
-    own state_dict has them, `optimizer.<parameter>.<key>`; its other values are `objects.…`.
+    Every byte read is verified. Each rank reads its local parts, with any sharding and world size.
+    Tensors of a run's checkpoint have the names in its manifest: `model.…` as in the model's
+    state_dict, `optimizer.<parameter>.<key>`. Its other values are `objects.…`.
 
     Args:
-        checkpoint_id: the folder of a checkpoint, or the directory of a run: its newest one.
-        settings: of object stores; None: the standard ways of AWS.
+        checkpoint_id: a checkpoint's folder, or a run directory for its newest checkpoint.
+        settings: object store settings. Default: the standard AWS configuration.
 
     Raises:
-        ConfigError: there is no checkpoint.
-        CheckpointError: its manifest, or bytes of it, are damaged.
+        ConfigError: no checkpoint exists there.
+        CheckpointError: its manifest or its data is damaged.
     """
 
     def __init__(
@@ -268,55 +271,55 @@ class PerdureStorageReader(StorageReader):
         self._settings = settings or ObjectStore()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Turn to another checkpoint; every rank."""
+        """Switch to another checkpoint. Every rank."""
         self.checkpoint_id = checkpoint_id or self.checkpoint_id
 
-    def read_metadata(self) -> Metadata:  # ranks have none of their own
-        """Read the manifest; every rank."""
-        place = location.open_location(_url(self.checkpoint_id), self._settings)
-        found = select.pick(place, "latest")
-        self._manifest = place.manifest(found)
-        self._reader = Reader(place.store, found.folder, self._manifest)
-        self._extra = _extra(self._manifest, f"{place.store.url}/{found.folder}")
-        self._what = (found.folder, self._manifest.token, self._manifest.save)
+    def read_metadata(self) -> Metadata:  # no per-rank metadata
+        """Read the manifest. Every rank."""
+        directory = location.open_location(_url(self.checkpoint_id), self._settings)
+        newest = select.pick(directory, "latest")
+        self._manifest = directory.manifest(newest)
+        self._reader = Reader(directory.store, newest.folder, self._manifest)
+        self._extra = _extra(self._manifest, f"{directory.store.url}/{newest.folder}")
+        self._identity = (newest.folder, self._manifest.token, self._manifest.save)
         opaque, objects = self._extra["opaque"], self._extra["objects"]
-        known: dict[str, STORAGE_TYPES] = {
+        entries: dict[str, STORAGE_TYPES] = {
             name: _storage(self._manifest, name) for name in self._manifest.tensors
         }
-        known |= {name: BytesStorageMetadata() for name in (*opaque, *objects)}
+        entries |= {name: BytesStorageMetadata() for name in (*opaque, *objects)}
         paths = {name: tuple(path) for name, path in self._extra["paths"].items()}
-        return Metadata(known, planner_data=paths)
+        return Metadata(entries, planner_data=paths)
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        """Nothing is left to set up."""
+        """Nothing to set up."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Say which checkpoint this rank found; every rank."""
-        return dataclasses.replace(plan, storage_data=self._what)
+        """Add the identity of this rank's checkpoint to its plan. Every rank."""
+        return dataclasses.replace(plan, storage_data=self._identity)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Refuse ranks that found different ones; rank 0."""
+        """Raise if the ranks opened different checkpoints. Rank 0."""
         for rank, plan in enumerate(plans):
             if plan.storage_data != plans[0].storage_data:
                 raise CheckpointError(
-                    f"rank {rank} found {plan.storage_data[0]} in {self.checkpoint_id}, rank 0 "
-                    f"{plans[0].storage_data[0]}; name one checkpoint's folder"
+                    f"rank {rank} opened {plan.storage_data[0]} in {self.checkpoint_id}, rank 0 "
+                    f"{plans[0].storage_data[0]}. Pass the folder of one checkpoint"
                 )
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
-        """Fill this rank's tensors, and hand over the other values; every rank."""
+        """Fill this rank's tensors and load the other values. Every rank."""
         tensors = [item for item in plan.items if item.type is not LoadItemType.BYTE_IO]
         targets = [planner.resolve_tensor(item).detach() for item in tensors]
-        wanted = []
+        requests = []
         for item, target in zip(tensors, targets, strict=True):
             index = item.storage_index
             starts = index.offset or (0,) * target.ndim
             offsets = (s + o for s, o in zip(starts, item.storage_offsets, strict=True))
-            wanted.append((index.fqn, Box(tuple(offsets), tuple(item.lengths)), target))
-        self._reader.read_boxes(wanted)
+            requests.append((index.fqn, Box(tuple(offsets), tuple(item.lengths)), target))
+        self._reader.read_boxes(requests)
         for item, target in zip(tensors, targets, strict=True):
             planner.commit_tensor(item, target)
         for item in plan.items:
@@ -327,10 +330,10 @@ class PerdureStorageReader(StorageReader):
         return done
 
     def _stream(self, name: str, planner: LoadPlanner) -> io.BytesIO:
-        """Return a value as torch's planners want it: as a stream which they unpickle.
+        """Return a value as a stream, for `LoadPlanner.load_bytes`.
 
-        It has just been made, from JSON or bytes. What another planner wrote itself is handed back
-        as it came, but only to a planner that does not unpickle it as torch's own would.
+        torch's planner unpickles the stream, so it is built here from JSON or bytes. Data in a
+        planner's private format is returned unchanged, but never to torch's own planner.
         """
         kind = self._extra["opaque"].get(name)
         if kind is None:
@@ -340,9 +343,9 @@ class PerdureStorageReader(StorageReader):
             if kind == "stream":
                 if getattr(type(planner), "load_bytes", None) is DefaultLoadPlanner.load_bytes:
                     raise CheckpointError(
-                        f"{name!r} was written by a planner in a form of its own; torch's planner "
-                        "would unpickle it, which could run anything. Load it with that planner's "
-                        "own load_bytes"
+                        f"{name!r} is in another planner's private format, which torch's planner "
+                        "would unpickle: it could run arbitrary code. Load it with the planner "
+                        "that wrote it"
                     )
                 return io.BytesIO(data)
             value = _OPAQUE[kind](data)
@@ -353,29 +356,33 @@ class PerdureStorageReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Return whether this may be the place of a checkpoint."""
+        """Return whether this can be a checkpoint's path or URL."""
         return bool(os.fspath(checkpoint_id))
 
 
 def _url(checkpoint_id: str | os.PathLike[str] | None) -> str:
     if not checkpoint_id:
-        raise ConfigError("a checkpoint_id is needed: the folder of the checkpoint")
+        raise ConfigError("checkpoint_id is not set; pass the checkpoint's folder")
     return os.fspath(checkpoint_id)
 
 
 # --- writing -----------------------------------------------------------------------------------
 
 
-def _tensor(item: WriteItem) -> tuple[str, _Stored]:
-    """Return the key in the shard of what an item holds of a tensor, and what to record of it."""
+def _tensor(item: WriteItem) -> tuple[str, _ItemRecord]:
+    """Return an item's key in the shard, and its record."""
     name, data = item.index.fqn, item.tensor_data
     assert data is not None  # noqa: S101 (for the type checker)
     dtype = DTYPE_NAMES.get(data.properties.dtype)
     if dtype is None or name == shard.METADATA:
-        raise CheckpointError(f"tensor {name!r} ({data.properties.dtype}) cannot be stored")
+        raise CheckpointError(
+            f"tensor {name!r} ({data.properties.dtype}) cannot be stored: unsupported name or dtype"
+        )
     box = Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
-    is_whole = box.lengths == tuple(data.size)
-    return shard.part_key(name, None if is_whole else box.offsets), _Stored(dtype=dtype, box=box)
+    is_complete = box.lengths == tuple(data.size)
+    return shard.part_key(name, None if is_complete else box.offsets), _ItemRecord(
+        dtype=dtype, box=box
+    )
 
 
 def _resolved(item: WriteItem, planner: SavePlanner) -> Tensor:
@@ -383,20 +390,20 @@ def _resolved(item: WriteItem, planner: SavePlanner) -> Tensor:
     data = item.tensor_data
     assert isinstance(tensor, Tensor)  # noqa: S101 (the planner's promise)
     assert data is not None  # noqa: S101 (for the type checker)
-    wanted = (data.properties.dtype, data.chunk.sizes)
-    if (tensor.dtype, tensor.shape) != wanted:
+    planned = (data.properties.dtype, data.chunk.sizes)
+    if (tensor.dtype, tensor.shape) != planned:
         raise CheckpointError(
-            f"tensor {item.index.fqn!r} was planned as {wanted[0]} {list(wanted[1])} and is "
-            f"{tensor.dtype} {list(tensor.shape)}; tensors must not change while they are saved"
+            f"tensor {item.index.fqn!r} was planned as {planned[0]} {list(planned[1])} but "
+            f"is {tensor.dtype} {list(tensor.shape)}; do not change tensors during a save"
         )
     return tensor
 
 
-def _object(item: WriteItem, planner: SavePlanner) -> tuple[_Stored, Tensor | None]:
-    """Return what to record of a value that is no tensor, and its bytes if it is opaque."""
+def _object(item: WriteItem, planner: SavePlanner) -> tuple[_ItemRecord, Tensor | None]:
+    """Return the record of a value that is not a tensor, and its bytes if it is opaque."""
     name = item.index.fqn
     raw = _raw(planner)
-    if raw is None:  # a planner with a form of its own reads it back itself
+    if raw is None:  # the planner has a private format and reads it back itself
         written = planner.resolve_data(item)
         assert isinstance(written, io.BytesIO)  # noqa: S101 (the planner's promise)
         return _opaque("stream", written.getbuffer())
@@ -405,11 +412,11 @@ def _object(item: WriteItem, planner: SavePlanner) -> tuple[_Stored, Tensor | No
         return _opaque(type(value).__name__, value)
     if type(value) is io.BytesIO:
         return _opaque("BytesIO", value.getbuffer())
-    return _Stored(value=values.decode(values.encode(value, name))), None
+    return _ItemRecord(value=values.decode(values.encode(value, name))), None
 
 
 def _raw(planner: SavePlanner) -> DefaultSavePlanner | None:
-    """Return the planner if it pickles values just as torch's own does."""
+    """Return the planner if it pickles values as torch's default planner does, else None."""
     if not isinstance(planner, DefaultSavePlanner):
         return None
     kind = type(planner)
@@ -419,34 +426,34 @@ def _raw(planner: SavePlanner) -> DefaultSavePlanner | None:
     return None if overridden else planner
 
 
-def _opaque(kind: str, data: Any) -> tuple[_Stored, Tensor]:
+def _opaque(kind: str, data: Any) -> tuple[_ItemRecord, Tensor]:
     tensor = torch.frombuffer(bytearray(data) or bytearray(1), dtype=torch.uint8)[: len(data)]
-    return _Stored(dtype="U8", box=Box((0,), (len(data),)), opaque=kind), tensor
+    return _ItemRecord(dtype="U8", box=Box((0,), (len(data),)), opaque=kind), tensor
 
 
 def _entries(
-    metadata: Metadata, found: Sequence[tuple[MetadataIndex, _Stored]], files: list[str]
+    metadata: Metadata, items: Sequence[tuple[MetadataIndex, _ItemRecord]], files: list[str]
 ) -> dict[str, TensorEntry]:
     numbers = {file: number for number, file in enumerate(files)}
     parts: dict[str, list[tuple[int, Box]]] = {}
     dtypes: dict[str, str] = {}
-    for index, stored in found:
-        if stored.dtype:
-            parts.setdefault(index.fqn, []).append((numbers[stored.file], stored.box))
-            dtypes[index.fqn] = stored.dtype
+    for index, record in items:
+        if record.dtype:
+            parts.setdefault(index.fqn, []).append((numbers[record.file], record.box))
+            dtypes[index.fqn] = record.dtype
     entries = {}
     for name, boxes in parts.items():
-        known = metadata.state_dict_metadata[name]
+        declared = metadata.state_dict_metadata[name]
         shape = boxes[0][1].lengths
-        if isinstance(known, TensorStorageMetadata):
-            shape = tuple(known.size)
+        if isinstance(declared, TensorStorageMetadata):
+            shape = tuple(declared.size)
         entry = TensorEntry(dtypes[name], shape)
         entries[name] = _even(entry, boxes) or columns(entry, boxes)
     return entries
 
 
 def _even(entry: TensorEntry, boxes: Sequence[tuple[int, Box]]) -> TensorEntry | None:
-    """Return the entry as an even sharding over the first files, if its parts are one."""
+    """Return the entry as an even sharding over the first files, or None if it is uneven."""
     pieces = [len({box.offsets[axis] for _, box in boxes}) for axis in range(len(entry.shape))]
     even = dataclasses.replace(entry, grid=tuple(pieces))
     if len(boxes) < 2 or prod(pieces) != len(boxes):
@@ -458,45 +465,45 @@ def _even(entry: TensorEntry, boxes: Sequence[tuple[int, Box]]) -> TensorEntry |
 # --- reading -----------------------------------------------------------------------------------
 
 
-def _storage(found: Manifest, name: str) -> TensorStorageMetadata:
-    entry = found.resolve(name)
+def _storage(manifest_: Manifest, name: str) -> TensorStorageMetadata:
+    entry = manifest_.resolve(name)
     chunks = [
         ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.lengths))
-        for _, box in entry.boxes(list(found.files), Box.full(entry.shape))
+        for _, box in entry.boxes(list(manifest_.files), Box.full(entry.shape))
     ]
     properties = TensorProperties(dtype=TORCH_DTYPES[entry.dtype])
     return TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
 
 
-def _extra(found: Manifest, where: str) -> Mapping[str, Any]:
-    """Return what the writer above has recorded, or would have, of a checkpoint of a run.
+def _extra(manifest_: Manifest, where: str) -> Mapping[str, Any]:
+    """Return the writer's record of values that are not tensors, or derive it for a run.
 
     Raises:
         CheckpointError: it is malformed.
     """
-    extra = found.objects.get(DCP_OBJECT)
+    extra = manifest_.objects.get(DCP_OBJECT)
     if extra is None:
-        return _extra_of_run(found)
+        return _extra_of_run(manifest_)
     try:
-        whole = all(
+        is_valid = all(
             type(extra[key]) is dict and all(type(name) is str for name in extra[key])
             for key in ("objects", "opaque", "paths")
         )
-        whole = whole and set(extra["opaque"].values()) <= {*_OPAQUE, "stream"}
-        whole = whole and extra["opaque"].keys() <= found.tensors.keys()
-        whole = whole and all(
+        is_valid = is_valid and set(extra["opaque"].values()) <= {*_OPAQUE, "stream"}
+        is_valid = is_valid and extra["opaque"].keys() <= manifest_.tensors.keys()
+        is_valid = is_valid and all(
             type(path) is list and all(type(key) in (str, int) for key in path)
             for path in extra["paths"].values()
         )
     except (LookupError, TypeError):
-        whole = False
-    if not whole:
-        raise CheckpointError(f"{where}: objects.{DCP_OBJECT} of its manifest is malformed")
+        is_valid = False
+    if not is_valid:
+        raise CheckpointError(f"{where}: objects.{DCP_OBJECT} in its manifest is malformed")
     return extra  # type: ignore[no-any-return]
 
 
-def _extra_of_run(found: Manifest) -> Mapping[str, Any]:
-    """Return, of a checkpoint of a run, what the writer above would have recorded."""
-    objects = {f"objects.{name}": value for name, value in found.objects.items()}
-    paths = {name: tuple(name.split(".", 1)) for name in (*found.tensors, *objects)}
+def _extra_of_run(manifest_: Manifest) -> Mapping[str, Any]:
+    """Return the record that the writer would have stored for a run's checkpoint."""
+    objects = {f"objects.{name}": value for name, value in manifest_.objects.items()}
+    paths = {name: tuple(name.split(".", 1)) for name in (*manifest_.tensors, *objects)}
     return {"objects": objects, "opaque": {}, "paths": paths}

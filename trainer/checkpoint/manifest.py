@@ -1,7 +1,7 @@
-"""What a checkpoint looks like: `manifest.json` as dataclasses, to bytes and back.
+"""`manifest.json` as dataclasses, with its serialization and validation. Pure: no I/O, no torch.
 
-Pure: no I/O, no torch. Everything that is read is treated as hostile: a manifest either passes
-all checks here or raises CheckpointError. The format is described in docs/checkpoint-format.md.
+Input is treated as hostile: a manifest passes all checks here or raises CheckpointError.
+docs/checkpoint-format.md describes the format.
 """
 
 import itertools
@@ -24,7 +24,7 @@ VERSION = 1
 ALGORITHM = "xxh3_64"
 MAX_MANIFEST_BYTES = 1 << 28
 DCP_OBJECT = "dcp"
-"""Key in a manifest's objects of what only states of torch's distributed checkpointing need."""
+"""Key in `objects` of the data that only torch.distributed.checkpoint states need."""
 
 _SHARD_NAME = re.compile(r"r\d{5,}-of-\d{5,}-[0-9a-f]{8}-\d+\.safetensors")
 _FOLDER_NAME = re.compile(r"step-(\d{8,})\.(\d{4,})")
@@ -36,43 +36,43 @@ def checksum(data: bytes | bytearray | memoryview) -> str:
 
 
 def folder_name(step: int, attempt: int) -> str:
-    """Return the name of the folder of the checkpoint that `attempt` saved at `step`."""
+    """Return the folder name of the checkpoint that `attempt` saved at `step`."""
     return f"step-{step:08d}.{attempt:04d}"
 
 
 def parse_folder(name: str) -> tuple[int, int] | None:
-    """Return (step, attempt) of a checkpoint folder's name, or None if it is not one."""
+    """Return (step, attempt) from a checkpoint folder's name, or None for other names."""
     match = _FOLDER_NAME.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else None
 
 
 def shard_name(*, rank: int, world_size: int, token: str, save: int) -> str:
-    """Return a shard's name; the attempt's random token keeps two attempts apart."""
+    """Return a shard's file name. The attempt's random token makes it unique among attempts."""
     return f"r{rank:05d}-of-{world_size:05d}-{token}-{save}.safetensors"
 
 
 def is_shard_name(name: str) -> bool:
-    """Return whether a shard may be called so; nothing else is ever read or deleted as one."""
+    """Return whether `name` is a valid shard name. Other files are never read or deleted."""
     return _SHARD_NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One shard. The header's checksum covers, through the header, every byte of the file."""
+    """Size and header checksum of a shard. Through the header it covers every byte of the file."""
 
     bytes: int
     header_bytes: int
-    """Bytes before the first tensor: eight for the length, then JSON padded with spaces."""
+    """Bytes before the first tensor: eight for the length, then space-padded JSON."""
     header_checksum: str
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor of the checkpoint: what it is, and how it is cut over the files.
+    """Dtype and shape of a stored tensor, and its distribution over the files.
 
-    Exactly one of these says how: `file` (whole, in that file), `grid` (an even sharding: cut
-    along each axis into that many pieces of ceil(n / pieces), piece k in C order in file k),
-    `columns` (anything else), `alias` (the same storage as another name).
+    Exactly one of these is set: `file` (index of the file that holds all of it), `grid` (even
+    sharding: number of pieces along each axis, each of ceil(n / pieces), piece k in C order in file
+    k), `columns` (any other sharding), `alias` (name of the tensor that shares its storage).
     """
 
     dtype: str = ""
@@ -121,12 +121,12 @@ class TensorEntry:
         return [max(-(-n // pieces), 1) for n, pieces in zip(self.shape, grid, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry as it stands in the manifest."""
+        """Return the entry's JSON form."""
         if self.alias is not None:
             return {"alias": self.alias}
-        how = {"file": self.file, "grid": self.grid, "columns": self.columns}
-        chosen = {key: value for key, value in how.items() if value is not None}
-        return {"dtype": self.dtype, "shape": list(self.shape), **chosen}
+        forms = {"file": self.file, "grid": self.grid, "columns": self.columns}
+        form = {key: value for key, value in forms.items() if value is not None}
+        return {"dtype": self.dtype, "shape": list(self.shape), **form}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,19 +139,19 @@ class Manifest:
     attempt: int
     token: str
     save: int
-    """Number of the save within its attempt, from 1."""
+    """Number of the save within its attempt, counted from 1."""
     world_size: int
     versions: Mapping[str, str]
     tensors: Mapping[str, TensorEntry]
     files: Mapping[str, ShardFile]
     objects: Mapping[str, Any]
-    """Every value of the state that is not a tensor, decoded."""
+    """Values of the state that are not tensors, decoded."""
     config: Mapping[str, Any] = field(default_factory=dict)
     block_bytes: int = 1 << 20
 
     @property
     def folder(self) -> str:
-        """Name of the checkpoint's folder."""
+        """Folder name of the checkpoint."""
         return folder_name(self.step, self.attempt)
 
     def resolve(self, name: str) -> TensorEntry:
@@ -161,7 +161,7 @@ class Manifest:
 
 
 def to_bytes(manifest: Manifest) -> bytes:
-    """Return the bytes of `manifest.json`: one top-level field a line, the checksum last."""
+    """Return the bytes of `manifest.json`: one top-level field per line, checksum last."""
     top = {
         "format": FORMAT,
         "version": VERSION,
@@ -181,87 +181,89 @@ def to_bytes(manifest: Manifest) -> bytes:
         "config": encode(dict(manifest.config), "config"),
     }
     lines = [f"{json.dumps(key)}:{dump(value)}" for key, value in top.items()]
-    # surrogatepass, as json.loads has it: Python's text for a path that is not UTF-8 needs it
+    # surrogatepass, like json.loads: for paths that are not UTF-8
     body = ("{\n" + ",\n".join(lines)).encode("utf-8", "surrogatepass")
     return body + _tail(body)
 
 
 def _tail(body: bytes) -> bytes:
-    """Return what follows the bytes that the checksum covers."""
+    """Return the bytes after `body`: its checksum and the closing brace."""
     return f',\n"checksum":"{checksum(body)}"\n}}\n'.encode()
 
 
 def void_bytes(attempt: int) -> bytes:
-    """Return the content that stops a folder's writer from ever committing it."""
+    """Return the void manifest, which prevents a folder's writer from committing it."""
     return dump({"void": attempt}).encode()
 
 
 def is_void(data: bytes) -> bool:
-    """Return whether these bytes are a void manifest."""
+    """Return whether `data` is a void manifest."""
     return len(data) < 64 and re.fullmatch(rb'\{"void":\d+\}', data.strip()) is not None
 
 
 def from_bytes(data: bytes, where: str) -> Manifest:
-    """Parse and validate a manifest; `where` names it in errors.
+    """Parse and validate a manifest; `where` is its location, for errors.
 
     Raises:
-        CheckpointError: it is void, altered, of another format or version, or contradicts itself.
+        CheckpointError: it is void, altered, of another format or version, or inconsistent.
     """
 
-    def refuse(what: str) -> CheckpointError:
-        return CheckpointError(f"{where}: {what}")
+    def invalid(reason: str) -> CheckpointError:
+        return CheckpointError(f"{where}: {reason}")
 
     if is_void(data):
-        raise refuse("the folder was given up by a later attempt and holds no checkpoint")
+        raise invalid("a later attempt marked this folder abandoned; it holds no checkpoint")
     if len(data) > MAX_MANIFEST_BYTES:
-        raise refuse(f"{len(data):,} bytes are more than a manifest can have")
-    top = _parse_object(data, refuse)
+        raise invalid(f"{len(data):,} bytes exceed the maximum of {MAX_MANIFEST_BYTES:,}")
+    top = _parse_object(data, invalid)
     if top.get("format") != FORMAT:
-        raise refuse(f"this is not a checkpoint manifest (format {top.get('format')!r})")
+        raise invalid(f"not a checkpoint manifest (format {top.get('format')!r})")
     if top.get("version") != VERSION:
-        raise refuse(
-            f"format version {top.get('version')!r}; this program reads version {VERSION}: "
-            "read it with the version of Perdure that wrote it, or a newer one"
+        raise invalid(
+            f"format version {top.get('version')!r} is not supported; this program reads version "
+            f"{VERSION}. Use the version of Perdure that wrote it, or a newer one"
         )
     body = data[: -len(_tail(b""))]
     if data != body + _tail(body):
-        raise refuse("the checksum does not match its bytes; the file was altered or cut short")
+        raise invalid("checksum mismatch; the file was altered or truncated")
     try:
         return _validated(top)
     except CheckpointError as error:
-        raise refuse(str(error)) from None
+        raise invalid(str(error)) from None
     except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise refuse(f"malformed: {type(error).__name__}: {error}") from None
+        raise invalid(f"malformed: {type(error).__name__}: {error}") from None
 
 
-def _parse_object(data: bytes, refuse: Callable[[str], CheckpointError]) -> dict[str, Any]:
+def _parse_object(data: bytes, invalid: Callable[[str], CheckpointError]) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) != len(pairs):
-            raise ValueError("a key stands twice")
+            raise ValueError("duplicate key")
         return values
 
     def no_constant(text: str) -> float:
-        raise ValueError(f"{text} is not JSON")
+        raise ValueError(f"{text} is not valid JSON")
 
     try:
         top = json.loads(data, object_pairs_hook=unique, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
-        raise refuse(f"not JSON ({error}); the file was altered or cut short") from None
+        raise invalid(f"not valid JSON ({error}); the file was altered or truncated") from None
     if not isinstance(top, dict):
-        raise refuse("not a JSON object")
+        raise invalid("not a JSON object")
     return top
 
 
 def _validated(top: Mapping[str, Any]) -> Manifest:
     if top["algorithm"] != ALGORITHM:
-        raise CheckpointError(f"checksum algorithm {top['algorithm']!r}; known: {ALGORITHM}")
+        raise CheckpointError(
+            f"unsupported checksum algorithm {top['algorithm']!r}; expected {ALGORITHM}"
+        )
     if not 1 <= _natural(top["block_bytes"]) <= 1 << 20:
-        raise CheckpointError(f"block_bytes {top['block_bytes']} is not in 1 … 1,048,576")
+        raise CheckpointError(f"block_bytes={top['block_bytes']} is not between 1 and 1,048,576")
     files = {}
     for name, file in _mapping(top["files"]).items():
         if not is_shard_name(name):
-            raise CheckpointError(f"{name!r} cannot be the name of a shard")
+            raise CheckpointError(f"{name!r} is not a valid shard name")
         files[name] = ShardFile(
             _natural(file["bytes"]), _natural(file["header_bytes"]), str(file["header_checksum"])
         )
@@ -284,13 +286,13 @@ def _validated(top: Mapping[str, Any]) -> Manifest:
 
 def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise CheckpointError(f"a {type(value).__name__} stands where a JSON object has to")
+        raise CheckpointError(f"expected a JSON object, got a {type(value).__name__}")
     return value
 
 
 def _natural(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 63:
-        raise CheckpointError(f"{value!r} is not a natural number of 63 bits")
+        raise CheckpointError(f"{value!r} is not an integer between 0 and 2**63 - 1")
     return value
 
 
@@ -316,20 +318,22 @@ def _check_entry(
 ) -> None:
     if entry.alias is not None:
         if entry.alias not in tensors or tensors[entry.alias].alias is not None:
-            raise CheckpointError(f"tensor {name!r} is an alias of {entry.alias!r}, which is none")
+            raise CheckpointError(
+                f"tensor {name!r} is an alias of {entry.alias!r}, which is not a stored tensor"
+            )
         return
     if entry.dtype not in DTYPES:
-        raise CheckpointError(f"tensor {name!r} has the unknown dtype {entry.dtype!r}")
+        raise CheckpointError(f"tensor {name!r} has the unsupported dtype {entry.dtype!r}")
     if element_count(entry.shape) * DTYPES[entry.dtype] > total_bytes:
-        raise CheckpointError(f"tensor {name!r} has more bytes than all files")
-    if sum(how is not None for how in (entry.file, entry.grid, entry.columns)) != 1:
-        raise CheckpointError(f"tensor {name!r} must have one of file, grid, columns")
+        raise CheckpointError(f"tensor {name!r} is larger than all files together")
+    if sum(form is not None for form in (entry.file, entry.grid, entry.columns)) != 1:
+        raise CheckpointError(f"tensor {name!r} needs exactly one of file, grid, columns")
     if entry.file is not None and entry.file >= file_count:
-        raise CheckpointError(f"tensor {name!r} lies in file {entry.file} of {file_count}")
+        raise CheckpointError(f"tensor {name!r} refers to file {entry.file} of {file_count}")
     if entry.grid is not None and (
         len(entry.grid) != len(entry.shape) or 0 in entry.grid or math.prod(entry.grid) > file_count
     ):
-        raise CheckpointError(f"tensor {name!r} has the impossible grid {list(entry.grid)}")
+        raise CheckpointError(f"tensor {name!r} has the invalid grid {list(entry.grid)}")
     if entry.columns is not None:
         _check_columns(name, entry, file_count)
 

@@ -1,4 +1,4 @@
-"""Host memory as direct I/O and GPUs want it, and tensors as bytes."""
+"""Page-aligned host memory for direct I/O and GPU copies, and tensors as bytes."""
 
 import mmap
 from typing import Any
@@ -17,10 +17,10 @@ def to_pages(nbytes: int) -> int:
 
 
 class HostBuffer:
-    """Page-aligned memory, reused from save to save: first touch of fresh memory is slow.
+    """Page-aligned memory, reused between saves because the first touch of new memory is slow.
 
-    Huge pages, because direct I/O from small ones takes one segment a page; not inherited by
-    forks, whose copy-on-write would break I/O in flight (open(2), NOTES on O_DIRECT).
+    Uses huge pages, as direct I/O needs one segment per page. Not inherited by forks, whose
+    copy-on-write would break I/O in flight (open(2), NOTES on O_DIRECT).
     """
 
     def __init__(self, total_bytes: int, *, pinned: bool) -> None:
@@ -35,7 +35,7 @@ class HostBuffer:
         self._pinned = pinned and self._pin()
 
     def _pin(self) -> bool:
-        """Lock the memory for the GPU's copy engine; without that copies are only slower."""
+        """Pin the memory for the GPU's copy engine. If that fails, copies are only slower."""
         runtime: Any = torch.cuda.cudart()
         return int(runtime.cudaHostRegister(self.array.ctypes.data, len(self.array), 0)) == 0
 
@@ -55,6 +55,6 @@ def is_plain(tensor: Tensor) -> bool:
 
 def bytes_of(tensor: Tensor) -> Bytes:
     """Return the memory of a contiguous CPU tensor."""
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # an axis of one: any stride
-    found: Bytes = flat.view(torch.uint8).numpy()
-    return found
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # axes of length 1 have any stride
+    data: Bytes = flat.view(torch.uint8).numpy()
+    return data

@@ -1,8 +1,8 @@
-"""Who writes what: every rank's part of the state, decided once for a layout.
+"""Save plan: the part of the state that each rank writes, computed once per layout.
 
-torch's DCP planner says which box of which tensor a rank holds. Who writes a box that several
-ranks hold is then a rule that each rank works out alone, from what all of them know; so nothing
-that is sharded is ever gathered, and 512 ranks plan as fast as two.
+torch's DCP planner reports which box of each tensor a rank holds. Every rank then computes which of
+several holders writes a box, from information that all ranks have. Nothing is gathered about
+evenly sharded tensors, so 512 ranks plan as fast as two.
 """
 
 import hashlib
@@ -33,71 +33,72 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
 TORCH_DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 _SLACK = 1 / 128
-"""Share of a rank's bytes that it may have too much of, to spare a tensor a cut."""
+"""Imbalance a rank may accept, as a fraction of its bytes, to avoid splitting a tensor."""
 _SLACK_BYTES = 1 << 12
+"""Minimum of that imbalance, in bytes."""
 
 
 @dataclass(frozen=True)
 class LocalTensor:
-    """A tensor as one rank holds it."""
+    """The part of a tensor that one rank holds."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    """Of the whole tensor, over all ranks."""
+    """Global shape."""
     box: Box
-    """What this rank holds of it."""
+    """This rank's part."""
     holders: tuple[int, ...]
-    """The ranks that hold this same box."""
+    """Ranks that hold the same box."""
     grid: tuple[int, ...] | None = None
-    """Set where the tensor is cut evenly over all ranks, in the order of the ranks."""
+    """Pieces along each axis, if the tensor is sharded evenly over all ranks in rank order."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A division of the work that holds until names, shapes, dtypes or world size change.
+    """A rank's work, valid until names, shapes, dtypes, shardings or world size change.
 
-    Holds names, never tensors: optimizers replace their state tensors.
+    Refers to tensors by name, because optimizers replace their state tensors.
     """
 
     signature: list[Any]
     """This rank's names, dtypes, shapes and shardings."""
     layout: shard.Layout
-    """This rank's shard."""
+    """Layout of this rank's shard."""
     sources: Mapping[str, tuple[str, Box]]
-    """Key in the shard: the tensor's name, and the box in this rank's local tensor."""
+    """By key in the shard: the tensor's name, and the box within this rank's local tensor."""
     entries: Mapping[str, TensorEntry]
-    """All tensors of the checkpoint, by name; a file's number is its rank."""
+    """All tensors of the checkpoint, by name. File indexes are ranks."""
 
 
 def make(content: Content, world: World, previous: Plan | None = None) -> Plan:
-    """Plan who writes what, or return `previous` if it still fits on every rank. Collective.
+    """Plan a save, or return `previous` if it is still valid on every rank. Collective.
 
     Raises:
         CheckpointError: on every rank: a tensor cannot be stored, or the ranks' `content.tensors`
-            are not the same tensors.
+            differ.
     """
     signature = _signature(content)
     if world.all(previous is not None and previous.signature == signature) and previous:
         return previous
-    shared, own = world.run_on_all(
+    shared, local_items = world.run_on_all(
         lambda: (
             describe(content.tensors, range(world.size)),
             describe(content.rank_local, [world.rank]),
         )
     )
-    _refuse_differences(shared, world)
-    all_own = world.gather([(item.name, item.dtype, item.shape) for item in own])
-    own_bytes = [sum(_nbytes(dtype, shape) for _, dtype, shape in items) for items in all_own]
+    _check_same_tensors(shared, world)
+    all_local = world.gather([(item.name, item.dtype, item.shape) for item in local_items])
+    local_bytes = [sum(_nbytes(dtype, shape) for _, dtype, shape in items) for items in all_local]
     entries = {
         name: TensorEntry(dtype=dtype, shape=shape, file=rank)
-        for rank, items in enumerate(all_own)
+        for rank, items in enumerate(all_local)
         for name, dtype, shape in items
     }
-    mine = [(item, item.box) for item in own]
-    loose: dict[str, list[Box]] = {}  # what the others cannot know by themselves
+    mine = [(item, item.box) for item in local_items]
+    uneven: dict[str, list[Box]] = {}  # boxes that other ranks cannot compute
     for holders, items in _by_holders(shared).items():
-        division = divide(items, [own_bytes[rank] for rank in holders])
+        division = divide(items, [local_bytes[rank] for rank in holders])
         everywhere = len(holders) == world.size
         for item, parts in zip(items, division, strict=True):
             here = [box for rank, box in parts if holders[rank] == world.rank]
@@ -108,10 +109,10 @@ def make(content: Content, world: World, previous: Plan | None = None) -> Plan:
                 entries[item.name] = TensorEntry(item.dtype, item.shape, grid=item.grid)
             else:
                 entries[item.name] = TensorEntry(item.dtype, item.shape)
-                loose[item.name] = here
+                uneven[item.name] = here
     if any(item.grid is None and len(item.holders) < world.size for item in shared):
-        gathered = world.gather(loose)
-        for name in loose:
+        gathered = world.gather(uneven)
+        for name in uneven:
             parts = [(rank, box) for rank, boxes in enumerate(gathered) for box in boxes[name]]
             entries[name] = columns(entries[name], parts)
     keys = {_key(item, box): (item, box) for item, box in mine}
@@ -124,7 +125,7 @@ def make(content: Content, world: World, previous: Plan | None = None) -> Plan:
 
 
 def _signature(content: Content) -> list[Any]:
-    """Return what a plan depends on; cheap, as it is compared at every save."""
+    """Return what a plan depends on. Compared at every save, so it must be cheap."""
     return [
         (name, tensor.dtype, tensor.shape, getattr(tensor, "placements", None))
         for tensors in (content.tensors, content.rank_local)
@@ -132,37 +133,37 @@ def _signature(content: Content) -> list[Any]:
     ]
 
 
-# --- what a rank holds -------------------------------------------------------------------------
+# --- local parts -------------------------------------------------------------------------------
 
 
 def describe(tensors: Mapping[str, Tensor], ranks: Iterable[int]) -> list[LocalTensor]:
-    """Return what this rank holds of each tensor, as torch's DCP planner sees it.
+    """Return this rank's part of each tensor, as reported by torch's DCP planner.
 
     Args:
-        tensors: plain tensors and DTensors by name.
-        ranks: the ranks that hold the same plain tensors.
+        tensors: plain tensors and DTensors, by name.
+        ranks: ranks that hold the same plain tensors.
     """
     from torch.distributed.checkpoint.default_planner import (
         DefaultSavePlanner,
     )  # imported at the first save
 
     for name in tensors:
-        _refuse_unknown(name, tensors[name])
+        _check_storable(name, tensors[name])
         owner, at, offsets = name.rpartition("@")
         if at and re.fullmatch(r"[0-9]+(,[0-9]+)*", offsets) and owner in tensors:
             raise CheckpointError(
-                f"tensors {owner!r} and {name!r}: a part of the first might be stored under the "
-                "name of the second; rename one of them"
+                f"tensors {owner!r} and {name!r}: a part of the first could be stored under the "
+                "second name. Rename one of them"
             )
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(dict(tensors), None, is_coordinator=True)
     everyone = tuple(ranks)
     spreads: dict[Any, tuple[tuple[int, ...], dict[int, int] | None]] = {}
     items = []
-    for found in planner.create_local_plan().items:
-        data = found.tensor_data
+    for write_item in planner.create_local_plan().items:
+        data = write_item.tensor_data
         assert data is not None  # noqa: S101 (for the type checker)
-        name = found.index.fqn
+        name = write_item.index.fqn
         tensor: Any = tensors[name]
         box = Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
         dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(data.size)
@@ -177,28 +178,27 @@ def describe(tensors: Mapping[str, Tensor], ranks: Iterable[int]) -> list[LocalT
     return items
 
 
-def _refuse_unknown(name: str, tensor: Tensor) -> None:
+def _check_storable(name: str, tensor: Tensor) -> None:
     if name == shard.METADATA:
-        raise CheckpointError(f"a tensor cannot be called {name!r}; safetensors uses that name")
+        raise CheckpointError(f"tensor name {name!r} is reserved by safetensors; rename the tensor")
     if tensor.dtype not in DTYPE_NAMES:
-        raise CheckpointError(f"tensor {name!r} has the dtype {tensor.dtype}, not storable")
+        raise CheckpointError(f"tensor {name!r} has dtype {tensor.dtype}, which cannot be stored")
     if tensor.layout != torch.strided:
         raise CheckpointError(
-            f"tensor {name!r} has the layout {tensor.layout}; only dense tensors are stored"
+            f"tensor {name!r} has layout {tensor.layout}; only dense tensors can be stored"
         )
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the memory that this rank holds of a tensor."""
-    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return found
+    """Return this rank's local tensor of a DTensor, or the plain tensor."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
 
 
 def _spread(tensor: Any, world_size: int) -> tuple[tuple[int, ...], dict[int, int] | None]:
-    """Return which ranks hold the same box of a DTensor, and how it is cut over all ranks.
+    """Return the ranks that hold this rank's box of a DTensor, and the pieces along each axis.
 
-    That is the number of pieces along each axis, or None where it is not cut evenly, piece k on
-    rank k.
+    The pieces are None if the tensor is not sharded evenly over all ranks with piece k on rank k.
     """
     from torch.distributed.tensor import Shard
 
@@ -206,7 +206,7 @@ def _spread(tensor: Any, world_size: int) -> tuple[tuple[int, ...], dict[int, in
     pairs = list(zip(tensor.placements, coordinate, strict=True))
     if any(placement.is_partial() for placement, _ in pairs):
         raise CheckpointError(
-            f"a tensor of shape {tuple(tensor.shape)} is a partial sum over ranks; reduce it first"
+            f"a DTensor of shape {tuple(tensor.shape)} has a Partial placement; reduce it first"
         )
     index = tuple(slice(None) if p.is_replicate() else at for p, at in pairs)
     holders = tuple(sorted(mesh[index].flatten().tolist()))
@@ -220,7 +220,7 @@ def _spread(tensor: Any, world_size: int) -> tuple[tuple[int, ...], dict[int, in
 def _grid(
     pieces: Mapping[int, int] | None, shape: tuple[int, ...], box: Box, rank: int
 ) -> tuple[int, ...] | None:
-    """Return the grid in which `box` is the cell of `rank`, if there is one."""
+    """Return the grid in which `box` is the cell of `rank`, or None."""
     if pieces is None:
         return None
     grid = tuple(pieces.get(axis, 1) for axis in range(len(shape)))
@@ -228,15 +228,15 @@ def _grid(
     return grid if cell == box else None
 
 
-def _refuse_differences(shared: Sequence[LocalTensor], world: World) -> None:
-    """Make sure that all ranks bring the same tensors; otherwise say which differ. Collective."""
+def _check_same_tensors(shared: Sequence[LocalTensor], world: World) -> None:
+    """Raise if the ranks have different tensors. Collective."""
     mine = [(item.name, item.dtype, item.shape, item.grid) for item in shared]
     digest = hashlib.blake2b(repr(mine).encode()).hexdigest()
     if len(set(world.gather(digest))) == 1:
         return
     names = world.gather([repr(entry) for entry in mine])
-    for rank, theirs in enumerate(names):
-        difference = sorted(set(names[0]) ^ set(theirs))
+    for rank, other in enumerate(names):
+        difference = sorted(set(names[0]) ^ set(other))
         if difference:
             raise CheckpointError(
                 f"ranks 0 and {rank} have different tensors to save, such as "
@@ -246,7 +246,7 @@ def _refuse_differences(shared: Sequence[LocalTensor], world: World) -> None:
     raise CheckpointError("the ranks list the tensors to save in different orders")
 
 
-# --- who writes it -----------------------------------------------------------------------------
+# --- division of the work ----------------------------------------------------------------------
 
 
 def _by_holders(items: Iterable[LocalTensor]) -> dict[tuple[int, ...], list[LocalTensor]]:
@@ -259,27 +259,27 @@ def _by_holders(items: Iterable[LocalTensor]) -> dict[tuple[int, ...], list[Loca
 def divide(
     items: Sequence[LocalTensor], already_bytes: Sequence[int]
 ) -> list[list[tuple[int, Box]]]:
-    """Divide what all holders hold among them: each writes a run of about the same bytes.
+    """Divide tensors among their holders. Each writes a contiguous run; totals are balanced.
 
     Args:
-        items: in the order of the file.
-        already_bytes: what each holder writes besides.
+        items: in file order, all with the same holders.
+        already_bytes: bytes that each holder writes in addition.
 
     Returns:
-        For every item its parts in order: the number of the holder, and the box.
+        Parts of each item, in order: index of the holder, and the box.
     """
     total = sum(_nbytes(item.dtype, item.box.lengths) for item in items)
     ends = list(accumulate(_quotas(total, already_bytes)))
     slack = max(int(_SLACK * total / len(ends)), _SLACK_BYTES)
-    holder, done = 0, 0  # who is given bytes, and how many have been given
+    holder, done = 0, 0  # current holder, and bytes assigned in total
     division = []
     for item in items:
         parts: list[tuple[int, Box]] = []
         rest, item_bytes = [item.box], shard.DTYPES[item.dtype]
         while rest:
             is_last = holder == len(ends) - 1
-            wanted = total if is_last else ends[holder] - done
-            head, tail = _cut(rest[0], wanted, item_bytes, slack)
+            nbytes = total if is_last else ends[holder] - done
+            head, tail = _cut(rest[0], nbytes, item_bytes, slack)
             parts += [(holder, box) for box in head]
             done += item_bytes * sum(box.elements for box in head)
             rest = tail + rest[1:]
@@ -290,9 +290,9 @@ def divide(
 
 
 def _quotas(total: int, already: Sequence[int]) -> list[int]:
-    """Return who gets how much of `total`, so that with what they have all are as equal as can be.
+    """Return each holder's bytes of `total` that make the sums with `already` as equal as possible.
 
-    As water fills vessels of different heights.
+    Like water that fills vessels of different heights.
     """
     heights = sorted(already)
     level, below = 0.0, sum(heights)
@@ -304,30 +304,30 @@ def _quotas(total: int, already: Sequence[int]) -> list[int]:
     return [max(0, round(level - height)) for height in already]
 
 
-def _cut(box: Box, wanted: int, item_bytes: int, slack: int) -> tuple[list[Box], list[Box]]:
-    """Cut about `wanted` bytes off the front of a box, in the order of its memory."""
+def _cut(box: Box, front_bytes: int, item_bytes: int, slack: int) -> tuple[list[Box], list[Box]]:
+    """Cut about `front_bytes` off the front of a box, in memory order."""
     nbytes = box.elements * item_bytes
-    if nbytes <= wanted + slack:
+    if nbytes <= front_bytes + slack:
         return [box], []
-    if wanted <= slack:
+    if front_bytes <= slack:
         return [], [box]
     axis = next(axis for axis, length in enumerate(box.lengths) if length > 1)
     row_bytes = nbytes // box.lengths[axis]
-    rows = (wanted + slack) // row_bytes
+    rows = (front_bytes + slack) // row_bytes
     head, tail = _split(box, axis, rows)
     front = [head] if rows else []
-    if wanted - rows * row_bytes <= slack:
+    if front_bytes - rows * row_bytes <= slack:
         return front, [tail]
     row, tail = _split(tail, axis, 1)
-    inner_front, inner_rest = _cut(row, wanted - rows * row_bytes, item_bytes, slack)
-    return front + inner_front, [*inner_rest, tail] if tail.elements else inner_rest
+    row_front, row_rest = _cut(row, front_bytes - rows * row_bytes, item_bytes, slack)
+    return front + row_front, [*row_rest, tail] if tail.elements else row_rest
 
 
 def _split(box: Box, axis: int, rows: int) -> tuple[Box, Box]:
     return box.shifted(axis, 0, rows), box.shifted(axis, rows, box.lengths[axis] - rows)
 
 
-# --- how the manifest says it ------------------------------------------------------------------
+# --- manifest entries --------------------------------------------------------------------------
 
 
 def _entry(item: LocalTensor, parts: Sequence[tuple[int, Box]]) -> TensorEntry:
@@ -336,15 +336,15 @@ def _entry(item: LocalTensor, parts: Sequence[tuple[int, Box]]) -> TensorEntry:
 
 
 def columns(entry: TensorEntry, parts: Sequence[tuple[int, Box]]) -> TensorEntry:
-    """Return the entry with its parts, each with the number of its file."""
+    """Return the entry with its parts, given as (file index, box)."""
     if len(parts) == 1 and parts[0][1].lengths == entry.shape:
         return TensorEntry(entry.dtype, entry.shape, file=parts[0][0])
-    cut: dict[str, list[Any]] = {
+    table: dict[str, list[Any]] = {
         "file": [rank for rank, _ in parts],
         "offsets": [list(box.offsets) for _, box in parts],
         "lengths": [list(box.lengths) for _, box in parts],
     }
-    return TensorEntry(entry.dtype, entry.shape, columns=cut)
+    return TensorEntry(entry.dtype, entry.shape, columns=table)
 
 
 def _key(item: LocalTensor, box: Box) -> str:

@@ -1,4 +1,4 @@
-"""Which checkpoints of one store go after a commit: what policy no longer wants, and litter."""
+"""Retention: which checkpoints of a store are deleted after a commit."""
 
 from collections.abc import Collection
 from functools import partial
@@ -12,16 +12,16 @@ from trainer.storage.store import Store
 
 
 class Retention:
-    """Deletes from one store what it is not to keep. Rank 0 only.
+    """Deletes stale checkpoints and orphaned files from one store. Rank 0 only.
 
     Args:
-        store: of the run, or its mirror.
+        store: the run's store, or its mirror.
         attempt: this attempt.
-        keep_last: newest checkpoints to keep.
-        keep_best: best checkpoints to keep, where `metric` is set.
-        keep_every_steps: checkpoints at multiples of this are kept for good, or None.
-        metric: name of the evaluation's metric that decides, or None.
-        mode: `max` or `min`.
+        keep_last: number of newest checkpoints to keep.
+        keep_best: number of best checkpoints to keep, if `metric` is set.
+        keep_every_steps: keep checkpoints at multiples of this permanently, or None.
+        metric: name of the evaluation metric for `keep_best`, or None.
+        mode: `max` or `min`: which metric values are better.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class Retention:
         self._measured: dict[Commit, float | None] = {}
 
     def apply(self, newest: Manifest, pinned: Collection[str] = ()) -> None:
-        """Delete what is no longer wanted after the commit of `newest`.
+        """Delete stale checkpoints after the commit of `newest`.
 
         Args:
-            newest: of this attempt.
-            pinned: folders that stay for now.
+            newest: a checkpoint of this attempt.
+            pinned: folders to keep for now.
 
         Raises:
-            CheckpointError, StoreError: not everything could be deleted; the next time may.
+            CheckpointError, StoreError: a deletion failed; the next call tries again.
         """
         here = Commit(newest.step, newest.attempt, f"{lineage.FOLDER}/{newest.folder}")
         if self._metric is not None:
@@ -66,13 +66,13 @@ class Retention:
         lineage.clean(self._store, self._attempt, here)
 
     def _metric_of(self, commit: Commit) -> float | None:
-        """Return the metric measured at a checkpoint's own step; each manifest is read once."""
+        """Return the metric of a checkpoint's step. Each manifest is read once."""
         if self._metric is None:
             return None
         if commit not in self._measured:
             try:
                 manifest = lineage.read_manifest(self._store, commit)
                 self._measured[commit] = lineage.measured(manifest, self._metric)
-            except CheckpointError:  # it must not keep all others from going
+            except CheckpointError:  # one damaged manifest must not block the other deletions
                 self._measured[commit] = None
         return self._measured[commit]

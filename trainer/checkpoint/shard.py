@@ -1,10 +1,10 @@
-"""One file of a checkpoint: an ordinary safetensors file, with a checksum for every block.
+"""Shard layout: a safetensors file with a checksum for every block. Pure: no I/O, no torch.
 
-Pure: no I/O, no torch. The layout is safetensors' own (eight bytes of header length, a JSON
-header, the tensors without holes), narrowed so that files are equal for equal content: tensors
-lie by falling item size, then name; the header is padded with spaces to a 4096-byte boundary;
-`__metadata__.blocks` holds the checksums of the data, in file order, one for each block of at
-most 1 MiB, blocks starting anew at every tensor.
+The layout is that of safetensors (eight bytes of header length, a JSON header, the tensors without
+holes), restricted so that equal content gives equal files: tensors are ordered by decreasing item
+size, then by name, and the header is padded with spaces to a multiple of 4096 bytes.
+`__metadata__.blocks` holds the checksums of the data in file order, one for each block of at most
+1 MiB. Every tensor starts a new block.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -19,7 +19,7 @@ from trainer.errors import CheckpointError
 
 ALIGNMENT_BYTES = 4096
 BLOCK_BYTES = 1 << 20
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own readers refuse more
+MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own readers
 DIGEST_DIGITS = 16
 METADATA = "__metadata__"
 
@@ -30,48 +30,48 @@ DTYPES: Mapping[str, int] = {
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
     "C128": 16,
 }  # fmt: skip
-"""Item size in bytes of each dtype. C128 is ours: in the file it is F64 with a last axis of 2."""
+"""Bytes per element of each dtype. C128 is not in safetensors: stored as F64, last axis 2."""
 
 
 def element_count(shape: Iterable[int]) -> int:
-    """Return the number of elements of a tensor of this shape."""
+    """Return the number of elements of a shape."""
     return math.prod(shape)
 
 
 def part_key(name: str, offsets: Sequence[int] | None) -> str:
-    """Return the key of a tensor in a shard: its name, or `name@o0,o1` for a part of it."""
+    """Return a tensor's key in a shard: its name, or `name@o0,o1` for a part of it."""
     return name if offsets is None else f"{name}@{','.join(map(str, offsets))}"
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A tensor, or a part of one, as it lies in a shard."""
+    """A tensor, or a part of one, and its position in a shard."""
 
     key: str
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """First byte, counted from the start of the file."""
+    """First byte, from the start of the file."""
     stop: int
     block: int = 0
-    """Number of this chunk's first block in the shard's list of checksums."""
+    """Index of its first block in the shard's checksums."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the chunk."""
+        """Size in bytes."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything lies in a shard that is going to be written."""
+    """Positions of the header and all chunks in a new shard."""
 
     chunks: tuple[Chunk, ...]
     header_bytes: int
     total_bytes: int
 
     def blocks(self) -> list[tuple[int, int]]:
-        """Return the first and last byte of every block that has a checksum, in file order."""
+        """Return (start, stop) of every block that has a checksum, in file order."""
         return [
             (start, min(start + BLOCK_BYTES, chunk.stop))
             for chunk in self.chunks
@@ -80,12 +80,12 @@ class Layout:
 
 
 def block_count(nbytes: int, block_bytes: int = BLOCK_BYTES) -> int:
-    """Return the number of blocks of a chunk of this many bytes."""
+    """Return the number of blocks in a chunk of `nbytes`."""
     return -(-nbytes // block_bytes)
 
 
 def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Layout:
-    """Lay out (key, dtype, shape) triples as a shard; the order of `tensors` does not matter."""
+    """Return the layout for (key, dtype, shape) triples, independent of their order."""
     ordered = sorted(tensors, key=lambda item: (-DTYPES[item[1]], item[0]))
     spans, position, blocks = [], 0, 0
     for key, dtype, shape in ordered:
@@ -103,7 +103,7 @@ def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Layout:
 
 
 def header(layout: Layout, digests: Sequence[str]) -> bytes:
-    """Return the first `layout.header_bytes` bytes of the shard, `digests` being its blocks'."""
+    """Return the first `layout.header_bytes` bytes of a shard with these block checksums."""
     spans = [
         Chunk(c.key, c.dtype, c.shape, c.start - layout.header_bytes, c.stop - layout.header_bytes)
         for c in layout.chunks
@@ -128,12 +128,13 @@ def _header_json(spans: Sequence[Chunk], blocks: str) -> bytes:
 def parse_header(
     data: bytes, *, total_bytes: int, where: str, block_bytes: int = BLOCK_BYTES
 ) -> tuple[dict[str, Chunk], list[str]]:
-    """Parse the header of a shard whose checksum was found right.
+    """Parse a shard's header, after its checksum was verified.
 
-    Returns the chunks by key, and the checksums of all blocks in file order.
+    Returns:
+        The chunks by key, and the checksums of all blocks in file order.
 
     Raises:
-        CheckpointError: it is no safetensors header, or has holes, overlaps, wrong sizes.
+        CheckpointError: not a safetensors header, or it has holes, overlaps or wrong sizes.
     """
     try:
         if int.from_bytes(data[:8], "little") != len(data) - 8:
@@ -147,14 +148,14 @@ def parse_header(
             shape = tuple(index(n) for n in value["shape"])
             nbytes = element_count(shape) * DTYPES[value["dtype"]]
             if start != position or stop - start != nbytes or min(shape, default=0) < 0:
-                raise ValueError(f"{key!r} lies at {start:,} to {stop:,}, not at {position:,}")
+                raise ValueError(f"{key!r} is at {start:,} to {stop:,} instead of {position:,}")
             chunks[key] = Chunk(key, value["dtype"], shape, start, stop, block)
             position, block = stop, block + block_count(nbytes, block_bytes)
         if position != total_bytes:
-            raise ValueError(f"its tensors end at {position:,}, the file at {total_bytes:,}")
+            raise ValueError(f"its tensors end at {position:,}, but the file at {total_bytes:,}")
         if not isinstance(blocks, str) or len(blocks) != block * DIGEST_DIGITS:
-            raise ValueError(f"{len(blocks):,} digits of checksums for {block:,} blocks")
+            raise ValueError(f"{len(blocks):,} checksum digits for {block:,} blocks")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not a shard of a checkpoint: {error}") from None
+        raise CheckpointError(f"{where}: not a checkpoint shard: {error}") from None
     digests = [blocks[i : i + DIGEST_DIGITS] for i in range(0, len(blocks), DIGEST_DIGITS)]
     return chunks, digests

@@ -1,8 +1,8 @@
-"""The copy of a rank's part of the state, laid out exactly as its shard file will be.
+"""Copy of a rank's part of the state, in the layout of its shard file.
 
-What nothing but an optimizer's step changes is copied by a thread, beside the next forward and
-backward; a hook on every optimizer waits for that thread just before the next update. All else is
-copied at once. The copy can be written while it is still being made.
+Tensors that only `Optimizer.step` changes are copied by a thread during the next forward and
+backward. A hook on every optimizer waits for that thread before the next update. All other
+tensors are copied immediately. The copy can be written while it is still in progress.
 """
 
 import threading
@@ -24,44 +24,49 @@ from trainer.checkpoint.plan import TORCH_DTYPES, Plan, local
 from trainer.errors import CheckpointError
 
 _SLICE_BYTES = 4 << 20
-"""A thread that waits for a part of the file gets it when this much more has been copied."""
+"""Granularity at which copied bytes become available to the writing threads."""
 
 
-_Late = tuple[shard.Chunk, str, Tensor, int]
-"""Where it goes, its name, what is copied, and its version when the copy began."""
+_Deferred = tuple[shard.Chunk, str, Tensor, int]
+"""Destination, name, source, and the source's version when the copy started."""
 
 
 class Snapshot:
-    """One copy at a time, in a buffer that outlives it."""
+    """Copies the state, one copy at a time, into a buffer that is reused."""
 
     def __init__(self) -> None:
         self._buffer = HostBuffer(0, pinned=False)
         self._changed = threading.Condition()
-        self._copied_bytes = 0  # all before this byte of the file is in place
+        self._copied_bytes = 0  # bytes of the file, from its start, that are copied
         self._finished = True
         self._error: BaseException | None = None
-        self._restless: set[str] = set()  # names that were found to change before an update
+        self._unstable: set[str] = set()  # tensors that changed before an update
         self._hooked = False
         self.stall_s = 0.0
-        """For how long updates waited for copies, all together."""
+        """Total time that optimizer updates waited for copies."""
 
     def start(self, plan: Plan, tensors: Mapping[str, Tensor], deferrable: Collection[str]) -> None:
-        """Copy what may change at any moment, and let a thread copy the rest.
+        """Copy the tensors that may change at any time, and start a thread for the others.
 
-        Call it on the thread that trains, when no other copy is being made or written.
+        Training thread only, while no other copy is in progress or being written.
+
+        Args:
+            plan: this rank's part of the checkpoint.
+            tensors: all tensors of the state, by name.
+            deferrable: names of tensors that only `Optimizer.step` changes.
         """
         on_gpu = any(tensors[name].is_cuda for name, _ in plan.sources.values())
         if len(self._buffer) < plan.layout.total_bytes:
-            self._buffer = HostBuffer(0, pinned=False)  # give the old one back first
+            self._buffer = HostBuffer(0, pinned=False)  # free the old one first
             self._buffer = HostBuffer(plan.layout.total_bytes, pinned=on_gpu)
         self._copied_bytes, self._finished, self._error = plan.layout.header_bytes, False, None
-        later = []
+        deferred = []
         with torch.no_grad():
             for chunk in plan.layout.chunks:
                 name, box = plan.sources[chunk.key]
                 source = _part(local(tensors[name]), box)
-                if name in deferrable and name not in self._restless:
-                    later.append((chunk, name, source, source._version))
+                if name in deferrable and name not in self._unstable:
+                    deferred.append((chunk, name, source, source._version))
                 else:
                     self._copy(chunk, source)
         stream = torch.cuda.Stream() if on_gpu else None
@@ -69,12 +74,15 @@ class Snapshot:
             stream.wait_stream(torch.cuda.current_stream())
         self._wait_before_updates()
         copying = threading.Thread(
-            target=self._copy_late, args=(later, stream), name="checkpoint-snapshot", daemon=True
+            target=self._copy_deferred,
+            args=(deferred, stream),
+            name="checkpoint-snapshot",
+            daemon=True,
         )
         copying.start()
 
     def _wait_before_updates(self) -> None:
-        """Have every optimizer wait for a copy that is being made, from now on."""
+        """Make every optimizer wait for a copy in progress before it updates."""
         if self._hooked:
             return
         self._hooked = True
@@ -89,23 +97,23 @@ class Snapshot:
 
         weakref.finalize(self, register_optimizer_step_pre_hook(wait).remove)
 
-    def _copy_late(self, later: list[_Late], stream: "torch.cuda.Stream | None") -> None:
+    def _copy_deferred(self, deferred: list[_Deferred], stream: "torch.cuda.Stream | None") -> None:
         try:
             on_stream = nullcontext() if stream is None else torch.cuda.stream(stream)
             with torch.no_grad(), on_stream:
-                for chunk, _, source, _ in later:
+                for chunk, _, source, _ in deferred:
                     self._advance(chunk.start)
                     self._copy(chunk, source, advance=True)
                     if stream is not None:
                         stream.synchronize()
-            changed = {name for _, name, source, version in later if source._version != version}
+            changed = {name for _, name, source, version in deferred if source._version != version}
             if changed:
-                self._restless |= changed
+                self._unstable |= changed
                 raise CheckpointError(
-                    f"{', '.join(sorted(changed)[:3])} changed between two updates, while being "
-                    "copied; from now on the training waits for the copy of that"
+                    f"{', '.join(sorted(changed)[:3])} changed between two updates, during the "
+                    "copy. Training will wait for the copy of these tensors from now on"
                 )
-        except BaseException as error:  # whoever waits for the copy gets it
+        except BaseException as error:  # raised by `part` and `check`
             self._error = error
         finally:
             with self._changed:
@@ -114,16 +122,16 @@ class Snapshot:
 
     def _copy(self, chunk: shard.Chunk, source: Tensor, *, advance: bool = False) -> None:
         if source.device.type != "cpu" or not is_plain(source):
-            place = self._buffer.tensor[chunk.start : chunk.stop]
-            place = place.view(TORCH_DTYPES[chunk.dtype]).view(chunk.shape)
-            place.copy_(source, non_blocking=advance)
+            target = self._buffer.tensor[chunk.start : chunk.stop]
+            target = target.view(TORCH_DTYPES[chunk.dtype]).view(chunk.shape)
+            target.copy_(source, non_blocking=advance)
             return
-        # plain memcpy: `copy_` would start a second team of OpenMP threads beside the training's
+        # plain memcpy: `copy_` would start a second OpenMP team, which slows the training's
         source_bytes = bytes_of(source)
         for start in range(chunk.start, chunk.stop, _SLICE_BYTES):
             stop = min(start + _SLICE_BYTES, chunk.stop)
-            here = source_bytes[start - chunk.start : stop - chunk.start]
-            np.copyto(self._buffer.array[start:stop], here)
+            data = source_bytes[start - chunk.start : stop - chunk.start]
+            np.copyto(self._buffer.array[start:stop], data)
             if advance:
                 self._advance(stop)
 

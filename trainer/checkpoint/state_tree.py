@@ -1,12 +1,13 @@
-"""Training state as named tensors and plain values, and back.
+"""Conversion of training state to named tensors and plain values, and back.
 
-Names are our own walk over model and optimizer: `model.<name>`, `optimizer.<name>.<key>`,
-`rng.<rank>.<generator>`. torch's `get_optimizer_state_dict` is not used: on an optimizer without
-state it takes a step.
+Names come from a walk over model and optimizer: `model.<name>`, `optimizer.<name>.<key>`,
+`rng.<rank>.<generator>`. torch's `get_optimizer_state_dict` is not used, because it calls
+`step` on an optimizer without state.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,31 +20,33 @@ from trainer.errors import CheckpointError
 
 @dataclass
 class Content:
-    """What one rank brings to a checkpoint."""
+    """State that one rank contributes to a checkpoint."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    """What every rank brings, in the same order: plain tensors, equal on all ranks and written
-    once, or DTensors."""
+    """Tensors that every rank has, in the same order: plain tensors, equal on all ranks and
+    written once, or DTensors."""
     rank_local: dict[str, Tensor] = field(default_factory=dict)
-    """Plain tensors that no other rank brings under the same name."""
+    """Plain tensors under names that no other rank uses."""
     deferrable: set[str] = field(default_factory=set)
-    """Names in `tensors` that nothing but an optimizer's step changes, or nothing at all. They may
-    be copied while the next forward and backward run; all else is copied at once."""
+    """Names in `tensors` that are constant, or changed only by `Optimizer.step`. They may be copied
+    during the next forward and backward; all others are copied immediately."""
     aliases: dict[str, str] = field(default_factory=dict)
-    """Names that share the storage of another name."""
+    """Names of tied tensors: the name under which each one is stored."""
     objects: dict[str, Any] = field(default_factory=dict)
-    """Everything else; rank 0's are stored."""
+    """Values that are not tensors. Only rank 0's are stored."""
 
 
 def split(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     """Move every tensor inside `value` to `tensors`, leaving a TensorRef in its place.
 
     Raises:
-        CheckpointError: two tensors would get one name, as {1: …, "1": …} would.
+        CheckpointError: two tensors would get the same name, as in {1: …, "1": …}.
     """
     if isinstance(value, Tensor):
         if prefix in tensors:
-            raise CheckpointError(f"two tensors of the state would be stored as {prefix!r}")
+            raise CheckpointError(
+                f"two tensors of the state would be stored as {prefix!r}; rename one of them"
+            )
         tensors[prefix] = value.detach()
         return TensorRef(prefix)
     if type(value) in (list, tuple):
@@ -57,7 +60,7 @@ def split(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def join(value: Any, fetch: Callable[[str], Tensor]) -> Any:
-    """Undo `split`: put `fetch(name)` in the place of every TensorRef."""
+    """Undo `split`: replace every TensorRef by `fetch(name)`."""
     if isinstance(value, TensorRef):
         return fetch(value.name)
     if type(value) is list:
@@ -85,12 +88,10 @@ def add_model(content: Content, model: nn.Module, *, with_buffers: bool) -> None
     """Add the model's parameters, and its buffers and `_extra_state` where `with_buffers`.
 
     Args:
-        content: to add to.
-        model: the plain module.
-        with_buffers: true on rank 0 only.
-
-    After a step under DDP each rank has its own BatchNorm statistics, of which rank 0's are the
-    ones that survive the next forward; so buffers are never deduplicated over ranks.
+        content: modified in place.
+        model: the unwrapped module.
+        with_buffers: true on rank 0 only. After a step under DDP each rank has its own BatchNorm
+            statistics, and the next forward overwrites them with rank 0's.
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     first_name: dict[int, str] = {}
@@ -109,7 +110,7 @@ def add_model(content: Content, model: nn.Module, *, with_buffers: bool) -> None
                 if not value.requires_grad:
                     content.deferrable.add(
                         f"model.{name}"
-                    )  # frozen; others if an optimizer has them
+                    )  # frozen; `add_optimizers` adds the trained ones
             else:
                 content.rank_local[f"model.{name}"] = value.detach()
     if values:
@@ -137,15 +138,15 @@ def model_targets(model: nn.Module) -> dict[str, Tensor]:
 
 
 def parameter_names(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[int, str]:
-    """Return the name of every parameter that the optimizers hold, by id."""
+    """Return parameter names by `id`, including every parameter of the optimizers."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for index, group in enumerate(_groups(optimizers)):
         for parameter in group["params"]:
             if id(parameter) not in names:
                 raise CheckpointError(
-                    f"the optimizer's group {index} holds a parameter of shape "
+                    f"parameter group {index} of the optimizer has a parameter of shape "
                     f"{tuple(parameter.shape)} that is not in the model, so it has no name to be "
-                    "stored under; make it a parameter of the model"
+                    "stored under. Register it in the model"
                 )
     return names
 
@@ -155,13 +156,13 @@ def _groups(optimizers: Sequence[Optimizer]) -> list[dict[str, Any]]:
 
 
 def add_optimizers(content: Content, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Add the optimizers' state and hyper-parameters as they are; never takes a step.
+    """Add the optimizers' state and hyperparameters without changing them.
 
-    No parameter may be in two of them: their state has the parameters' names.
+    No parameter may be in two optimizers, as their state is stored under the parameter's name.
     """
     names = parameter_names(model, optimizers)
     scalars: dict[str, dict[Any, Any]] = {}
-    for parameter, state in (pair for each in optimizers for pair in each.state.items()):
+    for parameter, state in chain.from_iterable(o.state.items() for o in optimizers):
         name = names[id(parameter)]
         for key, value in state.items():
             if isinstance(value, Tensor):
@@ -170,9 +171,9 @@ def add_optimizers(content: Content, model: nn.Module, optimizers: Sequence[Opti
             else:
                 prefix = f"optimizer_tree.{name}.{key}"
                 scalars.setdefault(name, {})[key] = split(value, prefix, content.tensors)
-    groups, held = [], set()
+    groups, trained = [], set()
     for index, group in enumerate(_groups(optimizers)):
-        held |= {id(parameter) for parameter in group["params"]}
+        trained |= {id(parameter) for parameter in group["params"]}
         content.deferrable |= {f"model.{names[id(parameter)]}" for parameter in group["params"]}
         values = {
             key: split(value, f"optimizer_group.{index}.{key}", content.tensors)
@@ -181,18 +182,18 @@ def add_optimizers(content: Content, model: nn.Module, optimizers: Sequence[Opti
         }
         groups.append({**values, "params": [names[id(p)] for p in group["params"]]})
     frozen = [
-        [place, name]
-        for place, (name, parameter) in enumerate(model.named_parameters())
-        if id(parameter) not in held
+        [position, name]
+        for position, (name, parameter) in enumerate(model.named_parameters())
+        if id(parameter) not in trained
     ]
     content.objects["optimizer"] = {"groups": groups, "state": scalars}
-    if frozen:  # for exports: what else is in model.parameters(), and where
+    if frozen:  # exports need the other parameters and their positions
         content.objects["optimizer"]["frozen"] = frozen
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a stored optimizer tensor goes: a new tensor, and the state entry to put it in."""
+    """Destination of a stored optimizer tensor: a new tensor and its entry in the state."""
 
     tensor: Tensor
     optimizer: Optimizer
@@ -205,11 +206,15 @@ def optimizer_slots(
     optimizers: Sequence[Optimizer],
     stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
 ) -> dict[str, Slot]:
-    """Allocate what the checkpoint holds for the optimizers.
+    """Allocate tensors for the stored optimizer state, by stored name.
 
-    Driven by the stored names: state that is absent stays absent. dtype and shape are the stored
-    ones. A 0-dim `step` lives on the CPU unless the group is capturable or fused, as torch's
-    own `Optimizer.load_state_dict` has it; all else lives with its parameter.
+    State that is not stored stays absent. A `step` is on the CPU unless its group is capturable or
+    fused, as in `Optimizer.load_state_dict`; other tensors are on their parameter's device.
+
+    Args:
+        model: the unwrapped module.
+        optimizers: they hold the model's parameters.
+        stored: dtype and shape of each stored optimizer tensor, by name.
     """
     names = parameter_names(model, optimizers)
     owners = {}
@@ -223,17 +228,17 @@ def optimizer_slots(
         name, _, key = full.removeprefix("optimizer.").rpartition(".")
         if name not in owners:
             raise CheckpointError(
-                f"the checkpoint has optimizer state for {name!r}, which this model does not "
-                "train; a changed model can start from init.weights=<safetensors>"
+                f"the checkpoint has optimizer state for {name!r}, which no optimizer trains here. "
+                "To start a changed model from these weights, use init.weights=<safetensors>"
             )
         optimizer, parameter, on_device = owners[name]
         on_cpu = key == "step" and not on_device
         device = torch.device("cpu") if on_cpu else parameter.device
         if hasattr(parameter, "device_mesh") and shape == tuple(parameter.shape):
-            made = torch.empty_like(parameter.detach(), dtype=dtype)  # sharded in the same way
+            tensor = torch.empty_like(parameter.detach(), dtype=dtype)  # with the same sharding
         else:
-            made = torch.empty(shape, dtype=dtype, device=device)
-        slots[full] = Slot(made, optimizer, parameter, key)
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+        slots[full] = Slot(tensor, optimizer, parameter, key)
     return slots
 
 
@@ -244,19 +249,20 @@ def load_optimizers(
     slots: Mapping[str, Slot],
     fetch: Callable[[str], Tensor],
 ) -> None:
-    """Put stored state and hyper-parameters into the optimizers.
+    """Restore state and hyperparameters of the optimizers.
 
     Raises:
-        CheckpointError: the parameter groups are not those of the checkpoint.
+        CheckpointError: the parameter groups differ from the checkpoint's.
     """
     names = parameter_names(model, optimizers)
     groups = objects["groups"]
-    found = [[names[id(p)] for p in group["params"]] for group in _groups(optimizers)]
-    if found != [group["params"] for group in groups]:
+    current = [[names[id(p)] for p in group["params"]] for group in _groups(optimizers)]
+    if current != [group["params"] for group in groups]:
         raise CheckpointError(
-            f"the optimizer has {len(found)} groups of {[len(g) for g in found]} parameters, the "
-            f"checkpoint {len(groups)} of {[len(g['params']) for g in groups]}, or in another "
-            "order; a changed optimizer can start from init.weights=<safetensors>"
+            f"parameter groups differ: the optimizer has {len(current)} groups of "
+            f"{[len(g) for g in current]} parameters, the checkpoint {len(groups)} of "
+            f"{[len(g['params']) for g in groups]}, or their order changed. To start a changed "
+            "optimizer from these weights, use init.weights=<safetensors>"
         )
     for group, stored in zip(_groups(optimizers), groups, strict=True):
         values = {key: value for key, value in stored.items() if key != "params"}

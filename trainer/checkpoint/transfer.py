@@ -1,4 +1,4 @@
-"""Checkpoints from one store into another, every block checked on the way, manifest last."""
+"""Copies and imports of checkpoints, with every block verified and the manifest written last."""
 
 import secrets
 from collections.abc import Callable, Mapping
@@ -20,17 +20,17 @@ from trainer.errors import CheckpointError
 from trainer.storage.store import AlreadyExists, Readable, Store
 
 if TYPE_CHECKING:
-    from trainer.importing.formats import Source  # which is heavy, and rarely needed
+    from trainer.importing.formats import Source  # a heavy import, needed for types only
 
 
-def copy_shard(reader: Reader, file: str, target: Store, folder: str, made: Manifest) -> None:
-    """Copy one shard. What an interrupted copy left is taken if every byte of it is right."""
-    key, total_bytes = f"{folder}/{file}", made.files[file].bytes
+def copy_shard(reader: Reader, file: str, target: Store, folder: str, manifest_: Manifest) -> None:
+    """Copy one shard. A file from an interrupted copy is reused if it passes verification."""
+    key, total_bytes = f"{folder}/{file}", manifest_.files[file].bytes
     try:
         new = target.open_new(key, total_bytes)
     except AlreadyExists:
         with suppress(DamagedError):
-            Reader(target, folder, made).verify([file])
+            Reader(target, folder, manifest_).verify([file])
             return
         target.delete([key])
         new = target.open_new(key, total_bytes)
@@ -45,35 +45,43 @@ def copy_shard(reader: Reader, file: str, target: Store, folder: str, made: Mani
 def copy_checkpoint(
     source: Readable,
     folder: str,
-    made: Manifest,
+    manifest_: Manifest,
     target: Store,
     target_folder: str,
     progress: Callable[[int], object] = lambda copied_bytes: None,
 ) -> None:
-    """Copy a checkpoint; committed and durable on return. One process.
+    """Copy a checkpoint. Committed and durable on return. One process.
+
+    Args:
+        source: store to copy from.
+        folder: key of the checkpoint's folder in `source`.
+        manifest_: the checkpoint's manifest.
+        target: store to copy to.
+        target_folder: key of the new folder.
+        progress: called with the size of each copied file, in bytes.
 
     Raises:
-        DamagedError: bytes of the source are proven wrong; nothing was committed.
-        CheckpointError: it was deleted meanwhile, or somebody else writes to the same place.
-        AlreadyExists: another checkpoint is there.
+        DamagedError: the source failed verification; nothing was committed.
+        CheckpointError: the source was deleted, or another process writes to the same folder.
+        AlreadyExists: the folder holds another checkpoint.
     """
     try:
         data = source.read(f"{folder}/{MANIFEST}")
     except FileNotFoundError:
-        raise CheckpointError(f"{source.url}/{folder}: it was deleted meanwhile") from None
-    reader = Reader(source, folder, made)
-    for file, record in made.files.items():
-        copy_shard(reader, file, target, target_folder, made)
+        raise CheckpointError(f"{source.url}/{folder} was deleted during the copy") from None
+    reader = Reader(source, folder, manifest_)
+    for file, record in manifest_.files.items():
+        copy_shard(reader, file, target, target_folder, manifest_)
         progress(record.bytes)
-    for file, record in made.files.items():  # two copies at once may take a file from each other
+    for file, record in manifest_.files.items():  # concurrent copies may delete each other's files
         try:
             size = target.size(f"{target_folder}/{file}")
         except FileNotFoundError:
             size = -1
         if size != record.bytes:
             raise CheckpointError(
-                f"{target.url}/{target_folder}/{file} was changed while it was being copied; is "
-                "another copy under way? Nothing was committed: copy again"
+                f"{target.url}/{target_folder}/{file} was changed during the copy, perhaps by "
+                "another copy in progress. Nothing was committed; copy again"
             )
     commit(target, target_folder, data)
 
@@ -86,14 +94,21 @@ def import_checkpoint(
     step: int,
     progress: Callable[[int], object] = lambda written_bytes: None,
 ) -> Manifest:
-    """Write a checkpoint of another format in ours; committed and durable on return. One process.
+    """Convert a checkpoint of another format. Committed and durable on return. One process.
 
-    Its tensors keep their names, and its other values theirs, in the `dcp` object, so that
-    `PerdureStorageReader` gives them back nested as they were. Two tensors are in memory at a time.
+    Tensors and other values keep their names, the values in the `dcp` object, so that
+    `PerdureStorageReader` restores the original nesting. At most two tensors are in memory.
+
+    Args:
+        source: the checkpoint to convert.
+        target: store to write to.
+        folder: key of the new folder.
+        step: recorded in the manifest.
+        progress: called with the size of each tensor, in bytes.
 
     Raises:
-        CheckpointError: something of it cannot be read, or not be stored; nothing was committed.
-        AlreadyExists: a checkpoint is there.
+        CheckpointError: a value cannot be read or stored; nothing was committed.
+        AlreadyExists: the folder holds a checkpoint.
     """
     opaque = {name: value for name, value in source.objects.items() if type(value) is bytes}
     plain = {name: value for name, value in source.objects.items() if name not in opaque}
@@ -115,9 +130,9 @@ def import_checkpoint(
         if key in opaque:
             data = bytearray(opaque[key]) or bytearray(1)
             return torch.frombuffer(data, dtype=torch.uint8)[: len(opaque[key])]
-        found = source.fetch(key)
-        progress(found.nbytes)
-        return found
+        tensor = source.fetch(key)
+        progress(tensor.nbytes)
+        return tensor
 
     token = secrets.token_hex(4)
     name = manifest.shard_name(rank=0, world_size=1, token=token, save=1)
@@ -128,7 +143,7 @@ def import_checkpoint(
         key: TensorEntry(dtype, shape, file=0) for key, (dtype, shape) in sizes.items()
     }
     aliases = {key: TensorEntry(alias=owner) for key, owner in source.aliases.items()}
-    made = Manifest(
+    manifest_ = Manifest(
         step=step,
         epoch=0,
         samples=0,
@@ -142,5 +157,5 @@ def import_checkpoint(
         objects=objects,
     )
     with deleted_unless_committed(target, [f"{folder}/{name}"]):
-        commit(target, folder, readable_bytes(made, f"{target.url}/{folder}"))
-    return made
+        commit(target, folder, readable_bytes(manifest_, f"{target.url}/{folder}"))
+    return manifest_

@@ -1,7 +1,8 @@
-"""Values of the state that are not tensors: to strict JSON and back, equal in value and type.
+"""Strict JSON for the state's values that are not tensors, preserving value and type.
 
-Plain JSON turns integer keys into text and tuples into lists; a MultiStepLR whose milestones came
-back so would never decay again. So such values carry a tag. Nothing is ever pickled.
+Plain JSON turns integer keys into strings and tuples into lists. A MultiStepLR whose milestones
+were restored with string keys would never decay again, so these values carry a tag. Nothing is
+pickled.
 """
 
 import base64
@@ -18,7 +19,7 @@ from trainer.errors import CheckpointError
 
 @dataclass(frozen=True)
 class TensorRef:
-    """Stands in `objects` where the state has a tensor, which is stored under `name`."""
+    """Placeholder in `objects` for a tensor that is stored under `name`."""
 
     name: str
 
@@ -29,13 +30,17 @@ def dump(value: Any) -> str:
 
 
 def encode(value: Any, where: str) -> Any:
-    """Turn a value into strict JSON, with a tag where JSON alone would lose its type.
+    """Convert a value to strict JSON, with a tag where JSON alone would lose its type.
 
-    `decode` gives back a value that is equal in value and type: integer keys, tuples, counters,
-    sets, bytes, complex and non-finite numbers and NumPy scalars included.
+    `decode` restores value and type, including integer keys, tuples, counters, sets, bytes, complex
+    and non-finite numbers, and NumPy scalars.
+
+    Args:
+        value: the value.
+        where: its path, for errors.
 
     Raises:
-        CheckpointError: the type cannot be stored; the message names it and `where` it stands.
+        CheckpointError: the type cannot be stored; the message has the type and `where`.
     """
     kind = type(value)
     if value is None or kind in (bool, int, str):
@@ -62,9 +67,9 @@ def encode(value: Any, where: str) -> Any:
     if kind.__module__ == "numpy" and _is_numpy_number(value):
         return {"$numpy": [value.dtype.str, base64.b64encode(value.tobytes()).decode()]}
     raise CheckpointError(
-        f"{where} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: it "
-        "stores tensors and JSON values and never pickles. Keep it as numbers, strings, lists, "
-        "dicts or tensors in the state_dict that returns it."
+        f"{where} is a {kind.__module__}.{kind.__qualname__}, which cannot be stored: checkpoints "
+        "hold tensors and JSON values, never pickles. Return it from state_dict as numbers, "
+        "strings, lists, dicts or tensors"
     )
 
 
@@ -79,8 +84,8 @@ _NUMPY_NUMBER = re.compile(r"[<>|=]?[bifcu]\d+")
 
 
 def _is_numpy_number(value: Any) -> bool:
-    """Return whether the dtype's text says all about the type of this NumPy object."""
-    import numpy as np  # only where a NumPy object was met
+    """Return whether a NumPy scalar's type is fully described by its dtype string."""
+    import numpy as np  # imported only for NumPy values
 
     if not isinstance(value, np.generic):
         return False
@@ -89,7 +94,7 @@ def _is_numpy_number(value: Any) -> bool:
 
 
 def _decode_numpy(content: list[str]) -> Any:
-    import numpy as np  # only where a NumPy scalar was stored
+    import numpy as np  # imported only for NumPy values
 
     kind, data = content
     if not _NUMPY_NUMBER.fullmatch(kind):
@@ -113,7 +118,7 @@ _TAGS: dict[str, Callable[[Any], Any]] = {
 
 
 def decode(value: Any) -> Any:
-    """Undo `encode`."""
+    """Restore a value from the output of `encode`."""
     if isinstance(value, list):
         return [decode(item) for item in value]
     if isinstance(value, dict):

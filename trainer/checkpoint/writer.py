@@ -1,4 +1,4 @@
-"""One save: plan, snapshot, write, commit. All but the first two happen beside the training."""
+"""Saves: plan, snapshot, write, commit. The last two run in the background."""
 
 import threading
 import time
@@ -22,14 +22,14 @@ from trainer.storage.store import AlreadyExists, Store
 
 
 class PendingSave:
-    """A save that a thread of its own brings to its end."""
+    """A save that runs on its own thread."""
 
     def __init__(
         self, run: Callable[[], Manifest], after_commit: Callable[[Manifest], None]
     ) -> None:
         self._outcome: Manifest | BaseException | None = None
         self.duration_s = 0.0
-        """From the beginning to the commit, on this rank; 0 before."""
+        """Seconds from the start to the commit, on this rank; 0 until then."""
         self._thread = threading.Thread(
             target=self._body, args=(run, after_commit), name="checkpoint-save", daemon=True
         )
@@ -42,22 +42,22 @@ class PendingSave:
             self.duration_s = time.monotonic() - began
             after_commit(outcome)
             self._outcome = outcome
-        except BaseException as error:  # `result` raises it, on the thread that trains
+        except BaseException as error:  # raised by `result` on the caller's thread
             self._outcome = error
 
     @property
     def is_done(self) -> bool:
-        """Whether `result` would return or raise at once."""
+        """True if `result` would return or raise immediately."""
         return not self._thread.is_alive()
 
     def result(self, timeout_s: float | None = None) -> Manifest:
-        """Wait for the end; return the manifest of what was committed. Any rank.
+        """Wait for the save to end and return the committed manifest. Any rank.
 
         Raises:
-            CheckpointError, StoreError: on every rank, naming the rank that failed and why;
-                nothing was committed and earlier checkpoints stand.
+            CheckpointError, StoreError: on every rank, with the rank that failed;
+                nothing was committed, and earlier checkpoints are unaffected.
             SupersededError: a newer attempt owns the run.
-            TimeoutError: it has not ended yet.
+            TimeoutError: the save has not ended after `timeout_s` seconds.
         """
         self._thread.join(timeout_s)
         if self._thread.is_alive():
@@ -69,7 +69,7 @@ class PendingSave:
 
 
 class Writer:
-    """Writes the checkpoints of one attempt, one at a time; keeps the plan and the buffer."""
+    """Writes the checkpoints of one attempt, one at a time. Reuses the plan and the buffer."""
 
     def __init__(self, store: Store, world: World, attempt: Attempt) -> None:
         self._store = store
@@ -84,7 +84,7 @@ class Writer:
 
     @property
     def stall_s(self) -> float:
-        """For how long updates waited until what they change was copied, all together."""
+        """Total seconds that optimizer updates waited for copies."""
         return self._snapshot.stall_s
 
     def start_save(
@@ -96,27 +96,27 @@ class Writer:
         samples: int = 0,
         config: Mapping[str, Any] | None = None,
         before_commit: Callable[[], None] = lambda: None,
-        after_commit: Callable[[Manifest], None] = lambda made: None,
+        after_commit: Callable[[Manifest], None] = lambda committed: None,
         is_blocking: bool = False,
     ) -> PendingSave:
-        """Begin a save. Collective, on the thread that trains, when no other save is in flight.
+        """Start a save. Collective, on the training thread, when no other save is in flight.
 
-        On return everything is copied that may change before the next `Optimizer.step`, which
-        waits for the rest by itself. What fails later comes out of the save's `result`.
+        On return all tensors are copied that may change before the next `Optimizer.step`, which
+        waits for the others automatically. Later errors are raised by `PendingSave.result`.
 
         Args:
-            content: what this rank brings.
-            step: of the checkpoint.
+            content: this rank's state.
+            step: the step.
             epoch: complete passes over the data.
-            samples: consumed so far over all ranks.
-            config: stored as it is.
+            samples: samples consumed so far on all ranks.
+            config: stored unchanged.
             before_commit: called on rank 0, on the save's thread, when all shards are durable.
             after_commit: called on every rank, on the save's thread, after the commit.
-            is_blocking: the caller does nothing but wait: write while the copy is being made. Else
-                the copy has the processor for itself, so that the next update comes sooner.
+            is_blocking: the caller waits for the result, so writing overlaps with the copy.
+                Otherwise writing starts after the copy, so that the next update starts sooner.
         """
         if self._save is not None and not self._save.is_done:
-            raise RuntimeError("a save is in flight, and its buffer in use; wait for its result")
+            raise RuntimeError("a save is in flight and uses the buffer; wait for its result first")
         self._saves += 1
         current = self._plan = plan.make(content, self._world, self._plan)
         problem: PerdureError | None = None
@@ -127,8 +127,8 @@ class Writer:
                 current, {**content.tensors, **content.rank_local}, content.deferrable
             )
         except PerdureError as error:
-            problem = error  # the other ranks hear of it from the save's thread
-        made = Manifest(
+            problem = error  # the save's thread reports it to the other ranks
+        draft = Manifest(
             step=step,
             epoch=epoch,
             samples=samples,
@@ -146,26 +146,26 @@ class Writer:
             config=config or {},
         )
         self._save = PendingSave(
-            lambda: self._finish(made, current.layout, problem, before_commit, is_blocking),
+            lambda: self._finish(draft, current.layout, problem, before_commit, is_blocking),
             after_commit,
         )
         return self._save
 
     def _finish(
         self,
-        made: Manifest,
+        draft: Manifest,
         layout: shard.Layout,
         problem: PerdureError | None,
         before_commit: Callable[[], None],
         is_blocking: bool,
     ) -> Manifest:
         """Write this rank's shard and commit. Collective among the ranks' save threads."""
-        folder = f"{FOLDER}/{made.folder}"
+        folder = f"{FOLDER}/{draft.folder}"
         name = manifest.shard_name(
             rank=self._world.rank,
             world_size=self._world.size,
             token=self._attempt.token,
-            save=made.save,
+            save=draft.save,
         )
         shard_keys = [f"{folder}/{name}"]
 
@@ -187,11 +187,11 @@ class Writer:
 
         try:
             with deleted_unless_committed(self._store, shard_keys):
-                complete = replace(made, files=dict(self._aside.gather_results(write)))
+                complete = replace(draft, files=dict(self._aside.gather_results(write)))
                 committed = self._aside.run_on_rank0(commit_complete)
         finally:
             self._snapshot.wait()  # the store may have failed before the copy was complete
-        if committed.save != made.save:
+        if committed.save != draft.save:
             with suppress(StoreError):
                 self._store.delete(shard_keys)
         return committed

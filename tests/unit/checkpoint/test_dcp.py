@@ -263,7 +263,7 @@ def test_what_another_planner_wrote_is_never_unpickled_by_torchs(tmp_path):
     save({"word": "hello"}, tmp_path / "a", planner=Signed())
     with pytest.raises(CheckpointException) as error:
         load({"word": ""}, tmp_path / "a")
-    assert "could run anything" in refusal(error)
+    assert "could run arbitrary code" in refusal(error)
 
 
 # --- refusals ----------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_a_checkpoint_is_never_written_over(tmp_path):
     before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
     with pytest.raises(CheckpointException) as error:
         save({"x": torch.zeros(3)}, tmp_path / "a")
-    assert "holds a checkpoint already" in refusal(error)
+    assert "already holds a checkpoint" in refusal(error)
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
 
 
@@ -338,7 +338,7 @@ def test_two_tensors_that_would_be_one_are_refused(tmp_path):
 
     with pytest.raises(CheckpointException) as error:
         save({"w": torch.ones(4), "w@0": torch.ones(3)}, tmp_path / "a", planner=Cut())
-    assert "would both be stored as 'w@0'" in refusal(error)
+    assert "would be stored as 'w@0'" in refusal(error)
 
 
 def test_a_folder_that_is_the_home_of_others_is_no_checkpoints(tmp_path):
@@ -350,7 +350,7 @@ def test_a_folder_that_is_the_home_of_others_is_no_checkpoints(tmp_path):
 
 def test_a_step_that_is_no_number_is_refused_at_once(tmp_path):
     for step in (-1, "x", True):
-        with pytest.raises(ConfigError, match="no number of a step"):
+        with pytest.raises(ConfigError, match="is not an integer between"):
             PerdureStorageWriter(tmp_path, step=step)
 
 

@@ -201,7 +201,7 @@ def test_another_encoding_of_the_same_text_is_refused(encoding):
 def test_a_void_manifest_is_no_checkpoint():
     for data in (manifest.void_bytes(7), manifest.void_bytes(7) + b"\n"):
         assert manifest.is_void(data)
-        assert "given up" in str(refused(data))
+        assert "abandoned" in str(refused(data))
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b'{"void":-1}', b'{"void":1,"a":2}', b'{"void":""}'])
@@ -212,7 +212,7 @@ def test_other_small_objects_are_not_void(data):
 
 def test_a_manifest_larger_than_any_can_be_is_refused_unread():
     data = memoryview(bytes(manifest.MAX_MANIFEST_BYTES + 1))
-    assert "more than a manifest can have" in str(refused(data))
+    assert "exceed the maximum" in str(refused(data))
 
 
 @pytest.mark.parametrize("brackets", [b"[", b'{"a":', b'[{"a":'])
@@ -238,7 +238,7 @@ def test_deep_nesting_inside_of_a_sealed_manifest_is_refused():
 @pytest.mark.parametrize("key", ["step", "checksum", "objects"])
 def test_a_key_that_stands_twice_is_refused(key):
     text = ",\n".join(f"{json.dumps(k)}:{json.dumps(v)}" for k, v in parsed_golden().items())
-    assert "twice" in str(refused(sealed(f'{text},\n"{key}":1,\n"{key}":1')))
+    assert "duplicate key" in str(refused(sealed(f'{text},\n"{key}":1,\n"{key}":1')))
 
 
 def test_a_tensor_or_file_that_stands_twice_is_refused():

@@ -119,7 +119,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path_factory, values):
 
 
 def test_a_name_that_a_part_of_another_tensor_may_get_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="rename one of them"):
+    with pytest.raises(CheckpointError, match="Rename one of them"):
         save(writer_on(LocalStore(tmp_path)), {"w": torch.ones(4), "w@0": torch.ones(3)})
 
 

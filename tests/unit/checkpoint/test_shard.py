@@ -245,7 +245,7 @@ def hostile(content: Any, *, length: int | None = None) -> bytes:
 def refused(header: bytes, data_bytes: int) -> str:
     with pytest.raises(CheckpointError) as caught:
         shard.parse_header(header, total_bytes=len(header) + data_bytes, where="here/x")
-    assert str(caught.value).startswith("here/x: not a shard of a checkpoint: ")
+    assert str(caught.value).startswith("here/x: not a checkpoint shard: ")
     return str(caught.value)
 
 

@@ -53,13 +53,13 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened = threading.Event()
-        copy: Callable[..., None] = Snapshot._copy_late
+        copy: Callable[..., None] = Snapshot._copy_deferred
 
         def held_back(*arguments) -> None:
             assert self.opened.wait(120)
             copy(*arguments)
 
-        monkeypatch.setattr(Snapshot, "_copy_late", held_back)
+        monkeypatch.setattr(Snapshot, "_copy_deferred", held_back)
 
 
 def test_every_update_changes_every_value_and_each_checkpoint_has_those_of_its_step(tmp_path):
