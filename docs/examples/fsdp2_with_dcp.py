@@ -1,4 +1,4 @@
-"""FSDP2 in a loop of one's own, with checkpoints that cannot be torn: torchrun this file."""
+"""FSDP2 in a hand-written loop with atomic checkpoints: run this file with torchrun."""
 
 import os
 import sys

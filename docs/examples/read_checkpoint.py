@@ -1,4 +1,4 @@
-"""The newest checkpoint of a run as NumPy arrays, every byte checked, without Perdure.
+"""The newest checkpoint of a run as NumPy arrays, every byte verified, without Perdure.
 
 python read_checkpoint.py RUN     needs numpy and xxhash; see docs/checkpoint-format.md
 """
@@ -16,20 +16,20 @@ DTYPES |= {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for si
 
 
 def newest(run: Path) -> Path:
-    """Return the folder of the checkpoint that the run would go on from."""
+    """Return the folder of the checkpoint from which the run would resume."""
     paths = (run / "attempts").glob("*[0-9].json")
     records = {int(path.stem): json.loads(path.read_bytes()) for path in paths}
-    left = [(a, r["resumed_from"]["step"]) for a, r in records.items() if r.get("resumed_from")]
-    found = []
+    starts = [(a, r["resumed_from"]["step"]) for a, r in records.items() if r.get("resumed_from")]
+    candidates = []
     for folder in (run / "checkpoints").iterdir():
         name, manifest = re.fullmatch(r"step-(\d+)\.(\d+)", folder.name), folder / "manifest.json"
         if not name or not manifest.exists() or (folder / "damaged.json").exists():
             continue
         step, attempt = int(name[1]), int(name[2])
         is_void = b'"void"' in manifest.read_bytes()[:9]
-        if not is_void and all(b <= attempt or origin >= step for b, origin in left):
-            found.append((step, attempt, folder))
-    return max(found)[2]
+        if not is_void and all(b <= attempt or origin >= step for b, origin in starts):
+            candidates.append((step, attempt, folder))
+    return max(candidates)[2]
 
 
 def read(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
@@ -46,9 +46,9 @@ def read(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     for file, facts in manifest["files"].items():
         for key, array in shard(folder / file, facts, manifest["block_bytes"]):
             name, _, offsets = key.rpartition("@") if key not in tensors else (key, "", "")
-            starts = [int(o) for o in offsets.split(",")] if offsets else [0] * array.ndim
-            starts += [0] * (array.ndim - len(starts))
-            box = tuple(slice(o, o + n) for o, n in zip(starts, array.shape, strict=True))
+            corner = [int(o) for o in offsets.split(",")] if offsets else [0] * array.ndim
+            corner += [0] * (array.ndim - len(corner))
+            box = tuple(slice(o, o + n) for o, n in zip(corner, array.shape, strict=True))
             tensors[name][box] = array
     aliases = {name: tensors[e["alias"]] for name, e in entries.items() if "alias" in e}
     return manifest, {**tensors, **aliases}
@@ -63,15 +63,15 @@ def shard(path: Path, facts: dict, block_bytes: int):
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = (facts["header_bytes"] + offset for offset in entry["data_offsets"])
         for at in range(start, stop, block_bytes):
-            wanted, block = blocks[16 * block : 16 * block + 16], block + 1
-            check(wanted, data[at : min(at + block_bytes, stop)], f"{path.name}: {key}")
+            expected, block = blocks[16 * block : 16 * block + 16], block + 1
+            check(expected, data[at : min(at + block_bytes, stop)], f"{path.name}: {key}")
         yield key, np.frombuffer(data[start:stop], DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
-def check(wanted: str, data: bytes, what: str) -> None:
-    """Refuse bytes with another checksum."""
-    if digest(data) != wanted:
-        sys.exit(f"{what} is damaged")
+def check(expected: str, data: bytes, name: str) -> None:
+    """Exit if the bytes have another checksum."""
+    if digest(data) != expected:
+        sys.exit(f"{name} is damaged")
 
 
 if __name__ == "__main__":
