@@ -206,7 +206,7 @@ def _launch(run: Run, stored: Mapping[str, Any]) -> int:
         print(messages.finished_text(run, start.step, start.epoch))
         return DONE
     if launch.ranks_on_this_node(run.launch) == 1:
-        return _rank(run, stored)
+        return _rank(run, stored, is_checked=True)
     payload = {"run": OmegaConf.to_container(OmegaConf.structured(run)), "stored": stored}
     return launch.run_ranks(
         payload,
@@ -231,11 +231,11 @@ def _worker(file: Path) -> int:
     run, found = merge(OmegaConf.create(payload["run"]))
     if found:
         raise ConfigError(errors.problems_text(found))
-    return _rank(run, payload["stored"])
+    return _rank(run, payload["stored"], is_checked=True)
 
 
-def _rank(run: Run, stored: Mapping[str, Any]) -> int:
-    """Be a rank: join the others, train, leave. Returns the exit code."""
+def _rank(run: Run, stored: Mapping[str, Any], *, is_checked: bool = False) -> int:
+    """Join the other ranks, train, and return the exit code."""
     import torch
 
     from trainer.cluster import world as distributed
@@ -250,7 +250,7 @@ def _rank(run: Run, stored: Mapping[str, Any]) -> int:
         if world.rank == 0:
             outcome.clear()
         try:
-            code = attempt.run_attempt(run, stored, world)
+            code = attempt.run_attempt(run, stored, world, is_checked=is_checked)
         except (PeerFailedError, PeerLostError) as error:
             _leave(error)
         except PerdureError as error:

@@ -1,4 +1,4 @@
-"""What bad input gets: one message, the right exit code, no traceback, nothing lost."""
+"""Bad input: one message, the right exit code, no traceback, nothing lost."""
 
 import gzip
 
@@ -6,13 +6,15 @@ import pytest
 from support.run_commands import HARD, committed
 
 from trainer import run
+from trainer.checkpoint import lineage
+from trainer.storage import open_store
 
 TINY = [*HARD, "trainer.max_steps=4", "tracker=silent"]
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, capsys):
-    """The command in this process, for what is decided before any training; in an empty folder."""
+    """Run the command in this process and an empty folder, for errors before any training."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["trainer.run"])
 
@@ -55,7 +57,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("arguments", "words"), CASES, ids=lambda value: str(value[0]))
-def test_a_mistake_is_named_with_its_key_and_a_way_out(here, arguments, words):
+def test_wrong_argument_is_reported_with_its_key_and_a_correction(here, arguments, words):
     code, _, err = here(*arguments)
     assert code == 2
     for word in words:
@@ -63,7 +65,7 @@ def test_a_mistake_is_named_with_its_key_and_a_way_out(here, arguments, words):
     assert "Traceback" not in err
 
 
-def test_all_problems_are_shown_together(here):
+def test_several_problems_are_reported_together(here):
     code, out, err = here(
         "model=cmn", "optimizer.lrr=1", "trainer.max_epoch=3", "data.foo=1", "seed=-1",
         "checkpoint.mode=mx", "a=[1",
@@ -73,7 +75,7 @@ def test_all_problems_are_shown_together(here):
     assert out == ""
 
 
-def test_a_typo_in_a_users_yaml_file_is_found_too(here, tmp_path):
+def test_typo_in_a_user_yaml_file_is_reported(here, tmp_path):
     (tmp_path / "my_conf/experiment").mkdir(parents=True)
     (tmp_path / "my_conf/experiment/mine.yaml").write_text(
         "# @package _global_\ntrainer: {max_stepz: 3}\noptimizer: {lrr: 1}\n"
@@ -84,7 +86,7 @@ def test_a_typo_in_a_users_yaml_file_is_found_too(here, tmp_path):
     assert "optimizer.lrr" in err
 
 
-def test_check_only_checks(here, tmp_path):
+def test_check_starts_nothing(here, tmp_path):
     code, out, _ = here("--check")
     assert code == 0
     assert "fine" in out
@@ -92,14 +94,14 @@ def test_check_only_checks(here, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]])
-def test_hydras_own_flags_work(command, flags):
+def test_hydra_flags_work(command, flags):
     done = command(*flags, "trainer.max_epochs=3")
     assert done.returncode == 0, done.stderr
     assert "max_epochs: 3" in done.stdout
     assert list(command.folder.iterdir()) == []
 
 
-def test_a_missing_data_directory_says_where_to_get_the_data(command):
+def test_missing_data_directory_names_a_source_of_the_data(command):
     failed = command("data=mnist", "data.dir=/nowhere")
     assert failed.returncode == 1
     assert "data.dir=/nowhere: there is no such directory" in failed.stderr
@@ -107,7 +109,7 @@ def test_a_missing_data_directory_says_where_to_get_the_data(command):
     assert "Traceback" not in failed.stderr
 
 
-def test_a_corrupt_idx_file_is_named(command):
+def test_corrupt_idx_file_is_named_once(command):
     folder = command.folder / "idx"
     folder.mkdir()
     for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"):
@@ -116,13 +118,13 @@ def test_a_corrupt_idx_file_is_named(command):
         (folder / f"{name}.gz").write_bytes(gzip.compress(bytes([0, 0, 8, 1]) + bytes(4)))
     failed = command("data=mnist", f"data.dir={folder}", "launch.nproc=2")
     assert failed.returncode == 1
-    shown = failed.stdout + failed.stderr
-    assert shown.count("train-images-idx3-ubyte") == 1
-    assert "cut short or altered" in shown
-    assert "Traceback" not in shown
+    output = failed.stdout + failed.stderr
+    assert output.count("train-images-idx3-ubyte") == 1
+    assert "cut short or altered" in output
+    assert "Traceback" not in output
 
 
-def test_a_run_dir_that_cannot_be_written_is_found_before_training(here, tmp_path):
+def test_unwritable_run_dir_is_reported_before_training(here, tmp_path):
     (tmp_path / "file").write_text("in the way")
     code, _, err = here("run_dir=file/run")
     assert code == 2
@@ -130,21 +132,21 @@ def test_a_run_dir_that_cannot_be_written_is_found_before_training(here, tmp_pat
     assert "Traceback" not in err
 
 
-def test_a_changed_configuration_is_refused_with_the_difference_and_ways_out(command):
+def test_changed_state_setting_is_rejected_with_differences_and_alternatives(command):
     assert command(*TINY, "name=a").returncode == 0
-    refused = command(*TINY, "name=a", "model.hidden=32", "seed=7")
-    assert refused.returncode == 2
-    assert "model.hidden: 16 -> 32" in refused.stderr
-    assert "seed: 0 -> 7" in refused.stderr
-    for way in ("name=…", "resume=runs/a", "init.weights="):
-        assert way in refused.stderr
+    rejected = command(*TINY, "name=a", "model.hidden=32", "seed=7")
+    assert rejected.returncode == 2
+    assert "model.hidden: 16 -> 32" in rejected.stderr
+    assert "seed: 0 -> 7" in rejected.stderr
+    for option in ("name=…", "resume=runs/a", "init.weights="):
+        assert option in rejected.stderr
     assert not (command.folder / "runs/a/attempts/0002.json").exists()
     never = command(*TINY, "name=a", "resume=never")
     assert never.returncode == 2
     assert "has checkpoints up to step 4" in never.stderr
 
 
-def test_a_finished_run_says_so_and_a_longer_one_goes_on(command):
+def test_finished_run_is_reported_and_a_longer_one_continues(command):
     assert command(*TINY, "name=a").returncode == 0
     again = command(*TINY, "name=a")
     assert again.returncode == 0
@@ -159,39 +161,50 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(command):
     ["trainer.log_every_steps=100"], ["trainer.log_every_steps=1"],
     ["checkpoint.every_steps=5", "trainer.max_steps=10"],
 ])  # fmt: skip
-def test_a_gradient_that_is_no_number_is_noticed_before_anything_is_made_of_the_weights(
-    command, more
-):
+def test_nonfinite_gradient_is_detected_before_the_weights_are_used(command, more):
     done = command(
         *HARD, "name=a", "trainer.clip_norm=null", *more,
         "task._target_=mine.task.Fragile", NO_GRADIENT_AT="0:10",
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    assert "the weights are no numbers after step 10: a gradient was not finite" in done.stderr
-    assert "Newest checkpoint, from before: step 5." in done.stderr
+    assert "weights became NaN or infinite at step 10" in done.stderr
+    assert "Last good checkpoint: step 5." in done.stderr
     assert committed(command.folder / "runs/a") == [5]
 
 
-def test_nor_by_a_stop_after_the_step_was_logged(command):
+def test_nonfinite_gradient_is_detected_before_the_save_of_a_stop(command):
     done = command(
         *HARD, "name=a", "trainer.clip_norm=null", "checkpoint.every_steps=7",
         "task._target_=mine.task.Fragile", NO_GRADIENT_AT="0:10", TERM_AT="0:10",
     )  # fmt: skip
     assert done.returncode == 1, done.stdout
-    assert "the weights are no numbers after step 1" in done.stderr
+    assert "weights became NaN or infinite at step 1" in done.stderr
     assert committed(command.folder / "runs/a") == [7]
 
 
 @pytest.mark.parametrize(
     ("arguments", "code"), [("trainer.max_steps=2", 0), ("--help", 1), ("--check", 1)]
 )
-def test_a_training_that_nobody_reads_is_finished_and_nothing_else_is_a_traceback(
-    command, arguments, code
-):
+def test_closed_output_neither_stops_training_nor_causes_a_traceback(command, arguments, code):
     process = command.start(*HARD, arguments)
     process.stdout.close()
     err = process.stderr.read()
     process.stderr.close()
     assert process.wait(120) == code, err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_tracker_constructor_failure_is_a_config_error_and_never_a_crash_loop(command, ranks):
+    tracker = "tracker={mine: {_target_: mine.tracker.Broken}}"
+    for _ in range(4):  # launch.max_attempts_without_progress is 3
+        failed = command(*HARD, "name=a", f"launch.nproc={ranks}", "~tracker", f"+{tracker}")
+        assert failed.returncode == 2, failed.stderr
+        assert "ConfigError: " in failed.stderr
+        assert "tracker.mine: cannot create mine.tracker.Broken: RuntimeError" in failed.stderr
+        assert "Traceback" not in failed.stderr
+    records = lineage.records(open_store(str(command.folder / "runs/a")))
+    assert all("ended" in record for record in records)
+    done = command(*TINY, "name=a")
+    assert done.returncode == 0, done.stderr

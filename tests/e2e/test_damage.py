@@ -54,7 +54,7 @@ def test_auto_falls_back_to_the_newest_whole_one_loudly_and_ends_the_same(comman
     damage(damaged)
     went_on = command(*KEEP, "name=a")
     assert went_on.returncode == 0, went_on.stderr
-    assert "DAMAGED: " in went_on.stdout
+    assert "warning: damaged checkpoint: " in went_on.stdout
     assert damaged.name in went_on.stdout
     assert f"resuming from step {whole}; {40 - whole} steps left" in went_on.stdout
     assert (damaged.parent / "damaged.json").exists()
@@ -69,7 +69,7 @@ def test_a_damaged_manifest_is_passed_over_too(command, stopped):
     flip_one_bit(manifest)
     went_on = command(*KEEP, "name=a")
     assert went_on.returncode == 0, went_on.stderr
-    assert "PASSED OVER: " in went_on.stdout
+    assert "warning: skipped checkpoint: " in went_on.stdout
     assert f"resuming from step {whole};" in went_on.stdout
 
 

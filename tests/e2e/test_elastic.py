@@ -1,4 +1,4 @@
-"""torchrun with a number of nodes that changes: one is killed, another one comes."""
+"""torchrun with a changing number of nodes: one is killed, another joins."""
 
 import json
 import math
@@ -18,7 +18,7 @@ FRAGILE = [
 
 @pytest.fixture
 def agent(command):
-    """Start the torchrun of a node, each in a process group of its own."""
+    """Start the torchrun of a node, each in its own process group."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -42,12 +42,12 @@ def listens(port):
 
 def lines(run):
     path = run / "metrics.jsonl"
-    found = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in found if line.endswith("}")]
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 @pytest.mark.slow
-def test_with_a_node_less_and_with_a_new_one_the_run_goes_on(command, agent, wait_for):
+def test_run_continues_after_a_node_is_lost_and_another_joins(command, agent, wait_for):
     run = command.folder / "runs/a"
 
     def ranks_of(attempt):
@@ -55,7 +55,7 @@ def test_with_a_node_less_and_with_a_new_one_the_run_goes_on(command, agent, wai
         return json.loads(path.read_text())["world_size"] if path.exists() else None
 
     first = agent()
-    wait_for(lambda: listens(agent.port), first)  # it has the meeting point
+    wait_for(lambda: listens(agent.port), first)  # it hosts the rendezvous
     second = agent()
     wait_for(lambda: len(lines(run)) >= 3, first)
     assert ranks_of(1) == 2
@@ -65,12 +65,12 @@ def test_with_a_node_less_and_with_a_new_one_the_run_goes_on(command, agent, wai
     wait_for(lambda: ranks_of(3) is not None, first)
     assert [first.wait(240), third.wait(60)] == [0, 0]
     assert (ranks_of(2), ranks_of(3)) == (1, 2)
-    assert command(*FRAGILE[:-1], "name=whole").returncode == 0
-    trained, whole = (
+    assert command(*FRAGILE[:-1], "name=full").returncode == 0
+    trained, full = (
         [line for line in lines(command.folder / "runs" / name) if line["split"] == "train"]
-        for name in ("a", "whole")
+        for name in ("a", "full")
     )
     assert [line["step"] for line in trained] == list(range(1, 41))
-    assert [line["samples"] for line in trained] == [line["samples"] for line in whole]
-    pairs = zip(trained, whole, strict=True)
+    assert [line["samples"] for line in trained] == [line["samples"] for line in full]
+    pairs = zip(trained, full, strict=True)
     assert all(math.isclose(a["loss"], b["loss"], rel_tol=1e-4) for a, b in pairs)

@@ -1,4 +1,4 @@
-"""Promise 3: killed anywhere, the run ends with the same bits as one that was never killed."""
+"""A run killed anywhere ends with the same bits as one that was never killed."""
 
 import json
 
@@ -13,17 +13,17 @@ FRAGILE = [*HARD, "task._target_=mine.task.Fragile"]
 @pytest.mark.parametrize(("ranks", "extra"), [
     (1, ["trainer.accumulate=2"]),
     (2, []),
-    # At two ranks a sum is the same either way round; DDP's order of buckets shows from three on.
+    # Two ranks give the same sum in either order; DDP's bucket order matters from three on.
     (3, []),
     pytest.param(
         3, ["parallel.static_graph=true", "parallel.bucket_cap_mb=0.01"], marks=pytest.mark.slow
     ),
 ])  # fmt: skip
-def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(command, ranks, extra):
+def test_run_killed_within_an_epoch_ends_with_identical_results(command, ranks, extra):
     arguments = [*FRAGILE, f"launch.nproc={ranks}", *extra]
     undisturbed = command(*arguments, "name=a")
     assert undisturbed.returncode == 0, undisturbed.stderr
-    # Training passes before the first step: the warm-up of DDP from three ranks on.
+    # Forward passes before the first step: the warm-up of DDP from three ranks on.
     before = 2 if ranks > 2 else 0
     passes = 2 if "trainer.accumulate=2" in extra else 1
     rank = ranks - 1
@@ -46,18 +46,18 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(command, ra
 
 
 @pytest.mark.slow
-def test_the_comparison_itself_sees_a_difference(command):
+def test_differences_detects_another_seed(command):
     """The oracle above can fail: another seed gives other bits."""
     short = [*HARD, "trainer.max_steps=3"]
     assert command(*short, "name=a").returncode == 0
     assert command(*short, "name=b", "seed=1").returncode == 0
     runs = command.folder / "runs"
-    found = differences(str(runs / "a"), str(runs / "b"))
-    assert "tensor model.conv1.weight" in found
+    changes = differences(str(runs / "a"), str(runs / "b"))
+    assert "tensor model.conv1.weight" in changes
 
 
 @pytest.mark.slow
-def test_killed_twice_metrics_have_every_step_once(command):
+def test_run_killed_twice_logs_every_step_once(command):
     arguments = [*FRAGILE, "name=a"]
     assert "Traceback" not in command(*arguments, DIE_AT="0:13").stderr
     assert "Traceback" not in command(*arguments, DIE_AT="0:9").stderr
@@ -70,7 +70,7 @@ def test_killed_twice_metrics_have_every_step_once(command):
 
 
 @pytest.mark.slow
-def test_another_number_of_ranks_goes_on_in_the_same_order_and_says_that_bits_differ(command):
+def test_another_number_of_ranks_keeps_the_sample_order_and_warns(command):
     assert command(*FRAGILE, "name=a", "launch.nproc=2", "trainer.max_steps=10").returncode == 0
     more = command(*FRAGILE, "name=a", "launch.nproc=1")
     assert more.returncode == 0, more.stderr

@@ -1,4 +1,4 @@
-"""parallel=fsdp: killed, it ends with the same bits; what it saved goes on under any other."""
+"""parallel=fsdp: identical results after a kill; checkpoints resume under any strategy."""
 
 import re
 
@@ -17,18 +17,18 @@ FSDP = [*HARD, "task._target_=mine.task.Fragile", "parallel=fsdp", "parallel.min
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_killed_in_the_middle_it_ends_with_the_same_bits(command, ranks):
+def test_killed_run_ends_with_identical_results(command, ranks):
     arguments = [*FSDP, f"launch.nproc={ranks}"]
-    assert command(*arguments, "name=whole").returncode == 0
-    (command.folder / "a file").touch()  # what Fragile waits for before it dies
+    assert command(*arguments, "name=full").returncode == 0
+    (command.folder / "a file").touch()  # Fragile waits for it before it dies
     killed = command(*arguments, "name=broken", DIE_AT=f"{ranks - 1}:17")
     assert killed.returncode != 0
     done = command(*arguments, "name=broken")
     assert done.returncode == 0, done.stderr
     assert "resuming from step" in done.stdout
     runs = command.folder / "runs"
-    assert differences(str(runs / "whole"), str(runs / "broken")) == []
-    names = {"__name__": "read_checkpoint"}  # the documents' own reader, of sharded tensors
+    assert differences(str(runs / "full"), str(runs / "broken")) == []
+    names = {"__name__": "read_checkpoint"}  # the reader from the documentation
     reader = ROOT / "docs/examples/read_checkpoint.py"
     exec(compile(reader.read_text(), reader.name, "exec"), names)
     _, tensors = names["read"](names["newest"](runs / "broken"))
@@ -45,7 +45,7 @@ PLAIN = [
 
 
 @pytest.mark.slow
-def test_what_it_saved_goes_on_under_ddp_and_alone_and_back(command):
+def test_checkpoint_resumes_under_ddp_and_single_and_back(command):
     """The samples come in the same order, so all end where one process ends, but for rounding.
 
     Two samples to evaluate on: one of three ranks has none, and takes part in the forward.
@@ -64,16 +64,16 @@ def test_what_it_saved_goes_on_under_ddp_and_alone_and_back(command):
         assert done.returncode == 0, done.stderr
     sides = []
     for name in ("alone", "moved"):
-        place = open_location(str(command.folder / "runs" / name))
-        commit = pick(place, "40")
-        sides.append((place.manifest(commit), place.reader(commit)))
-    found = compare.compare(*sides)
-    assert (found.only_first, found.only_second, found.recast) == ([], [], [])
-    far = {change.name: change.relative for change in found.changed if change.relative > 1e-4}
+        location = open_location(str(command.folder / "runs" / name))
+        commit = pick(location, "40")
+        sides.append((location.manifest(commit), location.reader(commit)))
+    result = compare.compare(*sides)
+    assert (result.only_first, result.only_second, result.recast) == ([], [], [])
+    far = {change.name: change.relative for change in result.changed if change.relative > 1e-4}
     assert [name for name in far if not name.startswith("rng.")] == []
 
 
-def test_a_class_that_is_not_there_is_named_before_anything_is_saved(command):
+def test_unknown_block_class_is_reported_before_any_save(command):
     done = command(*FSDP, "name=a", "parallel.blocks=[Linaer]", "launch.nproc=2")
     assert done.returncode == 2
     assert re.search(r"parallel.blocks: no module of the model is a Linaer \(did you", done.stderr)

@@ -1,4 +1,4 @@
-"""One command, one process, local ranks, torchrun on one node and on two: the same training."""
+"""Launch forms: one process, local ranks, torchrun on one node and on two; the same training."""
 
 import socket
 import subprocess
@@ -20,8 +20,8 @@ def free_port():
 
 
 @pytest.mark.slow
-def test_two_ranks_are_the_same_bits_however_they_were_started(command):
-    assert command(*SHORT, "name=ours", "launch.nproc=2").returncode == 0
+def test_two_ranks_give_identical_results_in_every_launch_form(command):
+    assert command(*SHORT, "name=local", "launch.nproc=2").returncode == 0
     one_node = command(
         "--standalone", "--nproc-per-node=2", "-m", "trainer.run", *SHORT, "name=one",
         module="torch.distributed.run",
@@ -44,11 +44,11 @@ def test_two_ranks_are_the_same_bits_however_they_were_started(command):
     outputs = [node.communicate(timeout=240)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     runs = command.folder / "runs"
-    assert differences(str(runs / "ours"), str(runs / "one")) == []
-    assert differences(str(runs / "ours"), str(runs / "two")) == []
+    assert differences(str(runs / "local"), str(runs / "one")) == []
+    assert differences(str(runs / "local"), str(runs / "two")) == []
 
 
-def test_nodes_that_do_not_share_the_run_directory_are_told_so(command, tmp_path):
+def test_nodes_without_a_shared_run_directory_are_rejected(command, tmp_path):
     port = free_port()
     folders = [tmp_path / "node-0", tmp_path / "node-1"]
     nodes = []
@@ -70,18 +70,18 @@ def test_nodes_that_do_not_share_the_run_directory_are_told_so(command, tmp_path
     assert [list(folder.rglob("*.json")) for folder in folders] == [[], []]
 
 
-def test_a_failing_rank_is_shown_once_with_its_traceback_and_takes_the_others_down(command):
+def test_failing_rank_is_reported_once_and_stops_the_others(command):
     failed = command(*SHORT, "name=a", "launch.nproc=3", FAIL_AT="1:5")
     assert failed.returncode == 1
-    shown = failed.stdout + failed.stderr
-    assert shown.count("ZeroDivisionError: a bug in the user's own code") == 1
-    assert shown.count("Traceback") == 1
+    output = failed.stdout + failed.stderr
+    assert output.count("ZeroDivisionError: a bug in the user's own code") == 1
+    assert output.count("Traceback") == 1
     assert "rank 1 failed" in failed.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", ["trainer.freeze=[nothing.*]", "checkpoint.metric=acuracy"])
-def test_a_mistake_that_is_found_after_the_start_has_the_code_of_one(command, mistake):
+def test_config_error_after_the_start_exits_with_2(command, mistake):
     arguments = (*SHORT, "trainer.eval_every_steps=2", mistake)
     codes = [command(*arguments, f"launch.nproc={count}") for count in (1, 2)]
     assert [done.returncode for done in codes] == [2, 2]
@@ -91,13 +91,13 @@ def test_a_mistake_that_is_found_after_the_start_has_the_code_of_one(command, mi
 
 
 @pytest.mark.slow
-def test_output_of_other_ranks_lies_in_the_run_directory(command):
+def test_output_of_other_ranks_is_in_the_run_directory(command):
     assert command(*SHORT, "name=a", "launch.nproc=2").returncode == 0
     logs = sorted(path.name for path in (command.folder / "runs/a/logs").rglob("*.log"))
     assert "stderr.log" in logs
 
 
-def test_a_bug_in_one_process_keeps_its_traceback(command):
+def test_bug_in_one_process_prints_its_traceback(command):
     failed = command(*SHORT, "name=a", FAIL_AT="0:3")
     assert failed.returncode == 1
     assert failed.stderr.count("ZeroDivisionError: a bug in the user's own code") == 1
@@ -105,7 +105,7 @@ def test_a_bug_in_one_process_keeps_its_traceback(command):
 
 
 @pytest.mark.slow
-def test_ranks_with_different_configurations_are_refused(command):
+def test_ranks_with_different_configurations_are_rejected(command):
     port = free_port()
     nodes = [
         subprocess.Popen(

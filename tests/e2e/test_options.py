@@ -1,4 +1,4 @@
-"""Options of a run, all at once: killed in the middle, it ends with the same bits."""
+"""Options of a run, all at once: identical results after a kill."""
 
 import pytest
 from safetensors.torch import load_file
@@ -15,18 +15,18 @@ OPTIONS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_killed_in_the_middle_it_ends_with_the_same_bits(command, strategy):
+def test_killed_run_ends_with_identical_results(command, strategy):
     arguments = [*OPTIONS, "launch.nproc=2", f"parallel={strategy}", "parallel.min_parameters=50"]
-    whole = command(*arguments, "name=whole")
-    assert whole.returncode == 0, whole.stderr
-    assert "weight_decay=0  *.bias" in whole.stdout
-    (command.folder / "a file").touch()  # what Fragile waits for before it dies
+    full = command(*arguments, "name=full")
+    assert full.returncode == 0, full.stderr
+    assert "weight_decay=0  *.bias" in full.stdout
+    (command.folder / "a file").touch()  # Fragile waits for it before it dies
     assert command(*arguments, "name=broken", DIE_AT="1:17").returncode != 0
     done = command(*arguments, "name=broken")
     assert done.returncode == 0, done.stderr
     assert "resuming from step" in done.stdout
     runs = command.folder / "runs"
-    assert differences(str(runs / "whole"), str(runs / "broken")) == []
+    assert differences(str(runs / "full"), str(runs / "broken")) == []
     for weights in ("model", "ema"):
         done = command(
             str(runs / "broken"), f"weights={weights}", f"out={weights}.safetensors",

@@ -1,4 +1,4 @@
-"""A run that profiles itself, and one that needs more memory than there is: here both in one."""
+"""A run that is profiled and then runs out of memory."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ FULL = """
 """
 
 
-def test_a_trace_is_left_and_a_shortage_of_memory_gets_advice_in_numbers(command):
+def test_out_of_memory_writes_the_trace_and_gives_advice(command):
     package = command.folder.parent / "packages" / "mine"
     (package / "full.py").write_text(dedent(FULL))
     done = command(
@@ -33,7 +33,7 @@ def test_a_trace_is_left_and_a_shortage_of_memory_gets_advice_in_numbers(command
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "TrainingError: out of memory on rank 0: " in done.stderr
-    assert "A microbatch is 12 samples now: 12 a rank, trainer.accumulate=1" in done.stderr
+    assert "Microbatch: 12 samples (12 per rank, trainer.accumulate=1)" in done.stderr
     assert "trainer.accumulate=2: microbatches of 6" in done.stderr
     run = command.folder / "runs" / "full"
     assert "profile of steps 2 to 2" in done.stdout

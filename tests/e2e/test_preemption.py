@@ -1,4 +1,4 @@
-"""A plain SIGTERM: save, exit 75; the same command goes on and ends with the same bits."""
+"""SIGTERM: save and exit with 75; the same command continues with identical results."""
 
 import json
 import signal
@@ -34,13 +34,13 @@ def test_sigterm_to_the_command_saves_and_exits_75(command, wait_for, ranks):
     ended = attempt(command.folder / "runs/b", 1)
     assert ended["outcome"] == "preempted"
     assert ended["reason"] == "SIGTERM"
-    kept = list((command.folder / "runs/b/checkpoints").iterdir())
-    assert [folder.name for folder in kept] == [f"step-{ended['last_step']:08d}.0001"]
+    folders = list((command.folder / "runs/b/checkpoints").iterdir())
+    assert [folder.name for folder in folders] == [f"step-{ended['last_step']:08d}.0001"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 1)])
-def test_a_stop_leaves_no_trace_in_the_result(command, ranks, rank):
+def test_preempted_run_ends_with_identical_results(command, ranks, rank):
     arguments = [*FRAGILE, f"launch.nproc={ranks}"]
     assert command(*arguments, "name=a").returncode == 0
     stopped = command(*arguments, "name=b", TERM_AT=f"{rank}:13")
@@ -51,7 +51,7 @@ def test_a_stop_leaves_no_trace_in_the_result(command, ranks, rank):
 
 
 @pytest.mark.slow
-def test_under_torchrun_a_preempted_rank_exits_0_so_that_the_agent_does_not_restart_it(command):
+def test_preempted_rank_under_torchrun_exits_with_0(command):
     launcher = ["--standalone", "--nproc-per-node=2", "--max-restarts=3", "-m", "trainer.run"]
     stopped = command(*launcher, *FRAGILE, "name=a", module="torch.distributed.run", TERM_AT="1:13")
     assert stopped.returncode == 0, stopped.stderr
@@ -60,7 +60,7 @@ def test_under_torchrun_a_preempted_rank_exits_0_so_that_the_agent_does_not_rest
 
 
 @pytest.mark.slow
-def test_when_the_launcher_is_killed_its_ranks_die_too_and_the_run_goes_on(command, wait_for):
+def test_killed_launcher_ends_its_ranks_and_the_run_can_resume(command, wait_for):
     arguments = [*FRAGILE, "launch.nproc=2", "name=a"]
     process = command.start(*arguments, "trainer.max_epochs=4000")
     metrics = command.folder / "runs/a/metrics.jsonl"
@@ -74,7 +74,7 @@ def test_when_the_launcher_is_killed_its_ranks_die_too_and_the_run_goes_on(comma
 
 
 def ends(pid):
-    """Wait for a process of somebody else's to be gone, for a bounded time."""
+    """Wait until another process has ended, for a bounded time."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:

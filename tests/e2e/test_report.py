@@ -82,9 +82,9 @@ def fails(*arguments, **settings):
 
 
 @pytest.mark.parametrize(("write", "text"), [
-    (None, "NO REPORT: ConfigError: "),
-    (fails, "NO REPORT: ZeroDivisionError: a bug"),
-    (hangs, "NO REPORT: not written within"),
+    (None, "warning: no report: ConfigError: "),
+    (fails, "warning: no report: ZeroDivisionError: a bug"),
+    (hangs, "warning: no report: not written within"),
 ])  # fmt: skip
 def test_report_failure_is_logged_and_changes_nothing(tmp_path, capsys, monkeypatch, write, text):
     if write is not None:

@@ -1,4 +1,4 @@
-"""Signals at every moment, in every launch form: exit code 75, and no trace in the result."""
+"""Signals at every moment, in every launch form: exit code 75 and an identical result."""
 
 import json
 import signal
@@ -19,12 +19,12 @@ STUCK = [
     "trainer.max_epochs=3", "trainer.global_batch_size=12", "launch.threads=1",
     "trainer.data_workers=1", "checkpoint.every_steps=2",
 ]  # fmt: skip
-FORMS = {"single": 1, "ours": 2, "torchrun": 2}
+FORMS = {"single": 1, "launcher": 2, "torchrun": 2}
 MOMENTS = ("SIGNAL_IN_BUILD", "SIGNAL_IN_STEP", "SIGNAL_IN_EVALUATION", "SIGNAL_IN_SAVE")
 
 
 def launched(form: str, *arguments: str) -> tuple[str, list[str]]:
-    """Return module and arguments of a launch form."""
+    """Return the module and arguments of a launch form."""
     if form != "torchrun":
         return "trainer.run", [*arguments, f"launch.nproc={FORMS[form]}"]
     agent = ["--standalone", "--nproc-per-node=2", "--max-restarts=2",
@@ -33,10 +33,10 @@ def launched(form: str, *arguments: str) -> tuple[str, list[str]]:
 
 
 def code_of(command, done) -> int:
-    """Return the outcome: what was left for a batch script, which has to agree."""
-    left = int((command.folder / "outcome").read_text())
-    assert done.returncode in (left, 0)  # torchrun has its own codes
-    return left
+    """Return the exit code in the outcome file, which must agree with the process's."""
+    code = int((command.folder / "outcome").read_text())
+    assert done.returncode in (code, 0)  # torchrun has its own codes
+    return code
 
 
 def run(command, form, *arguments, **env):
@@ -60,7 +60,7 @@ def same(command, one, other):
     "SIGTERM", *(pytest.param(other, marks=pytest.mark.slow)
                  for other in ("SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP")),
 ])  # fmt: skip
-def test_each_signal_saves_and_leaves_with_75(command, name):
+def test_signal_saves_and_exits_with_75(command, name):
     code, done = run(command, "single", *FRAGILE, "name=a", SIGNAL_IN_STEP=name)
     assert code == done.returncode == 75
     assert f"Stopped by {name} at step 9; newest checkpoint: step 9." in done.stdout
@@ -69,12 +69,10 @@ def test_each_signal_saves_and_leaves_with_75(command, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "moments"), [
-    ("single", MOMENTS), ("ours", MOMENTS[::2]), ("torchrun", MOMENTS[1::2]),
+    ("single", MOMENTS), ("launcher", MOMENTS[::2]), ("torchrun", MOMENTS[1::2]),
 ])  # fmt: skip
-def test_at_any_moment_a_signal_stops_the_run_and_leaves_no_trace_in_the_result(
-    command, form, moments
-):
-    assert run(command, form, *FRAGILE, "name=whole")[0] == 0
+def test_signal_at_any_moment_leaves_the_result_unchanged(command, form, moments):
+    assert run(command, form, *FRAGILE, "name=full")[0] == 0
     for number, moment in enumerate(moments):
         name = ("SIGTERM", "SIGUSR2")[number % 2]
         code, done = run(command, form, *FRAGILE, f"name={moment}", **{moment: name})
@@ -84,30 +82,30 @@ def test_at_any_moment_a_signal_stops_the_run_and_leaves_no_trace_in_the_result(
         if moment == "SIGNAL_IN_BUILD":
             assert stopped["last_step"] == 0
         assert run(command, form, *FRAGILE, f"name={moment}")[0] == 0
-        assert same(command, "whole", moment), moment
+        assert same(command, "full", moment), moment
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
-def test_a_signal_while_the_data_does_not_come_stops_the_run(command, wait_for, form):
-    assert run(command, form, *STUCK, "name=whole")[0] == 0
+def test_signal_while_waiting_for_data_stops_the_run(command, wait_for, form):
+    assert run(command, form, *STUCK, "name=full")[0] == 0
     module, started = launched(form, *STUCK, "name=a")
     outcome = str(command.folder / "outcome")
     process = command.start(*started, module=module, STUCK_AFTER="40", PERDURE_OUTCOME=outcome)
     wait_for((command.folder / "stuck").exists, process)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)  # nobody removes the file
+    out, err = process.communicate(timeout=120)  # the file is never removed
     assert (command.folder / "outcome").read_text() == "75", (out, err)
     assert form == "torchrun" or "Traceback" not in err  # torchrun shows its own
     assert (command.folder / "stuck").exists()
     assert record(command, "a", 1)["outcome"] == "preempted"
     (command.folder / "stuck").unlink()
     assert run(command, form, *STUCK, "name=a")[0] == 0
-    assert same(command, "whole", "a")
+    assert same(command, "full", "a")
 
 
 @pytest.mark.slow
-def test_random_samples_are_the_same_with_any_number_of_workers(command):
+def test_random_samples_do_not_depend_on_the_number_of_workers(command):
     for workers in (0, 1, 2):
         code, _ = run(command, "single", *STUCK, f"trainer.data_workers={workers}",
                       f"name=w{workers}")  # fmt: skip
@@ -117,20 +115,20 @@ def test_random_samples_are_the_same_with_any_number_of_workers(command):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["ours", "torchrun"])
-def test_a_killed_rank_brings_a_restart_with_the_same_bits(command, form):
-    assert run(command, form, *FRAGILE, "name=whole")[0] == 0
+@pytest.mark.parametrize("form", ["launcher", "torchrun"])
+def test_killed_rank_restarts_with_identical_results(command, form):
+    assert run(command, form, *FRAGILE, "name=full")[0] == 0
     module, started = launched(form, *FRAGILE, "name=a")
-    if form == "ours":
+    if form == "launcher":
         started.append("launch.max_restarts=1")
     done = command(*started, module=module, DIE_AT="1:13")
     assert done.returncode == 0, done.stderr
     assert record(command, "a", 2)["elastic_restart"] == "1"
     assert record(command, "a", 2)["outcome"] == "done"
-    assert same(command, "whole", "a")
+    assert same(command, "full", "a")
 
 
-def test_a_killed_rank_without_restarts_ends_with_75(command):
+def test_killed_rank_without_restarts_exits_with_75(command):
     done = command(*FRAGILE, "name=a", "launch.nproc=2", DIE_AT="1:3")
     assert done.returncode == 75
     assert "rank 1 (process" in done.stderr
@@ -138,21 +136,21 @@ def test_a_killed_rank_without_restarts_ends_with_75(command):
 
 
 @pytest.mark.slow
-def test_a_run_that_dies_again_and_again_is_not_started_any_more(command):
+def test_crash_loop_exits_with_76(command):
     arguments = [*FRAGILE, "name=a", "checkpoint.every_steps=null"]
     for _ in range(3):
         assert command(*arguments, FAIL_AT="0:2").returncode == 1
-    refused = command(*arguments)
-    assert refused.returncode == 76
-    assert "the last 3 attempts of runs/a died, and none of them saved anything" in refused.stderr
-    assert refused.stderr.count("ZeroDivisionError: a bug in the user's own code") == 3
-    assert "Traceback" not in refused.stderr
+    rejected = command(*arguments)
+    assert rejected.returncode == 76
+    assert "the last 3 attempts of runs/a died, and none of them saved anything" in rejected.stderr
+    assert rejected.stderr.count("ZeroDivisionError: a bug in the user's own code") == 3
+    assert "Traceback" not in rejected.stderr
     assert not (command.folder / "runs/a/attempts/0004.json").exists()
     assert command(*arguments, "launch.max_attempts_without_progress=0").returncode == 0
 
 
 @pytest.mark.slow
-def test_a_rank_that_stands_still_is_named_and_the_job_leaves_with_75(command):
+def test_stalled_rank_is_named_and_exits_with_75(command):
     done = command(*FRAGILE, "name=a", "launch.nproc=2", "launch.watchdog_s=15", PAUSE_AT="1:13")
     assert done.returncode == 75, done.stderr
     assert "no step for 15 s (launch.watchdog_s). Behind: rank 1 (process" in done.stderr
@@ -165,7 +163,7 @@ def test_a_rank_that_stands_still_is_named_and_the_job_leaves_with_75(command):
 
 
 @pytest.mark.slow
-def test_after_its_time_a_run_leaves_with_75(command):
+def test_max_time_exits_with_75(command):
     stopped = command(*FRAGILE, "name=a", "trainer.max_epochs=4000", "trainer.max_time=30")
     assert stopped.returncode == 75
     assert "Stopped by deadline at step" in stopped.stdout
@@ -173,15 +171,15 @@ def test_after_its_time_a_run_leaves_with_75(command):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_time_that_is_over_before_the_first_step_is_a_mistake(command, ranks):
-    refused = command(*FRAGILE, "name=a", "trainer.max_time=0.001", f"launch.nproc={ranks}")
-    assert refused.returncode == 2
-    assert "max_time=0.001 was over before a step was taken" in refused.stderr
-    assert "Traceback" not in refused.stderr
+def test_max_time_before_the_first_step_is_a_config_error(command, ranks):
+    rejected = command(*FRAGILE, "name=a", "trainer.max_time=0.001", f"launch.nproc={ranks}")
+    assert rejected.returncode == 2
+    assert "max_time=0.001 ended before the first step" in rejected.stderr
+    assert "Traceback" not in rejected.stderr
 
 
 @pytest.mark.slow
-def test_a_save_that_cannot_be_done_in_the_grace_time_is_not_begun(command):
+def test_save_longer_than_the_grace_time_is_not_started(command):
     arguments = [*FRAGILE, "name=a", "preemption.grace_s=1.0"]
     code, done = run(command, "single", *arguments, SIGNAL_IN_STEP="SIGTERM", STEP_S="0.1")
     assert code == 75
@@ -196,7 +194,7 @@ def losses(command, name):
 
 
 @pytest.mark.slow
-def test_other_numbers_of_ranks_take_the_same_samples_and_learn_the_same(command):
+def test_number_of_ranks_changes_neither_samples_nor_losses(command):
     plain = [
         "data=synthetic", "sample.shape=[1,8,8]", "data.train_samples=240", "model=mlp",
         "trainer.global_batch_size=12", "trainer.log_every_steps=1", "launch.threads=1",
@@ -208,11 +206,11 @@ def test_other_numbers_of_ranks_take_the_same_samples_and_learn_the_same(command
         assert last.returncode == 0, last.stderr
     one, many = (losses(command, name) for name in ("one", "many"))
     assert [step for step, _ in one] == [step for step, _ in many] == list(range(1, 41))
-    for (_, expected), (_, found) in zip(one, many, strict=True):
-        assert found == pytest.approx(expected, rel=1e-4)
+    for (_, expected), (_, loss) in zip(one, many, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-4)
 
 
-def test_sizes_that_do_not_fit_are_refused_with_those_that_do(command):
+def test_indivisible_batch_size_is_rejected_with_valid_sizes(command):
     done = subprocess.run(
         [sys.executable, "-m", "trainer.run", *HARD, "name=a", "launch.nproc=5", "--check"],
         cwd=command.folder, env=command.env, capture_output=True, text=True,

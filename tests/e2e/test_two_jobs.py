@@ -1,4 +1,4 @@
-"""Two live jobs on one run: the newest attempt owns it, the older one is told and stops with 76."""
+"""Two live jobs on one run: the newest attempt owns it, the older one exits with 76."""
 
 import json
 import re
@@ -17,13 +17,13 @@ def steps_of(run):
 
 
 @pytest.mark.slow
-def test_the_older_job_is_told_and_stops_and_the_result_is_the_undisturbed_runs(command, wait_for):
+def test_older_job_exits_with_76_and_the_result_is_unchanged(command, wait_for):
     assert command(*ARGUMENTS, "name=a").returncode == 0
     run = command.folder / "runs/b"
     older = command.start(*ARGUMENTS, "name=b", PAUSE_AT="0:17")
     paused = command.folder / "paused"
     wait_for(paused.exists, older)
-    before = committed(run)  # a save may still be under way beside the pause
+    before = committed(run)  # a save may still be running during the pause
     newer = command(*ARGUMENTS, "name=b")
     assert newer.returncode == 0, newer.stderr
     resumed_from = re.search(r"resuming from step (\d+);", newer.stdout)
@@ -37,4 +37,4 @@ def test_the_older_job_is_told_and_stops_and_the_result_is_the_undisturbed_runs(
     assert "Traceback" not in err
     assert differences(str(command.folder / "runs/a"), str(run)) == []
     assert steps_of(run) == list(range(1, 41))
-    assert command(*ARGUMENTS, "name=b").returncode == 0  # finished, and says so
+    assert command(*ARGUMENTS, "name=b").returncode == 0  # already finished

@@ -1,4 +1,4 @@
-"""From other programs' weights through a run and out again: not a bit changes."""
+"""Weights from other programs pass through a run unchanged, bit for bit."""
 
 import pytest
 import torch
@@ -27,9 +27,9 @@ def make(kind, folder):
 
 
 @pytest.mark.parametrize("kind", ["torch.save", pytest.param("dcp", marks=pytest.mark.slow)])
-def test_weights_of_others_go_through_a_run_unchanged(command, kind):
-    given = make(kind, command.folder)
-    done = command(*SMALL, "name=first", f"init.weights={given}")
+def test_imported_weights_are_exported_unchanged(command, kind):
+    weights = make(kind, command.folder)
+    done = command(*SMALL, "name=first", f"init.weights={weights}")
     assert done.returncode == 0, done.stderr
     again = command(*SMALL, "name=second", "init.weights=runs/first", "seed=3")
     assert again.returncode == 0, again.stderr
@@ -40,15 +40,15 @@ def test_weights_of_others_go_through_a_run_unchanged(command, kind):
     assert all(torch.equal(weights[name], value) for name, value in an_mlp().items())
 
 
-def test_weights_that_do_not_fit_are_one_message_and_exit_code_2(command):
-    given = make("torch.save", command.folder)
-    wrong = command(*SMALL, "model.hidden=[7]", f"init.weights={given}")
+def test_weights_that_do_not_fit_exit_with_2_and_one_message(command):
+    weights = make("torch.save", command.folder)
+    wrong = command(*SMALL, "model.hidden=[7]", f"init.weights={weights}")
     assert wrong.returncode == 2
-    assert f"init.weights={given} does not fit this model" in wrong.stderr
+    assert f"init.weights={weights} does not fit this model" in wrong.stderr
     assert "layers.1.weight  shape [6, 64] there, [7, 64] in the model" in wrong.stderr
     assert "Traceback" not in wrong.stderr
     fits = command(
-        *SMALL, "model.hidden=[7]", f"init.weights={given}", "init.strict=false",
+        *SMALL, "model.hidden=[7]", f"init.weights={weights}", "init.strict=false",
         "init.rename={layers.*.bias:layers.*.bias}", "init.skip=[layers.1.*]",
     )  # fmt: skip
     assert fits.returncode == 0, fits.stderr

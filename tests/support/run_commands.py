@@ -92,6 +92,11 @@ USER_PACKAGE = {
                 self.flushes += 1
                 if self.flushes == 2 and "SIGNAL_IN_SAVE" in os.environ:
                     signal_self("SIGNAL_IN_SAVE")
+
+
+        class Broken(Silent):
+            def __init__(self):
+                raise RuntimeError("no connection to the server")
     """,
     "nets.py": """
         from torch import nn

@@ -20,7 +20,7 @@ from trainer.core import rng
 from trainer.core.intervals import Every
 from trainer.data.source import Datasets, EvalStream, TrainStream
 from trainer.data.streams import Streamed, is_stream
-from trainer.errors import ConfigError, DataError, Problem, closest
+from trainer.errors import ConfigError, DataError, PerdureError, Problem, closest
 from trainer.monitoring import flops
 from trainer.protocols import Batch, DataSource, Task, Tracker
 from trainer.storage import local_path
@@ -222,11 +222,26 @@ def build_tracker(run: Run, world: World) -> Tracker:
 
     Errors of a tracker do not stop the training, except those of `metrics.jsonl`, which is part
     of the run.
+
+    Raises:
+        ConfigError: a tracker cannot be created.
     """
     if world.rank != 0:
         return Silent()
-    trackers = {name: targets.make(node, f"tracker.{name}") for name, node in run.tracker.items()}
-    return Several([Jsonl(), *(Guarded(name, tracker) for name, tracker in trackers.items())])
+    trackers = [Guarded(name, _make_tracker(name, node)) for name, node in run.tracker.items()]
+    return Several([Jsonl(), *trackers])
+
+
+def _make_tracker(name: str, node: Mapping[str, Any]) -> Any:
+    try:
+        return targets.make(node, f"tracker.{name}")
+    except PerdureError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"tracker.{name}: cannot create {node['_target_']}: {type(error).__name__}: {error}. "
+            f"Fix its arguments, or remove it with ~tracker.{name}"
+        ) from error
 
 
 def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> Job:

@@ -84,9 +84,9 @@ def rejection_text(run_dir: str, step: int, differences: Sequence[Difference]) -
             f"cannot continue {run_dir} from step {step:,} with these changes:",
             *(f"  {difference}" for difference in differences if difference.prevents_resume),
             "Undo them to continue this run, or start a new one:",
-            "  name=…                        from scratch",
-            f"  name=… resume={run_dir}   from its full state",
-            "  name=… init.weights=<file>    from its weights only; export them with",
-            f"    python -m trainer.export {run_dir} format=safetensors",
+            "  from scratch           name=…",
+            f"  from its full state    name=… resume={run_dir}",
+            "  from its weights only  name=… init.weights=<file>, exported with",
+            f"                         python -m trainer.export {run_dir} format=safetensors",
         ]
     )

@@ -1,4 +1,4 @@
-"""Terminal output of a run: the banner before the first step and the table after the last."""
+"""Terminal output of a run: banner, resume lines, and the table at the end."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +12,7 @@ from trainer.errors import RUN_AGAIN
 from trainer.monitoring import memory
 from trainer.monitoring.timing import Timing, Totals
 from trainer.training.job import Job
+from trainer.training.resume import Start
 
 
 def row(label: str, text: str) -> str:
@@ -90,6 +91,46 @@ def _retention(run: Run) -> str:
         *([f"every {settings.keep_every_steps:,} steps"] if settings.keep_every_steps else []),
     ]
     return ", ".join(kinds)
+
+
+def resume_lines(
+    job: Job,
+    start: Start,
+    state: State,
+    record: Mapping[str, Any],
+    earlier: Mapping[str, Any],
+    *,
+    mirror: str | None,
+) -> list[str]:
+    """Return lines about the checkpoint that an attempt starts from.
+
+    Args:
+        job: the job.
+        start: the checkpoint.
+        state: the state restored from it.
+        record: the attempt's record.
+        earlier: record of the attempt that saved the checkpoint.
+        mirror: URL of the mirror, if the checkpoint is read from there.
+    """
+    lines = [*(f"warning: skipped checkpoint: {text}" for text in start.skipped), *start.notes]
+    if start.manifest is None or start.commit is None:
+        return lines
+    remaining = pluralize(job.max_steps - state.step, "step")
+    verb = f"forking {start.urls[0]}/{start.commit.folder}" if start.is_fork else "resuming"
+    source = f" of {mirror}" if mirror else ""
+    lines.append(f"{verb} from step {state.step:,}{source}; {remaining} left")
+    lines += filter(None, [job.data.rereads(state.cursor)])
+    if start.differences:
+        lines.append("changed settings:")
+        lines += [f"  {difference}" for difference in start.differences]
+    changes = [
+        f"{key} {earlier.get(key)} -> {record[key]}"
+        for key in ("world_size", "threads", "device", "versions")
+        if earlier.get(key) != record[key]
+    ]
+    if changes:
+        lines.append(f"not bit-exact from here on, because of {'; '.join(changes)}")
+    return lines
 
 
 def end_lines(totals: Totals) -> list[str]:

@@ -1,15 +1,17 @@
-"""Where a run goes on from, and whether this configuration may go on from there. Reads only."""
+"""Selection and loading of the checkpoint that an attempt starts from."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from trainer import checkpoint
-from trainer.checkpoint import select
-from trainer.checkpoint.lineage import Commit
+from trainer.checkpoint import DamagedError, lineage, select
+from trainer.checkpoint.lineage import Attempt, Commit
 from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.reader import MissingError
 from trainer.checkpoint.replicas import Replicas, Survey
 from trainer.checkpoint.select import Selection
 from trainer.config.schema import Init, ObjectStore, Run
@@ -24,24 +26,24 @@ from trainer.training.job import Job
 
 @dataclass(frozen=True)
 class Start:
-    """Where an attempt starts from."""
+    """The checkpoint that an attempt starts from, or none."""
 
     urls: tuple[str, ...] = ()
-    """Where its bytes are looked for, in this order."""
+    """Stores to read it from, in this order."""
     commit: Commit | None = None
     manifest: Manifest | None = None
     """None: from scratch."""
     is_fork: bool = False
-    """The checkpoint belongs to another run."""
+    """True if the checkpoint belongs to another run."""
     is_named: bool = False
-    """It was asked for by its step or as `best`, so no other one will do."""
+    """True if it was requested by its step or as `best`, so that no other replaces it."""
     is_copied: bool = True
-    """The mirror has it, if there is a mirror."""
+    """False if the run's mirror does not have it."""
     differences: tuple[Difference, ...] = ()
     skipped: tuple[str, ...] = ()
-    """Newer checkpoints that were passed over, and why."""
-    filled: tuple[str, ...] = ()
-    """What there is to say of the weights that a run begins with."""
+    """Errors of newer checkpoints, which are damaged."""
+    notes: tuple[str, ...] = ()
+    """Lines about the initial weights."""
 
     def differs(self, *keys: str) -> bool:
         """Return whether a setting with one of these keys, or below one, differs."""
@@ -56,7 +58,7 @@ class Start:
 
     @property
     def step(self) -> int:
-        """The step to go on from; 0 from scratch."""
+        """Step of the checkpoint; 0 from scratch."""
         return self.manifest.step if self.manifest else 0
 
     @property
@@ -64,9 +66,15 @@ class Start:
         """Complete epochs at that step."""
         return self.manifest.epoch if self.manifest else 0
 
+    def is_in_run(self, replicas: Replicas) -> bool:
+        """Return whether the run's own store has the checkpoint."""
+        if self.is_fork or self.commit is None or self.urls[0] != replicas.run.url:
+            return False
+        return self.commit.manifest_key in replicas.run.list(self.commit.folder)
+
 
 def open_replicas(run: Run) -> Replicas:
-    """Open the run's store, and its mirror, if it has one."""
+    """Open the run's store, and its mirror if any."""
     mirror = run.checkpoint.mirror
     return Replicas(
         open_store(run.run_dir, run.store), open_store(mirror, run.store) if mirror else None
@@ -81,21 +89,21 @@ def choose(
     attempt: int | None = None,
     damaged: Collection[tuple[Commit, tuple[str, ...]]] = (),
 ) -> Start:
-    """Decide where to start. Rank 0 only.
+    """Select the checkpoint to start from. Rank 0 only; reads only.
+
+    A step, `best` or `never` is honoured once: if the same command runs again, as after a
+    preemption, the run continues from its newest checkpoint.
 
     Args:
-        replicas: the run's own stores.
-        run: the configuration; `run.resume` says what is wanted.
-        config: the configuration as it would be stored.
-        attempt: the number of the attempt that asks, where it has one already.
-        damaged: checkpoints that were found damaged while loading, and where they were read from.
-
-    A step, `best` or `never` is honoured once: when the same command runs again, as it does after
-    a preemption, the run goes on from its newest checkpoint.
+        replicas: the run's stores.
+        run: the configuration, with the request in `run.resume`.
+        config: the configuration as stored in checkpoints.
+        attempt: number of the present attempt; None before it begins.
+        damaged: checkpoints that failed to load, with the stores they were read from.
 
     Raises:
-        ConfigError: this configuration cannot go on with this run, or `resume` names nothing.
-        CheckpointError: checkpoints exist and none of them is whole.
+        ConfigError: this configuration cannot continue the run, or `resume` matches nothing.
+        CheckpointError: checkpoints exist, and all are damaged.
     """
     survey = replicas.survey()
     commits = survey.commits
@@ -106,11 +114,11 @@ def choose(
         if commits and not honoured:
             raise ConfigError(
                 f"resume=never, but {run.run_dir} has checkpoints up to step "
-                f"{commits[-1].step:,}. Choose another name=…, or delete that directory yourself"
+                f"{commits[-1].step:,}. Start a new run with name=…, or delete that directory"
             )
         request = "auto"
-    wants_step = request.isdecimal() or request == "best"
-    if wants_step and not (honoured and commits):
+    is_named = request.isdecimal() or request == "best"
+    if is_named and not (honoured and commits):
         commit = _named(survey, request, run)
         start = replace(_newest(survey, run, damaged, [commit]), is_named=True)
     elif survey.with_damaged:
@@ -122,8 +130,8 @@ def choose(
     assert start.manifest is not None  # noqa: S101 (for the type checker)
     if contents.RUN not in start.manifest.objects:
         raise ConfigError(
-            f"resume={run.resume}: that checkpoint was not written by a run but by another loop; "
-            f"begin from its weights alone: init.weights={run.resume}"
+            f"resume={run.resume}: that checkpoint was saved by another loop and has no run state; "
+            f"start from its weights only: init.weights={run.resume}"
         )
     differences = compare(start.manifest.config, config)
     if not start.is_fork and any(d.prevents_resume for d in differences):
@@ -131,9 +139,8 @@ def choose(
     other_optimizer = next((d for d in differences if d.key == "optimizer._target_"), None)
     if other_optimizer is not None:
         raise ConfigError(
-            f"resume={run.resume}: {other_optimizer}; one optimizer cannot go on with the state of "
-            "another. Begin from the weights alone: init.weights=<file>, exported with python -m "
-            "trainer.export"
+            f"resume={run.resume}: {other_optimizer}; the saved optimizer state does not fit. "
+            "Start from the weights only: init.weights=<file>, exported by python -m trainer.export"
         )
     return replace(start, differences=differences)
 
@@ -187,7 +194,7 @@ def _fork(request: str, settings: ObjectStore) -> Start:
 
 
 def finished(run: Run, start: Start) -> bool:
-    """Return whether the checkpoint is the end that `run` asks for, evaluated and copied."""
+    """Return whether the checkpoint is the end of the run, evaluated and copied to the mirror."""
     if start.manifest is None or start.is_fork or not start.is_copied:
         return False
     limits = run.trainer
@@ -216,23 +223,77 @@ def load(
     return contents.restore(job, start, start.manifest, reader)
 
 
+def load_intact(
+    run: Run, stored: Mapping[str, Any], job: Job, replicas: Replicas, attempt: Attempt
+) -> tuple[Start, State]:
+    """Load the newest checkpoint that is intact on every rank; mark damaged ones. Collective.
+
+    Selects after the attempt is recorded: from then on no earlier one commits or prunes.
+    """
+    world = job.world
+    damaged: list[tuple[Commit, tuple[str, ...]]] = []
+    while True:
+        start = world.run_on_rank0(
+            lambda: choose(replicas, run, stored, attempt=attempt.number, damaged=damaged)
+        )
+        try:
+            state = world.run_on_all(partial(load, job, start, run.store))
+        except DamagedError as error:
+            is_last = len(start.urls) == 1
+            if start.is_fork or start.commit is None or (start.is_named and is_last):
+                world.run_on_rank0(partial(_raise_damaged, run, start, error))
+            else:
+                damaged.append((start.commit, start.urls))
+                world.run_on_rank0(partial(_mark_damaged, replicas, start, start.commit, error))
+            continue
+        if start.manifest is None and run.init.weights:
+            warn = job.tracker.message  # silent on other ranks
+            fill = partial(load_weights, job.model, run.init, run.store, warn=warn)
+            start = world.run_on_all(fill)
+            if job.ema is not None:
+                job.ema.restart()
+        return start, state
+
+
+def _mark_damaged(replicas: Replicas, start: Start, commit: Commit, error: DamagedError) -> None:
+    """Mark the checkpoint in the store it was read from, unless other nodes may have the file."""
+    store = next(store for store in replicas.stores if store.url == start.urls[0])
+    may_be_elsewhere = isinstance(error, MissingError) and replicas.mirror is not None
+    if not may_be_elsewhere and commit.manifest_key in store.list(commit.folder):
+        lineage.mark_damaged(store, commit, str(error))
+    kind = "incomplete" if may_be_elsewhere else "damaged"
+    others = "its copy or " if len(start.urls) > 1 else ""
+    print(f"warning: {kind} checkpoint: {error}. Trying {others}an older one.", flush=True)
+
+
+def _raise_damaged(run: Run, start: Start, error: DamagedError) -> None:
+    commits = lineage.commits(open_store(start.urls[0], run.store))
+    older = [f"{commit.step:,}" for commit in reversed(commits) if commit.step < start.step]
+    if not older:
+        raise DamagedError(f"{error}. No older checkpoint exists")
+    raise DamagedError(
+        f"{error}. Older checkpoints: steps {', '.join(older)}. Resume from one with "
+        f"resume={older[0]}"
+    )
+
+
 def load_weights(
     model: torch.nn.Module,
-    wanted: Init,
+    init: Init,
     settings: ObjectStore = ObjectStore(),  # noqa: B008 (frozen)
     *,
     warn: Callable[[str], None] = print,
 ) -> Start:
-    """Fill the model with weights alone, as `init` says. Any rank, no collectives.
+    """Load weights into the model, as `init` states. Any rank, no collectives.
 
     Returns:
-        A start from scratch, with what there is to say of the weights.
+        A start from scratch, with lines about the weights.
 
     Raises:
-        ConfigError: there are none, or they do not fit.
-        CheckpointError: they are damaged, or in a file that is not read.
+        ConfigError: no such weights, or they do not fit.
+        CheckpointError: the weights are damaged or in an unsupported format.
     """
-    from trainer.importing import weights  # with everything that knows other formats
+    from trainer.importing import weights  # slow to import: all other formats
 
-    loaded = weights.load(model, wanted, settings, warn=warn)
-    return Start(skipped=tuple(loaded.skipped), filled=tuple(loaded.lines))
+    loaded = weights.load(model, init, settings, warn=warn)
+    return Start(skipped=tuple(loaded.skipped), notes=tuple(loaded.lines))

@@ -570,3 +570,17 @@ def test_build_job_accepts_a_user_module(package):
     job = make_job(a_run(model=model))
     assert isinstance(job.model, nn.Module)
     assert job.phases[0].wrapped is job.model  # one rank needs no wrapper
+
+
+def test_build_tracker_constructor_failure_is_a_config_error(package, tmp_path):
+    write_package(tmp_path / package, {
+        "broken.py": """
+            class Broken:
+                def __init__(self):
+                    raise RuntimeError("no connection")
+        """
+    })  # fmt: skip
+    run = a_run(tracker={"mine": {"_target_": f"{package}.broken.Broken"}})
+    text = rf"tracker\.mine: cannot create {package}\.broken\.Broken: RuntimeError: no connection"
+    with pytest.raises(ConfigError, match=text):
+        build.build_tracker(run, World())

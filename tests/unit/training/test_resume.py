@@ -1,4 +1,4 @@
-"""Where a run goes on from: what differs, what refuses, what was asked for and what is there."""
+"""Selection of the checkpoint to start from, and its errors."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ class ARun:
         self.store = open_store(str(folder))
 
     def attempt(self, steps, *, resumed=(0, None), resume="auto", config=CONFIG, accuracy=None):
-        """Be an attempt that resumed somewhere and saved `steps`."""
+        """Record an attempt that resumed from `resumed` and saved `steps`."""
         attempt = lineage.begin(self.store, {"resume": resume})
         origin = {"step": resumed[0], "attempt": resumed[1]}
         lineage.amend(self.store, attempt, {"resumed_from": origin})
@@ -44,15 +44,15 @@ class ARun:
         return attempt
 
     def choose(self, resume="auto", config=CONFIG, **run):
-        wanted = Run(
+        run_config = Run(
             name="a", run_dir=str(self.folder), resume=resume,
             **{"checkpoint": Checkpoint(metric="accuracy"), **run},
         )  # fmt: skip
-        return choose(Replicas(self.store), wanted, config)
+        return choose(Replicas(self.store), run_config, config)
 
     def manifest(self, step):
-        (found,) = self.folder.glob(f"checkpoints/step-{step:08d}.*/manifest.json")
-        return found
+        (manifest,) = self.folder.glob(f"checkpoints/step-{step:08d}.*/manifest.json")
+        return manifest
 
 
 @pytest.fixture
@@ -60,26 +60,26 @@ def run(tmp_path):
     return ARun(tmp_path / "run")
 
 
-def test_a_run_without_checkpoints_starts_from_scratch(run):
+def test_choose_without_checkpoints_starts_from_scratch(run):
     assert run.choose() == run.choose("never") == Start()
     assert Start().step == 0
     assert not run.folder.exists()
 
 
-def test_auto_goes_on_from_the_newest(run):
+def test_choose_auto_returns_the_newest(run):
     run.attempt([5, 10, 15])
     start = run.choose()
     assert (start.step, start.is_fork, start.is_named, start.skipped) == (15, False, False, ())
     assert start.manifest.step == 15
 
 
-def test_auto_ignores_what_a_later_attempt_left_behind(run):
+def test_choose_auto_ignores_orphaned_checkpoints(run):
     run.attempt([5, 10, 15])
     run.attempt([], resumed=(10, 1))
     assert run.choose().step == 10
 
 
-def test_auto_passes_over_a_damaged_manifest_and_says_so(run):
+def test_choose_auto_skips_a_damaged_manifest_and_reports_it(run):
     run.attempt([5, 10])
     run.manifest(10).write_bytes(run.manifest(10).read_bytes().replace(b'"epoch":1', b'"epoch":2'))
     start = run.choose()
@@ -88,16 +88,16 @@ def test_auto_passes_over_a_damaged_manifest_and_says_so(run):
     assert "step-00000010" in start.skipped[0]
 
 
-def test_checkpoints_that_were_found_damaged_are_passed_over(run):
+def test_choose_skips_checkpoints_passed_as_damaged(run):
     run.attempt([5, 10])
     commits = [(commit, (run.store.url,)) for commit in lineage.commits(run.store)]
-    wanted = Run(name="a", run_dir=str(run.folder))
-    assert choose(Replicas(run.store), wanted, CONFIG, damaged=[commits[-1]]).step == 5
+    run_config = Run(name="a", run_dir=str(run.folder))
+    assert choose(Replicas(run.store), run_config, CONFIG, damaged=[commits[-1]]).step == 5
     with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
-        choose(Replicas(run.store), wanted, CONFIG, damaged=commits)
+        choose(Replicas(run.store), run_config, CONFIG, damaged=commits)
 
 
-def test_when_all_are_marked_damaged_the_run_is_not_begun_anew(run):
+def test_choose_all_damaged_raises_instead_of_starting_over(run):
     run.attempt([5])
     lineage.mark_damaged(run.store, lineage.commits(run.store)[0], "a test")
     for request in ("auto", "never"):
@@ -105,38 +105,40 @@ def test_when_all_are_marked_damaged_the_run_is_not_begun_anew(run):
             run.choose(request)
 
 
-def test_never_is_refused_where_there_are_checkpoints(run):
+def test_choose_never_with_checkpoints_raises(run):
     run.attempt([5, 10])
-    with pytest.raises(ConfigError, match=r"has checkpoints up to step 10. Choose another name="):
+    with pytest.raises(
+        ConfigError, match=r"has checkpoints up to step 10. Start a new run with name="
+    ):
         run.choose("never")
 
 
-def test_a_step_is_found_by_its_number(run):
+def test_choose_step_returns_that_checkpoint(run):
     run.attempt([5, 10, 15])
     start = run.choose("10")
     assert (start.step, start.is_named, start.is_fork) == (10, True, False)
 
 
-def test_a_step_that_is_not_there_is_refused_with_those_that_are(run):
+def test_choose_missing_step_lists_the_steps(run):
     run.attempt([5, 10])
     with pytest.raises(ConfigError, match="steps available: 5, 10"):
         run.choose("7")
 
 
-def test_a_digit_that_is_no_number_is_not_taken_for_a_step(run):
+def test_choose_superscript_digit_is_not_a_step(run):
     with pytest.raises(ConfigError, match="no committed checkpoint there"):
         run.choose("²")
 
 
 @pytest.mark.parametrize(("mode", "step"), [("max", 10), ("min", 15)])
-def test_best_is_the_best_measured_checkpoint_the_earliest_of_equal_ones(run, mode, step):
+def test_choose_best_returns_the_earliest_of_the_best(run, mode, step):
     accuracy = {5: float("nan"), 10: 0.9, 15: 0.5, 20: 0.9, 25: 0.5}
     run.attempt([5, 10, 15, 20, 25, 30], accuracy=accuracy)
     start = run.choose("best", checkpoint=Checkpoint(metric="accuracy", mode=mode))
     assert (start.step, start.is_named) == (step, True)
 
 
-def test_best_counts_only_what_was_measured_at_the_checkpoints_own_step(run):
+def test_choose_best_ignores_metrics_of_other_steps(run):
     attempt = run.attempt([5], accuracy={5: 0.5})
     later = State(step=10, last_eval_step=8, metrics={"accuracy": 0.99})
     content = Content(objects={"run": later.state_dict()})
@@ -144,7 +146,7 @@ def test_best_counts_only_what_was_measured_at_the_checkpoints_own_step(run):
     assert run.choose("best").step == 5
 
 
-def test_best_without_a_measured_metric_is_refused(run):
+def test_choose_best_without_a_metric_raises(run):
     run.attempt([5, 10])
     with pytest.raises(ConfigError, match=r"set checkpoint\.metric"):
         run.choose("best")
@@ -154,7 +156,7 @@ def test_best_without_a_measured_metric_is_refused(run):
 
 
 @pytest.mark.parametrize("request_", ["5", "best"])
-def test_a_named_step_is_honoured_once(run, request_):
+def test_choose_named_step_is_honoured_once(run, request_):
     run.attempt([5, 10, 15], accuracy={5: 0.9, 10: 0.1})
     assert run.choose(request_).step == 5
     run.attempt([7], resumed=(5, 1), resume=request_)
@@ -164,29 +166,29 @@ def test_a_named_step_is_honoured_once(run, request_):
     assert run.choose(request_).step == 9
 
 
-def test_a_named_step_is_asked_for_again_when_the_attempt_never_got_there(run):
+def test_choose_named_step_is_repeated_if_the_attempt_never_loaded_it(run):
     run.attempt([5, 10])
     lineage.begin(run.store, {"resume": "5"})  # it died before it had loaded anything
     assert run.choose("5").step == 5
 
 
-def test_a_named_step_can_be_asked_for_anew_after_another_command(run):
+def test_choose_named_step_is_honoured_again_after_another_command(run):
     run.attempt([5, 10])
     run.attempt([7], resumed=(5, 1), resume="5")
     run.attempt([9], resumed=(7, 2), resume="auto")
     assert run.choose("5").step == 5
 
 
-def test_an_attempt_that_asks_again_does_not_count_itself(run):
+def test_choose_excludes_the_present_attempt(run):
     run.attempt([5, 10])
     attempt = lineage.begin(run.store, {"resume": "5"})
-    wanted = Run(name="a", run_dir=str(run.folder), resume="5")
+    run_config = Run(name="a", run_dir=str(run.folder), resume="5")
     lineage.amend(run.store, attempt, {"resumed_from": {"step": 5, "attempt": 1}})
-    assert choose(Replicas(run.store), wanted, CONFIG, attempt=attempt.number).is_named
-    assert not choose(Replicas(run.store), wanted, CONFIG).is_named  # but the next one does
+    assert choose(Replicas(run.store), run_config, CONFIG, attempt=attempt.number).is_named
+    assert not choose(Replicas(run.store), run_config, CONFIG).is_named  # but the next one does
 
 
-def test_never_is_honoured_once_too(run):
+def test_choose_never_is_honoured_once(run):
     assert run.choose("never") == Start()
     run.attempt([5], resume="never")
     assert run.choose("never").step == 5
@@ -197,9 +199,9 @@ def test_never_is_honoured_once_too(run):
 
 @pytest.fixture
 def other(tmp_path):
-    made = ARun(tmp_path / "other")
-    made.attempt([5, 10])
-    return made
+    run = ARun(tmp_path / "other")
+    run.attempt([5, 10])
+    return run
 
 
 @pytest.mark.parametrize(("form", "step"), [
@@ -207,26 +209,26 @@ def other(tmp_path):
     ("{run}/checkpoints/step-00000005.0001/", 5),
     ("{run}/checkpoints/step-00000005.0001/manifest.json", 5),
 ])  # fmt: skip
-def test_a_path_forks_another_runs_checkpoint(run, other, form, step):
+def test_choose_path_forks_a_checkpoint_of_another_run(run, other, form, step):
     start = run.choose(form.format(run=other.folder))
     assert (start.step, start.is_fork) == (step, True)
     assert start.urls == (str(other.folder),)
 
 
-def test_a_fork_may_change_anything_and_shows_it(run, other):
+def test_choose_fork_accepts_and_returns_differences(run, other):
     start = run.choose(str(other.folder), config=changed(model__hidden=99, name="b"))
     assert [str(difference) for difference in start.differences] == ["model.hidden: 16 -> 99"]
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_what_another_loop_saved_is_no_state_of_a_run(run, tmp_path):
+def test_choose_checkpoint_of_another_loop_raises(run, tmp_path):
     folder = tmp_path / "checkpoints/step-00000003.0000"
     dcp.save({"model.w": torch.ones(2)}, storage_writer=PerdureStorageWriter(folder))
-    with pytest.raises(ConfigError, match=r"by another loop; .* init\.weights="):
+    with pytest.raises(ConfigError, match=r"by another loop .* init\.weights="):
         run.choose(str(folder))
 
 
-def test_a_fork_with_another_optimizer_is_refused(run, other):
+def test_choose_fork_with_another_optimizer_raises(run, other):
     config = changed(optimizer___target_="torch.optim.Adam")
     with pytest.raises(
         ConfigError, match=r"torch\.optim\.SGD -> torch\.optim\.Adam.*init\.weights"
@@ -234,7 +236,7 @@ def test_a_fork_with_another_optimizer_is_refused(run, other):
         run.choose(str(other.folder), config=config)
 
 
-def test_a_path_is_where_a_run_begins_and_not_where_it_goes_on(run, other):
+def test_choose_path_is_ignored_once_the_run_has_checkpoints(run, other):
     run.attempt([20], resume=str(other.folder))
     start = run.choose(str(other.folder))
     assert (start.step, start.is_fork) == (20, False)
@@ -242,28 +244,28 @@ def test_a_path_is_where_a_run_begins_and_not_where_it_goes_on(run, other):
 
 @pytest.mark.parametrize("path", ["{tmp}", "{tmp}/none", "{run}/checkpoints/step-00000007.0001",
                                   "newest"])  # fmt: skip
-def test_a_path_without_a_checkpoint_is_refused(tmp_path, run, other, path):
+def test_choose_path_without_a_checkpoint_raises(tmp_path, run, other, path):
     request_ = path.format(tmp=tmp_path, run=other.folder)
     with pytest.raises(ConfigError) as caught:
         run.choose(request_)
     assert f"resume={request_}: no committed checkpoint there" in str(caught.value)
 
 
-# --- refusing and finishing --------------------------------------------------------------------
+# --- rejections and the end -------------------------------------------------------------------
 
 
-def test_a_configuration_that_cannot_continue_is_refused_with_the_difference_and_ways_out(run):
+def test_choose_state_change_raises_with_differences_and_alternatives(run):
     run.attempt([5])
     with pytest.raises(ConfigError) as caught:
         run.choose(config=changed(model__hidden=99, seed=3, trainer__max_epochs=9))
     lines = str(caught.value).splitlines()
     assert lines[1:3] == ["  model.hidden: 16 -> 99", "  seed: 0 -> 3"]
     assert "max_epochs" not in str(caught.value)
-    assert f"name=… resume={run.folder} " in str(caught.value)
+    assert f"name=… resume={run.folder}\n" in str(caught.value)
     assert "name=… init.weights=<file>" in str(caught.value)
 
 
-def test_safe_changes_are_accepted_and_shown(run):
+def test_choose_accepts_safe_changes(run):
     run.attempt([5])
     start = run.choose(config=changed(trainer__max_epochs=9))
     assert [str(difference) for difference in start.differences] == ["trainer.max_epochs: 3 -> 9"]
@@ -278,25 +280,25 @@ def test_safe_changes_are_accepted_and_shown(run):
     (Trainer(max_epochs=2, max_steps=15), True),
     (Trainer(max_epochs=1, max_steps=99), True),
 ])  # fmt: skip
-def test_a_run_is_finished_at_the_first_limit_that_it_has_reached(run, limits, done):
+def test_finished_at_the_first_limit(run, limits, done):
     run.attempt([15], accuracy={15: 0.5})
-    wanted = Run(name="a", run_dir=str(run.folder), trainer=limits)
-    start = choose(Replicas(run.store), wanted, CONFIG)
-    assert finished(wanted, start) is done
-    assert not finished(wanted, replace(start, is_fork=True))
-    assert not finished(wanted, Start())
+    run_config = Run(name="a", run_dir=str(run.folder), trainer=limits)
+    start = choose(Replicas(run.store), run_config, CONFIG)
+    assert finished(run_config, start) is done
+    assert not finished(run_config, replace(start, is_fork=True))
+    assert not finished(run_config, Start())
 
 
-def test_a_run_whose_last_evaluation_was_cut_short_is_not_finished(run):
+def test_finished_is_false_without_the_last_evaluation(run):
     run.attempt([15])
-    wanted = Run(name="a", run_dir=str(run.folder), trainer=Trainer(max_epochs=1))
-    assert not finished(wanted, choose(Replicas(run.store), wanted, CONFIG))
+    run_config = Run(name="a", run_dir=str(run.folder), trainer=Trainer(max_epochs=1))
+    assert not finished(run_config, choose(Replicas(run.store), run_config, CONFIG))
 
 
 # --- weights alone -----------------------------------------------------------------------------
 
 
-def test_weights_are_taken_over_exactly(tmp_path):
+def test_load_weights_copies_exactly(tmp_path):
     source, target = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     load_weights(target, Init(weights=str(tmp_path / "w.safetensors")))
@@ -304,10 +306,10 @@ def test_weights_are_taken_over_exactly(tmp_path):
     assert torch.equal(target.bias, source.bias)
 
 
-def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
+def test_load_weights_that_do_not_fit_names_the_tensor(tmp_path):
     save_file(torch.nn.Linear(3, 2, bias=False).state_dict(), tmp_path / "fewer")
     save_file(torch.nn.Linear(4, 2).state_dict(), tmp_path / "wider")
-    (tmp_path / "text").write_text("no safetensors file")
+    (tmp_path / "text").write_text("plain text")
     for name, text in (("fewer", "bias"), ("wider", "weight  shape [2, 4]"), ("text", "")):
         with pytest.raises(ConfigError, match=f"init.weights=.*{name} does not fit") as caught:
             load_weights(torch.nn.Linear(3, 2), Init(weights=str(tmp_path / name)))
