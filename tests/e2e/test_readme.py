@@ -41,7 +41,7 @@ def test_tour_commands_run_in_order(command):
     assert "tour" in tabled
     assert "Nothing is in the way" in examined
     assert listed.returncode == 0, listed.stderr
-    assert re.search(r"880 +\d+ .* whole", listed.stdout)
+    assert re.search(r"880 +\d+ .* intact", listed.stdout)
     assert checked.returncode == 2
     assert "torch.optim.Adam has no argument 'lrr' (did you mean 'lr'?)" in checked.stderr
     assert two.returncode == 0, two.stderr
@@ -59,7 +59,7 @@ def test_default_run_reaches_the_readme_accuracy(command):
     assert done.returncode == 0, done.stderr
     accuracy = float(re.search(r"Finished .* accuracy (\S+)", done.stdout)[1])
     assert accuracy >= 0.97
-    for line in ("the run", "go on", "look", "export"):
+    for line in ("run directory", "metrics", "continue", "export"):
         assert f"\n  {line} " in done.stdout
 
 
