@@ -74,12 +74,12 @@ def large(tmp_path_factory):
     return folder
 
 
-def test_the_limit_is_one(large):
+def test_memory_limit_is_enforced(large):
     done = limited("import numpy; numpy.ones((300 << 20,), numpy.uint8)")
     assert "MemoryError" in done.stderr
 
 
-def test_reading_the_whole_into_memory_would_be_too_much(large):
+def test_reading_entire_tensor_exceeds_limit(large):
     script = (
         'p = location.open_location(sys.argv[1]); p.reader(select.pick(p, "latest")).fetch("large")'
     )
@@ -94,7 +94,7 @@ def test_reading_the_whole_into_memory_would_be_too_much(large):
         (("copy", "one", "copied"), 0, "1 checkpoint copied"),
     ],
 )
-def test_a_command_needs_memory_for_a_few_parts_only(large, arguments, code, text):
+def test_command_needs_memory_for_few_parts(large, arguments, code, text):
     verb, *places = arguments
     done = limited(
         "sys.exit(checkpoints.main(sys.argv[1:]))", verb, *(large / place for place in places)
@@ -103,7 +103,7 @@ def test_a_command_needs_memory_for_a_few_parts_only(large, arguments, code, tex
     assert text in done.stdout
 
 
-def test_one_tensor_is_read_where_the_whole_has_no_room(large):
+def test_small_tensors_are_read_within_limit(large):
     script = """
 p = location.open_location(sys.argv[1])
 reader = p.reader(select.pick(p, "latest"))
@@ -117,7 +117,7 @@ print(part[0, -1].item())
     assert done.stdout == f"{200 * 1000.0}\n{(1 << 20) - 1.0}\n", done.stderr
 
 
-def test_a_torch_save_file_is_brought_over_tensor_by_tensor(tmp_path):
+def test_torch_save_file_is_imported_tensor_by_tensor(tmp_path):
     """torch maps the file, which counts as data of the process; so the peak is looked at."""
     torch.save({f"x.{number}": torch.full((10 << 20,), number) for number in range(10)},
                tmp_path / "all.pt")  # fmt: skip
@@ -149,7 +149,7 @@ sys.exit(code)
     assert place.reader(pick(place, "latest")).fetch("x.7").unique().tolist() == [7]
 
 
-def test_dcp_saves_without_a_second_copy(tmp_path):
+def test_dcp_save_makes_no_second_copy(tmp_path):
     """Of a state that fills more than half of what is allowed, on the way to the file."""
     script = """
 import torch.distributed.checkpoint as d
@@ -167,7 +167,7 @@ d.save(state, storage_writer=dcp.PerdureStorageWriter(sys.argv[1]))
 # --- many shards -------------------------------------------------------------------------------
 
 
-def test_a_thousand_shards_are_read_without_a_process_group(tmp_path):
+def test_reader_handles_thousand_shards_without_process_group(tmp_path):
     """One tensor cut over all of them, and one in each; with no more files open than usual."""
     store, count = LocalStore(tmp_path), 1000
     files, tensors = {}, {}

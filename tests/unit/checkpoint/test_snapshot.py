@@ -62,7 +62,7 @@ class Gate:
         monkeypatch.setattr(Snapshot, "_copy_deferred", held_back)
 
 
-def test_every_update_changes_every_value_and_each_checkpoint_has_those_of_its_step(tmp_path):
+def test_checkpoint_has_values_of_its_step_while_training_continues(tmp_path):
     store, training = LocalStore(tmp_path), Counting()
     writer, begun = writer_on(store), []
     for step in range(20):
@@ -77,7 +77,7 @@ def test_every_update_changes_every_value_and_each_checkpoint_has_those_of_its_s
         assert values_of(store, made) == {2.0 * step}
 
 
-def test_an_update_waits_for_the_copy_and_nothing_else_does(tmp_path, monkeypatch):
+def test_only_the_update_waits_for_the_copy(tmp_path, monkeypatch):
     gate = Gate(monkeypatch)
     store, training = LocalStore(tmp_path), Counting(count=7000)
     save = writer_on(store).start_save(training.content(), step=1)
@@ -94,14 +94,12 @@ def test_an_update_waits_for_the_copy_and_nothing_else_does(tmp_path, monkeypatc
     assert training.parameters[0].unique().tolist() == [1.0]
 
 
-def test_what_changes_between_two_updates_is_found_and_copied_at_once_from_then_on(
-    tmp_path, monkeypatch
-):
+def test_tensor_changed_between_updates_is_copied_immediately_afterwards(tmp_path, monkeypatch):
     gate = Gate(monkeypatch)
     store, training = LocalStore(tmp_path), Counting(count=7000)
     writer = writer_on(store)
     save = writer.start_save(training.content(), step=1)
-    training.parameters[1].add_(5.0)  # not by an optimizer's step
+    training.parameters[1].add_(5.0)  # not by Optimizer.step
     gate.opened.set()
     with pytest.raises(CheckpointError, match="p1 changed between two updates"):
         save.result()
@@ -113,7 +111,7 @@ def test_what_changes_between_two_updates_is_found_and_copied_at_once_from_then_
     assert values_of(store, save.result()) == {0.0, 5.0}
 
 
-def test_what_is_not_said_to_wait_for_updates_may_change_at_once(tmp_path, monkeypatch):
+def test_tensor_not_deferrable_is_copied_before_start_returns(tmp_path, monkeypatch):
     gate = Gate(monkeypatch)
     store, count = LocalStore(tmp_path), torch.zeros(1000)
     save = writer_on(store).start_save(checkpoint.Content(tensors={"count": count}), step=1)
@@ -122,7 +120,7 @@ def test_what_is_not_said_to_wait_for_updates_may_change_at_once(tmp_path, monke
     assert values_of(store, save.result()) == {0.0}
 
 
-def test_a_snapshot_that_is_gone_holds_no_optimizer_back(tmp_path, monkeypatch):
+def test_deleted_snapshot_does_not_block_optimizers(tmp_path, monkeypatch):
     training = Counting(count=7000)
     writer = writer_on(LocalStore(tmp_path))
     writer.start_save(training.content(), step=1).result()

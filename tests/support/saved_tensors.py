@@ -1,0 +1,60 @@
+"""Checkpoints of named tensors, saved and loaded in one process."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer import checkpoint
+from trainer.checkpoint import lineage
+from trainer.checkpoint.state_tree import Content
+from trainer.checkpoint.writer import Writer
+from trainer.cluster.world import World
+from trainer.storage import Store
+
+MIB = 1 << 20
+SMALL = {"w": torch.arange(1000.0), "n": torch.tensor(3)}
+VALUES = {
+    "a": torch.arange(5 * MIB // 8 + 3, dtype=torch.int64),  # six blocks, the last one small
+    "b": torch.arange(700, dtype=torch.float32),
+    "c": torch.arange(5, dtype=torch.uint8),
+    "d": torch.arange(MIB + 1, dtype=torch.int32).to(torch.uint8),  # a last block of one byte
+}
+
+
+def writer_on(store: Store) -> Writer:
+    return Writer(store, World(), lineage.begin(store, {}))
+
+
+def save(writer: Writer, tensors: dict[str, Tensor], step: int = 1, **more: Any) -> Any:
+    return checkpoint.save(writer, Content(tensors=tensors, **more), step=step)
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    plain = torch.empty(tensor.numel(), dtype=tensor.dtype)
+    return bytes(plain.copy_(tensor.detach().reshape(-1)).view(torch.uint8).numpy())
+
+
+def blank(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same shape and dtype that holds something else."""
+    return torch.ones(tensor.shape).to(tensor.dtype)
+
+
+def load_all(store: Store, tensors: dict[str, Tensor], **how: Any) -> dict[str, Tensor]:
+    found = checkpoint.latest(store)
+    assert found is not None
+    targets = {name: blank(tensor) for name, tensor in tensors.items()}
+    checkpoint.load(store, found, targets, **how)
+    return targets
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert raw_bytes(found[name]) == raw_bytes(tensor), name
+
+
+def keys_on(store: Store, folder: str = "checkpoints") -> set[str]:
+    return set(store.list(folder))
