@@ -112,9 +112,9 @@ def run_ours(case: Case, arguments: argparse.Namespace, folder: str) -> dict:
 
 
 def _our_weights(run_dir: Path) -> str:
-    from trainer.export.source import open_source
+    from trainer.export.loaded_checkpoint import open_checkpoint
 
-    return digest(open_source(str(run_dir), "latest").weights())
+    return digest(open_checkpoint(str(run_dir), "latest").weights())
 
 
 def prepare_text(folder: str) -> None:

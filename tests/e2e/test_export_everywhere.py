@@ -12,9 +12,9 @@ from support.trained_runs import a_trained_run
 
 from trainer.data.digits import Digits
 from trainer.export.__main__ import main
+from trainer.export.exported_model import Choices
 from trainer.export.exporting import export
 from trainer.export.formats import FORMATS, open_export, runnable
-from trainer.export.subject import Choices
 
 pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.slow

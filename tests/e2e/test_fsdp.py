@@ -9,7 +9,7 @@ from scripts.compare_runs import differences
 from trainer.checkpoint import compare
 from trainer.checkpoint.location import open_location
 from trainer.checkpoint.select import pick
-from trainer.export.source import open_source
+from trainer.export.loaded_checkpoint import open_checkpoint
 
 FSDP = [*HARD, "task._target_=mine.task.Fragile", "parallel=fsdp", "parallel.min_parameters=50",
         "trainer.accumulate=2", "trainer.clip_norm=0.5"]  # fmt: skip
@@ -32,7 +32,7 @@ def test_killed_run_ends_with_identical_results(command, ranks):
     reader = ROOT / "docs/examples/read_checkpoint.py"
     exec(compile(reader.read_text(), reader.name, "exec"), names)
     _, tensors = names["read"](names["newest"](runs / "broken"))
-    weights = open_source(str(runs / "broken"), "latest").weights()
+    weights = open_checkpoint(str(runs / "broken"), "latest").weights()
     for name, weight in weights.items():
         assert (tensors[f"model.{name}"] == weight.numpy()).all(), name
 

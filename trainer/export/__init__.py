@@ -1,1 +1,1 @@
-"""Exports: what was trained, for people who have not got this project."""
+"""Export: models and weights in formats that need neither this project nor its checkpoints."""

@@ -1,4 +1,4 @@
-"""python -m trainer.export RUN [format=…] [step=…] [weights=…] [out=…]: a model leaves its run."""
+"""python -m trainer.export RUN [format=…] [step=…] [weights=…] [out=…]: export a checkpoint."""
 
 import math
 import sys
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from trainer.cli import Arguments, command, parse
 from trainer.errors import DONE, ConfigError, closest
+from trainer.export.exported_model import Choices
 from trainer.export.exporting import Exported, export
 from trainer.export.formats import FORMATS, find
-from trainer.export.subject import Choices
 
 _WEIGHTS = ("model", "ema")
 _OPTIONS = {
@@ -16,23 +16,23 @@ _OPTIONS = {
     "part": "", "inputs": "", "device": "cpu", "allow": "", "atol": "", "rtol": "",
 }  # fmt: skip
 _USAGE = f"""usage: python -m trainer.export RUN [format=…] [step=…] [weights=…] [out=…] […]
-  RUN      directory of a run, a folder of checkpoints, or one of them; local, s3://… and the like
+  RUN      run directory, folder of checkpoints, or one checkpoint; local, s3://… etc.
   format   {", ".join(FORMATS)}
            (default safetensors)
-  step     latest, best, or the number of a step that the run has kept (default latest)
-  weights  model, or ema: their moving average, where trainer.ema_decay was set (default model)
+  step     latest, best, or a step number (default latest)
+  weights  model, or ema: the moving averages of runs with trainer.ema_decay (default model)
   out      file or folder to write (default RUN/exports/step-N.<suffix of the format>)
-  dtype    fp32, fp16 or bf16, of what is floating-point (default: as it is)
-  part     submodule that is exported alone, such as generator (default: the whole model)
-  allow    packages or names, with commas between, that the checkpoint's configuration may call
-           besides this project's own and torch.nn
-  x.y      a setting of the run to change, such as data.dir=/elsewhere
-What can be run is compared with the model, and not written where it differs:
-  inputs   what the model takes, as random values, such as 'tokens:int64[128]<50257;mask:bool[128]'
-           (default: evaluation data, as the task hands it to the model)
-  device   cpu or cuda: where the model is traced and compared (default cpu)
-  atol     allowed difference of an output (default by dtype: 1e-5 for fp32)
-  rtol     the same in shares of the output's largest value (default by dtype: 1e-4 for fp32)"""
+  dtype    fp32, fp16 or bf16, for floating-point tensors (default: unchanged)
+  part     submodule to export, such as generator (default: the complete model)
+  allow    packages or names, separated by commas, that the checkpoint's configuration may call
+           in addition to this project's and torch.nn
+  x.y      override a configuration key of the run, such as data.dir=/elsewhere
+Formats that can be run are compared with the model, and not written if the outputs differ:
+  inputs   random inputs to use, such as 'tokens:int64[128]<50257;mask:bool[128]'
+           (default: evaluation data, as the task passes it to the model)
+  device   cpu or cuda: device of the trace and the comparison (default cpu)
+  atol     absolute tolerance of an output (default by dtype: 1e-5 for fp32)
+  rtol     tolerance relative to the output's largest value (default by dtype: 1e-4 for fp32)"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,44 +42,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     settings = [argument for argument in argv if _is_setting(argument)]
-    named = [a.partition("=")[2] for a in argv if a.startswith("format=")]
-    find(named[-1] if named else _OPTIONS["format"])
-    unset = {key: "" for each in FORMATS.values() for key in each.OPTIONS}
-    mine = [argument for argument in argv if not _is_setting(argument)]
-    given = parse(mine, usage(), options={**_OPTIONS, **unset})
-    done = _export(given, settings)
-    print(text(done))
-    if done.warning:
-        print(done.warning, file=sys.stderr)
+    arguments = [argument for argument in argv if not _is_setting(argument)]
+    formats = [a.removeprefix("format=") for a in argv if a.startswith("format=")]
+    find(formats[-1] if formats else _OPTIONS["format"])
+    format_options = {key: "" for format in FORMATS.values() for key in format.options}
+    parsed = parse(arguments, usage(), options={**_OPTIONS, **format_options})
+    result = _export(parsed, settings)
+    print(text(result))
+    if result.warning:
+        print(result.warning, file=sys.stderr)
     return DONE
 
 
 def usage() -> str:
     """Return the text of --help, with the options of every format."""
     lines = [_USAGE]
-    for name, module in FORMATS.items():
-        if module.OPTIONS:
+    for name, format in FORMATS.items():
+        if format.options:
             lines.append(f"Options of format={name}:")
-        width = max(8, *map(len, module.OPTIONS), 0)
-        for key, default in module.OPTIONS.items():
-            lines.append(f"  {key:<{width}} {module.HELP[key]}")
-            lines.append(f"{'':<{width + 3}}(default {default or 'empty'})")
+        width = max(8, *map(len, format.options), 0)
+        for key, option in format.options.items():
+            lines.append(f"  {key:<{width}} {option.help}")
+            lines.append(f"{'':<{width + 3}}(default {option.default or 'empty'})")
     return "\n".join(lines)
 
 
-def text(done: Exported) -> str:
-    """Return what a person reads of an export."""
-    lines = [f"{done.url}: {done.tensors:,} tensors, {done.bytes:,} bytes"]
-    if done.differences is not None:
-        compared = done.record["parity"]
-        sizes = ", ".join(map(str, compared["batch_sizes"]))
-        lines.append(f"compared with the model on {compared['samples']}, batches of {sizes}:")
-        lines += [f"  {difference}" for difference in done.differences]
+def text(result: Exported) -> str:
+    """Format the result of an export."""
+    lines = [f"{result.url}: {result.tensors:,} tensors, {result.bytes:,} bytes"]
+    if result.mismatches is not None:
+        parity = result.record["parity"]
+        sizes = ", ".join(map(str, parity["batch_sizes"]))
+        lines.append(f"compared with the model on {parity['samples']}, batches of {sizes}:")
+        lines += [f"  {mismatch}" for mismatch in result.mismatches]
     return "\n".join(lines)
 
 
-def _export(given: Arguments, settings: Sequence[str]) -> Exported:
-    options = given.options
+def _export(parsed: Arguments, settings: Sequence[str]) -> Exported:
+    options = parsed.options
     weights = options["weights"]
     if weights not in _WEIGHTS:
         raise ConfigError(f"weights={weights} is neither model nor ema{closest(weights, _WEIGHTS)}")
@@ -93,7 +93,7 @@ def _export(given: Arguments, settings: Sequence[str]) -> Exported:
         allowed=[name for name in options["allow"].split(",") if name],
     )
     return export(
-        given.places[0],
+        parsed.places[0],
         options["format"],
         options["step"],
         options["out"],
@@ -101,7 +101,7 @@ def _export(given: Arguments, settings: Sequence[str]) -> Exported:
         options={key: value for key, value in options.items() if key not in _OPTIONS and value},
         atol=_number("atol", options["atol"]),
         rtol=_number("rtol", options["rtol"]),
-        store=given.store,
+        store=parsed.store,
     )
 
 
@@ -111,12 +111,12 @@ def _number(key: str, text: str) -> float | None:
     except ValueError:
         number = math.nan
     if number is not None and not number >= 0:
-        raise ConfigError(f"{key}={text} is no number from 0 on; write one such as {key}=1e-3")
+        raise ConfigError(f"{key}={text} is not a number of 0 or more; write e.g. {key}=1e-3")
     return number
 
 
 def _is_setting(argument: str) -> bool:
-    """Whether it changes a setting of the run: a dotted key that is not the store's."""
+    """Return true for an override of the run's configuration: a dotted key, not `store.…`."""
     key, equals, _ = argument.partition("=")
     return bool(equals) and "." in key and "/" not in key and not key.startswith(("-", "store."))
 

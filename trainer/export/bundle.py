@@ -5,63 +5,62 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.export.checkpoint import extra_state, has_averages, progress, save
-from trainer.export.subject import Subject
-from trainer.export.updates import refuse_changes, updates
+from trainer.export import training_state
+from trainer.export.contract import Format
+from trainer.export.exported_model import ExportedModel
 
-SUFFIX = ".tar"
-"""As in PyTorch's tutorial on saving several models; what is in it is torch.save's."""
-OPTIONS: Mapping[str, str] = {}
-HELP: Mapping[str, str] = {}
-_OWN = "model"
-"""Stands for the tensors of the model itself, that are in none of its children."""
+_ROOT = "model"
+"""Key prefix for tensors that are in no submodule."""
 
 
-def write(subject: Subject, path: Path, options: Mapping[str, str]) -> None:
-    """Write `<child>_state_dict` for each part of the model, and what trains them.
+def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
+    """Write `<child>_state_dict` per child module, and the state of the optimizers.
 
-    An optimizer is `optimizer_<phase>_state_dict`, or `optimizer_state_dict` where there is one
-    for all.
+    Optimizers are `optimizer_<phase>_state_dict`, or `optimizer_state_dict` if there is only one.
 
     Raises:
-        ConfigError: something was asked for that does not go with it, or two names would be one.
+        ConfigError: `choices` would change the weights, or two keys would be equal.
     """
-    refuse_changes(subject.choices, "bundle")
-    source = subject.source
-    content = progress(source)
-    _add(content, "_state_dict", _by_child({**subject.weights(), **extra_state(source)}))
-    if has_averages(source):
-        _add(content, "_ema_state_dict", _by_child(source.weights(averaged=True)))
-    for update in updates(source):
-        end = f"_{update.name}" if update.name else ""
-        found = {
-            f"optimizer{end}_state_dict": update.optimizer,
-            f"scheduler{end}_state_dict": update.scheduler,
-            f"parameter_names{end}": update.names,
+    training_state.reject_changes(model.choices, "bundle")
+    checkpoint = model.checkpoint
+    content = training_state.progress(checkpoint)
+    weights = {**model.weights(), **training_state.extra_state(checkpoint)}
+    _add(content, _by_child(weights), "_state_dict")
+    if checkpoint.has_averages:
+        _add(content, _by_child(checkpoint.weights(averaged=True)), "_ema_state_dict")
+    for state in training_state.optimizer_states(checkpoint):
+        end = f"_{state.phase}" if state.phase else ""
+        parts = {
+            f"optimizer{end}_state_dict": state.optimizer,
+            f"scheduler{end}_state_dict": state.scheduler,
+            f"parameter_names{end}": state.names,
         }
-        _add(content, "", found)
-    save(content, path)
+        _add(content, parts)
+    training_state.save(content, path)
 
 
 def _by_child(weights: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    parts: dict[str, dict[str, Any]] = {}
+    children: dict[str, dict[str, Any]] = {}
     for name, value in weights.items():
         child, dot, rest = name.partition(".")
-        if child == _OWN and dot and any("." not in other for other in weights):
+        if child == _ROOT and dot and any("." not in other for other in weights):
             raise ConfigError(
-                f"the model has a part called {_OWN!r} and tensors of its own, which a bundle "
-                "calls so; take format=checkpoint"
+                f"the model has both a submodule named {_ROOT!r} and top-level tensors, which a "
+                f"bundle stores as {_ROOT!r}; use format=checkpoint"
             )
-        parts.setdefault(child if dot else _OWN, {})[rest if dot else name] = value
-    return parts
+        children.setdefault(child if dot else _ROOT, {})[rest if dot else name] = value
+    return children
 
 
-def _add(content: dict[str, Any], end: str, found: Mapping[str, Any]) -> None:
-    for name, value in found.items():
+def _add(content: dict[str, Any], parts: Mapping[str, Any], end: str = "") -> None:
+    for name, value in parts.items():
         key = name + end
         if key in content:
             raise ConfigError(
-                f"two things of this run would both be called {key!r} in a bundle; take "
+                f"two parts of this run would both be named {key!r} in a bundle; use "
                 "format=checkpoint or safetensors"
             )
         content[key] = value
+
+
+FORMAT = Format(suffix=".tar", write=_write)  # as in PyTorch's tutorial on saving several models

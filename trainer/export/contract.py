@@ -1,102 +1,101 @@
-"""What a format is: a module that writes a subject, and perhaps opens again what it wrote.
+"""The contract of an export format: the `Format` record, and `Runner` for exports that can run.
 
-Nothing here is a base class; a module of `trainer.export` with these names is a format. To add
-one, write the module and enter it in `formats.FORMATS`.
+To add a format, write a module that defines `FORMAT`, and add a row to `formats.FORMATS`.
 """
 
-from collections.abc import Mapping, Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import numpy.typing as npt
 
 from trainer.errors import ConfigError, PerdureError
-from trainer.export.subject import Subject
+from trainer.export.exported_model import ExportedModel
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
-class Format(Protocol):
-    """A way to write a checkpoint.
-
-    A module may also have `LAST`: the name of the file that is written last into a folder, so that
-    its presence says that the others are there.
-    """
-
-    SUFFIX: str
-    """What the name of the file or folder ends in."""
-    OPTIONS: Mapping[str, str]
-    """The format's own options `key=value` with their defaults."""
-    HELP: Mapping[str, str]
-    """Of each option, one line for --help."""
-
-    def write(self, subject: Subject, path: Path, options: Mapping[str, str]) -> None:
-        """Write a file or a folder at `path`, which does not exist yet; return when it is whole.
-
-        The path is a temporary one, so its name must not get into the bytes. The command makes
-        the file or folder durable, describes it, and renames it. `options` has every key of
-        `OPTIONS`. OSError means that it cannot be written there.
-
-        Raises:
-            ConfigError: an option has a wrong value, or a library of an extra is missing.
-            ExportError: this model cannot be written in this format; the message says which
-                operator or line stands against it, and which format would do.
-        """
+class ExportError(PerdureError):
+    """The model cannot be exported in this format, or an export cannot be used."""
 
 
 class Runner(Protocol):
-    """An export that can be called. Floats that it takes may be given in any precision."""
+    """An opened export. Inputs may have any floating-point precision."""
 
     @property
     def inputs(self) -> Sequence[str]:
-        """Names of what goes in, in order."""
+        """Input names, in order."""
 
     @property
     def outputs(self) -> Sequence[str]:
-        """Names of what comes out, in order."""
+        """Output names, in order."""
 
     def run(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
-        """Return the outputs by name; bfloat16, which NumPy has not got, comes as float32."""
+        """Return the outputs by name; bfloat16, which NumPy does not have, as float32."""
 
 
-@runtime_checkable
-class Runnable(Protocol):
-    """A format whose files are models, not only weights; the export compares their answers."""
+class Option(NamedTuple):
+    """A `key=value` option of one format."""
 
-    def open_runner(self, path: Path, device: str = "cpu") -> Runner:
-        """Open what `write` wrote, on `cpu` or `cuda`.
-
-        Raises:
-            ConfigError: a library, a device or the code that it needs is not here.
-            ExportError: the file is not of this format, or was altered.
-        """
+    default: str
+    help: str
+    """Single line for --help."""
 
 
-class ExportError(PerdureError):
-    """This model cannot be exported so, or an export cannot be used."""
+DYNAMIC = Option("batch", "axes that may vary in size in every input: batch, none, or e.g. batch,1")
+"""The option `dynamic` of the formats that capture a graph."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A file format, as functions that write it and open it again."""
+
+    suffix: str
+    """Suffix of the file or folder name."""
+    write: Callable[[ExportedModel, Path, Mapping[str, str]], None]
+    """Write a file or folder at a path that does not exist yet, given the value of every option.
+
+    The path is temporary, so its name must not appear in the bytes. The caller makes the result
+    durable, describes it and renames it. OSError means that the location is not writable. Raises
+    ConfigError (wrong option value, missing library) or ExportError (the model cannot be written
+    in this format; the message names the operator or line, and a format that works).
+    """
+    open_runner: Callable[[Path, str], Runner] | None = None
+    """Open the result of `write` on `cpu` or `cuda`; None for weights without a computation.
+
+    Raises ConfigError (a library, a device or the model's code is missing) or ExportError (the
+    file has another format, or was altered).
+    """
+    options: Mapping[str, Option] = field(default_factory=dict)
+    libraries: Sequence[str] = ()
+    """Packages whose versions are recorded, in addition to torch."""
+    last_file: str = ""
+    """File of a folder that is uploaded last, so that its presence marks a complete folder."""
+    warning: str = ""
+    """Printed after each export in this format."""
 
 
 def library(name: str, extra: str = "export") -> Any:
-    """Import a library that a format needs.
+    """Import a package that a format needs.
 
     Raises:
         ConfigError: it is not installed.
     """
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"this needs {name}, which is not installed ({error}): pip install 'perdure[{extra}]'"
+            f"{name} is not installed ({error}): run pip install 'perdure[{extra}]'"
         ) from None
 
 
 def is_true(options: Mapping[str, str], key: str) -> bool:
-    """Return an option that is true or false.
+    """Return a boolean option.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the value is neither true nor false.
     """
     if options[key] not in ("true", "false"):
         raise ConfigError(f"{key}={options[key]} is neither true nor false")

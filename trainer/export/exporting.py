@@ -1,4 +1,4 @@
-"""An export from beginning to end: write, run, compare, describe, publish."""
+"""Export a checkpoint: write, run, compare, describe, publish."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,44 +12,44 @@ from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError, closest
 from trainer.export import parity, record
 from trainer.export.contract import Format
-from trainer.export.formats import FORMATS, find, runnable
-from trainer.export.parity import Difference
-from trainer.export.source import open_source
-from trainer.export.subject import DTYPES, Choices, Subject
-from trainer.export.target import Target, files
+from trainer.export.destination import Destination, files
+from trainer.export.exported_model import DTYPES, Choices, ExportedModel
+from trainer.export.formats import FORMATS, find
+from trainer.export.loaded_checkpoint import open_checkpoint
+from trainer.export.parity import Mismatch
 from trainer.export.torch_export import axes_of
 from trainer.storage import local_path
 
 _DEVICES = ("cpu", "cuda")
-_SIZES = (1, 2, 5)
-"""Of the batches that are compared."""
+_BATCH_SIZES = (1, 2, 5)
+"""Batch sizes of the parity check."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """The result of an export."""
 
     url: str
-    """Of the file or folder."""
+    """URL of the file or folder."""
     bytes: int
-    """Of all its files."""
+    """Total bytes of its files."""
     tensors: int
-    """How many of the checkpoint's are in it, under all their names."""
+    """Number of tensor names in it."""
     warning: str
-    """What a person should know of this format, or nothing."""
+    """Warning about the format, or empty."""
     record: Mapping[str, Any]
-    """What the file beside it says."""
-    differences: Sequence[Difference] | None
-    """From the model's answers; None where the format cannot be run."""
+    """Content of the record."""
+    mismatches: Sequence[Mismatch] | None
+    """Results of the parity check; None for formats that cannot be run."""
 
     @property
     def path(self) -> Path:
-        """Where it is on this machine's file systems."""
+        """Local path."""
         return Path(self.url)
 
 
 def export(
-    place: str,
+    location: str,
     format: str = "safetensors",
     step: str = "latest",
     out: str = "",
@@ -60,77 +60,78 @@ def export(
     rtol: float | None = None,
     store: ObjectStore = ObjectStore(),  # noqa: B008 (frozen)
 ) -> Exported:
-    """Export a checkpoint. One process, no process group; durable, or nothing, when it returns.
+    """Export a checkpoint. One process, no process group; durable on return, or nothing is written.
 
     Args:
-        place: a run's directory, a folder of checkpoints, or the folder of one.
+        location: a run directory, a folder of checkpoints, or one checkpoint's folder.
         format: a name in `formats.FORMATS`.
-        step: `latest`, `best` or the number of one.
-        out: the file or folder; empty: in the run's `exports/`.
-        choices: what of the checkpoint, and how.
-        options: of the format.
-        atol: see `parity.compare`.
-        rtol: see `parity.compare`.
-        store: how object stores are reached.
+        step: `latest`, `best` or a step number.
+        out: the file or folder to write; default: `exports/` of the run.
+        choices: weights, dtype, submodule and sample inputs.
+        options: options of the format.
+        atol: see `parity.check_parity`.
+        rtol: see `parity.check_parity`.
+        store: object store settings.
 
     Raises:
-        ConfigError: something that was asked for is not there, or cannot be.
-        ExportError: the model cannot be written so, or the export does not answer as it does.
-        DamagedError: the checkpoint's bytes are wrong.
+        ConfigError: an argument is wrong, or the checkpoint does not exist.
+        ExportError: the model cannot be written in this format, or the parity check failed.
+        DamagedError: a checksum differs.
     """
-    module = find(format)
-    chosen = _options(format, module, options or {})
+    writer = find(format)
+    values = _options(format, writer, options or {})
     _check(choices)
-    source = open_source(place, step, store)
-    subject = Subject(source, choices)
-    target = Target(out or _default(place, source.commit.step, choices, module), store)
-    can_run = runnable(format)
-    sizes = () if can_run is None else (1,) if chosen.get("dynamic") == "none" else _SIZES
-    with target.temporary() as path:
-        if can_run is not None:
-            parity.refuse_chance(subject)
-        module.write(subject, path, chosen)
-        differences = None
-        if can_run is not None:
-            runner = can_run.open_runner(path, choices.device)
-            differences = parity.compare(
-                subject, runner, _batches(subject, sizes, chosen), atol=atol, rtol=rtol
-            )
-        found = record.describe(
-            subject, path, format, chosen, differences, sizes, getattr(module, "LIBRARIES", ())
+    checkpoint = open_checkpoint(location, step, store)
+    model = ExportedModel(checkpoint, choices)
+    url = out or _default_url(location, checkpoint.commit.step, choices, writer)
+    destination = Destination(url, store)
+    sizes: Sequence[int] = ()
+    if writer.open_runner:
+        sizes = (1,) if values.get("dynamic") == "none" else _BATCH_SIZES
+    with destination.temporary() as path:
+        mismatches = None
+        if writer.open_runner:
+            parity.check_determinism(model)
+        writer.write(model, path, values)
+        if writer.open_runner:
+            runner = writer.open_runner(path, choices.device)
+            batches = _batches(model, sizes, values)
+            mismatches = parity.check_parity(model, runner, batches, atol=atol, rtol=rtol)
+        description = record.describe(
+            model, path, format, values, mismatches, sizes, writer.libraries
         )
         size_bytes = sum(file.stat().st_size for file in files(path))
-        target.publish(path, record.to_bytes(found), last=getattr(module, "LAST", ""))
+        destination.publish(path, record.to_bytes(description), last_file=writer.last_file)
     return Exported(
-        str(target.path or target.url),
-        size_bytes,
-        len(subject.tensor_names()),
-        getattr(module, "WARNING", ""),
-        found,
-        differences,
+        url=str(destination.path or destination.url),
+        bytes=size_bytes,
+        tensors=len(model.tensor_names()),
+        warning=writer.warning,
+        record=description,
+        mismatches=mismatches,
     )
 
 
-def _options(name: str, module: Format, given: Mapping[str, str]) -> dict[str, str]:
-    for key in given:
-        if key not in module.OPTIONS:
-            others = [other for other, each in FORMATS.items() if key in each.OPTIONS]
-            of = f"; it is one of format={' and '.join(others)}" if others else ""
+def _options(name: str, format: Format, values: Mapping[str, str]) -> dict[str, str]:
+    for key in values:
+        if key not in format.options:
+            others = [other for other, form in FORMATS.items() if key in form.options]
+            hint = f"; it is an option of format={' and '.join(others)}" if others else ""
             raise ConfigError(
-                f"format={name} has no option {key!r}{of or closest(key, module.OPTIONS)}"
+                f"format={name} has no option {key!r}{hint or closest(key, format.options)}"
             )
-    return {**module.OPTIONS, **given}
+    return {**{key: option.default for key, option in format.options.items()}, **values}
 
 
 def _batches(
-    subject: Subject, sizes: Sequence[int], options: Mapping[str, str]
+    model: ExportedModel, sizes: Sequence[int], options: Mapping[str, str]
 ) -> list[dict[str, Tensor]]:
     """Return batches of these sizes, and one that is shorter along every other dynamic axis."""
-    batches = [subject.inputs(size) for size in sizes]
-    others = [axis for axis in axes_of(options.get("dynamic", "none")) if axis]
-    if others:
+    batches = [model.inputs(size) for size in sizes]
+    other_axes = [axis for axis in axes_of(options.get("dynamic", "none")) if axis]
+    if other_axes:
         shorter = dict(batches[-1])
-        for axis in others:
+        for axis in other_axes:
             for name, tensor in shorter.items():
                 if axis < tensor.ndim:
                     shorter[name] = tensor.narrow(axis, 0, max(tensor.shape[axis] // 2, 1))
@@ -140,22 +141,20 @@ def _batches(
 
 def _check(choices: Choices) -> None:
     if choices.dtype and choices.dtype not in DTYPES:
-        raise ConfigError(
-            f"dtype={choices.dtype}: there is no such{closest(choices.dtype, DTYPES)}"
-        )
+        raise ConfigError(f"dtype={choices.dtype}: unknown dtype{closest(choices.dtype, DTYPES)}")
     if choices.device not in _DEVICES:
         raise ConfigError(
-            f"device={choices.device}: there is no such{closest(choices.device, _DEVICES)}"
+            f"device={choices.device}: unknown device{closest(choices.device, _DEVICES)}"
         )
     if choices.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "device=cuda: torch sees no GPU here; export on the CPU (device=cpu), which gives "
-            "files that a GPU can run too, or on a machine that has one"
+            "device=cuda: torch sees no GPU here; use device=cpu, whose exports also run on GPUs, "
+            "or export on a machine with a GPU"
         )
 
 
-def _default(place: str, step: int, choices: Choices, module: Format) -> str:
+def _default_url(location: str, step: int, choices: Choices, format: Format) -> str:
     parts = ("ema" if choices.averaged else "", choices.part, choices.dtype)
-    name = f"step-{step:08d}{''.join(f'-{part}' for part in parts if part)}{module.SUFFIX}"
-    folder = str(local_path(place) or place)
+    name = f"step-{step:08d}{''.join(f'-{part}' for part in parts if part)}{format.suffix}"
+    folder = str(local_path(location) or location)
     return f"{folder.rstrip('/')}/exports/{name}"

@@ -1,4 +1,4 @@
-"""Every format by its name, and which one a file is of."""
+"""The table of export formats."""
 
 import json
 from collections.abc import Mapping
@@ -17,91 +17,78 @@ from trainer.export import (
     torch_export,
     torchscript,
 )
-from trainer.export.contract import Format, Runnable, Runner
+from trainer.export.contract import Format, Runner
+from trainer.export.destination import record_path
 
 FORMATS: Mapping[str, Format] = {
-    "safetensors": safetensors,
-    "state_dict": state_dict,
-    "full_model": full_model,
-    "torchscript": torchscript,
-    "torch_export": torch_export,
-    "onnx": onnx,
-    "openvino": openvino,
-    "checkpoint": checkpoint,
-    "bundle": bundle,
-    "oneflow": oneflow,
+    "safetensors": safetensors.FORMAT,
+    "state_dict": state_dict.FORMAT,
+    "full_model": full_model.FORMAT,
+    "torchscript": torchscript.FORMAT,
+    "torch_export": torch_export.FORMAT,
+    "onnx": onnx.FORMAT,
+    "openvino": openvino.FORMAT,
+    "checkpoint": checkpoint.FORMAT,
+    "bundle": bundle.FORMAT,
+    "oneflow": oneflow.FORMAT,
 }
-RECORD_SUFFIX = ".json"
-"""After the name of the export: the name of the file that describes it."""
 
 
-def runnable(name: str) -> Runnable | None:
-    """Return the format if what it writes can be called."""
-    found = FORMATS[name]
-    return found if isinstance(found, Runnable) else None
+def find(name: str) -> Format:
+    """Return a format by name.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name not in FORMATS:
+        raise ConfigError(f"unknown format {name!r}{closest(name, FORMATS)}")
+    return FORMATS[name]
 
 
 def format_of(path: Path) -> str:
-    """Return the name of the format of an export: as its record says, else as its name ends.
+    """Return the format name of an export, from its record, or else from its suffix.
 
     Raises:
-        ConfigError: there is no such file, or it is of no format.
+        ConfigError: the path does not exist, or has no known suffix.
     """
     if not path.exists():
-        raise ConfigError(f"{path}: there is no such file or folder")
+        raise ConfigError(f"{path}: no such file or folder")
     try:
         name = str(json.loads(record_path(path).read_bytes())["format"])
     except (OSError, ValueError, LookupError, TypeError):
         name = ""
     if name in FORMATS:
         return name
-    fitting = [key for key, each in FORMATS.items() if path.name.endswith(each.SUFFIX)]
-    if not fitting:
-        suffixes = ", ".join(each.SUFFIX for each in FORMATS.values())
-        raise ConfigError(f"{path} is no export that is known here; their names end in {suffixes}")
-    return max(fitting, key=lambda key: len(FORMATS[key].SUFFIX))
+    names = [key for key, format in FORMATS.items() if path.name.endswith(format.suffix)]
+    if not names:
+        suffixes = ", ".join(format.suffix for format in FORMATS.values())
+        raise ConfigError(f"{path} is not an export: expected a name that ends in {suffixes}")
+    return max(names, key=lambda key: len(FORMATS[key].suffix))
 
 
 def open_export(path: Path, device: str = "cpu", *, trusted: bool = False) -> Runner:
-    """Open an export to call it.
+    """Open an export to run it.
 
     Args:
         path: the file or folder.
         device: `cpu` or `cuda`.
-        trusted: whether a file may run code of its own when it is opened, as pickles do.
+        trusted: allow pickles, which can run any code when opened.
 
     Raises:
-        ConfigError: it cannot be called, something that it needs is not here, or it is a pickle
-            and not trusted.
+        ConfigError: it has weights only, a requirement is missing, or it is an untrusted pickle.
         ExportError: it was altered.
     """
     name = format_of(path)
-    format = runnable(name)
-    if format is None:
-        can = [key for key in FORMATS if runnable(key) is not None]
+    open_runner = FORMATS[name].open_runner
+    if open_runner is None:
+        runnable = ", ".join(key for key, format in FORMATS.items() if format.open_runner)
         raise ConfigError(
-            f"{path} is {name}: weights without the model's computation, which cannot be run; "
-            f"export the run again as one of {', '.join(can)}"
+            f"{path} has format {name}: weights only, which cannot be run; export the run again "
+            f"with one of {runnable}"
         )
     if name == "full_model" and not trusted:
         raise ConfigError(
-            f"{path} is a pickled module, which may run any code when it is opened. If you trust "
-            "who wrote it, say so: trusted=true; if not, ask for torch_export, torchscript or onnx"
+            f"{path} is a pickled module, which can run any code when opened. Pass trusted=true if "
+            "you trust its author, or ask for torch_export, torchscript or onnx"
         )
-    return format.open_runner(path, device)
-
-
-def record_path(path: Path) -> Path:
-    """Return the path of the file that describes an export."""
-    return path.with_name(path.name + RECORD_SUFFIX)
-
-
-def find(name: str) -> Format:
-    """Return a format.
-
-    Raises:
-        ConfigError: there is none of this name.
-    """
-    if name not in FORMATS:
-        raise ConfigError(f"there is no format {name!r}{closest(name, FORMATS)}")
-    return FORMATS[name]
+    return open_runner(path, device)

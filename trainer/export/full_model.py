@@ -1,4 +1,4 @@
-"""`format=full_model`: the whole module, pickled. Needs this code, and is unsafe to share."""
+"""`format=full_model`: the pickled module. Needs its code, and is unsafe to share."""
 
 import copy
 import pickle
@@ -12,77 +12,82 @@ from torch import nn
 
 from trainer.errors import ConfigError
 from trainer.export.calls import Call, outputs_of
-from trainer.export.contract import Arrays, ExportError, Runner
+from trainer.export.contract import Arrays, ExportError, Format, Runner
+from trainer.export.exported_model import ExportedModel
 from trainer.export.parity import as_array
-from trainer.export.subject import Subject
 from trainer.export.tracing import quiet, reason
+from trainer.export.training_state import save
 
-SUFFIX = ".full.pt"
-OPTIONS: Mapping[str, str] = {}
-HELP: Mapping[str, str] = {}
-WARNING = (
-    "warning: a pickled module runs code when it is loaded. Load it only where you trust who wrote "
-    "it, and give others another format. It needs the model's code, as it is now"
-)
-"""Printed by the command; `formats.open_export` opens such a file only for who says so."""
 _CALL = "perdure_call"
-"""Attribute of the pickled module: how it is called, in plain tuples and dicts."""
+"""Attribute of the pickled module with its call signature, in plain tuples and dicts."""
 
 
-def write(subject: Subject, path: Path, options: Mapping[str, str]) -> None:
-    """Pickle the model in eval mode."""
-    call = subject.call(1)
-    model = copy.copy(subject.model())  # shares everything; only the attribute is its own
-    setattr(model, _CALL, {
+def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
+    """Pickle the module in eval mode."""
+    call = model.call(1)
+    module: Any = copy.copy(model.module)  # shares everything except the attribute
+    setattr(module, _CALL, {
         "arguments": call.arguments, "keywords": dict(call.keywords),
-        "inputs": list(call.names), "outputs": list(subject.outputs),
+        "inputs": list(call.names), "outputs": list(model.outputs),
     })  # fmt: skip
     try:
-        with open(path, "wb") as file:  # by its name, torch would put that name into the file
-            torch.save(model, file)
+        save(module, path)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ExportError(
-            f"{type(model).__name__} cannot be pickled: {reason(error)}\nClasses and functions "
-            "have to be importable by their names; every other format does without"
+            f"{type(module).__name__} cannot be pickled: {reason(error)}\nIts classes and "
+            "functions must be importable by name; the other formats have no such requirement"
         ) from None
 
 
-def open_runner(path: Path, device: str = "cpu") -> Runner:
-    """Unpickle the file, which may run any code."""
+def _open_runner(path: Path, device: str) -> Runner:
+    """Unpickle the file, which can run any code."""
     try:
         with quiet():
-            model: Any = torch.load(path, map_location=device, weights_only=False)
+            module: Any = torch.load(path, map_location=device, weights_only=False)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"{path} needs the code that it was made with, which is not here: {reason(error)}. Put "
-            "that code on the path (PYTHONPATH=…), or export the run in a format without code: "
-            "torch_export, torchscript or onnx"
+            f"{path} needs the code of its model, which is not importable: {reason(error)}. Add "
+            "that code to PYTHONPATH, or export the run in a format without code: torch_export, "
+            "torchscript or onnx"
         ) from None
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise ExportError(f"{path} cannot be loaded: {reason(error)}") from None
-    found = getattr(model, _CALL, None)
-    if not isinstance(model, nn.Module) or not isinstance(found, dict):
-        raise ExportError(f"{path} holds a {type(model).__name__}, not a model of this command")
-    call = Call(found["arguments"], found["keywords"], tuple(found["inputs"]))
-    return _Runner(model, call, found["outputs"], torch.device(device))
+    stored = getattr(module, _CALL, None)
+    if not isinstance(module, nn.Module) or not isinstance(stored, dict):
+        raise ExportError(
+            f"{path} has a {type(module).__name__} in it, not a model that this command exported"
+        )
+    call = Call(stored["arguments"], stored["keywords"], tuple(stored["inputs"]))
+    return _Runner(module, call, stored["outputs"], torch.device(device))
 
 
 class _Runner:
-    """An unpickled model; see `contract.Runner`."""
+    """An unpickled module; see `contract.Runner`."""
 
     def __init__(
-        self, model: nn.Module, call: Call, outputs: list[str], device: torch.device
+        self, module: nn.Module, call: Call, outputs: list[str], device: torch.device
     ) -> None:
-        self._model, self._call, self._device = model, call, device
+        self._module, self._call, self._device = module, call, device
         self.inputs, self.outputs = list(call.names), outputs
 
     def run(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Return the outputs by name."""
-        given = [
+        tensors = [
             torch.tensor(inputs[name], dtype=like.dtype, device=self._device)
             for name, like in self._call.tensors().items()
         ]
-        arguments, keywords = self._call.filled(iter(given))
+        arguments, keywords = self._call.with_tensors(tensors)
         with torch.no_grad():
-            found = outputs_of(self._model(*arguments, **keywords)).values()
-        return {name: as_array(t) for name, t in zip(self.outputs, found, strict=True)}
+            outputs = outputs_of(self._module(*arguments, **keywords)).values()
+        return {name: as_array(t) for name, t in zip(self.outputs, outputs, strict=True)}
+
+
+FORMAT = Format(
+    suffix=".full.pt",
+    write=_write,
+    open_runner=_open_runner,
+    warning=(
+        "warning: a pickled module runs code when it is loaded, and needs the model's code "
+        "unchanged. Load it only if you trust its author, and share another format"
+    ),
+)

@@ -1,6 +1,7 @@
-"""What an export is run on: pictures, arrays, IDX files, or the evaluation part of a data group."""
+"""Inputs of an export: images, arrays, IDX files, or the evaluation split of a data group."""
 
 import glob
+import json
 import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,36 +19,62 @@ from trainer.data.images import Transform
 from trainer.data.mnist import read_idx
 from trainer.data.source import fetch
 from trainer.errors import ConfigError, DataError, closest
+from trainer.export.destination import record_path
 from trainer.protocols import DataSource
 
 Array = npt.NDArray[Any]
-_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _IDX = ("-ubyte", "-ubyte.gz", ".idx", ".idx.gz")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some inputs together."""
+    """A batch of inputs."""
 
     names: list[str]
-    """How to call each one: a file, or a number."""
+    """File name or number of each input."""
     arrays: dict[str, Array]
-    """By the names of the export's inputs; the first axis counts the inputs."""
+    """Arrays by input name of the export; the first axis is the batch."""
     labels: list[int] = field(default_factory=list)
-    """What they are, where that is known."""
+    """Class numbers, if known."""
 
 
 @dataclass(frozen=True)
-class Interface:
-    """What an export takes, as its record says."""
+class InputSpec:
+    """Names, dtypes and shapes of an export's inputs, and their preprocessing."""
 
     inputs: Sequence[Mapping[str, Any]]
     """Each with `name`, `dtype` and `shape`."""
     preprocessing: Mapping[str, Any]
 
+    @classmethod
+    def of(cls, path: Path) -> "InputSpec":
+        """Read the record of an export.
+
+        Raises:
+            ConfigError: the record is missing, or does not describe an export that can be run.
+        """
+        record = record_path(path)
+        try:
+            content = json.loads(record.read_bytes())
+            spec = cls(content["inputs"], content["preprocessing"])
+            spec.first, spec.batch_size  # noqa: B018 (raises if they are missing)
+        except FileNotFoundError:
+            missing = record if path.exists() else f"{path} or {record}"
+            raise ConfigError(
+                f"{missing} does not exist. python -m trainer.export writes an export and its "
+                "record; copy both"
+            ) from None
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ConfigError(
+                f"{record} does not describe an export that can be run ({type(error).__name__}: "
+                f"{error}); export the run again"
+            ) from None
+        return spec
+
     @property
     def batch_size(self) -> int | None:
-        """The only size of a batch that it takes; None: any."""
+        """The fixed batch size; None if it is dynamic."""
         first = self.inputs[0]["shape"][0] if self.inputs and self.inputs[0]["shape"] else "batch"
         return first if isinstance(first, int) else None
 
@@ -58,169 +85,169 @@ class Interface:
 
     def __str__(self) -> str:
         return ", ".join(
-            f"{each['name']} {each['dtype']}[{', '.join(map(str, each['shape']))}]"
-            for each in self.inputs
+            f"{spec['name']} {spec['dtype']}[{', '.join(map(str, spec['shape']))}]"
+            for spec in self.inputs
         )
 
     @property
     def classes(self) -> list[str] | None:
-        """Names of the classes, if they have any."""
-        found = self.preprocessing.get("classes")
-        return [str(name) for name in found] if isinstance(found, list) else None
+        """Class names, if any."""
+        names = self.preprocessing.get("classes")
+        return [str(name) for name in names] if isinstance(names, list) else None
 
     def transform(self) -> Transform:
-        """Return what the run made of a picture before it evaluated on it.
+        """Return the run's image transform for evaluation.
 
         Raises:
-            ConfigError: the model takes no pictures.
+            ConfigError: the model does not take images.
         """
-        made = self.preprocessing
+        options = self.preprocessing
         return Transform(
-            made.get("shape", ()),
-            made.get("mean", 0.0),
-            made.get("std", 1.0),
-            made.get("crop_share", 1.0),
+            options.get("shape", ()),
+            options.get("mean", 0.0),
+            options.get("std", 1.0),
+            options.get("crop_share", 1.0),
         )
 
 
-def read(place: str, interface: Interface, batch_size: int) -> Iterator[Batch]:
-    """Yield the inputs that lie at a place, in batches.
+def read(location: str, spec: InputSpec, batch_size: int) -> Iterator[Batch]:
+    """Yield the inputs at a location in batches.
 
     Args:
-        place: a file, a folder of pictures, or a pattern of files with `*`.
-        interface: what the export takes.
-        batch_size: inputs of a batch.
+        location: a file, a folder of images, or a glob pattern.
+        spec: input specification of the export.
+        batch_size: maximum inputs per batch.
 
     Raises:
-        ConfigError: there is nothing there, or nothing that is known.
-        DataError: a file cannot be read, or does not fit.
+        ConfigError: no such file, or an unknown file type.
+        DataError: a file cannot be read, or does not fit the export.
     """
-    path = Path(place)
+    path = Path(location)
     name = path.name.lower()
     if path.is_file() and name.endswith(".npy"):
         with _loaded(path) as array:
-            yield from _arrays({interface.first: array}, place, batch_size)
+            yield from _array_batches({spec.first: array}, location, batch_size)
     elif path.is_file() and name.endswith(".npz"):
-        yield from _arrays(_npz(path, interface), place, batch_size)
+        yield from _array_batches(_npz(path, spec), location, batch_size)
     elif path.is_file() and name.endswith(_IDX):
-        yield from _idx(path, interface, batch_size)
+        yield from _idx_batches(path, spec, batch_size)
     else:
-        yield from _pictures(_found(place), interface, batch_size)
+        yield from _image_batches(_image_files(location), spec, batch_size)
 
 
-def evaluation(source: DataSource, interface: Interface, batch_size: int) -> Iterator[Batch]:
-    """Yield the evaluation part of a data source, as (input, label) batches have it.
+def evaluation_batches(source: DataSource, spec: InputSpec, batch_size: int) -> Iterator[Batch]:
+    """Yield the evaluation split of a data source with (input, label) batches.
 
     Raises:
-        DataError: there is none, or its batches are not of that form.
+        DataError: it has no evaluation split, or its batches have another form.
     """
     dataset = source.eval
     if dataset is None:
-        raise DataError("this data has nothing to evaluate on")
+        raise DataError("this data has no evaluation split")
     for start in range(0, len(dataset), batch_size):
         indices = torch.arange(start, min(start + batch_size, len(dataset)))
         batch = fetch(dataset, indices, "eval")
         if not (isinstance(batch, (tuple, list)) and isinstance(batch[0], torch.Tensor)):
             raise DataError(
-                f"a batch of this data is a {type(batch).__name__}; (input, label) is needed. Save "
-                "the inputs as .npz with the names of the export's"
+                f"a batch of this data is a {type(batch).__name__}, but (input, label) is needed. "
+                "Save the inputs as .npz, with the input names of the export"
             )
         yield Batch(
             [str(int(index)) for index in indices],
-            {interface.first: batch[0].numpy()},
-            _classes(batch[1] if len(batch) > 1 else None),
+            {spec.first: batch[0].numpy()},
+            _class_numbers(batch[1] if len(batch) > 1 else None),
         )
 
 
-def _classes(labels: Any) -> list[int]:
-    """Return labels that are numbers of classes, one for each input."""
-    is_known = isinstance(labels, torch.Tensor) and labels.ndim == 1
-    return labels.tolist() if is_known and not labels.is_floating_point() else []
+def _class_numbers(labels: Any) -> list[int]:
+    """Return the labels if they are one class number per input, or else an empty list."""
+    is_vector = isinstance(labels, torch.Tensor) and labels.ndim == 1
+    return labels.tolist() if is_vector and not labels.is_floating_point() else []
 
 
 # --- files ---------------------------------------------------------------------------------------
 
 
-def _found(place: str) -> list[Path]:
-    path = Path(place)
+def _image_files(location: str) -> list[Path]:
+    path = Path(location)
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _PICTURES)
+        paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in _IMAGES)
     elif path.is_file():
-        found = [path]
+        paths = [path]
     else:
-        found = sorted(map(Path, glob.glob(place, recursive=True)))
-    if not found:
-        kind = "no picture in it" if path.is_dir() else "no such file"
-        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = "" if path.is_dir() or not near else closest(path.name, near)
-        raise ConfigError(f"input={place}: there is {kind}{hint}")
-    odd = next((p for p in found if p.suffix.lower() not in _PICTURES), None)
-    if odd is not None:
+        paths = sorted(map(Path, glob.glob(location, recursive=True)))
+    if not paths and path.is_dir():
+        raise ConfigError(f"input={location}: no images in this folder")
+    if not paths:
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ConfigError(f"input={location}: no such file{closest(path.name, siblings)}")
+    unknown = next((p for p in paths if p.suffix.lower() not in _IMAGES), None)
+    if unknown is not None:
         raise ConfigError(
-            f"input={odd}: files of this kind are not known; give pictures "
-            f"({', '.join(_PICTURES[:3])}, …), .npy, .npz, or IDX files ({', '.join(_IDX[:2])})"
+            f"input={unknown}: unknown file type; pass images ({', '.join(_IMAGES[:3])}, …), "
+            f".npy, .npz, or IDX files ({', '.join(_IDX[:2])})"
         )
-    return found
+    return paths
 
 
-def _pictures(found: list[Path], interface: Interface, batch_size: int) -> Iterator[Batch]:
+def _image_batches(paths: list[Path], spec: InputSpec, batch_size: int) -> Iterator[Batch]:
     images.need_pillow("input= of pictures")
     from PIL import Image
 
-    transform = interface.transform()
-    for start in range(0, len(found), batch_size):
-        chosen = found[start : start + batch_size]
+    transform = spec.transform()
+    for start in range(0, len(paths), batch_size):
+        batch = paths[start : start + batch_size]
         tensors = []
-        for path in chosen:
+        for path in batch:
             try:
                 tensors.append(transform(images.decode(path), training=False))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise DataError(f"{path} is no picture that can be read: {error}") from None
-        yield Batch([str(path) for path in chosen], {interface.first: torch.stack(tensors).numpy()})
+                raise DataError(f"{path} is not a readable image: {error}") from None
+        yield Batch([str(path) for path in batch], {spec.first: torch.stack(tensors).numpy()})
 
 
-def _idx(path: Path, interface: Interface, batch_size: int) -> Iterator[Batch]:
+def _idx_batches(path: Path, spec: InputSpec, batch_size: int) -> Iterator[Batch]:
     from PIL import Image
 
-    transform = interface.transform()
+    transform = spec.transform()
     pixels = read_idx(path, dims=3)
     for start in range(0, len(pixels), batch_size):
-        chosen = pixels[start : start + batch_size]
-        tensors = [transform(Image.fromarray(each), training=False) for each in chosen]
-        names = [str(start + index) for index in range(len(chosen))]
-        yield Batch(names, {interface.first: torch.stack(tensors).numpy()})
+        batch = pixels[start : start + batch_size]
+        tensors = [transform(Image.fromarray(image), training=False) for image in batch]
+        names = [str(start + index) for index in range(len(batch))]
+        yield Batch(names, {spec.first: torch.stack(tensors).numpy()})
 
 
 @contextmanager
 def _loaded(path: Path) -> Iterator[Any]:
-    """Give what is in a file of NumPy's, which may be read until the end of the context."""
-    with ExitStack() as opened:
+    """Yield the content of a NumPy file, which stays open until the context ends."""
+    with ExitStack() as stack:
         try:
-            file = opened.enter_context(open(path, "rb"))  # NumPy leaves a broken one open
-            found = np.load(file, allow_pickle=False)
+            file = stack.enter_context(open(path, "rb"))  # NumPy would leave a broken one open
+            content = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             text = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(f"{path} cannot be read: {text}") from None
-        yield found
+        yield content
 
 
-def _npz(path: Path, interface: Interface) -> dict[str, Array]:
-    names = [str(each["name"]) for each in interface.inputs]
+def _npz(path: Path, spec: InputSpec) -> dict[str, Array]:
+    names = [str(item["name"]) for item in spec.inputs]
     with _loaded(path) as stored:
-        lacking = [name for name in names if name not in stored]
-        if lacking and len(stored.files) == len(names) == 1:
+        missing = [name for name in names if name not in stored]
+        if missing and len(stored.files) == len(names) == 1:
             return {names[0]: stored[stored.files[0]]}
-        if lacking:
-            held = ", ".join(stored.files) or "nothing"
-            raise DataError(f"{path} has no array {lacking[0]!r} (it has {held})")
+        if missing:
+            present = ", ".join(stored.files) or "nothing"
+            raise DataError(f"{path} has no array {missing[0]!r} (it has {present})")
         return {name: stored[name] for name in names}
 
 
-def _arrays(arrays: dict[str, Array], place: str, batch_size: int) -> Iterator[Batch]:
+def _array_batches(arrays: dict[str, Array], location: str, batch_size: int) -> Iterator[Batch]:
     lengths = {len(array) if array.ndim else 0 for array in arrays.values()}
     if len(lengths) != 1 or not (count := lengths.pop()):
-        raise DataError(f"{place}: every array needs a first axis that counts the inputs")
+        raise DataError(f"{location}: the first axis of every array must be the same batch axis")
     for number in range(math.ceil(count / batch_size)):
-        part = slice(number * batch_size, (number + 1) * batch_size)
-        names = [str(index) for index in range(count)[part]]
-        yield Batch(names, {name: array[part] for name, array in arrays.items()})
+        rows = slice(number * batch_size, (number + 1) * batch_size)
+        names = [str(index) for index in range(count)[rows]]
+        yield Batch(names, {name: array[rows] for name, array in arrays.items()})

@@ -1,39 +1,37 @@
-"""`format=oneflow`: OneFlow's folders, one per variable."""
+"""`format=oneflow`: OneFlow's layout, one folder per variable."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.checkpoint.memory import bytes_of
 from trainer.errors import CheckpointError
-from trainer.export.contract import ExportError
-from trainer.export.subject import Subject
+from trainer.export.contract import ExportError, Format
+from trainer.export.exported_model import ExportedModel
 from trainer.importing import oneflow
 from trainer.importing.dcp_folder import inside
 
-SUFFIX = ".oneflow"
-OPTIONS: Mapping[str, str] = {}
-HELP: Mapping[str, str] = {}
-LAST = oneflow.DONE
 
-
-def write(subject: Subject, path: Path, options: Mapping[str, str]) -> None:
-    """Write the weights; the folder says that it is whole last.
+def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
+    """Write the weights, and last the file that marks the folder as complete.
 
     Raises:
-        ExportError: OneFlow has no such dtype, or no folder can have a tensor's name.
+        ExportError: OneFlow has no equivalent dtype, or a tensor name cannot be a folder name.
     """
     path.mkdir()
-    for name, tensor in subject.weights().items():
+    for name, tensor in model.weights().items():
         try:
-            folder = path / inside(name, str(subject.source.place))
+            folder = path / inside(name, model.checkpoint.location)
             text = oneflow.meta_text(tensor.dtype, tuple(tensor.shape))
         except CheckpointError as error:
-            raise ExportError(f"tensor {name!r}: {error}; take format=safetensors") from None
+            raise ExportError(f"tensor {name!r}: {error}; use format=safetensors") from None
         if "/" in name or name == oneflow.DONE:
-            raise ExportError(f"no folder can have the tensor's name {name!r}; rename it")
+            raise ExportError(f"the tensor name {name!r} cannot be a folder name; rename it")
         folder.mkdir()
         (folder / oneflow.META).write_text(text)
         with open(folder / oneflow.OUT, "wb") as file:
             if tensor.numel():
                 file.write(bytes_of(tensor.contiguous()).data)
     (path / oneflow.DONE).touch()
+
+
+FORMAT = Format(suffix=".oneflow", write=_write, last_file=oneflow.DONE)

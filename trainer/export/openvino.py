@@ -1,4 +1,4 @@
-"""`format=openvino`: OpenVINO's own files, an .xml and a .bin, by way of the ONNX graph."""
+"""`format=openvino`: OpenVINO's .xml and .bin files, converted from an ONNX graph."""
 
 import tempfile
 from collections.abc import Mapping
@@ -8,44 +8,38 @@ from typing import Any
 import numpy.typing as npt
 
 from trainer.errors import ConfigError
-from trainer.export.contract import Arrays, ExportError, Runner, library
+from trainer.export.contract import DYNAMIC, Arrays, ExportError, Format, Runner, library
+from trainer.export.exported_model import ExportedModel
 from trainer.export.onnx import save
-from trainer.export.subject import Subject
 from trainer.export.tracing import reason
 
-SUFFIX = ".openvino"
-LIBRARIES = ("onnx", "onnxscript", "openvino")
-LAST = "model.xml"
-OPTIONS: Mapping[str, str] = {"dynamic": "batch"}
-HELP: Mapping[str, str] = {
-    "dynamic": "axes of every input that may have other sizes: batch, none, or such as batch,1",
-}
+_XML = "model.xml"
 
 
-def write(subject: Subject, path: Path, options: Mapping[str, str]) -> None:
-    """Write a folder with `model.xml` and `model.bin`, weights in the precision that they have."""
+def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
+    """Write a folder with `model.xml` and `model.bin`, weights in their stored precision."""
     openvino = library("openvino", "openvino")
     path.mkdir()
     with tempfile.TemporaryDirectory(prefix="perdure-", dir=path.parent) as folder:
         file = Path(folder, "model.onnx")
-        save(subject, file, options["dynamic"], is_external=True)
+        save(model, file, options["dynamic"], is_external=True)
         try:
-            found = openvino.Core().read_model(file)
-            openvino.save_model(found, path / LAST, compress_to_fp16=False)
+            converted = openvino.Core().read_model(file)
+            openvino.save_model(converted, path / _XML, compress_to_fp16=False)
         except RuntimeError as error:
             raise ExportError(
-                f"OpenVINO cannot read the model: {reason(error)}\nformat=onnx may do"
+                f"OpenVINO cannot read the model: {reason(error)}\nTry format=onnx"
             ) from None
 
 
-def open_runner(path: Path, device: str = "cpu") -> Runner:
+def _open_runner(path: Path, device: str) -> Runner:
     """Compile it for the CPU, in the precision of the weights."""
     openvino = library("openvino", "openvino")
     if device != "cpu":
-        raise ConfigError(f"device={device}: this runs OpenVINO on the CPU alone; use format=onnx")
+        raise ConfigError(f"device={device}: OpenVINO runs on the CPU only here; use format=onnx")
     core = openvino.Core()
     try:
-        model = core.read_model(path / LAST)
+        model = core.read_model(path / _XML)
         hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 0}
         return _Runner(core.compile_model(model, "CPU", hints))
     except RuntimeError as error:
@@ -57,13 +51,23 @@ class _Runner:
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
-        self._dtypes = {each.any_name: each.element_type.to_dtype() for each in compiled.inputs}
+        self._dtypes = {port.any_name: port.element_type.to_dtype() for port in compiled.inputs}
         self.inputs = list(self._dtypes)
-        self.outputs = [each.any_name for each in compiled.outputs]
+        self.outputs = [port.any_name for port in compiled.outputs]
 
     def run(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Return the outputs by name."""
-        given = {name: inputs[name].astype(dtype) for name, dtype in self._dtypes.items()}
-        found = self._compiled(given)
+        arrays = {name: inputs[name].astype(dtype) for name, dtype in self._dtypes.items()}
+        outputs = self._compiled(arrays)
         ports = zip(self.outputs, self._compiled.outputs, strict=True)
-        return {name: found[port].copy() for name, port in ports}
+        return {name: outputs[port].copy() for name, port in ports}
+
+
+FORMAT = Format(
+    suffix=".openvino",
+    write=_write,
+    open_runner=_open_runner,
+    options={"dynamic": DYNAMIC},
+    libraries=("onnx", "onnxscript", "openvino"),
+    last_file=_XML,
+)

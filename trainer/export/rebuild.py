@@ -1,4 +1,4 @@
-"""A run's model, data and task again, from one of its checkpoints. One process."""
+"""Rebuild a run's model, data and task from a checkpoint, in one process."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,52 +14,57 @@ from trainer.config import allowed_targets
 from trainer.config.merge import merge
 from trainer.config.schema import Parallel, Run
 from trainer.errors import ConfigError, problems_text
-from trainer.export.source import Source
+from trainer.export.loaded_checkpoint import LoadedCheckpoint
 from trainer.training import build
 
 _GROUPS = ("model", "data", "task")
-"""Parts of the configuration that are built again."""
+"""Configuration groups that are rebuilt."""
 
 
-def configuration(source: Source, settings: Sequence[str] = (), allowed: Sequence[str] = ()) -> Run:
-    """Return the checkpoint's configuration, for one process that does not train.
+def configuration(
+    checkpoint: LoadedCheckpoint, settings: Sequence[str] = (), allowed: Sequence[str] = ()
+) -> Run:
+    """Return the checkpoint's configuration, reduced to one process that does not train.
 
-    The optimizer, the scheduler, the trackers and the wrappers of the training are left out.
+    It has no scheduler, trackers or training wrappers, and a default optimizer.
 
     Args:
-        source: the checkpoint.
-        settings: `key=value` to change in its configuration.
-        allowed: packages or names that it may call besides `trust.ALLOWED`.
+        checkpoint: the checkpoint.
+        settings: `key=value` overrides.
+        allowed: packages or names it may call in addition to `allowed_targets.ALLOWED`.
 
     Raises:
-        ConfigError: it has none, it calls what is not allowed, or a setting does not fit it.
+        ConfigError: the checkpoint has no configuration, a target is not allowed, or an override
+            does not fit.
     """
-    stored = source.manifest.config
+    stored = checkpoint.manifest.config
     if not stored:
         raise ConfigError(
-            f"{source.place}: step {source.commit.step:,} was not written by a run, so it does not "
-            "say what its model and data are; export its weights instead (format=safetensors)"
+            f"{checkpoint} was not written by a run, so its model and data are unknown; export "
+            "its weights instead (format=safetensors)"
         )
     for setting in settings:
         key = setting.partition("=")[0]
         if "." not in key and isinstance(stored.get(key), Mapping):
             raise ConfigError(
-                f"{setting}: groups are chosen when a run is made; here, change single settings, "
-                f"such as {key}.…=…"
+                f"{setting}: groups cannot be replaced after the run; override single keys, such "
+                f"as {key}.…=…"
             )
     try:
-        typed = OmegaConf.from_dotlist(list(settings))
-        composed = OmegaConf.merge(OmegaConf.create(dict(stored)), typed)
+        overrides = OmegaConf.from_dotlist(list(settings))
+        composed = OmegaConf.merge(OmegaConf.create(dict(stored)), overrides)
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{' '.join(settings)}: {text}") from None
     run, problems = merge(composed)  # type: ignore[arg-type]
     if problems:
         raise ConfigError(problems_text(problems))
-    own = [s.partition("=")[2] for s in settings if s.partition("=")[0].endswith("._target_")]
+    overridden = [
+        s.partition("=")[2] for s in settings if s.partition("=")[0].endswith("._target_")
+    ]
     nodes = {group: getattr(run, group) for group in _GROUPS}
-    allowed_targets.reject_targets(nodes, [*allowed, *own])
-    alone = replace(
+    allowed_targets.reject_targets(nodes, [*allowed, *overridden])
+    single = replace(
         run,
         parallel=Parallel(strategy="single"),
         optimizer={"_target_": "torch.optim.SGD"},
@@ -67,40 +72,40 @@ def configuration(source: Source, settings: Sequence[str] = (), allowed: Sequenc
         tracker={},
         trainer=replace(run.trainer, accumulate=1, freeze=[], ema_decay=None),
     )
-    problems = build.check(alone)
+    problems = build.check(single)
     if problems:
         raise ConfigError(problems_text(problems))
-    return alone
+    return single
 
 
-def load_model(run: Run, source: Source, *, averaged: bool = False) -> nn.Module:
-    """Return the plain model with the checkpoint's weights, on the CPU and in eval mode.
+def load_model(run: Run, checkpoint: LoadedCheckpoint, *, averaged: bool = False) -> nn.Module:
+    """Return the unwrapped model with the checkpoint's weights, on the CPU and in eval mode.
 
     Args:
-        run: what `configuration` returned.
-        source: the checkpoint.
-        averaged: whether the parameters are their moving averages, where they have one.
+        run: the result of `configuration`.
+        checkpoint: the checkpoint.
+        averaged: use the moving average where a parameter has one.
 
     Raises:
-        ConfigError: names or shapes of the weights are not the model's.
-        DamagedError: the checkpoint's bytes are wrong.
+        ConfigError: names or shapes of the weights differ from the model's.
+        DamagedError: a checksum differs.
     """
     model = build.build_model(run)
-    fill(model, source, averaged=averaged)
+    load_weights(model, checkpoint, averaged=averaged)
     return model.eval()
 
 
-def fill(model: nn.Module, source: Source, *, averaged: bool = False) -> None:
-    """Load the checkpoint's weights into a plain model of its configuration; as `load_model`."""
-    tensors: dict[str, Any] = source.weights(averaged=averaged)
+def load_weights(model: nn.Module, checkpoint: LoadedCheckpoint, *, averaged: bool = False) -> None:
+    """Load the checkpoint's weights into an unwrapped model; arguments as in `load_model`."""
+    tensors: dict[str, Any] = checkpoint.weights(averaged=averaged)
     try:
-        found = model.load_state_dict(tensors, strict=False)
+        keys = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:  # shapes
-        raise ConfigError(f"{source.place} does not fit its own model: {error}") from None
-    missing = [name for name in found.missing_keys if not name.endswith("_extra_state")]
-    if missing or found.unexpected_keys:
+        raise ConfigError(f"{checkpoint} does not fit its model: {error}") from None
+    missing = [name for name in keys.missing_keys if not name.endswith("_extra_state")]
+    if missing or keys.unexpected_keys:
         raise ConfigError(
-            f"{source.place} does not fit its own model: it lacks {missing[:4] or 'nothing'}, and "
-            f"holds {found.unexpected_keys[:4] or 'nothing'} besides; was the model's code changed?"
+            f"{checkpoint} does not fit its model: missing {missing[:4] or 'nothing'}, unexpected "
+            f"{keys.unexpected_keys[:4] or 'nothing'}. Has the model's code changed?"
         )
-    state_tree.load_model(model, source.manifest.objects, source.reader.fetch)
+    state_tree.load_model(model, checkpoint.manifest.objects, checkpoint.reader.fetch)

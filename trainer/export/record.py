@@ -1,4 +1,4 @@
-"""The file beside an export that says what it is: `<export>.json`."""
+"""The record of an export, `<export>.json`: its origin, interface, parity check and checksums."""
 
 import hashlib
 import json
@@ -11,45 +11,46 @@ from typing import Any
 from torch import Tensor
 
 from trainer.checkpoint.lineage import now
-from trainer.export.parity import Difference
-from trainer.export.subject import Subject
-from trainer.export.target import files
+from trainer.export.destination import files
+from trainer.export.exported_model import ExportedModel
+from trainer.export.parity import Mismatch
 
 VERSION = 1
 _LIBRARIES = ("perdure", "torch", "numpy", "safetensors")
 _PREPROCESSING = ("mean", "std", "crop_share", "classes")
-"""Attributes of a data source that say how its inputs were made, and what its labels are."""
+"""Attributes of a data source that describe its preprocessing and its labels."""
 
 
 def describe(
-    subject: Subject,
+    model: ExportedModel,
     written: Path,
     format: str,
     options: Mapping[str, str],
-    differences: Sequence[Difference] | None,
-    sizes: Sequence[int] = (),
+    mismatches: Sequence[Mismatch] | None,
+    batch_sizes: Sequence[int] = (),
     libraries: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return what the record says; see docs/exports.md.
+    """Return the record; docs/exports.md describes its keys.
 
     Args:
-        subject: what was exported.
+        model: the exported model.
         written: the file or folder.
-        format: name of the format.
-        options: its options.
-        differences: from the model's answers; None for formats that cannot be run.
-        sizes: of the batches that were compared.
-        libraries: of the format, besides torch.
+        format: format name.
+        options: options of the format.
+        mismatches: results of the parity check; None for formats that cannot be run.
+        batch_sizes: batch sizes of the parity check.
+        libraries: packages of the format, in addition to torch.
     """
-    source, choices = subject.source, subject.choices
-    state, model = source.manifest.objects.get("run"), source.manifest.config.get("model")
-    state = state if isinstance(state, Mapping) else {}  # what other loops saved has its own
-    found: dict[str, Any] = {
+    checkpoint, choices = model.checkpoint, model.choices
+    manifest = checkpoint.manifest
+    state, node = manifest.objects.get("run"), manifest.config.get("model")
+    state = state if isinstance(state, Mapping) else {}  # checkpoints of other loops have none
+    record: dict[str, Any] = {
         "version": VERSION,
         "format": format,
         "options": dict(options),
-        "step": source.commit.step,
-        "epoch": source.manifest.epoch,
+        "step": checkpoint.commit.step,
+        "epoch": manifest.epoch,
         "weights": "ema" if choices.averaged else "model",
         "part": choices.part or None,
         "dtype": choices.dtype or None,
@@ -58,77 +59,77 @@ def describe(
             "best": state.get("best"),
         },
         "source": {
-            "place": source.place,
-            "checkpoint": source.commit.folder,
-            "model": model.get("_target_") if isinstance(model, Mapping) else None,
+            "place": checkpoint.location,
+            "checkpoint": checkpoint.commit.folder,
+            "model": node.get("_target_") if isinstance(node, Mapping) else None,
         },
         "made": now(),
         "versions": versions(libraries),
-        "files": dict(_files(written)),
+        "files": _files(written),
     }  # fmt: skip
-    if differences is not None:
-        found |= _interface(subject)
-        found["parity"] = {
-            "samples": subject.origin, "batch_sizes": list(sizes), "device": choices.device,
-            "outputs": [difference.as_json() for difference in differences],
+    if mismatches is not None:
+        record |= _interface(model)
+        record["parity"] = {
+            "samples": model.sample_origin, "batch_sizes": list(batch_sizes),
+            "device": choices.device, "outputs": [mismatch.as_json() for mismatch in mismatches],
         }  # fmt: skip
-    return found
+    return record
 
 
-def to_bytes(found: Mapping[str, Any]) -> bytes:
-    """Return the record as it is stored."""
-    return (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode()
+def to_bytes(record: Mapping[str, Any]) -> bytes:
+    """Return the record as stored."""
+    return (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def versions(libraries: Sequence[str] = ()) -> dict[str, str]:
-    """Return the versions of Python and of installed libraries."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the installed libraries."""
+    entries = {"python": platform.python_version()}
     for name in (*_LIBRARIES, *libraries):
         try:
-            found[name] = metadata.version(name)
+            entries[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return entries
 
 
-def _interface(subject: Subject) -> dict[str, Any]:
-    """Return names, dtypes and shapes of inputs and outputs, and how inputs were made."""
-    few, more = subject.inputs(2), subject.inputs(3)
-    answers, other = subject.answer(few), subject.answer(more)
+def _interface(model: ExportedModel) -> dict[str, Any]:
+    """Return names, dtypes and shapes of inputs and outputs, and the preprocessing."""
+    two, three = model.inputs(2), model.inputs(3)
+    outputs, more_outputs = model.compute(two), model.compute(three)
     return {
-        "inputs": [_described(name, few[name], more[name]) for name in few],
-        "outputs": [_described(name, answers[name], other[name]) for name in answers],
-        "preprocessing": _preprocessing(subject),
+        "inputs": [_tensor(name, two[name], three[name]) for name in two],
+        "outputs": [_tensor(name, outputs[name], more_outputs[name]) for name in outputs],
+        "preprocessing": _preprocessing(model),
     }
 
 
-def _described(name: str, tensor: Tensor, other: Tensor) -> dict[str, Any]:
+def _tensor(name: str, tensor: Tensor, other: Tensor) -> dict[str, Any]:
+    """Describe a tensor; sizes that differ between the two batch sizes are `batch`."""
     sizes = zip(tensor.shape, other.shape, strict=True)
     shape = [size if size == second else "batch" for size, second in sizes]
     return {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": shape}
 
 
-def _preprocessing(subject: Subject) -> dict[str, Any]:
-    sample = subject.run.sample
-    found: dict[str, Any] = {"shape": list(sample.shape), "classes": sample.classes}
+def _preprocessing(model: ExportedModel) -> dict[str, Any]:
+    sample = model.run.sample
+    preprocessing: dict[str, Any] = {"shape": list(sample.shape), "classes": sample.classes}
     for name in _PREPROCESSING:
-        value = getattr(subject.data, name, None)
+        value = getattr(model.data, name, None)
         if isinstance(value, Tensor):
             value = value.tolist()
         if isinstance(value, str | int | float):
-            found[name] = value
+            preprocessing[name] = value
         elif isinstance(value, list | tuple):
-            found[name] = list(value)
-    found["data"] = subject.run.data.get("_target_")
-    return found
+            preprocessing[name] = list(value)
+    preprocessing["data"] = model.run.data.get("_target_")
+    return preprocessing
 
 
-def _files(written: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return name, bytes and SHA-256 of each file; `.` is the export itself where it is one."""
-    found = []
+def _files(written: Path) -> dict[str, dict[str, Any]]:
+    """Return bytes and SHA-256 by relative file name; `.` for an export of a single file."""
+    entries = {}
     for path in files(written):
-        name = "." if path == written else str(path.relative_to(written))
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found.append((name, {"bytes": path.stat().st_size, "sha256": digest}))
-    return found
+        entries[str(path.relative_to(written))] = {"bytes": path.stat().st_size, "sha256": digest}
+    return entries

@@ -1,18 +1,15 @@
-"""`format=state_dict`: what `torch.load(path, weights_only=True)` returns as a dict of tensors."""
+"""`format=state_dict`: a dict of tensors for `torch.load(path, weights_only=True)`."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
-from trainer.export.subject import Subject
-
-SUFFIX = ".pt"
-OPTIONS: Mapping[str, str] = {}
-HELP: Mapping[str, str] = {}
+from trainer.export.contract import Format
+from trainer.export.exported_model import ExportedModel
+from trainer.export.training_state import save
 
 
-def write(subject: Subject, path: Path, options: Mapping[str, str]) -> None:
-    """Write the weights as a plain state dict; shared storage stays shared."""
-    with open(path, "wb") as file:  # by its name, torch would put that name into the file
-        torch.save(subject.weights(), file)
+def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
+    save(model.weights(), path)
+
+
+FORMAT = Format(suffix=".pt", write=_write)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from trainer.errors import ConfigError
-from trainer.export.contract import ExportError, Runner
-from trainer.export.subject import Subject
+from trainer.export.contract import DYNAMIC, ExportError, Format, Runner
+from trainer.export.exported_model import ExportedModel
 from trainer.export.tracing import (
-    INTERFACE,
+    SIGNATURE_FILE,
     Flat,
-    Interface,
+    Signature,
     TorchRunner,
     Traceable,
     quiet,
@@ -22,62 +22,56 @@ from trainer.export.tracing import (
     traceable,
 )
 
-SUFFIX = ".pt2"
-OPTIONS: Mapping[str, str] = {"dynamic": "batch"}
-HELP: Mapping[str, str] = {
-    "dynamic": "axes of every input that may have other sizes: batch, none, or such as batch,1",
-}
 _LIMIT = re.compile(r"(\w+) = Dim\('\w+', (?:min=\d+, )?max=(\d+)\)")
-"""A suggestion of torch.export's errors."""
+"""Limits of dynamic axes that torch.export's errors suggest."""
 _COUNT = 3
-"""Samples of the call that is captured; 0 and 1 would be taken for constants."""
+"""Samples in the captured call; torch.export would treat 0 and 1 as constants."""
 
 
-def write(subject: Subject, path: Path, options: Mapping[str, str]) -> None:
-    """Capture the model's graph."""
-    program, names = captured(subject, options["dynamic"])
+def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
+    program, signature = captured(model, options["dynamic"])
     with quiet(), open(path, "wb") as file:
-        torch.export.save(program, file, extra_files={INTERFACE: names.to_text()})
+        torch.export.save(program, file, extra_files={SIGNATURE_FILE: signature.to_text()})
 
 
-def open_runner(path: Path, device: str = "cpu") -> Runner:
-    """Load the file. A program stays on the device that it was captured on."""
-    extra = {INTERFACE: ""}
+def _open_runner(path: Path, device: str) -> Runner:
+    """Load the file; a program is loaded on the device it was captured on, then moved."""
+    extra = {SIGNATURE_FILE: ""}
     with quiet():
         try:
             program = torch.export.load(path, extra_files=extra)
         except (RuntimeError, ValueError, zipfile.BadZipFile, KeyError) as error:
             raise ExportError(f"{path} cannot be loaded: {reason(error)}") from None
-    names = Interface.from_text(extra[INTERFACE])
+    signature = Signature.from_text(extra[SIGNATURE_FILE])
     if device != "cpu":
         from torch.export.passes import move_to_device_pass
 
         program = move_to_device_pass(program, device)
-    return TorchRunner(program.module(), names, device)
+    return TorchRunner(program.module(), signature, device)
 
 
-def captured(subject: Subject, dynamic: str) -> tuple[torch.export.ExportedProgram, Interface]:
-    """Return the model's graph with dynamic axes, and its names.
+def captured(model: ExportedModel, dynamic: str) -> tuple[torch.export.ExportedProgram, Signature]:
+    """Return the model's graph with dynamic axes, and its signature.
 
     Raises:
-        ConfigError: `dynamic` is no list of axes.
+        ConfigError: `dynamic` is malformed.
         ExportError: the computation depends on values, or on the size of a dynamic axis.
     """
     axes = axes_of(dynamic)
-    found = traceable(subject, _COUNT if 0 in axes else 1)
-    return _program(found, axes), found.interface
+    module = traceable(model, _COUNT if 0 in axes else 1)
+    return _program(module, axes), module.signature
 
 
 def axis_name(axis: int) -> str:
-    """Return what a dynamic axis is called."""
+    """Return the name of a dynamic axis."""
     return f"axis{axis}" if axis else "batch"
 
 
 def axes_of(text: str) -> list[int]:
-    """Return the axes that `dynamic=` names.
+    """Parse `dynamic=`: `none`, or axes such as `batch,1`.
 
     Raises:
-        ConfigError: it is no list of axes.
+        ConfigError: the text is malformed.
     """
     if text == "none":
         return []
@@ -90,36 +84,39 @@ def axes_of(text: str) -> list[int]:
     return axes
 
 
-def _program(found: Traceable, axes: list[int]) -> torch.export.ExportedProgram:
-    """Capture the graph; where the code itself limits an axis, again within that limit."""
+def _program(model: Traceable, axes: list[int]) -> torch.export.ExportedProgram:
+    """Capture the graph; retry with the suggested limits if the code limits an axis."""
     limits: dict[str, int] = {}
     while True:
         try:
             with quiet(), torch.no_grad():
                 return torch.export.export(
-                    found.module, found.tensors, dynamic_shapes=_shapes(found, axes, limits)
+                    model.module, model.tensors, dynamic_shapes=_shapes(model, axes, limits)
                 )
-        except Exception as error:  # of any kind that the compiler, or the model under it, raises
-            suggested = {name: int(most) for name, most in _LIMIT.findall(str(error))}
+        except Exception as error:  # the compiler, or the model, can raise any type
+            suggested = {name: int(limit) for name, limit in _LIMIT.findall(str(error))}
             if suggested.items() <= limits.items():
                 raise ExportError(
-                    f"the model's graph cannot be captured: {reason(error)}\nWhere values of "
-                    "tensors decide, format=torchscript method=script keeps the branch; where a "
-                    "size is fixed, dynamic=none exports for one sample; format=full_model needs "
-                    "neither"
+                    f"the model's graph cannot be captured: {reason(error)}\nFor control flow "
+                    "that depends on values, format=torchscript method=script keeps the branch; "
+                    "for a fixed size, dynamic=none exports a batch of 1; format=full_model has "
+                    "neither limit"
                 ) from None
             limits |= suggested
 
 
-def _shapes(found: Traceable, axes: list[int], limits: Mapping[str, int]) -> Any:
-    """Return which axes of each input may have any size; 0 only where it counts the samples."""
-    count = max((len(tensor) for tensor in found.tensors if tensor.ndim), default=0)
+def _shapes(model: Traceable, axes: list[int], limits: Mapping[str, int]) -> Any:
+    """Return the dynamic axes of each input; axis 0 only if it is the batch axis."""
+    count = max((len(tensor) for tensor in model.tensors if tensor.ndim), default=0)
     shapes = tuple(
         {
             axis: torch.export.Dim(axis_name(axis), max=limits.get(axis_name(axis)))
             for axis in axes
             if axis < tensor.ndim and (axis or len(tensor) == count)
         }
-        for tensor in found.tensors
+        for tensor in model.tensors
     )
-    return (shapes,) if isinstance(found.module, Flat) else shapes  # of `*tensors`
+    return (shapes,) if isinstance(model.module, Flat) else shapes  # for `*tensors`
+
+
+FORMAT = Format(suffix=".pt2", write=_write, open_runner=_open_runner, options={"dynamic": DYNAMIC})

@@ -1,4 +1,4 @@
-"""`format=torchscript`: what `torch.jit.load` runs, without this project's code, also from C++."""
+"""`format=torchscript`: a file for `torch.jit.load` in Python or C++, without this code."""
 
 import copy
 from collections.abc import Mapping
@@ -10,126 +10,134 @@ from torch import nn
 
 from trainer.errors import ConfigError, closest
 from trainer.export.calls import call_of
-from trainer.export.contract import ExportError, Runner, is_true
-from trainer.export.subject import Subject
+from trainer.export.contract import ExportError, Format, Option, Runner, is_true
+from trainer.export.exported_model import ExportedModel
 from trainer.export.tracing import (
-    INTERFACE,
-    Interface,
+    SIGNATURE_FILE,
+    Signature,
     TorchRunner,
     Traceable,
-    decisions,
-    interface,
     quiet,
     reason,
     traceable,
+    value_reads,
 )
 
-SUFFIX = ".ts"
-OPTIONS: Mapping[str, str] = {"method": "auto", "traced": "", "freeze": "false"}
-HELP: Mapping[str, str] = {
-    "method": "script, which keeps branches and loops; trace, which follows one call; or auto",
-    "traced": "submodules, with commas between, that are traced inside a model that is scripted",
-    "freeze": "true folds the weights into the graph, for inference alone",
-}
 _METHODS = ("auto", "script", "trace")
 _COUNT = 3
-"""Samples of the call that is traced."""
+"""Samples in the traced call."""
 
 
-def write(subject: Subject, path: Path, options: Mapping[str, str]) -> None:
-    """Script or trace the model in eval mode; `auto` traces what cannot be scripted."""
+def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
+    """Script or trace the module in eval mode; `auto` traces it if it cannot be scripted."""
     method, freeze = options["method"], is_true(options, "freeze")
-    parts = [name for name in options["traced"].split(",") if name]
+    submodules = [name for name in options["traced"].split(",") if name]
     if method not in _METHODS:
-        raise ConfigError(f"method={method}: there is no such{closest(method, _METHODS)}")
-    if parts and method == "trace":
-        raise ConfigError("traced=… names parts of a model that is scripted: method=script")
+        raise ConfigError(f"method={method}: unknown method{closest(method, _METHODS)}")
+    if submodules and method == "trace":
+        raise ConfigError(
+            "traced=… names submodules of a scripted model; use it with method=script"
+        )
     with quiet():
-        made, names = _made(subject, method, parts)
+        compiled, signature = _compile(model, method, submodules)
         if freeze:
-            made = torch.jit.freeze(made)
-        with open(path, "wb") as file:  # by its name, torch would put that name into the file
-            torch.jit.save(made, file, _extra_files={INTERFACE: names.to_text()})
+            compiled = torch.jit.freeze(compiled)
+        with open(path, "wb") as file:  # given a path, torch would store its name in the file
+            extra = {SIGNATURE_FILE: signature.to_text()}
+            torch.jit.save(compiled, file, _extra_files=extra)
 
 
-def open_runner(path: Path, device: str = "cpu") -> Runner:
-    """Load the file."""
-    extra = {INTERFACE: ""}
+def _open_runner(path: Path, device: str) -> Runner:
+    extra = {SIGNATURE_FILE: ""}
     with quiet():
         try:
             model = torch.jit.load(path, map_location=device, _extra_files=extra)
         except RuntimeError as error:
             raise ExportError(f"{path} cannot be loaded: {reason(error)}") from None
-    return TorchRunner(model, Interface.from_text(extra[INTERFACE]), device)
+    return TorchRunner(model, Signature.from_text(extra[SIGNATURE_FILE]), device)
 
 
-def _made(subject: Subject, method: str, parts: list[str]) -> tuple[Any, Interface]:
-    why_not = ""
+def _compile(model: ExportedModel, method: str, submodules: list[str]) -> tuple[Any, Signature]:
+    script_error = ""
     if method != "trace":
         try:
-            return _scripted(subject, parts)
+            return _script(model, submodules)
         except ExportError as error:
-            if method == "script" or parts:
+            if method == "script" or submodules:
                 raise
-            why_not = f"\nIt cannot be scripted either:\n{error}"
-    found = traceable(subject, _COUNT)
-    return _traced(found, why_not), found.interface
+            script_error = f"\nIt cannot be scripted either:\n{error}"
+    module = traceable(model, _COUNT)
+    return _trace(module, script_error), module.signature
 
 
-def _scripted(subject: Subject, parts: list[str]) -> tuple[Any, Interface]:
-    model, call = subject.model(), subject.call(_COUNT)
-    if parts:
-        model = _with_traced_parts(subject, parts)
+def _script(model: ExportedModel, submodules: list[str]) -> tuple[Any, Signature]:
+    call = model.call(_COUNT)
+    module = _with_traced(model, submodules) if submodules else model.module
     try:
-        made = torch.jit.script(model)
-    except Exception as error:  # of any kind that the compiler raises
+        scripted = torch.jit.script(module)
+    except Exception as error:  # the compiler can raise any type
         raise ExportError(
-            f"{type(model).__name__} cannot be scripted: {reason(error)}\nA part that cannot be "
-            "scripted may be traced (traced=its.name), or all of it (method=trace); "
-            "format=torch_export does not need this"
+            f"{type(module).__name__} cannot be scripted: {reason(error)}\nTrace the submodule "
+            "that cannot be scripted (traced=its.name) or the complete model (method=trace), or "
+            "use format=torch_export"
         ) from None
-    return made, interface(subject, call, by_name=bool(call.keywords))
+    return scripted, Signature.of(model, call, by_name=bool(call.keywords))
 
 
-def _with_traced_parts(subject: Subject, parts: list[str]) -> nn.Module:
-    """Return a copy of the model in which these submodules are traced, as one call uses them."""
-    model, call = copy.deepcopy(subject.model()), subject.call(_COUNT)
-    for name in parts:
+def _with_traced(model: ExportedModel, submodules: list[str]) -> nn.Module:
+    """Return a copy of the module with these submodules traced, as one call uses them."""
+    module, call = copy.deepcopy(model.module), model.call(_COUNT)
+    for name in submodules:
         try:
-            part = model.get_submodule(name)
+            submodule = module.get_submodule(name)
         except AttributeError:
-            known = [each for each, _ in model.named_modules() if each]
+            names = [key for key, _ in module.named_modules() if key]
             raise ConfigError(
-                f"traced={name}: the model has no such part{closest(name, known)}"
+                f"traced={name}: the model has no submodule {name!r}{closest(name, names)}"
             ) from None
         calls: list[tuple[Any, ...]] = []
-        handle = part.register_forward_pre_hook(lambda _, given, calls=calls: calls.append(given))
+        handle = submodule.register_forward_pre_hook(
+            lambda _, args, calls=calls: calls.append(args)
+        )
         with torch.no_grad():
-            model(*call.arguments, **call.keywords)
+            module(*call.arguments, **call.keywords)
         handle.remove()
         if not calls:
             raise ConfigError(f"traced={name}: the model does not call it for these inputs")
-        given = call_of(part, calls[0], {})
-        shape = Interface(list(given.names), [], [])
-        made = _traced(Traceable(part, tuple(given.tensors().values()), shape), "")
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, made)
-    return model
+        first = call_of(submodule, calls[0], {})
+        signature = Signature(list(first.names), [], [])
+        traced = _trace(Traceable(submodule, tuple(first.tensors().values()), signature), "")
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, traced)
+    return module
 
 
-def _traced(found: Traceable, why_not: str) -> Any:
-    fixed = decisions(found)
+def _trace(model: Traceable, script_error: str) -> Any:
+    reads = value_reads(model)
     try:
-        with quiet() as warned, torch.no_grad():
-            made = torch.jit.trace(found.module, found.tensors, check_trace=False)
-    except Exception as error:  # of any kind that the model raises when it is traced
-        raise ExportError(f"the model cannot be traced: {reason(error)}{why_not}") from None
-    lines = {(each.filename, each.lineno) for each in warned} & set(fixed)
+        with quiet() as caught, torch.no_grad():
+            traced = torch.jit.trace(model.module, model.tensors, check_trace=False)
+    except Exception as error:  # the model can raise any type while it is traced
+        raise ExportError(f"the model cannot be traced: {reason(error)}{script_error}") from None
+    lines = {(warning.filename, warning.lineno) for warning in caught} & set(reads)
     if lines:
-        shown = "".join(f"\n  {name}, line {at}: {fixed[name, at]}" for name, at in sorted(lines))
+        code = "".join(f"\n  {name}, line {at}: {reads[name, at]}" for name, at in sorted(lines))
         raise ExportError(
-            "a trace would fix what values of tensors decide here, so it would be wrong for other "
-            f"inputs:{shown}\nmethod=script keeps such branches; torch.where or torch.cond in "
-            f"place of the branch suits every format; format=full_model needs neither{why_not}"
+            "a trace would fix control flow that depends on tensor values, and be wrong for other "
+            f"inputs:{code}\nmethod=script keeps these branches; torch.where or torch.cond "
+            "instead of the branch works in every format, and format=full_model needs neither"
+            f"{script_error}"
         )
-    return made
+    return traced
+
+
+FORMAT = Format(
+    suffix=".ts",
+    write=_write,
+    open_runner=_open_runner,
+    options={
+        "method": Option("auto", "script, which keeps branches and loops; trace; or auto"),
+        "traced": Option("", "submodules of a scripted model to trace, separated by commas"),
+        "freeze": Option("false", "true: fold the weights into the graph, for inference only"),
+    },
+)

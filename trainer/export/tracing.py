@@ -1,4 +1,4 @@
-"""What the formats that capture a computation share: flat models, quiet libraries, reasons."""
+"""Shared parts of the formats that capture a graph: flat models, signatures, library errors."""
 
 import contextlib
 import io
@@ -18,20 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.export.calls import Call, leaves, outputs_of
 from trainer.export.contract import Arrays, ExportError
+from trainer.export.exported_model import ExportedModel
 from trainer.export.parity import as_array
-from trainer.export.subject import Subject
 
-INTERFACE = "perdure.json"
-"""Name of the extra file in which torch's own formats keep the names of inputs and outputs."""
-_EMPTY = (
+SIGNATURE_FILE = "perdure.json"
+"""Extra file in torch's own formats that has the `Signature`."""
+_NOISE = (
     "Exception from", "Check '", "FrontEnd API", "Model wasn't", "While validating", "Failed to ",
     "## Exception", "- If ", "- Create ",
 )  # fmt: skip
-"""How lines of libraries' errors begin that say nothing of the model."""
+"""Prefixes of library error lines without information on the model."""
 
 
 class Flat(nn.Module):
-    """A model that takes and returns tensors alone, whatever nest of them it is written for.
+    """A model that takes and returns tensors only, around one with nested arguments.
 
     Args:
         model: the model.
@@ -44,44 +44,50 @@ class Flat(nn.Module):
         self._call = call
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Map the inputs, in the order of their names, to the outputs in theirs."""
-        arguments, keywords = self._call.filled(iter(tensors))
+        """Map the input tensors to the output tensors, both in the order of their names."""
+        arguments, keywords = self._call.with_tensors(tensors)
         return tuple(outputs_of(self.model(*arguments, **keywords)).values())
 
 
 @dataclass(frozen=True)
-class Interface:
-    """Names and dtypes of what goes in, and names of what comes out."""
+class Signature:
+    """Names and dtypes of the inputs, and names of the outputs."""
 
     inputs: list[str]
     dtypes: list[str]
-    """Of the inputs: names in torch."""
+    """Input dtypes, by their torch names."""
     outputs: list[str]
     by_name: bool = False
-    """Whether the inputs are given as keywords."""
+    """Pass the inputs as keywords."""
+
+    @classmethod
+    def of(cls, model: ExportedModel, call: Call, *, by_name: bool = False) -> "Signature":
+        """Return the signature of a call."""
+        dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in call.tensors().values()]
+        return cls(list(call.names), dtypes, list(model.outputs), by_name)
 
     def to_text(self) -> str:
         """Return it as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_text(cls, text: str | bytes) -> "Interface":
-        """Return what `to_text` wrote.
+    def from_text(cls, text: str | bytes) -> "Signature":
+        """Parse the result of `to_text`.
 
         Raises:
-            ExportError: it is nothing of that kind.
+            ExportError: the text is malformed.
         """
         try:
-            found = cls(**json.loads(text))
-            for dtype in found.dtypes:
+            signature = cls(**json.loads(text))
+            for dtype in signature.dtypes:
                 if not isinstance(getattr(torch, dtype), torch.dtype):
                     raise ValueError(dtype)
         except (ValueError, TypeError, AttributeError):
             raise ExportError(
-                "the file does not say how its inputs and outputs are called; it was not written "
-                "by this command, or was altered"
+                f"the file has no valid {SIGNATURE_FILE} with its input and output names: it was "
+                "not written by this command, or was altered"
             ) from None
-        return found
+        return signature
 
 
 @dataclass(frozen=True)
@@ -90,72 +96,66 @@ class Traceable:
 
     module: nn.Module
     tensors: tuple[Tensor, ...]
-    interface: Interface
+    signature: Signature
 
 
-def traceable(subject: Subject, count: int) -> Traceable:
-    """Return the model itself if it takes and returns tensors (or a tuple of them), else `Flat`."""
-    call = subject.call(count)
-    model, tensors = subject.model(), tuple(call.tensors().values())
+def traceable(model: ExportedModel, count: int) -> Traceable:
+    """Return the module itself if it takes and returns plain tensors, or else `Flat` around it."""
+    call = model.call(count)
+    module, tensors = model.module, tuple(call.tensors().values())
     with torch.no_grad():
-        answer = model(*call.arguments, **call.keywords)
-    answers = answer if isinstance(answer, tuple) else (answer,)
-    is_flat = call.is_flat and not call.keywords and type(answers) is tuple
-    if not (is_flat and all(isinstance(each, Tensor) for each in answers)):
-        model = Flat(model, call).eval()
-    return Traceable(model, tensors, interface(subject, call))
-
-
-def interface(subject: Subject, call: Call, *, by_name: bool = False) -> Interface:
-    """Return the names that the export has to keep."""
-    dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in call.tensors().values()]
-    return Interface(list(call.names), dtypes, list(subject.outputs), by_name)
+        result = module(*call.arguments, **call.keywords)
+    values = result if isinstance(result, tuple) else (result,)
+    is_flat = not call.keywords and type(values) is tuple
+    if not (is_flat and all(isinstance(v, Tensor) for v in (*call.arguments, *values))):
+        module = Flat(module, call).eval()
+    return Traceable(module, tensors, Signature.of(model, call))
 
 
 class TorchRunner:
     """A loaded model of torch's own formats; see `contract.Runner`.
 
     Args:
-        model: what is called with tensors.
-        interface: names and dtypes.
-        device: where it is.
+        model: the callable; takes and returns tensors.
+        signature: names and dtypes.
+        device: its device.
     """
 
-    def __init__(self, model: Callable[..., Any], interface: Interface, device: str) -> None:
-        self._model, self._interface, self._device = model, interface, device
-        self.inputs: Sequence[str] = interface.inputs
-        self.outputs: Sequence[str] = interface.outputs
+    def __init__(self, model: Callable[..., Any], signature: Signature, device: str) -> None:
+        self._model, self._signature, self._device = model, signature, device
+        self.inputs: Sequence[str] = signature.inputs
+        self.outputs: Sequence[str] = signature.outputs
 
     def run(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Return the outputs by name."""
-        given = {
+        tensors = {
             name: torch.tensor(inputs[name], dtype=getattr(torch, dtype), device=self._device)
-            for name, dtype in zip(self.inputs, self._interface.dtypes, strict=True)
+            for name, dtype in zip(self.inputs, self._signature.dtypes, strict=True)
         }
         with torch.no_grad():
-            by_name = self._interface.by_name
-            answer = self._model(**given) if by_name else self._model(*given.values())
-        found = (tensor for _, tensor in leaves(answer))
-        return {n: as_array(tensor) for n, tensor in zip(self.outputs, found, strict=True)}
+            by_name = self._signature.by_name
+            result = self._model(**tensors) if by_name else self._model(*tensors.values())
+        outputs = (tensor for _, tensor in leaves(result))
+        return {name: as_array(t) for name, t in zip(self.outputs, outputs, strict=True)}
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[list[warnings.WarningMessage]]:
-    """Keep warnings, log lines and prints of a library from the terminal; give the warnings."""
+    """Suppress a library's warnings, logs and prints; yield the list of warnings."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
-    nowhere = io.StringIO()
+    sink = io.StringIO()
     try:
-        with warnings.catch_warnings(record=True) as found:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-                yield found
+            with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+                yield caught
     finally:
         logging.disable(disabled)
 
 
 def reason(error: BaseException) -> str:
-    """Return the lines of a library's error that say what stands against it, and where."""
+    """Return the informative lines of a library error, with the source line if known."""
     text = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip() or type(error).__name__
     missing = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text)
     if missing is not None:
@@ -163,26 +163,26 @@ def reason(error: BaseException) -> str:
     fixed = re.search(r"Suggested fixes:\s+(\w+) = (\d+)", text)
     if fixed is not None:
         return (
-            f"the size of the axis {fixed[1]!r} is fixed to {fixed[2]}, by len(…), int(….shape[…]) "
+            f"the size of axis {fixed[1]!r} is fixed to {fixed[2]}, by len(…), int(….shape[…]) "
             f"or a number in view or reshape{_code_line(error)}"
         )
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(_EMPTY)] or lines
+    lines = [line for line in lines if not line.startswith(_NOISE)] or lines
     first = lines[0]
     if "data-dependent" in first:
-        first = "a value of a tensor decides here"
+        first = "control flow depends on a tensor value here"
     elif first.endswith(":") and len(lines) > 1 and 'File "' not in lines[1]:
         first = f"{first.lstrip('- ')} {lines[1].strip()}"
     at = [i for i, line in enumerate(lines) if re.search(r'File "(?!.*/site-packages/)', line)]
     if not at:
         return first + _code_line(error)
-    shown = lines[at[0] : at[0] + 4]
-    stop = next((i for i, line in enumerate(shown) if "error above occurred" in line), None)
-    return "\n".join([first.removesuffix(":") + ":", *shown[:stop]])
+    excerpt = lines[at[0] : at[0] + 4]
+    stop = next((i for i, line in enumerate(excerpt) if "error above occurred" in line), None)
+    return "\n".join([first.removesuffix(":") + ":", *excerpt[:stop]])
 
 
 def _code_line(error: BaseException) -> str:
-    """Return the innermost line of code outside of libraries that an error went through."""
+    """Return the innermost line of a `forward` outside of torch in the error's traceback."""
     frames = []
     current: BaseException | None = error
     while current is not None:
@@ -195,8 +195,8 @@ def _code_line(error: BaseException) -> str:
     return f"\n  {frames[-1]}" if frames else ""
 
 
-class _Decisions(TorchDispatchMode):
-    """Notes the lines at which Python asks for the value of a tensor."""
+class _ValueReads(TorchDispatchMode):
+    """Record the lines at which Python reads a tensor's value."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -211,9 +211,9 @@ class _Decisions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def decisions(found: Traceable) -> dict[tuple[str, int], str]:
-    """Return the lines, by file and number, where values of tensors decide what is computed."""
-    mode = _Decisions()
+def value_reads(model: Traceable) -> dict[tuple[str, int], str]:
+    """Return the source lines, by file and line number, at which tensor values are read."""
+    mode = _ValueReads()
     with torch.no_grad(), mode:
-        found.module(*found.tensors)
+        model.module(*model.tensors)
     return mode.lines

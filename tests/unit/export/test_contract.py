@@ -17,9 +17,9 @@ from trainer.errors import ConfigError
 from trainer.export import torchscript
 from trainer.export.__main__ import main, usage
 from trainer.export.contract import ExportError
+from trainer.export.exported_model import Choices
 from trainer.export.exporting import export
 from trainer.export.formats import FORMATS, format_of, open_export, record_path, runnable
-from trainer.export.subject import Choices
 from trainer.storage import open_store
 
 RUNNABLE = [name for name in FORMATS if runnable(name)]

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from support.state_dicts import net
 from torch import nn
+from trainer.export.source import clean_names, open_checkpoint
 
 from trainer.checkpoint import Content, DamagedError, Writer, lineage, save, state_tree
 from trainer.checkpoint.dcp import PerdureStorageWriter
@@ -17,7 +18,6 @@ from trainer.core.state import State
 from trainer.errors import CheckpointError, ConfigError
 from trainer.export.__main__ import main
 from trainer.export.exporting import export
-from trainer.export.source import clean_names, open_source
 from trainer.storage import open_store
 
 
@@ -109,15 +109,15 @@ def test_a_step_that_is_not_there_is_an_error_that_says_what_is(
 ):
     run = a_run(tmp_path / "run", {10: net(1), 20: net(2)}, accuracy=accuracy)
     with pytest.raises(error, match=text):
-        open_source(run, step)
+        open_checkpoint(run, step)
 
 
 def test_a_directory_without_checkpoints_is_no_run(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
-        open_source(str(tmp_path / "none"), "latest")
+        open_checkpoint(str(tmp_path / "none"), "latest")
     (tmp_path / "begun/attempts").mkdir(parents=True)
     with pytest.raises(ConfigError, match="has no committed checkpoint"):
-        open_source(str(tmp_path / "begun"), "latest")
+        open_checkpoint(str(tmp_path / "begun"), "latest")
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

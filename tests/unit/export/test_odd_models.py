@@ -9,10 +9,10 @@ from trainer.data.digits import Digits
 from trainer.errors import ConfigError
 from trainer.export.__main__ import main
 from trainer.export.calls import call_of
+from trainer.export.exported_model import Choices
 from trainer.export.exporting import export
 from trainer.export.formats import open_export
 from trainer.export.samples import described
-from trainer.export.subject import Choices
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from trainer.config.schema import Init
 from trainer.core.state import State
 from trainer.errors import ConfigError
 from trainer.export.contract import ExportError
+from trainer.export.exported_model import Choices
 from trainer.export.exporting import export
-from trainer.export.subject import Choices
 from trainer.importing import oneflow, weights
 from trainer.importing.formats import open_external
 from trainer.storage import open_store
