@@ -56,7 +56,7 @@ def test_it_measures_what_the_run_measured(command, measure):
     assert other["samples"] == newest["samples"] > 100
     assert f"runs/a at step {last:,}, averaged weights" in measure()[1]
     for arguments, text in (
-        (["data=mnist"], "groups are chosen when a run is made"),
+        (["data=mnist"], "groups cannot be replaced after the run"),
         (["step=7"], "no checkpoint of that step"),
         (["weights=emma"], "did you mean 'ema'"),
         (["trainer.evil=1"], "no such key"),

@@ -14,11 +14,15 @@ from trainer.data.digits import Digits
 from trainer.export.__main__ import main
 from trainer.export.exported_model import Choices
 from trainer.export.exporting import export
+<<<<<<< HEAD
 from trainer.export.formats import FORMATS, open_export, runnable
+=======
+from trainer.export.formats import FORMATS, open_export
+>>>>>>> 75e0082 (export: a format is one module and one row)
 
 pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.slow
-RUNNABLE = [name for name in FORMATS if runnable(name)]
+RUNNABLE = [name for name, format in FORMATS.items() if format.open_runner]
 
 GPT2 = (
     "{_target_: transformers.GPT2Config, vocab_size: 257, n_positions: 16, n_embd: 16, n_layer: 1, "
@@ -134,7 +138,7 @@ print([name for name in sys.modules if name.split(".")[0] in ("trainer", "models
 def test_a_process_without_this_code_gets_the_same_answers(tmp_path):
     run = a_trained_run(tmp_path / "run", "data=digits", "model=cnn")
     for form in ("torchscript", "torch_export", "onnx", "full_model"):
-        export(run, form, out=f"{tmp_path}/a{FORMATS[form].SUFFIX}")
+        export(run, form, out=f"{tmp_path}/a{FORMATS[form].suffix}")
     x = Digits().eval.tensors[0][:6].numpy()
     np.save(tmp_path / "x.npy", x)
     hidden = tmp_path / "hidden"
@@ -169,8 +173,8 @@ def test_every_way_to_train_exports_the_same(command, way, capsys):
     answers = {}
     for form in FORMATS:
         assert main([run, f"format={form}", "weights=model"]) == 0, capsys.readouterr().err
-        if runnable(form):
-            (path,) = (command.folder / "runs/a/exports").glob(f"*6{FORMATS[form].SUFFIX}")
+        if FORMATS[form].open_runner:
+            (path,) = (command.folder / "runs/a/exports").glob(f"*6{FORMATS[form].suffix}")
             x = {"x": Digits().eval.tensors[0][:5].numpy()}
             answers[form] = open_export(path, trusted=True).run(x)["output"]
     weights = torch.load(command.folder / "runs/a/exports/step-00000006.pt", weights_only=True)

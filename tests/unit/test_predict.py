@@ -15,10 +15,10 @@ from support.trained_runs import a_trained_run
 from trainer import predict
 from trainer.data.digits import Digits
 from trainer.errors import DataError
+from trainer.export.destination import record_path
 from trainer.export.exporting import export
-from trainer.export.formats import record_path
 from trainer.export.inputs import Batch
-from trainer.export.predicting import compare
+from trainer.export.predicting import compare_exports, finite
 
 
 @pytest.fixture(scope="module")
@@ -172,33 +172,33 @@ def test_an_export_that_answers_no_numbers_is_not_the_same():
 
     def said(first, second):
         batches = iter([Batch(["a"], {"x": np.zeros(1)})] * 3)
-        return compare(Answers(*first), Answers(*second), batches, ["a", "b"])
+        return compare_exports(Answers(*first), Answers(*second), batches, ["a", "b"])
 
-    assert "NOT THE SAME" not in said((1.0, nan), (1.0, nan))
+    assert "warning" not in said((1.0, nan), (1.0, nan))
     found = said((1.0, 2.0, float("inf")), (1.5, nan, float("inf")))
-    assert "largest difference of an output: 0.5" in found
-    assert "NOT THE SAME: 3 values are infinite or no number in one of them" in found
-    with pytest.raises(DataError, match="other shapes"):
+    assert "largest output difference: 0.5" in found
+    assert "warning: 3 values are NaN or infinite in only one export" in found
+    with pytest.raises(DataError, match="output shapes differ"):
         said((1.0,), (1.0, 2.0))
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("input=nowhere.png",), "there is no such file"),
+        (("input=nowhere.png",), "no such file"),
         ((), "give either input=… or data=…"),
         (("input=a.png", "data=digits"), "give either input=… or data=…"),
         (("data=digitz",), "did you mean 'digits'?"),
-        (("input={here}/text.txt",), "files of this kind are not known"),
-        (("input={here}/broken.png",), "is no picture that can be read"),
+        (("input={here}/text.txt",), "unknown file type"),
+        (("input={here}/broken.png",), "is not a readable image"),
         (("input={here}/broken.npy",), "cannot be read"),
         (("input={here}/broken.npz",), "cannot be read"),
         (
             ("input={here}/wide.npy",),
-            "does not take x float32[2, 77] (it was exported with x float32[batch, 1, 8, 8])",
+            "does not accept x float32[2, 77] (it was exported with x float32[batch, 1, 8, 8])",
         ),
         (("data=digits", "device=tpu"), "tpu"),
-        (("data=digits", "top=0"), "top=0 is not a number from 1 on"),
+        (("data=digits", "top=0"), "top=0 is not an integer of 1 or more"),
         (("data=digits", "--compare"), "2 exports needed, 1 given"),
     ],
 )
@@ -217,7 +217,7 @@ def test_bad_input_is_one_message(capsys, exported, tmp_path, arguments, says):
 
 def test_what_is_no_number_is_null_in_json():
     line = {"input": "a", "y": [1.0, float("nan"), [float("inf")]], "n": 3}
-    assert predict._strict(line) == {"input": "a", "y": [1.0, None, [None]], "n": 3}
+    assert finite(line) == {"input": "a", "y": [1.0, None, [None]], "n": 3}
 
 
 def test_a_pickled_module_is_opened_only_if_it_is_trusted(capsys, run, exported, tmp_path):

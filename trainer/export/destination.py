@@ -1,4 +1,4 @@
-"""The destination of an export: a file or folder that appears complete and durable or not at all."""
+"""The destination of an export: a file or folder that appears complete and durable, or never."""
 
 import os
 import shutil

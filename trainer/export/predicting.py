@@ -161,7 +161,9 @@ def _output(out: str) -> Iterator[IO[bytes] | None]:
 
 def _save_arrays(predictions: Sequence[Prediction], path: Path) -> str:
     names = predictions[0].outputs
-    arrays = {name: np.stack([prediction.outputs[name] for prediction in predictions]) for name in names}
+    arrays = {
+        name: np.stack([prediction.outputs[name] for prediction in predictions]) for name in names
+    }
     with _output(str(path)) as file:  # given a path, NumPy would append a suffix
         np.savez(file, **arrays)  # type: ignore[arg-type]
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())

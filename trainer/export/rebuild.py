@@ -47,8 +47,8 @@ def configuration(
         key = setting.partition("=")[0]
         if "." not in key and isinstance(stored.get(key), Mapping):
             raise ConfigError(
-                f"{setting}: groups cannot be replaced after the run; override single keys, such "
-                f"as {key}.…=…"
+                f"{setting}: groups cannot be replaced after the run; override single keys: "
+                f"{key}.…=…"
             )
     try:
         overrides = OmegaConf.from_dotlist(list(settings))

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,13 +17,21 @@ from trainer.data.digits import Digits
 from trainer.errors import ConfigError
 from trainer.export import torchscript
 from trainer.export.__main__ import main, usage
+<<<<<<< HEAD
 from trainer.export.contract import ExportError
 from trainer.export.exported_model import Choices
 from trainer.export.exporting import export
 from trainer.export.formats import FORMATS, format_of, open_export, record_path, runnable
+=======
+from trainer.export.contract import ExportError, Format, Option
+from trainer.export.destination import record_path
+from trainer.export.exported_model import Choices
+from trainer.export.exporting import export
+from trainer.export.formats import FORMATS, format_of, open_export
+>>>>>>> 75e0082 (export: a format is one module and one row)
 from trainer.storage import open_store
 
-RUNNABLE = [name for name in FORMATS if runnable(name)]
+RUNNABLE = [name for name, format in FORMATS.items() if format.open_runner]
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnxscript", "openvino")}
 
 
@@ -103,44 +112,41 @@ def test_the_record_says_what_it_is(exported):
 
 def test_the_help_has_every_option_of_every_format():
     shown = usage()
-    for name, module in FORMATS.items():
-        assert set(module.HELP) == set(module.OPTIONS)
+    for name, format in FORMATS.items():
         assert name in shown
-        for key in module.OPTIONS:
+        for key, option in format.options.items():
             assert f"  {key}" in shown
-    suffixes = [module.SUFFIX for module in FORMATS.values()]
+            assert option.help in shown
+    suffixes = [format.suffix for format in FORMATS.values()]
     assert len(set(suffixes)) == len(suffixes)
 
 
 # --- what is refused ---------------------------------------------------------------------------
 
 
-class Liar:
-    """A format that writes other weights than it was given."""
+def write_other_weights(model, path, options):
+    """Write TorchScript with one weight changed."""
+    with torch.no_grad():
+        model.module.fc2.bias[3] += 1e-2
+    torchscript.FORMAT.write(model, path, options)
+    with torch.no_grad():
+        model.module.fc2.bias[3] -= 1e-2
 
-    SUFFIX, OPTIONS, HELP = ".ts", torchscript.OPTIONS, torchscript.HELP
-    open_runner = staticmethod(torchscript.open_runner)
 
-    @staticmethod
-    def write(subject, path, options):
-        with torch.no_grad():
-            subject.model().fc2.bias[3] += 1e-2
-        torchscript.write(subject, path, options)
-        with torch.no_grad():
-            subject.model().fc2.bias[3] -= 1e-2
+WRONG = replace(torchscript.FORMAT, write=write_other_weights)
 
 
 def test_an_export_that_answers_otherwise_is_not_written(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(FORMATS, "liar", Liar)
+    monkeypatch.setitem(FORMATS, "wrong", WRONG)
     (tmp_path / "model.ts").write_text("an older export")
-    with pytest.raises(ExportError, match=r"output differs by 0\.01 at most"):
-        export(run, "liar", out=str(tmp_path / "model.ts"))
+    with pytest.raises(ExportError, match=r"output differs by up to 0\.01"):
+        export(run, "wrong", out=str(tmp_path / "model.ts"))
     assert (tmp_path / "model.ts").read_text() == "an older export"
     with pytest.raises(ExportError, match="differs"):
-        export(run, "liar", out=str(tmp_path / "deep/er/model.ts"))
+        export(run, "wrong", out=str(tmp_path / "deep/er/model.ts"))
     assert [path.name for path in tmp_path.iterdir()] == ["model.ts"]
-    done = export(run, "liar", out=str(tmp_path / "model.ts"), atol=0.1)
-    assert done.differences[0].max_abs == pytest.approx(1e-2, rel=1e-3)
+    done = export(run, "wrong", out=str(tmp_path / "model.ts"), atol=0.1)
+    assert done.mismatches[0].max_abs == pytest.approx(1e-2, rel=1e-3)
 
 
 @pytest.mark.parametrize("group", ["model", "data", "task"])
@@ -181,27 +187,27 @@ def test_a_pickle_without_its_code_says_what_is_missing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("form", ["torchscript", "torch_export", "full_model"])
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no", b"x" * 5000])
 def test_a_file_of_something_else_is_no_export(tmp_path, form, content):
-    path = tmp_path / f"a{FORMATS[form].SUFFIX}"
+    path = tmp_path / f"a{FORMATS[form].suffix}"
     path.write_bytes(content)
     with pytest.raises(ExportError):
         open_export(path, trusted=True)
 
 
 @pytest.mark.parametrize(("arguments", "text"), [
-    (["format=onnx", "method=script"], "it is one of format=torchscript"),
+    (["format=onnx", "method=script"], "it is an option of format=torchscript"),
     (["format=onnx", "dynamc=none"], "did you mean 'dynamic'"),
     (["format=onnx", "dynamic=all"], "write batch, none, or axes such as batch,1"),
-    (["format=onnx", "opset=new"], "opset=new is not a whole number"),
+    (["format=onnx", "opset=new"], "opset=new is not an integer"),
     (["format=torchscript", "method=scripts"], "did you mean 'script'"),
     (["format=torchscript", "freeze=yes"], "freeze=yes is neither true nor false"),
     (["format=torchscript", "traced=convv1"], "did you mean 'conv1'"),
     (["format=torchscript", "part=convv1"], "did you mean 'conv1'"),
-    (["format=torchscript", "inputs=x:float99[3]"], "'x:float99[3]' is no description"),
-    (["format=torchscript", "inputs=y:float32[1,8,8]"], "cannot be called so"),
+    (["format=torchscript", "inputs=x:float99[3]"], "'x:float99[3]' is not an input description"),
+    (["format=torchscript", "inputs=y:float32[1,8,8]"], "does not accept these arguments"),
     (["format=torchscript", "inputs=x:float32[3]"], "cannot be called with x [2, 3]"),
-    (["format=torchscript", "atol=small"], "atol=small is no number"),
-    (["format=torchscript", "atol=-1"], "atol=-1 is no number from 0 on"),
-    (["format=torchscript", "rtol=nan"], "rtol=nan is no number from 0 on"),
+    (["format=torchscript", "atol=small"], "atol=small is not a number"),
+    (["format=torchscript", "atol=-1"], "atol=-1 is not a number of 0 or more"),
+    (["format=torchscript", "rtol=nan"], "rtol=nan is not a number of 0 or more"),
     (["format=torchscript", "device=gpu"], "device=gpu"),
     (["format=torchscript", "data=mnist"], "no option 'data'"),
     (["format=torchscript", "model.hiden=3"], "hiden"),
@@ -224,26 +230,26 @@ def test_a_device_that_is_not_there_is_said_so(run, capsys):
 # --- where it goes -----------------------------------------------------------------------------
 
 
-class Folder:
-    """A format of several files, the last of which says that the others are there."""
+def write_folder(model, path, options):
+    """Write several files, the last of which marks the folder as complete."""
+    (path / "deep").mkdir(parents=True)
+    for name in ("done", "a", "deep/z"):
+        (path / name).write_text(str(len(model.weights())))
+    if options["fail"]:
+        raise OSError(28, "No space left on device")
 
-    SUFFIX, OPTIONS, HELP, LAST = ".folder", {"fail": ""}, {"fail": "whether"}, "done"
 
-    @staticmethod
-    def write(subject, path, options):
-        (path / "deep").mkdir(parents=True)
-        for name in ("done", "a", "deep/z"):
-            (path / name).write_text(str(len(subject.weights())))
-        if options["fail"]:
-            raise OSError(28, "No space left on device")
+FOLDER = Format(
+    suffix=".folder", write=write_folder, options={"fail": Option("", "")}, last_file="done"
+)
 
 
 def test_a_folder_replaces_its_older_self_and_nothing_else(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(FORMATS, "folder", Folder)
+    monkeypatch.setitem(FORMATS, "folder", FOLDER)
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match="not one that an export wrote"):
+    with pytest.raises(ConfigError, match="not an export"):
         export(run, "folder", out=str(out))
     assert (out / "thesis.tex").read_text() == "years of work"
     new = tmp_path / "new"
@@ -261,7 +267,7 @@ def test_a_folder_replaces_its_older_self_and_nothing_else(run, tmp_path, monkey
 
 
 def test_a_folder_in_an_object_store_gets_its_last_file_last(run, monkeypatch):
-    monkeypatch.setitem(FORMATS, "folder", Folder)
+    monkeypatch.setitem(FORMATS, "folder", FOLDER)
     place = "memory://exports/of"
     done = export(run, "folder", out=f"{place}/a.folder")
     assert done.url == f"{place}/a.folder"

@@ -18,6 +18,11 @@ from trainer.core.state import State
 from trainer.errors import CheckpointError, ConfigError
 from trainer.export.__main__ import main
 from trainer.export.exporting import export
+<<<<<<< HEAD
+=======
+from trainer.export.loaded_checkpoint import open_checkpoint
+from trainer.importing.name_matching import clean_names
+>>>>>>> 75e0082 (export: a format is one module and one row)
 from trainer.storage import open_store
 
 
@@ -129,7 +134,7 @@ def test_what_another_loop_saved_is_exported_if_there_is_a_model_in_it(tmp_path,
     same(model, load_file(tmp_path / "a.safetensors"))
     dcp.save({"w": torch.ones(2)}, storage_writer=PerdureStorageWriter(tmp_path / "step-4"))
     assert main([str(tmp_path / "step-4")]) == 2
-    assert "there is no model in it to export" in capsys.readouterr().err
+    assert "so it has no model to export" in capsys.readouterr().err
 
 
 def test_out_chooses_the_file_and_replaces_what_was_there(tmp_path):
@@ -180,8 +185,8 @@ def test_the_command_says_what_it_wrote(tmp_path, capsys):
 
 @pytest.mark.parametrize(("arguments", "text"), [
     (["RUN", "fromat=safetensors"], "no option 'fromat' (did you mean 'format'?)"),
-    (["RUN", "format=safetensor"], "no format 'safetensor' (did you mean 'safetensors'?)"),
-    (["RUN", "format="], "no format ''"),
+    (["RUN", "format=safetensor"], "unknown format 'safetensor' (did you mean 'safetensors'?)"),
+    (["RUN", "format="], "unknown format ''"),
     (["step=3"], "1 path needed, 0 given"),
     (["RUN", "OTHER"], "1 path needed, 2 given"),
     (["RUN", "step=7"], "step=7: "),

@@ -12,7 +12,11 @@ from trainer.export.calls import call_of
 from trainer.export.exported_model import Choices
 from trainer.export.exporting import export
 from trainer.export.formats import open_export
+<<<<<<< HEAD
 from trainer.export.samples import described
+=======
+from trainer.export.samples import random_inputs
+>>>>>>> 75e0082 (export: a format is one module and one row)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +36,7 @@ def run_of(tmp_path_factory):
     return make
 
 
-DECIDES = ("a value of a tensor decides here", "format=torchscript method=script")
+DECIDES = ("control flow depends on a tensor value here", "format=torchscript method=script")
 
 
 @pytest.mark.parametrize(("name", "arguments", "texts"), [
@@ -41,8 +45,8 @@ DECIDES = ("a value of a tensor decides here", "format=torchscript method=script
      ["if x.sum() > 0", "export_models.py, line", "a trace would fix"]),
     ("Counts", ["format=torch_export"], ["count = int(x", *DECIDES]),
     ("Exotic", ["format=onnx"], ["ONNX has no operator for aten.linalg_eig", "torch_export"]),
-    ("Fixed", ["format=torch_export"], ["the size of the axis 'batch' is fixed to 3", "dynamic="]),
-    ("Chance", ["format=torchscript"], ["another one each time", "training=self.training"]),
+    ("Fixed", ["format=torch_export"], ["the size of axis 'batch' is fixed to 3", "dynamic="]),
+    ("Chance", ["format=torchscript"], ["differs between two calls", "training=self.training"]),
     ("Unscriptable", ["format=torchscript", "method=script"],
      ["keyword-only", "forward(self, x: Tensor, **rest", "method=trace"]),
     ("HalfScriptable", ["format=torchscript"],
@@ -160,14 +164,14 @@ def test_tensors_are_named_after_the_parameters(arguments, keywords, names):
     call = call_of(Any(), arguments, keywords)
     assert list(call.tensors()) == names
     other = [tensor + 5 for tensor in call.tensors().values()]
-    given, named = call.filled(iter(other))
+    given, named = call.with_tensors(other)
     again = call_of(Any(), given, named)
     assert [torch.equal(a, b) for a, b in zip(again.tensors().values(), other, strict=True)]
     assert (again.names, len(given)) == (call.names, len(arguments))
 
 
 def test_a_description_becomes_inputs():
-    found = described("tokens:int64[16]<7; mask:bool[16];x:bfloat16[1,2]", 5, classes=3)
+    found = random_inputs("tokens:int64[16]<7; mask:bool[16];x:bfloat16[1,2]", 5, classes=3)
     shapes = {name: (list(tensor.shape), tensor.dtype) for name, tensor in found.items()}
     assert shapes == {
         "tokens": ([5, 16], torch.int64), "mask": ([5, 16], torch.bool),
@@ -175,5 +179,5 @@ def test_a_description_becomes_inputs():
     }  # fmt: skip
     assert 0 <= found["tokens"].min() <= found["tokens"].max() == 6
     for text in ("x", "x:float32", "x:float32[3", "x:int64[3]<a", "x:object[3]", ""):
-        with pytest.raises(ConfigError, match="is no description of an input"):
-            described(text, 1, classes=3)
+        with pytest.raises(ConfigError, match="is not an input description"):
+            random_inputs(text, 1, classes=3)

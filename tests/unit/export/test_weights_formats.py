@@ -239,7 +239,7 @@ def test_extra_state_and_tied_weights_load_strictly(tmp_path):
 @pytest.mark.parametrize("format", ["checkpoint", "bundle"])
 def test_weights_that_no_optimizer_goes_on_with_are_refused(tmp_path, choices, format):
     run = a_run(tmp_path / "run", collect(a_job(), State(step=3)))
-    with pytest.raises(ConfigError, match=f"does not go with format={format}"):
+    with pytest.raises(ConfigError, match=f"does not work with format={format}"):
         export(run, format, choices=choices)
     assert not (tmp_path / "run" / "exports").exists()
 
@@ -310,7 +310,7 @@ def test_every_model_of_a_bundle_goes_on_with_its_own_optimizer(tmp_path):
 
 def test_several_optimizers_are_no_checkpoint_of_one(tmp_path):
     run = a_run(tmp_path / "run", collect(several(), State(step=3)))
-    with pytest.raises(ConfigError, match="for each of discriminator, generator; format=bundle"):
+    with pytest.raises(ConfigError, match=r"per phase \(discriminator, generator\); use"):
         export(run, "checkpoint")
 
 
@@ -331,7 +331,7 @@ def test_names_that_a_bundle_cannot_keep_apart_are_refused(tmp_path):
             self.add_module(part, nn.Linear(2, 2))
             self.own = nn.Parameter(torch.ones(1))
 
-    for part, text in (("model", "has a part called 'model'"), ("optimizer", "both be called")):
+    for part, text in (("model", "a submodule named 'model'"), ("optimizer", "both be named")):
         job = a_job(model=Model(part))
         run = a_run(tmp_path / part, collect(job, State(step=3)))
         with pytest.raises(ConfigError, match=text):
@@ -368,10 +368,10 @@ class Named(nn.Module):
 
 
 @pytest.mark.parametrize(("model", "text"), [
-    (Named("a/b"), "no folder can have the tensor's name 'a/b'"),
+    (Named("a/b"), "the tensor name 'a/b' cannot be a folder name"),
     (Named("/etc/x"), "outside of its folder"),
-    (Named("snapshot_done"), "no folder can have"),
-    (Named("w", torch.complex64), r"'w': OneFlow has no torch\.complex64; take format=safetensors"),
+    (Named("snapshot_done"), "cannot be a folder name"),
+    (Named("w", torch.complex64), r"'w': OneFlow has no torch\.complex64; use format=safetensors"),
 ])  # fmt: skip
 def test_what_oneflow_cannot_hold_is_named_and_nothing_is_left(tmp_path, model, text):
     with pytest.raises(ExportError, match=text):
@@ -402,7 +402,7 @@ def test_large_weights_are_shards_that_safetensors_own_reader_opens(tmp_path):
 @pytest.mark.parametrize("text", ["", "0", "5XB", "-1", "many", "5 G", "1e9"])
 def test_a_size_that_is_none_is_refused(tmp_path, text):
     run = of_model(tmp_path / "run", net(1))
-    with pytest.raises(ConfigError, match="is no number of bytes"):
+    with pytest.raises(ConfigError, match="is not a size in bytes"):
         export(run, options={"max_shard_bytes": text})
 
 
