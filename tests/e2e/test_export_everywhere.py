@@ -14,11 +14,7 @@ from trainer.data.digits import Digits
 from trainer.export.__main__ import main
 from trainer.export.exported_model import Choices
 from trainer.export.exporting import export
-<<<<<<< HEAD
-from trainer.export.formats import FORMATS, open_export, runnable
-=======
 from trainer.export.formats import FORMATS, open_export
->>>>>>> 75e0082 (export: a format is one module and one row)
 
 pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.slow

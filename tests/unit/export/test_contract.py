@@ -17,18 +17,11 @@ from trainer.data.digits import Digits
 from trainer.errors import ConfigError
 from trainer.export import torchscript
 from trainer.export.__main__ import main, usage
-<<<<<<< HEAD
-from trainer.export.contract import ExportError
-from trainer.export.exported_model import Choices
-from trainer.export.exporting import export
-from trainer.export.formats import FORMATS, format_of, open_export, record_path, runnable
-=======
 from trainer.export.contract import ExportError, Format, Option
 from trainer.export.destination import record_path
 from trainer.export.exported_model import Choices
 from trainer.export.exporting import export
 from trainer.export.formats import FORMATS, format_of, open_export
->>>>>>> 75e0082 (export: a format is one module and one row)
 from trainer.storage import open_store
 
 RUNNABLE = [name for name, format in FORMATS.items() if format.open_runner]

@@ -18,11 +18,8 @@ from trainer.core.state import State
 from trainer.errors import CheckpointError, ConfigError
 from trainer.export.__main__ import main
 from trainer.export.exporting import export
-<<<<<<< HEAD
-=======
 from trainer.export.loaded_checkpoint import open_checkpoint
 from trainer.importing.name_matching import clean_names
->>>>>>> 75e0082 (export: a format is one module and one row)
 from trainer.storage import open_store
 
 

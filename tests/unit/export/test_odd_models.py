@@ -12,11 +12,7 @@ from trainer.export.calls import call_of
 from trainer.export.exported_model import Choices
 from trainer.export.exporting import export
 from trainer.export.formats import open_export
-<<<<<<< HEAD
-from trainer.export.samples import described
-=======
 from trainer.export.samples import random_inputs
->>>>>>> 75e0082 (export: a format is one module and one row)
 
 
 @pytest.fixture(scope="module")
