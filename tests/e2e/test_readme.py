@@ -39,7 +39,7 @@ def test_tour_commands_run_in_order(command):
     assert re.search(r"accuracy 0\.\d+ of 359", predicted)
     assert "runs/tour/report.html" in reported
     assert "tour" in tabled
-    assert "Nothing is in the way" in examined
+    assert "No problem found" in examined
     assert listed.returncode == 0, listed.stderr
     assert re.search(r"880 +\d+ .* intact", listed.stdout)
     assert checked.returncode == 2

@@ -1,1 +1,1 @@
-"""What would go wrong with a run, found before the queue is waited for."""
+"""Doctor: find the problems of a run before it is submitted."""

@@ -1,39 +1,45 @@
-"""What an examination comes to."""
+"""Findings of the doctor and their report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 State = Literal["green", "yellow", "red"]
-_WORDS = {"green": "ok", "yellow": "look", "red": "BAD"}
+_WORDS = {"green": "ok", "yellow": "warn", "red": "FAIL"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     topic: str
     state: State
-    """green: as it should be. yellow: the run works, but worse than it could. red: it would not."""
-    found: str
+    """green: no problem. yellow: the run works, but not as well as it could. red: it fails."""
+    message: str
     advice: str = ""
-    """What to do, where it is not green."""
+    """Remedy, if not green."""
+
+    def as_json(self) -> dict[str, str]:
+        """Return it for --json."""
+        return {
+            "topic": self.topic, "state": self.state, "found": self.message, "advice": self.advice
+        }  # fmt: skip
 
 
 def text(findings: Sequence[Finding]) -> str:
-    """Return a line for each finding, aligned, with the advice below it."""
+    """Return one aligned line per finding, with its advice below."""
     width = max(len(finding.topic) for finding in findings)
+    indent = "\n" + " " * (width + 8)
     lines = []
     for finding in findings:
-        indent = "\n" + " " * (width + 8)
-        lines.append(f"{_WORDS[finding.state]:<4}  {finding.topic:<{width}}  {finding.found}")
+        lines.append(f"{_WORDS[finding.state]:<4}  {finding.topic:<{width}}  {finding.message}")
         if finding.advice:
             lines[-1] += indent + "-> " + finding.advice.replace("\n", indent + "   ")
     return "\n".join(lines)
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """Return how many findings are of which kind."""
-    counts = {word: sum(f.state == state for f in findings) for state, word in _WORDS.items()}
-    verdict = "This would not work" if counts["BAD"] else "Nothing is in the way"
-    return f"{verdict}: {', '.join(f'{count} {word}' for word, count in counts.items())}."
+    """Return a verdict with the number of findings per state."""
+    counts = {state: sum(f.state == state for f in findings) for state in _WORDS}
+    verdict = "This run would fail" if counts["red"] else "No problem found"
+    return f"{verdict}: {', '.join(f'{n} {_WORDS[state]}' for state, n in counts.items())}."

@@ -20,28 +20,28 @@ from trainer.core.formatting import pluralize, size
 from trainer.doctor.finding import Finding
 
 _SKEW_S = 1.0
-"""Clocks of nodes further apart than this confuse whoever reads their logs together."""
+"""Maximum difference between the clocks of two nodes, so that their logs can be merged."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one rank sees of its machine."""
+class RankInfo:
+    """Host, device and versions of one rank."""
 
     host: str
     device: str
-    """`cpu`, or the name of the GPU and its memory."""
+    """`cpu`, or the GPU's name and memory."""
     versions: Mapping[str, str]
     cores: int
     time_s: float
-    """Taken just after a barrier, in seconds since 1970."""
+    """Unix time just after a barrier."""
 
 
-def look(world: World) -> list[Seen]:
-    """Return what every rank sees, in rank order. Collective."""
-    world.gather(None)  # a barrier: the clocks are read at about the same time
+def collect(world: World) -> list[RankInfo]:
+    """Return the information of every rank, in rank order. Collective."""
+    world.gather(None)  # a barrier, so that all clocks are read at about the same time
     now = time.time()
-    seen = Seen(socket.gethostname(), _device(world.device), _versions(), _cores(), now)
-    return world.gather(seen)
+    info = RankInfo(socket.gethostname(), _device(world.device), _versions(), _cores(), now)
+    return world.gather(info)
 
 
 def _cores() -> int:
@@ -56,14 +56,14 @@ def _device(device: torch.device) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0], "torch": torch.__version__}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     if torch.version.cuda is not None:
-        found["cuda"] = torch.version.cuda
+        versions["cuda"] = torch.version.cuda
     if torch.cuda.is_available():
         nccl: Any = torch.cuda.nccl.version()
-        found["nccl"] = ".".join(map(str, nccl))
-        found["driver"] = _driver()
-    return found
+        versions["nccl"] = ".".join(map(str, nccl))
+        versions["driver"] = _driver()
+    return versions
 
 
 def _driver() -> str:
@@ -76,74 +76,74 @@ def _driver() -> str:
     return lines[0] if lines else "unknown"
 
 
-def versions(seen: Sequence[Seen]) -> Finding:
-    """Judge the versions: new enough, and the same on every rank."""
-    first = seen[0]
-    shown = ", ".join(f"{name} {version}" for name, version in first.versions.items())
-    other = next((i for i, each in enumerate(seen) if each.versions != first.versions), None)
+def check_versions(ranks: Sequence[RankInfo]) -> Finding:
+    """Check that versions are recent enough, and the same on every rank."""
+    first = ranks[0]
+    listing = ", ".join(f"{name} {version}" for name, version in first.versions.items())
+    other = next((i for i, info in enumerate(ranks) if info.versions != first.versions), None)
     if other is not None:
         differing = [
             f"{name} {first.versions.get(name)} and {version}"
-            for name, version in seen[other].versions.items()
+            for name, version in ranks[other].versions.items()
             if first.versions.get(name) != version
         ]
-        text = f"rank 0 on {first.host} and rank {other} on {seen[other].host} differ: "
-        advice = "install the same versions on every node; a run is not exact across versions"
+        text = f"rank 0 on {first.host} and rank {other} on {ranks[other].host} differ: "
+        advice = "install the same versions on every node: exact resumption needs them"
         return Finding("versions", "red", text + "; ".join(differing), advice)
     numbers = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
     if numbers < (2, 11):
-        return Finding("versions", "red", shown, "install torch 2.11 or newer")
-    return Finding("versions", "green", shown)
+        return Finding("versions", "red", listing, "install torch 2.11 or newer")
+    return Finding("versions", "green", listing)
 
 
-def devices(seen: Sequence[Seen], wanted: str) -> list[Finding]:
-    """Judge what the ranks compute on.
+def check_devices(ranks: Sequence[RankInfo], device: str) -> list[Finding]:
+    """Check the devices of the ranks.
 
     Args:
-        seen: what they see.
-        wanted: `launch.device`.
+        ranks: information of every rank.
+        device: `launch.device`.
     """
-    hosts = list(dict.fromkeys(each.host for each in seen))
-    kinds = list(dict.fromkeys(each.device for each in seen))
-    ranks = f"{pluralize(len(seen), 'rank')} on {pluralize(len(hosts), 'host')}"
-    text = f"{ranks} ({', '.join(hosts[:8])}{', …' * (len(hosts) > 8)}): {'; '.join(kinds)}"
-    if wanted == "cuda" and "cpu" in kinds:
+    hosts = list(dict.fromkeys(info.host for info in ranks))
+    kinds = list(dict.fromkeys(info.device for info in ranks))
+    counts = f"{pluralize(len(ranks), 'rank')} on {pluralize(len(hosts), 'host')}"
+    text = f"{counts} ({', '.join(hosts[:8])}{', …' * (len(hosts) > 8)}): {'; '.join(kinds)}"
+    if device == "cuda" and "cpu" in kinds:
         advice = (
-            "torch sees no GPU: check the driver, the job's --gpus, and that torch is a CUDA "
-            "build; or launch.device=cpu"
+            "torch sees no GPU: check the driver, the job's --gpus option, and that torch is a "
+            "CUDA build; or set launch.device=cpu"
         )
         return [Finding("devices", "red", text, advice)]
     if len(kinds) > 1:
-        advice = "the slowest kind decides the speed; ask the scheduler for one kind of node"
+        advice = "the slowest device limits the speed; request one type of node from the scheduler"
         return [Finding("devices", "yellow", text, advice)]
     findings = [Finding("devices", "green", text)]
-    local = sum(each.host == seen[0].host for each in seen)
-    if kinds == ["cpu"] and local > seen[0].cores:
-        text = f"{local} ranks share {seen[0].cores} cores of {seen[0].host}"
-        advice = f"launch.nproc={seen[0].cores} or fewer, or more CPUs for each task"
+    local = sum(info.host == ranks[0].host for info in ranks)
+    if kinds == ["cpu"] and local > ranks[0].cores:
+        text = f"{local} ranks share {ranks[0].cores} cores of {ranks[0].host}"
+        advice = f"set launch.nproc={ranks[0].cores} or less, or request more CPUs per task"
         findings.append(Finding("cores", "yellow", text, advice))
     return findings
 
 
-def clocks(seen: Sequence[Seen]) -> Finding:
-    """Judge how far the clocks of the hosts are apart."""
-    times = [each.time_s for each in seen]
+def check_clocks(ranks: Sequence[RankInfo]) -> Finding:
+    """Check the clock differences between hosts."""
+    times = [info.time_s for info in ranks]
     skew_s = max(times) - min(times)
-    first, last = seen[times.index(min(times))].host, seen[times.index(max(times))].host
+    first, last = ranks[times.index(min(times))].host, ranks[times.index(max(times))].host
     if skew_s <= _SKEW_S:
         return Finding("clocks", "green", f"within {skew_s:.3f} s")
-    advice = "switch time synchronisation on (chrony, ntpd): logs and ages would mislead"
+    advice = "enable time synchronization (chrony, ntpd), or timestamps in logs are wrong"
     return Finding("clocks", "yellow", f"{first} is {skew_s:.1f} s behind {last}", advice)
 
 
-def signals(names: Sequence[str]) -> Finding:
-    """Send this process each signal that means to leave, and see which arrive. Main thread."""
+def check_signals(names: Sequence[str]) -> Finding:
+    """Send this process each preemption signal and check that it arrives. Main thread."""
     arrived: set[int] = set()
     ignored, blocked, lost = [], [], []
     for name in names:
         number = getattr(signal, name)
-        before = signal.getsignal(number)
-        if before == signal.SIG_IGN:
+        previous = signal.getsignal(number)
+        if previous == signal.SIG_IGN:
             ignored.append(name)
         signal.signal(number, lambda number, frame: arrived.add(number))
         if number in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
@@ -152,11 +152,11 @@ def signals(names: Sequence[str]) -> Finding:
             signal.pthread_kill(threading.main_thread().ident or 0, number)
             if number not in arrived:
                 lost.append(name)
-        signal.signal(number, before if before is not None else signal.SIG_DFL)
+        signal.signal(number, previous if previous is not None else signal.SIG_DFL)
     if blocked or lost:
-        advice = "something that started this process blocks them; a preemption would go unnoticed"
+        advice = "unblock them in the parent process, or preemption goes unnoticed"
         return Finding("signals", "red", f"{', '.join(blocked + lost)} do not arrive", advice)
-    if ignored:  # the run installs handlers of its own
-        text = f"{', '.join(ignored)} were ignored by what started this process (nohup?); heeded"
+    if ignored:  # the run installs its handlers anyway
+        text = f"{', '.join(ignored)} were ignored by the parent (nohup?); the run handles them"
         return Finding("signals", "green", text)
     return Finding("signals", "green", f"{', '.join(names)} arrive")

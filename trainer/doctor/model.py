@@ -1,4 +1,4 @@
-"""The size of a run's state, from a model that has no memory."""
+"""State sizes of a run, from a model on the meta device."""
 
 import torch
 from torch import nn
@@ -12,9 +12,9 @@ from trainer.training import parameters
 
 
 def sizes(run: Run, world_size: int) -> Sizes | None:
-    """Return the sizes of a run's state, all of it on each rank; None where they are not known.
+    """Return the state sizes of a run, with the full state on every rank.
 
-    That is where the model computes with its weights when it is made, or loads them.
+    None if the model computes with its weights in its constructor, or loads them.
     """
     try:
         with torch.device("meta"):
@@ -31,16 +31,18 @@ def sizes(run: Run, world_size: int) -> Sizes | None:
     return measure(model, [optimizer], averages, world_size)
 
 
-def judge(needs: Sizes | None) -> Finding:
-    """Tell the sizes."""
+def check_sizes(needs: Sizes | None) -> Finding:
+    """Report the state sizes."""
     if needs is None:
-        advice = "sizes are unknown before the run, which tells them at its start"
-        return Finding("model", "yellow", "it cannot be built without memory", advice)
-    kept, saved = needs.optimizer_bytes, needs.checkpoint_bytes
+        advice = "the run logs its state sizes when it starts"
+        return Finding(
+            "model", "yellow", "unknown size: the model cannot be built on the meta device", advice
+        )
+    state, saved = needs.optimizer_bytes, needs.checkpoint_bytes
     return Finding(
         "model",
         "green",
         f"{needs.parameters:,} parameters: weights {size(needs.weights_bytes)}, gradients "
-        f"{size(needs.gradients_bytes)}, optimizer {'?' if kept is None else size(kept)}; a "
+        f"{size(needs.gradients_bytes)}, optimizer {'?' if state is None else size(state)}; a "
         f"checkpoint {'?' if saved is None else size(saved)}",
     )

@@ -1,4 +1,4 @@
-"""Whether trackers that need an account have one."""
+"""Credentials of the trackers that need an account."""
 
 import importlib.util
 import netrc
@@ -13,8 +13,8 @@ from trainer.doctor.finding import Finding
 _HOST = "https://api.wandb.ai"
 
 
-def examine(run: Run, *, is_quick: bool) -> Iterator[Finding]:
-    """Look at the trackers of a run whose target has `wandb` in its name."""
+def check_trackers(run: Run, *, is_quick: bool) -> Iterator[Finding]:
+    """Check the trackers with `wandb` in the name of their target."""
     for name, node in run.tracker.items():
         if "wandb" in str(node.get("_target_", "")).lower():
             mode = str(node.get("mode") or os.environ.get("WANDB_MODE", ""))
@@ -25,17 +25,17 @@ def _wandb(topic: str, mode: str, *, is_quick: bool) -> Finding:
     if importlib.util.find_spec("wandb") is None:
         return Finding(topic, "red", "wandb is not installed", "pip install 'perdure[wandb]'")
     if mode in ("offline", "disabled"):
-        return Finding(topic, "green", f"{mode}: no login is needed")
+        return Finding(topic, "green", f"{mode}: needs no login")
     host = os.environ.get("WANDB_BASE_URL", _HOST)
     if not (os.environ.get("WANDB_API_KEY") or _has_netrc(urlsplit(host).hostname or "")):
-        advice = "run `wandb login`, set WANDB_API_KEY, or choose mode: offline"
+        advice = "run `wandb login`, set WANDB_API_KEY, or set mode: offline"
         return Finding(
-            topic, "yellow", f"no key for {host}; the run would go on without it", advice
+            topic, "yellow", f"no API key for {host}; the run would continue without it", advice
         )
-    if not is_quick and not _answers(host):
-        advice = "nodes without a network: mode: offline, and `wandb sync` later"
-        return Finding(topic, "yellow", f"{host} does not answer", advice)
-    return Finding(topic, "green", f"a key for {host} is there")
+    if not is_quick and not _responds(host):
+        advice = "on nodes without network access, set mode: offline and run `wandb sync` later"
+        return Finding(topic, "yellow", f"{host} does not respond", advice)
+    return Finding(topic, "green", f"API key for {host} present")
 
 
 def _has_netrc(host: str) -> bool:
@@ -44,7 +44,7 @@ def _has_netrc(host: str) -> bool:
     return False
 
 
-def _answers(host: str) -> bool:
+def _responds(host: str) -> bool:
     import urllib.error
     import urllib.request
 

@@ -1,4 +1,4 @@
-"""The doctor: what it finds on this machine, and what it makes of machines that are worse."""
+"""The doctor's findings on this machine, and on simulated machines with problems."""
 
 import json
 import os
@@ -23,83 +23,84 @@ from trainer.storage import LocalStore
 from trainer.training import build
 
 
-def examined(capsys, *arguments):
+def run_doctor(capsys, *arguments):
     """Return the exit code, and {topic: findings}."""
     code = main([*arguments, "--json"])
-    found = {}
-    for each in json.loads(capsys.readouterr().out)["findings"]:
-        found.setdefault(each["topic"], []).append(Finding(**each))
-    return code, found
+    by_topic = {}
+    for item in json.loads(capsys.readouterr().out)["findings"]:
+        finding = Finding(item["topic"], item["state"], item["found"], item["advice"])
+        by_topic.setdefault(finding.topic, []).append(finding)
+    return code, by_topic
 
 
 @pytest.fixture
-def place(tmp_path):
+def run_dir(tmp_path):
     return f"run_dir={tmp_path}/run"
 
 
-def test_on_this_machine_nothing_is_in_the_way_and_nothing_is_left(capsys, tmp_path, place):
-    code, found = examined(capsys, place, "launch.device=cpu")
+def test_doctor_on_this_machine_is_green_and_leaves_no_files(capsys, tmp_path, run_dir):
+    code, findings = run_doctor(capsys, run_dir, "launch.device=cpu")
     assert code == 0
-    assert {f.state for each in found.values() for f in each} == {"green"}
-    assert {"configuration", "versions", "devices", "signals", "model", "run_dir"} <= set(found)
-    assert "writes" in found["run_dir"][-1].found
+    assert {f.state for items in findings.values() for f in items} == {"green"}
+    assert {"configuration", "versions", "devices", "signals", "model", "run_dir"} <= set(findings)
+    assert "writes" in findings["run_dir"][-1].message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_text_has_a_line_for_each_finding_and_the_advice_below(capsys, place):
-    assert main(["--quick", place]) == 0
+def test_text_has_one_line_per_finding_with_advice_below(capsys, run_dir):
+    assert main(["--quick", run_dir]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
-    assert last == f"Nothing is in the way: {len(lines)} ok, 0 look, 0 BAD."
+    assert last == f"No problem found: {len(lines)} ok, 0 warn, 0 FAIL."
     assert all(line.startswith("ok    ") for line in lines)
-    shown = text([Finding("a", "green", "fine"), Finding("long one", "red", "broken", "do this")])
-    assert shown.splitlines() == [
-        "ok    a         fine", "BAD   long one  broken", " " * 16 + "-> do this"
+    report = text([Finding("a", "green", "fine"), Finding("long one", "red", "broken", "do this")])
+    assert report.splitlines() == [
+        "ok    a         fine", "FAIL  long one  broken", " " * 16 + "-> do this"
     ]  # fmt: skip
-    assert "would not work" in summary([Finding("a", "red", "x")])
+    assert "would fail" in summary([Finding("a", "red", "x")])
 
 
-def test_a_configuration_with_problems_ends_with_2_and_all_of_them(capsys, place):
-    code, found = examined(capsys, place, "optimizer.lrr=1", "trainer.max_epoch=1")
+def test_doctor_with_invalid_configuration_exits_2_with_every_problem(capsys, run_dir):
+    code, findings = run_doctor(capsys, run_dir, "optimizer.lrr=1", "trainer.max_epoch=1")
     assert code == 2
-    assert set(found) == {"optimizer.lrr", "trainer.max_epoch"}
-    assert main([place, "optimizer.lrr=1"]) == 2
-    said = capsys.readouterr().err
-    assert "did you mean 'lr'" in said
-    assert "Traceback" not in said
+    assert set(findings) == {"optimizer.lrr", "trainer.max_epoch"}
+    assert main([run_dir, "optimizer.lrr=1"]) == 2
+    error = capsys.readouterr().err
+    assert "did you mean 'lr'" in error
+    assert "Traceback" not in error
     assert main(["--quik"]) == 2
     assert "did you mean" in capsys.readouterr().err
 
 
-def test_a_place_that_cannot_be_written_is_bad(capsys, tmp_path):
+def test_unwritable_run_dir_is_red(capsys, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    code, found = examined(capsys, f"run_dir={tmp_path}/file/run", "--quick")
+    code, findings = run_doctor(capsys, f"run_dir={tmp_path}/file/run", "--quick")
     assert code == 1
-    assert found["run_dir"][0].state == "red"
+    assert findings["run_dir"][0].state == "red"
 
 
-def test_a_gpu_that_is_not_there_is_bad(capsys, place):
+def test_missing_gpu_is_red(capsys, run_dir):
     if torch.cuda.is_available():
-        found = machine.devices([replace(seen(), device="cpu")], "cuda")[0]
+        findings = machine.check_devices([replace(rank_info(), device="cpu")], "cuda")[0]
     else:
-        code, all_found = examined(capsys, place, "launch.device=cuda", "--quick")
+        code, by_topic = run_doctor(capsys, run_dir, "launch.device=cuda", "--quick")
         assert code == 1
-        found = all_found["devices"][0]
-    assert found.state == "red"
-    assert "launch.device=cpu" in found.advice
+        findings = by_topic["devices"][0]
+    assert findings.state == "red"
+    assert "launch.device=cpu" in findings.advice
 
 
 # --- places --------------------------------------------------------------------------------------
 
 
-class Forgetful(LocalStore):
-    """Lets everybody take a key that is taken."""
+class Unconditional(LocalStore):
+    """Create existing keys again."""
 
     def create(self, key, data):
         self.replace(key, data)
 
 
-class Undying(LocalStore):
-    """Refuses to delete."""
+class Undeletable(LocalStore):
+    """Raise on delete."""
 
     def delete(self, keys):
         raise StoreError("AccessDenied: you may not delete")
@@ -109,69 +110,69 @@ def states(findings):
     return [finding.state for finding in findings]
 
 
-def test_a_store_that_keeps_no_condition_is_told_of(tmp_path):
-    assert states(places.rights("x", LocalStore(str(tmp_path)))) == ["green", "green"]
-    found = places.rights("x", Forgetful(str(tmp_path)))
-    assert states(found) == ["green", "red"]
-    assert "second writer" in found[1].found
+def test_permissions_without_conditional_create_are_red(tmp_path):
+    assert states(places.check_permissions("x", LocalStore(str(tmp_path)))) == ["green", "green"]
+    findings = places.check_permissions("x", Unconditional(str(tmp_path)))
+    assert states(findings) == ["green", "red"]
+    assert "second writer" in findings[1].message
 
 
-def test_a_store_without_the_right_to_delete_is_bad(tmp_path):
-    (found,) = places.rights("x", Undying(str(tmp_path)))
-    assert found.state == "red"
-    assert "AccessDenied" in found.found
+def test_permissions_without_delete_are_red(tmp_path):
+    (finding,) = places.check_permissions("x", Undeletable(str(tmp_path)))
+    assert finding.state == "red"
+    assert "AccessDenied" in finding.message
 
 
-def test_space_is_compared_with_all_that_is_kept(tmp_path):
+def test_space_compares_free_bytes_with_all_retained_checkpoints(tmp_path):
     store = LocalStore(str(tmp_path / "not" / "there"))
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
-    assert states(places.space("x", store, free // 1000, 3)) == ["green"]
-    assert states(places.space("x", store, free // 4, 3)) == ["yellow"]
-    assert states(places.space("x", store, free, 3)) == ["red"]
-    assert states(places.space("x", store, None, 3)) == ["green"]
+    assert states(places.check_space("x", store, free // 1000, 3)) == ["green"]
+    assert states(places.check_space("x", store, free // 4, 3)) == ["yellow"]
+    assert states(places.check_space("x", store, free, 3)) == ["red"]
+    assert states(places.check_space("x", store, None, 3)) == ["green"]
 
 
-def test_a_small_place_is_measured_with_less_and_a_full_one_not_at_all(tmp_path, monkeypatch):
+def test_speed_with_little_space_uses_less_data_or_is_yellow(tmp_path, monkeypatch):
     store = LocalStore(str(tmp_path))
     for free, expected in ((40 << 20, "green"), (3 << 20, "yellow")):
         monkeypatch.setattr(places, "_free_bytes", lambda store, free=free: free)
-        assert states(places.speed("x", store)[0])[0] == expected
+        assert states(places.measure_speed("x", store)[0])[0] == expected
     assert list(tmp_path.iterdir()) == []
 
 
 # --- the machine ---------------------------------------------------------------------------------
 
 
-def seen(**more):
-    return replace(machine.look(World())[0], **more)
+def rank_info(**more):
+    return replace(machine.collect(World())[0], **more)
 
 
-def test_hosts_with_other_versions_clocks_or_devices_are_told_of():
-    here = seen(host="a", time_s=100.0)
-    assert machine.versions([here, here]).state == "green"
+def test_hosts_with_different_versions_clocks_or_devices_are_reported():
+    here = rank_info(host="a", time_s=100.0)
+    assert machine.check_versions([here, here]).state == "green"
     other = replace(here, host="b", versions={**here.versions, "torch": "2.12.0"})
-    found = machine.versions([here, other])
-    assert found.state == "red"
-    assert "torch" in found.found
-    assert machine.clocks([here, replace(here, time_s=100.5)]).state == "green"
-    late = machine.clocks([here, replace(here, host="b", time_s=107.0)])
-    assert (late.state, "a is 7.0 s behind b" in late.found) == ("yellow", True)
-    mixed = machine.devices([here, replace(here, device="H100, 80 GB")], "auto")
+    findings = machine.check_versions([here, other])
+    assert findings.state == "red"
+    assert "torch" in findings.message
+    assert machine.check_clocks([here, replace(here, time_s=100.5)]).state == "green"
+    late = machine.check_clocks([here, replace(here, host="b", time_s=107.0)])
+    assert (late.state, "a is 7.0 s behind b" in late.message) == ("yellow", True)
+    mixed = machine.check_devices([here, replace(here, device="H100, 80 GB")], "auto")
     assert states(mixed) == ["yellow"]
-    crowded = machine.devices([replace(here, cores=1)] * 3, "auto")
+    crowded = machine.check_devices([replace(here, cores=1)] * 3, "auto")
     assert states(crowded) == ["green", "yellow"]
 
 
-def test_signals_that_are_blocked_are_bad_and_handlers_are_put_back():
+def test_signals_blocked_are_red_and_handlers_are_restored():
     before = signal.getsignal(signal.SIGUSR1)
-    assert machine.signals(["SIGUSR1", "SIGTERM"]).state == "green"
+    assert machine.check_signals(["SIGUSR1", "SIGTERM"]).state == "green"
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
-        found = machine.signals(["SIGUSR1", "SIGTERM"])
+        findings = machine.check_signals(["SIGUSR1", "SIGTERM"])
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
-    assert found.state == "red"
-    assert found.found == "SIGUSR1 do not arrive"
+    assert findings.state == "red"
+    assert findings.message == "SIGUSR1 do not arrive"
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
@@ -179,29 +180,33 @@ def test_signals_that_are_blocked_are_bad_and_handlers_are_put_back():
 
 
 @pytest.mark.parametrize(("optimizer", "copies"), [("adam", 2), ("sgd", 1), ("adamw", 2)])
-def test_sizes_are_those_of_a_model_that_has_taken_a_step(optimizer, copies):
+def test_sizes_equal_those_of_a_model_after_one_step(optimizer, copies):
     run, _ = compose(["model=mlp", f"optimizer={optimizer}"], "")
-    found = sizes(run, 1)
+    findings = sizes(run, 1)
     model = build.build_model(run)
-    made = targets.make(run.optimizer, "optimizer", list(model.parameters()))
+    updated = targets.make(run.optimizer, "optimizer", list(model.parameters()))
     model(torch.zeros(2, 1, 8, 8)).sum().backward()
-    made.step()
-    kept = [t for s in made.state.values() for t in s.values() if torch.is_tensor(t) and t.ndim]
+    updated.step()
+    moments = [
+        t for s in updated.state.values() for t in s.values() if torch.is_tensor(t) and t.ndim
+    ]
     weights = [*model.parameters(), *model.buffers()]
-    assert found.weights_bytes == sum(t.nbytes for t in weights)
-    assert sum(t.nbytes for t in kept) == copies * found.gradients_bytes
-    assert 0 <= found.optimizer_bytes - copies * found.gradients_bytes <= 4 * len(made.state)
+    assert findings.weights_bytes == sum(t.nbytes for t in weights)
+    assert sum(t.nbytes for t in moments) == copies * findings.gradients_bytes
+    assert (
+        0 <= findings.optimizer_bytes - copies * findings.gradients_bytes <= 4 * len(updated.state)
+    )
 
 
 class Computes(nn.Module):
-    """Looks at its weights while it is made."""
+    """Read the weights in the constructor."""
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(3) * float(torch.ones(3).sum()))
 
 
-def test_a_model_that_needs_memory_has_no_sizes():
+def test_sizes_of_a_model_that_computes_in_its_constructor_are_none():
     run, _ = compose([], "")
     assert sizes(replace(run, model={"_target_": f"{__name__}.Computes"}), 1) is None
 
@@ -217,15 +222,15 @@ PARTITION = {
 
 
 @given(save_s=st.floats(0.1, 1000))
-def test_the_grace_time_is_enough_exactly_where_a_save_fits(save_s):
-    by_topic = {f.topic: f for f in slurm.judge(PARTITION, save_s)}
+def test_grace_is_green_exactly_if_a_save_fits(save_s):
+    by_topic = {f.topic: f for f in slurm.check_slurm(PARTITION, save_s)}
     assert (by_topic["grace"].state == "green") == (save_s + 5 <= 60)
-    assert by_topic["grace"].found.startswith("60 s between the signal and SIGKILL")
+    assert by_topic["grace"].message.startswith("60 s between the signal and SIGKILL")
 
 
-def test_what_slurm_does_to_jobs_is_judged():
+def test_slurm_settings_map_to_states():
     def of(**more):
-        return {f.topic: f.state for f in slurm.judge({**PARTITION, **more}, 20.0)}
+        return {f.topic: f.state for f in slurm.check_slurm({**PARTITION, **more}, 20.0)}
 
     assert of() == {"preemption": "green", "grace": "green"}
     assert of(PreemptMode="CANCEL")["preemption"] == "yellow"
@@ -238,5 +243,5 @@ def test_what_slurm_does_to_jobs_is_judged():
     assert of(**{**in_job, "SignalLead": "30"})["signal"] == "yellow"
     assert of(**{**in_job, "SignalLead": ""})["signal"] == "yellow"
     assert of(**{**in_job, "Requeue": "0"})["requeue"] == "yellow"
-    assert [f.found for f in slurm.judge(None, None)] == ["not here"]
-    assert [f.state for f in slurm.judge({}, None)] == ["yellow"]
+    assert [f.message for f in slurm.check_slurm(None, None)] == ["not installed"]
+    assert [f.state for f in slurm.check_slurm({}, None)] == ["yellow"]

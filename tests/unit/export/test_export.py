@@ -9,7 +9,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from support.state_dicts import net
 from torch import nn
-from trainer.export.source import clean_names, open_checkpoint
 
 from trainer.checkpoint import Content, DamagedError, Writer, lineage, save, state_tree
 from trainer.checkpoint.dcp import PerdureStorageWriter
