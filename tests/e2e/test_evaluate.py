@@ -1,4 +1,4 @@
-"""python -m trainer.evaluate: what it measures is what the run measured."""
+"""python -m trainer.evaluate returns the metrics that the run logged."""
 
 import json
 import sys
@@ -15,27 +15,27 @@ RUN = [
 
 def evaluated(command):
     lines = (command.folder / "runs/a/metrics.jsonl").read_text().splitlines()
-    found = [line for line in map(json.loads, lines) if line["split"] == "eval"]
-    return {line["step"]: {k: line[k] for k in ("loss", "accuracy")} for line in found}
+    evaluations = [line for line in map(json.loads, lines) if line["split"] == "eval"]
+    return {line["step"]: {k: line[k] for k in ("loss", "accuracy")} for line in evaluations}
 
 
 @pytest.fixture
 def measure(command, capsys, monkeypatch):
-    """Call the command as a process in the run's folder would; return (code, output, errors)."""
+    """Call the command in the run's folder; return (code, stdout, stderr)."""
     monkeypatch.chdir(command.folder)
     monkeypatch.syspath_prepend(command.env["PYTHONPATH"])
 
     def call(*arguments):
         code = evaluate.main(["runs/a", *arguments])
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
 
     yield call
     for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
         del sys.modules[name]
 
 
-def test_it_measures_what_the_run_measured(command, measure):
+def test_evaluate_returns_the_metrics_of_the_run(command, measure):
     assert command(*RUN, "name=a").returncode == 0
 
     def measured(*arguments):
@@ -67,7 +67,7 @@ def test_it_measures_what_the_run_measured(command, measure):
         assert (code, text in err) == (2, True), err
 
 
-def test_a_task_of_ones_own_is_called_only_when_it_is_allowed(command, measure):
+def test_evaluate_calls_a_user_task_only_if_allowed(command, measure):
     done = command(
         "data=synthetic", "sample.shape=[1,8,8]", "model=mlp", "name=a", "trainer.max_steps=2",
         "task._target_=mine.task.Fragile",
@@ -82,7 +82,7 @@ def test_a_task_of_ones_own_is_called_only_when_it_is_allowed(command, measure):
     assert "accuracy" in out
 
 
-def test_a_process_answers_as_the_function_does(command):
+def test_evaluate_as_a_process_prints_metrics(command):
     assert command(*RUN, "name=a", "trainer.max_steps=2").returncode == 0
     done = command("runs/a", module="trainer.evaluate")
     assert done.returncode == 0, done.stderr

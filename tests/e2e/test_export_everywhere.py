@@ -1,4 +1,4 @@
-"""Exports of every model in every format that runs, from every way to train, read without us."""
+"""Exports of several models in every runnable format, from every training mode."""
 
 import json
 import os
@@ -37,45 +37,45 @@ MODELS = {
 }  # fmt: skip
 CHOICES = {
     "resnet": Choices(allowed=["support.export_models"]),
-    "dcgan": Choices(part="generator"),  # with what the task calls it with
+    "dcgan": Choices(part="generator"),  # with the inputs from the task
     "gpt2": Choices(allowed=["transformers"]),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_each_model_goes_through_each_format(tmp_path, name):
+def test_export_of_every_model_in_every_format(tmp_path, name):
     if name == "gpt2":
         pytest.importorskip("transformers")
     for index in range(12):
         (tmp_path / f"{index}.txt").write_text("The quick brown fox. " * 20 * (index + 1))
-    overrides = [each.replace("{corpus}", str(tmp_path)) for each in MODELS[name]]
+    overrides = [spec.replace("{corpus}", str(tmp_path)) for spec in MODELS[name]]
     run = a_trained_run(tmp_path / "run", *overrides)
     answers = {}
     for form in RUNNABLE:
         done = export(run, form, choices=CHOICES.get(name, Choices()))
         record = done.record
         assert record["parity"]["samples"] == "evaluation data"
-        shapes = {each["name"]: each["shape"] for each in record["inputs"]}
+        shapes = {spec["name"]: spec["shape"] for spec in record["inputs"]}
         generator = np.random.default_rng(0)
         inputs = {}
-        for each in record["inputs"]:
-            assert each["shape"][0] == "batch"
-            size = (4, *shapes[each["name"]][1:])
-            is_float = each["dtype"] == "float32"
+        for spec in record["inputs"]:
+            assert spec["shape"][0] == "batch"
+            size = (4, *shapes[spec["name"]][1:])
+            is_float = spec["dtype"] == "float32"
             values = generator.normal(size=size) if is_float else generator.integers(257, size=size)
-            inputs[each["name"]] = values.astype(each["dtype"])
+            inputs[spec["name"]] = values.astype(spec["dtype"])
         answers[form] = open_export(done.path, trusted=True).run(inputs)
-    wanted = answers.pop("full_model")
-    for found in answers.values():
-        assert list(found) == list(wanted)
-        for key, value in wanted.items():
-            np.testing.assert_allclose(found[key], value, rtol=1e-3, atol=1e-5)
+    expected = answers.pop("full_model")
+    for actual in answers.values():
+        assert list(actual) == list(expected)
+        for key, value in expected.items():
+            np.testing.assert_allclose(actual[key], value, rtol=1e-3, atol=1e-5)
 
 
 DTYPES = [("fp16", RUNNABLE), ("bf16", ["torchscript", "torch_export", "full_model"])]
 
 
-def test_other_precisions_and_options(tmp_path):
+def test_export_with_other_dtypes_and_options(tmp_path):
     run = a_trained_run(
         tmp_path / "run", "data=digits", "model=cnn", "+model.batch_norm=true",
         "trainer.ema_decay=0.9",
@@ -85,26 +85,25 @@ def test_other_precisions_and_options(tmp_path):
             done = export(run, form, choices=Choices(dtype=dtype))
             assert done.record["dtype"] == dtype
             assert f"-{dtype}." in done.path.name
-            found = open_export(done.path, trusted=True).run(
+            actual = open_export(done.path, trusted=True).run(
                 {"x": Digits().eval.tensors[0][:3].numpy()}
             )["output"]
-            assert found.dtype == (np.float16 if dtype == "fp16" else np.float32)
+            assert actual.dtype == (np.float16 if dtype == "fp16" else np.float32)
     import onnx
 
     done = export(run, "onnx", options={"opset": "17", "simplify": "true"})
-    made = onnx.load(done.path)
-    assert made.opset_import[0].version == 17
-    assert [d.dim_param or d.dim_value for d in made.graph.input[0].type.tensor_type.shape.dim] == [
-        "batch", 1, 8, 8
-    ]  # fmt: skip
-    assert str(tmp_path).encode() not in made.SerializeToString()
+    proto = onnx.load(done.path)
+    assert proto.opset_import[0].version == 17
+    dims = proto.graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 1, 8, 8]
+    assert str(tmp_path).encode() not in proto.SerializeToString()
     plain = open_export(done.path).run({"x": Digits().eval.tensors[0].numpy()})["output"]
     split = export(run, "onnx", options={"external_bytes": "1000"}, out=f"{tmp_path}/split.onnx")
     assert sorted(path.name for path in split.path.iterdir()) == ["model.onnx", "model.onnx.data"]
     assert (split.path / "model.onnx.data").stat().st_size > 100_000
     moved = split.path.rename(tmp_path / "elsewhere.onnx")
-    found = open_export(moved).run({"x": Digits().eval.tensors[0].numpy()})["output"]
-    np.testing.assert_allclose(found, plain, rtol=1e-4, atol=1e-5)
+    actual = open_export(moved).run({"x": Digits().eval.tensors[0].numpy()})["output"]
+    np.testing.assert_allclose(actual, plain, rtol=1e-4, atol=1e-5)
     alone = export(run, "torch_export", options={"dynamic": "none"})
     assert alone.record["parity"]["batch_sizes"] == [1]
 
@@ -121,8 +120,8 @@ with torch.no_grad():
     program = torch.export.load(f"{folder}/a.pt2").module()(torch.from_numpy(x))
 session = onnxruntime.InferenceSession(f"{folder}/a.onnx", providers=["CPUExecutionProvider"])
 (answer,) = session.run(["output"], {"x": x})
-found = {"jit": jit.numpy(), "program": program.numpy(), "onnx": answer}
-np.savez(f"{folder}/found.npz", **found)
+actual = {"jit": jit.numpy(), "program": program.numpy(), "onnx": answer}
+np.savez(f"{folder}/actual.npz", **actual)
 try:
     torch.load(f"{folder}/a.full.pt", weights_only=False)
 except ModuleNotFoundError as error:
@@ -131,7 +130,7 @@ print([name for name in sys.modules if name.split(".")[0] in ("trainer", "models
 """
 
 
-def test_a_process_without_this_code_gets_the_same_answers(tmp_path):
+def test_process_without_this_code_gets_the_same_outputs(tmp_path):
     run = a_trained_run(tmp_path / "run", "data=digits", "model=cnn")
     for form in ("torchscript", "torch_export", "onnx", "full_model"):
         export(run, form, out=f"{tmp_path}/a{FORMATS[form].suffix}")
@@ -139,7 +138,7 @@ def test_a_process_without_this_code_gets_the_same_answers(tmp_path):
     np.save(tmp_path / "x.npy", x)
     hidden = tmp_path / "hidden"
     hidden.mkdir()
-    (hidden / "sitecustomize.py").write_text(  # an editable install finds it by a hook of its own
+    (hidden / "sitecustomize.py").write_text(  # an editable install has an import hook
         "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
     )
     done = subprocess.run(
@@ -148,10 +147,10 @@ def test_a_process_without_this_code_gets_the_same_answers(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == "models\n[]\n"
-    wanted = open_export(tmp_path / "a.full.pt", trusted=True).run({"x": x})["output"]
-    with np.load(tmp_path / "found.npz") as found:
+    expected = open_export(tmp_path / "a.full.pt", trusted=True).run({"x": x})["output"]
+    with np.load(tmp_path / "found.npz") as actual:
         for name in ("jit", "program", "onnx"):
-            np.testing.assert_allclose(found[name], wanted, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(actual[name], expected, rtol=1e-4, atol=1e-5)
 
 
 RUN = ["data=digits", "model=cnn", "+model.batch_norm=true", "optimizer=adam", "launch.threads=1",
@@ -163,7 +162,7 @@ RUN = ["data=digits", "model=cnn", "+model.batch_norm=true", "optimizer=adam", "
     ["launch.nproc=2", "parallel=fsdp", "parallel.min_parameters=50"],
     ["parallel.compile=model", "parallel.compile_backend=eager"],
 ], ids=["ddp", "fsdp", "compiled"])  # fmt: skip
-def test_every_way_to_train_exports_the_same(command, way, capsys):
+def test_export_is_the_same_from_every_training_mode(command, way, capsys):
     assert (done := command(*RUN, *way, "name=a")).returncode == 0, done.stderr
     run = str(command.folder / "runs/a")
     answers = {}
@@ -179,8 +178,8 @@ def test_every_way_to_train_exports_the_same(command, way, capsys):
     model = CNN((1, 8, 8), batch_norm=True).eval()
     model.load_state_dict(weights, strict=True)
     with torch.no_grad():
-        wanted = model(Digits().eval.tensors[0][:5]).numpy()
-    for found in answers.values():
-        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5)
+        expected = model(Digits().eval.tensors[0][:5]).numpy()
+    for actual in answers.values():
+        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-5)
     record = json.loads((command.folder / "runs/a/exports/step-00000006.onnx.json").read_text())
     assert record["metrics"]["figures"].keys() >= {"loss", "accuracy"}

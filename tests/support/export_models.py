@@ -1,4 +1,4 @@
-"""Models that a format may stumble over; each maps (N, 1, 8, 8) or what its forward says."""
+"""Models that some formats cannot export; the input is (N, 1, 8, 8) unless documented."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from models.resnet import BasicBlock, ResNet
 
 
 def small_resnet(input_shape: list[int], classes: int) -> nn.Module:
-    """A ResNet with one block a stage."""
+    """A ResNet with one block per stage."""
     return ResNet(BasicBlock, (1, 1, 1, 1), input_shape, classes, "imagenet", False)
 
 
@@ -26,7 +26,7 @@ class Base(nn.Module):
 
 
 class Branches(Base):
-    """The values of its input decide what it computes."""
+    """Branch on the values of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.sum() > 0:
@@ -35,7 +35,7 @@ class Branches(Base):
 
 
 class Counts(Base):
-    """A value becomes a size."""
+    """Use a value as a size."""
 
     def forward(self, x: Tensor) -> Tensor:
         count = int(x[0, 0, 0, 0].abs() * 3) + 1
@@ -43,7 +43,7 @@ class Counts(Base):
 
 
 class Exotic(Base):
-    """Has an operator that ONNX has not."""
+    """Use an operator that ONNX does not have."""
 
     def forward(self, x: Tensor) -> Tensor:
         values = torch.linalg.eigvals(x[:, 0] + torch.eye(8))
@@ -51,35 +51,35 @@ class Exotic(Base):
 
 
 class Fixed(Base):
-    """Works for one batch size alone, once it is traced."""
+    """Fix the batch size when traced."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logits(x.view(int(x.shape[0]), -1)) * float(len(x))
 
 
 class Chance(Base):
-    """Drops in eval mode too."""
+    """Apply dropout in eval mode."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logits(F.dropout(x))
 
 
 class Unscriptable(Base):
-    """Uses Python that TorchScript has not: keyword arguments of any name."""
+    """Use `**kwargs`, which TorchScript does not support."""
 
     def forward(self, x: Tensor, **rest: float) -> Tensor:
         return self.logits(x) * rest.get("scale", 1.0)
 
 
 class HalfScriptable(nn.Module):
-    """Branches around a part that cannot be scripted."""
+    """Branch around a submodule that cannot be scripted."""
 
     def __init__(self):
         super().__init__()
-        self.inner = Unscriptable()
+        self.submodule = Unscriptable()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x)
+        y = self.submodule(x)
         if float(y.sum()) > 0:
             return y * 2
         return y
@@ -88,19 +88,19 @@ class HalfScriptable(nn.Module):
 class Pair(Base):
     """Two tensors in, a tuple out."""
 
-    def forward(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        return self.logits(left + right), left.mean((1, 2, 3))
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return self.logits(a + b), a.mean((1, 2, 3))
 
 
 class Named(Base):
-    """A dict out, one of whose keys is called as the input is."""
+    """Return a dict with a key equal to the input name."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"logits": self.logits(x), "x": x * 2}
 
 
 class FromDict(Base):
-    """A dict in, a nest of several kinds out."""
+    """Take a dict, return a nested dataclass."""
 
     def forward(self, batch: dict[str, Tensor], scale: float = 1.0):
         return Answer(
@@ -110,14 +110,14 @@ class FromDict(Base):
 
 @dataclass
 class Answer:
-    """A dataclass with a tuple in it."""
+    """A dataclass with a tuple field."""
 
     logits: Tensor
     rest: tuple[Tensor, ...]
 
 
 class DictTask:
-    """Hands the model a dict, and a constant."""
+    """Call the model with a dict and a constant."""
 
     def loss(self, model, batch):
         images, labels = batch
@@ -135,7 +135,7 @@ class DictTask:
 
 
 class Tied(nn.Module):
-    """Two layers with one weight."""
+    """Two layers that share a weight."""
 
     def __init__(self):
         super().__init__()
@@ -148,7 +148,7 @@ class Tied(nn.Module):
 
 
 class NoTensor(Base):
-    """Returns a number."""
+    """Return a string."""
 
     def forward(self, x: Tensor):
         self.logits(x)

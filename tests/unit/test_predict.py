@@ -1,4 +1,4 @@
-"""Exports are run on pictures, arrays, IDX files and data groups, and compared with each other."""
+"""Predictions on images, arrays, IDX files and data groups, and the comparison of exports."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from trainer.export.predicting import compare_exports, finite
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run on the digits, trained for some steps."""
+    """A run on digits, trained a few steps."""
     folder = tmp_path_factory.mktemp("run")
     return a_trained_run(folder, "model=mlp", steps=60)
 
@@ -35,65 +35,65 @@ def exported(run):
 
 @pytest.fixture(scope="module")
 def module(exported):
-    """The oracle: the export as torch itself opens it."""
+    """The reference: the export, loaded with torch.jit.load."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that torch.jit is deprecated
         return torch.jit.load(exported)
 
 
-def told(capsys, *arguments, code=0):
+def run_predict(capsys, *arguments, code=0):
     assert predict.main(list(arguments)) == code
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err
-    return said.out if code == 0 else said.err
+    output = capsys.readouterr()
+    assert "Traceback" not in output.err
+    return output.out if code == 0 else output.err
 
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_of_a_data_group_it_tells_class_probability_and_accuracy(
+def test_predict_on_data_group_reports_class_probability_and_accuracy(
     capsys, exported, module, tmp_path
 ):
-    out = told(capsys, exported, "data=digits", f"out={tmp_path}/a.jsonl")
+    out = run_predict(capsys, exported, "data=digits", f"out={tmp_path}/a.jsonl")
     images, labels = Digits().eval.tensors
     with torch.no_grad():
-        chances = module(images).softmax(1)
-    found = lines(tmp_path / "a.jsonl")
-    assert [line["class"] for line in found] == chances.argmax(1).tolist()
-    assert [line["label"] for line in found] == labels.tolist()
+        probabilities = module(images).softmax(1)
+    results = lines(tmp_path / "a.jsonl")
+    assert [line["class"] for line in results] == probabilities.argmax(1).tolist()
+    assert [line["label"] for line in results] == labels.tolist()
     np.testing.assert_allclose(
-        [line["probability"] for line in found], chances.max(1).values, atol=2e-6
+        [line["probability"] for line in results], probabilities.max(1).values, atol=2e-6
     )
-    right = (chances.argmax(1) == labels).float().mean()
+    right = (probabilities.argmax(1) == labels).float().mean()
     assert f"accuracy {right:.4f} of 359" in out
-    assert right > 0.5  # and so it has learnt something
+    assert right > 0.5  # so the model is trained
 
 
-def test_pictures_are_brought_to_the_form_that_the_run_evaluated_on(
-    capsys, exported, module, tmp_path
-):
+def test_predict_on_images_applies_the_evaluation_transform(capsys, exported, module, tmp_path):
     images, _ = Digits().eval.tensors
     pixels = (images[:3] * 255).round().to(torch.uint8)
     (tmp_path / "in").mkdir()
     for number, picture in enumerate(pixels):
         Image.fromarray(picture[0].numpy()).save(tmp_path / "in" / f"{number}.png")
-    told(capsys, exported, f"input={tmp_path}/in", f"out={tmp_path}/a.jsonl", "top=3")
+    run_predict(capsys, exported, f"input={tmp_path}/in", f"out={tmp_path}/a.jsonl", "top=3")
     with torch.no_grad():
-        chances = module(pixels.float() / 255).softmax(1)
-    found = lines(tmp_path / "a.jsonl")
-    assert [line["input"] for line in found] == [f"{tmp_path}/in/{n}.png" for n in range(3)]
-    assert [line["class"] for line in found] == chances.argmax(1).tolist()
-    likeliest = [each["class"] for each in found[0]["top"]]
-    assert likeliest == chances[0].argsort(descending=True)[:3].tolist()
-    shown = told(capsys, exported, f"input={tmp_path}/in/*.png")
-    assert f"{tmp_path}/in/0.png" in shown
+        probabilities = module(pixels.float() / 255).softmax(1)
+    results = lines(tmp_path / "a.jsonl")
+    assert [line["input"] for line in results] == [f"{tmp_path}/in/{n}.png" for n in range(3)]
+    assert [line["class"] for line in results] == probabilities.argmax(1).tolist()
+    likeliest = [item["class"] for item in results[0]["top"]]
+    assert likeliest == probabilities[0].argsort(descending=True)[:3].tolist()
+    output = run_predict(capsys, exported, f"input={tmp_path}/in/*.png")
+    assert f"{tmp_path}/in/0.png" in output
     large = Image.fromarray(pixels[0, 0].numpy()).resize((80, 80)).convert("RGB")
     large.save(tmp_path / "large.jpg")
-    assert str(chances[0].argmax().item()) in told(capsys, exported, f"input={tmp_path}/large.jpg")
+    assert str(probabilities[0].argmax().item()) in run_predict(
+        capsys, exported, f"input={tmp_path}/large.jpg"
+    )
 
 
-def test_a_picture_is_standardised_as_in_training(capsys, tmp_path):
+def test_predict_on_image_standardizes_as_in_training(capsys, tmp_path):
     colours = ((255, 0, 0), (0, 0, 255))
     for part in ("train", "eval"):
         for name, colour in zip(("blue", "red"), reversed(colours), strict=True):
@@ -107,58 +107,61 @@ def test_a_picture_is_standardised_as_in_training(capsys, tmp_path):
         steps=30,
     )  # fmt: skip
     exported = str(export(folder, "torchscript").path)
-    kept = json.loads(record_path(Path(exported)).read_text())["preprocessing"]
-    assert (kept["mean"], kept["std"], kept["classes"]) == ([0.2, 0.3, 0.4], 0.25, ["blue", "red"])
+    preprocessing = json.loads(record_path(Path(exported)).read_text())["preprocessing"]
+    assert preprocessing["mean"] == [0.2, 0.3, 0.4]
+    assert (preprocessing["std"], preprocessing["classes"]) == (0.25, ["blue", "red"])
     Image.new("RGB", (31, 17), colours[0]).save(tmp_path / "red.png")
-    told(capsys, exported, f"input={tmp_path}/red.png", f"out={tmp_path}/o.jsonl")
+    run_predict(capsys, exported, f"input={tmp_path}/red.png", f"out={tmp_path}/o.jsonl")
     (line,) = lines(tmp_path / "o.jsonl")
     assert line["class"] == "red"
-    pixel = torch.tensor([1.0, 0.0, 0.0]) - torch.tensor(kept["mean"])
+    pixel = torch.tensor([1.0, 0.0, 0.0]) - torch.tensor(preprocessing["mean"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = torch.jit.load(exported)
     picture = (pixel / 0.25)[:, None, None].expand(3, 8, 8)[None]
     with torch.no_grad():
-        chance = model(picture).softmax(1)[0, 1]
-    assert line["probability"] == pytest.approx(float(chance), abs=1e-5)
+        probability = model(picture).softmax(1)[0, 1]
+    assert line["probability"] == pytest.approx(float(probability), abs=1e-5)
 
 
-def test_arrays_and_idx_files(capsys, exported, module, tmp_path):
+def test_predict_on_arrays_and_idx_files(capsys, exported, module, tmp_path):
     images, _ = Digits().eval.tensors
     np.save(tmp_path / "a.npy", images[:5].numpy())
-    told(capsys, exported, f"input={tmp_path}/a.npy", f"out={tmp_path}/o.npz", "batch_size=2")
+    run_predict(
+        capsys, exported, f"input={tmp_path}/a.npy", f"out={tmp_path}/o.npz", "batch_size=2"
+    )
     with torch.no_grad():
-        wanted = module(images[:5]).numpy()
-    (found,) = np.load(tmp_path / "o.npz").values()
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+        expected = module(images[:5]).numpy()
+    (results,) = np.load(tmp_path / "o.npz").values()
+    np.testing.assert_allclose(results, expected, atol=1e-5)
     np.savez(tmp_path / "a.npz", images=images[:5].numpy())
-    told(capsys, exported, f"input={tmp_path}/a.npz", f"out={tmp_path}/o2.npz")
+    run_predict(capsys, exported, f"input={tmp_path}/a.npz", f"out={tmp_path}/o2.npz")
     (again,) = np.load(tmp_path / "o2.npz").values()
-    np.testing.assert_allclose(again, wanted, atol=1e-5)
+    np.testing.assert_allclose(again, expected, atol=1e-5)
     pixels = (images[:4] * 255).round().to(torch.uint8).numpy()
     data = bytes([0, 0, 8, 3]) + struct.pack(">III", 4, 8, 8) + pixels.tobytes()
     (tmp_path / "t-idx3-ubyte").write_bytes(data)
-    told(capsys, exported, f"input={tmp_path}/t-idx3-ubyte", f"out={tmp_path}/o3.npz")
+    run_predict(capsys, exported, f"input={tmp_path}/t-idx3-ubyte", f"out={tmp_path}/o3.npz")
     (idx,) = np.load(tmp_path / "o3.npz").values()
     with torch.no_grad():
-        wanted = module(torch.from_numpy(pixels).float() / 255).numpy()
-    np.testing.assert_allclose(idx, wanted, atol=1e-5)
+        expected = module(torch.from_numpy(pixels).float() / 255).numpy()
+    np.testing.assert_allclose(idx, expected, atol=1e-5)
 
 
-def test_two_exports_are_compared_on_the_same_inputs(capsys, run, exported, tmp_path):
+def test_compare_runs_two_exports_on_the_same_inputs(capsys, run, exported, tmp_path):
     other = str(export(run, "torch_export").path)
-    said = told(capsys, exported, other, "--compare", "data=digits")
-    assert "same class for 359 of 359 inputs (100.00%)" in said
-    assert "times as fast as the first" in said
+    output = run_predict(capsys, exported, other, "--compare", "data=digits")
+    assert "same class for 359 of 359 inputs (100.00%)" in output
+    assert "times as fast as the first" in output
     worse = a_trained_run(tmp_path / "worse", "model=mlp", "seed=5", steps=1)
-    said = told(
+    output = run_predict(
         capsys, exported, str(export(worse, "torchscript").path), "--compare", "data=digits"
     )
-    assert "same class for 359 of 359" not in said
+    assert "same class for 359 of 359" not in output
 
 
-class Answers:
-    """An export that answers the same to anything."""
+class Constant:
+    """An export with constant outputs."""
 
     def __init__(self, *values):
         self.values = np.array([values])
@@ -167,23 +170,23 @@ class Answers:
         return {"y": self.values}
 
 
-def test_an_export_that_answers_no_numbers_is_not_the_same():
+def test_compare_reports_nonfinite_values():
     nan = float("nan")
 
-    def said(first, second):
+    def output(first, second):
         batches = iter([Batch(["a"], {"x": np.zeros(1)})] * 3)
-        return compare_exports(Answers(*first), Answers(*second), batches, ["a", "b"])
+        return compare_exports(Constant(*first), Constant(*second), batches, ["a", "b"])
 
-    assert "warning" not in said((1.0, nan), (1.0, nan))
-    found = said((1.0, 2.0, float("inf")), (1.5, nan, float("inf")))
-    assert "largest output difference: 0.5" in found
-    assert "warning: 3 values are NaN or infinite in only one export" in found
+    assert "warning" not in output((1.0, nan), (1.0, nan))
+    results = output((1.0, 2.0, float("inf")), (1.5, nan, float("inf")))
+    assert "largest output difference: 0.5" in results
+    assert "warning: 3 values are NaN or infinite in only one export" in results
     with pytest.raises(DataError, match="output shapes differ"):
-        said((1.0,), (1.0, 2.0))
+        output((1.0,), (1.0, 2.0))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("input=nowhere.png",), "no such file"),
         ((), "give either input=… or data=…"),
@@ -202,36 +205,36 @@ def test_an_export_that_answers_no_numbers_is_not_the_same():
         (("data=digits", "--compare"), "2 exports needed, 1 given"),
     ],
 )
-def test_bad_input_is_one_message(capsys, exported, tmp_path, arguments, says):
+def test_command_with_bad_input_prints_one_message(capsys, exported, tmp_path, arguments, message):
     (tmp_path / "text.txt").write_text("a")
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04junk")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
     (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY no")
     np.save(tmp_path / "wide.npy", np.zeros((2, 77), np.float32))
-    given = [argument.format(here=tmp_path) for argument in arguments]
-    assert predict.main([exported, *given]) in (1, 2)
-    said = capsys.readouterr()
-    assert says in said.err
-    assert "Traceback" not in said.err
+    argv = [argument.format(here=tmp_path) for argument in arguments]
+    assert predict.main([exported, *argv]) in (1, 2)
+    output = capsys.readouterr()
+    assert message in output.err
+    assert "Traceback" not in output.err
 
 
-def test_what_is_no_number_is_null_in_json():
+def test_finite_maps_nan_and_infinity_to_null():
     line = {"input": "a", "y": [1.0, float("nan"), [float("inf")]], "n": 3}
     assert finite(line) == {"input": "a", "y": [1.0, None, [None]], "n": 3}
 
 
-def test_a_pickled_module_is_opened_only_if_it_is_trusted(capsys, run, exported, tmp_path):
-    pickled = str(export(run, "full_model", out=f"{tmp_path}/whole.pt").path)
-    assert "trusted=true" in told(capsys, pickled, "data=digits", code=2)
-    said = told(capsys, exported, pickled, "--compare", "data=digits", "trusted=true")
-    assert "same class for 359 of 359 inputs (100.00%)" in said
+def test_pickled_module_is_opened_only_if_trusted(capsys, run, exported, tmp_path):
+    pickled = str(export(run, "full_model", out=f"{tmp_path}/pickled.pt").path)
+    assert "trusted=true" in run_predict(capsys, pickled, "data=digits", code=2)
+    output = run_predict(capsys, exported, pickled, "--compare", "data=digits", "trusted=true")
+    assert "same class for 359 of 359 inputs (100.00%)" in output
 
 
-def test_weights_and_exports_without_a_record_are_refused(capsys, run, exported, tmp_path):
+def test_weights_and_exports_without_a_record_raise_config_error(capsys, run, exported, tmp_path):
     weights = str(export(run, "safetensors").path)
-    assert "which cannot be run" in told(capsys, weights, "data=digits", code=2)
+    assert "which cannot be run" in run_predict(capsys, weights, "data=digits", code=2)
     alone = tmp_path / Path(exported).name
     shutil.copy(exported, alone)
-    assert "copy both" in told(capsys, str(alone), "data=digits", code=2)
+    assert "copy both" in run_predict(capsys, str(alone), "data=digits", code=2)
     record_path(alone).write_text("{}")
-    assert "does not describe an export" in told(capsys, str(alone), "data=digits", code=2)
+    assert "does not describe an export" in run_predict(capsys, str(alone), "data=digits", code=2)

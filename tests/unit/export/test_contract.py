@@ -1,4 +1,4 @@
-"""Every format under one list of promises: it answers as the model does, whole or not at all."""
+"""The contract of every format: same outputs as the model, complete or not written."""
 
 import hashlib
 import importlib.util
@@ -36,7 +36,7 @@ def skip_without(form):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A CNN with batch norm, dropout and averages, trained some steps on digits."""
+    """A CNN with batch norm, dropout and averages, trained a few steps on digits."""
     folder = tmp_path_factory.mktemp("cnn") / "run"
     return a_trained_run(
         folder, "data=digits", "model=cnn", "+model.batch_norm=true", "+model.channels=[4,8]",
@@ -44,8 +44,8 @@ def run(tmp_path_factory):
     )  # fmt: skip
 
 
-def by_hand(run, folder, *, averaged=False):
-    """The run's model, built by hand and loaded with what safetensors' own reader finds."""
+def reference_model(run, folder, *, averaged=False):
+    """Build the run's model directly and load weights read by the safetensors package."""
     out = str(folder / f"weights-{averaged}.safetensors")
     export(run, "safetensors", out=out, choices=Choices(averaged=averaged))
     model = CNN((1, 8, 8), channels=(4, 8), hidden=16, batch_norm=True)
@@ -58,32 +58,32 @@ SLOW = [pytest.param("openvino", marks=pytest.mark.slow)]
 
 @pytest.fixture(scope="module", params=[*(form for form in RUNNABLE if form != "openvino"), *SLOW])
 def exported(run, request, tmp_path_factory):
-    """Each format that can be run, and an export in it of the averaged weights."""
+    """The name of each runnable format, and an export of the averaged weights."""
     skip_without(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     choices = Choices(averaged=True)
     return request.param, export(run, request.param, out=f"{folder}/any name", choices=choices)
 
 
-def test_what_was_exported_answers_as_the_model_does(run, tmp_path, exported):
+def test_export_returns_the_outputs_of_the_model(run, tmp_path, exported):
     form, done = exported
     names = sorted(path.name for path in done.path.parent.iterdir())
     assert names == ["any name", "any name.json"]
     assert format_of(done.path) == form
-    model = by_hand(run, tmp_path, averaged=True)
+    model = reference_model(run, tmp_path, averaged=True)
     runner = open_export(done.path, trusted=True)
     assert (list(runner.inputs), list(runner.outputs)) == (["x"], ["output"])
     images = Digits().eval.tensors[0]
     for count in (1, 3, 7):
         with torch.no_grad():
-            wanted = model(images[100 : 100 + count])  # other samples than were compared
-        found = runner.run({"x": images[100 : 100 + count].numpy()})["output"]
-        np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-4, atol=1e-5)
+            expected = model(images[100 : 100 + count])  # not the samples of the parity check
+        outputs = runner.run({"x": images[100 : 100 + count].numpy()})["output"]
+        np.testing.assert_allclose(outputs, expected.numpy(), rtol=1e-4, atol=1e-5)
     double = runner.run({"x": images[:1].double().numpy()})["output"]
     assert double.dtype == np.float32
 
 
-def test_the_record_says_what_it_is(exported):
+def test_record_describes_the_export(exported):
     form, done = exported
     out = done.path
     record = json.loads(record_path(out).read_bytes())
@@ -103,18 +103,18 @@ def test_the_record_says_what_it_is(exported):
         assert file == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def test_the_help_has_every_option_of_every_format():
-    shown = usage()
+def test_help_lists_every_option_of_every_format():
+    help_text = usage()
     for name, format in FORMATS.items():
-        assert name in shown
+        assert name in help_text
         for key, option in format.options.items():
-            assert f"  {key}" in shown
-            assert option.help in shown
+            assert f"  {key}" in help_text
+            assert option.help in help_text
     suffixes = [format.suffix for format in FORMATS.values()]
     assert len(set(suffixes)) == len(suffixes)
 
 
-# --- what is refused ---------------------------------------------------------------------------
+# --- rejected exports ---------------------------------------------------------------------------
 
 
 def write_other_weights(model, path, options):
@@ -129,7 +129,7 @@ def write_other_weights(model, path, options):
 WRONG = replace(torchscript.FORMAT, write=write_other_weights)
 
 
-def test_an_export_that_answers_otherwise_is_not_written(run, tmp_path, monkeypatch):
+def test_export_with_wrong_outputs_is_not_written(run, tmp_path, monkeypatch):
     monkeypatch.setitem(FORMATS, "wrong", WRONG)
     (tmp_path / "model.ts").write_text("an older export")
     with pytest.raises(ExportError, match=r"output differs by up to 0\.01"):
@@ -143,7 +143,7 @@ def test_an_export_that_answers_otherwise_is_not_written(run, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("group", ["model", "data", "task"])
-def test_a_hostile_configuration_is_not_called(tmp_path, capsys, group):
+def test_configuration_with_disallowed_target_is_not_called(tmp_path, capsys, group):
     hostile = {"_target_": "os.system", "command": f"touch {tmp_path}/called"}
     run = a_trained_run(tmp_path / "run", "data=digits", "model=mlp", changes={group: hostile})
     for form in RUNNABLE:
@@ -154,7 +154,7 @@ def test_a_hostile_configuration_is_not_called(tmp_path, capsys, group):
     assert not (tmp_path / "called").exists()
 
 
-def test_a_pickle_is_opened_only_for_who_trusts_it(run, tmp_path):
+def test_pickle_is_opened_only_if_trusted(run, tmp_path):
     path = export(run, "full_model", out=str(tmp_path / "a.full.pt")).path
     with pytest.raises(ConfigError, match="trusted=true"):
         open_export(path)
@@ -163,23 +163,23 @@ def test_a_pickle_is_opened_only_for_who_trusts_it(run, tmp_path):
     assert not model.training
 
 
-def test_a_pickle_without_its_code_says_what_is_missing(tmp_path, monkeypatch):
+def test_pickle_without_its_code_names_the_missing_module(tmp_path, monkeypatch):
     package = tmp_path / "code"
     package.mkdir()
-    (package / "gone.py").write_text("from models.cnn import CNN\nclass Net(CNN):\n    pass\n")
+    (package / "lost.py").write_text("from models.cnn import CNN\nclass Net(CNN):\n    pass\n")
     monkeypatch.syspath_prepend(str(package))
-    run = a_trained_run(tmp_path / "run", "data=digits", "model=cnn", "model._target_=gone.Net")
-    path = export(run, "full_model", choices=Choices(allowed=["gone"])).path
-    monkeypatch.delitem(sys.modules, "gone")
-    (package / "gone.py").unlink()
+    run = a_trained_run(tmp_path / "run", "data=digits", "model=cnn", "model._target_=lost.Net")
+    path = export(run, "full_model", choices=Choices(allowed=["lost"])).path
+    monkeypatch.delitem(sys.modules, "lost")
+    (package / "lost.py").unlink()
     importlib.invalidate_caches()
-    with pytest.raises(ConfigError, match=r"needs the code .* No module named 'gone'"):
+    with pytest.raises(ConfigError, match=r"needs the code .* No module named 'lost'"):
         open_export(path, trusted=True)
 
 
 @pytest.mark.parametrize("form", ["torchscript", "torch_export", "full_model"])
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no", b"x" * 5000])
-def test_a_file_of_something_else_is_no_export(tmp_path, form, content):
+def test_open_export_with_other_content_raises_export_error(tmp_path, form, content):
     path = tmp_path / f"a{FORMATS[form].suffix}"
     path.write_bytes(content)
     with pytest.raises(ExportError):
@@ -207,7 +207,7 @@ def test_a_file_of_something_else_is_no_export(tmp_path, form, content):
     (["dtype=fp8"], "dtype=fp8"),
     (["dtype=bf16", "part=convv1"], "did you mean 'conv1'"),
 ])  # fmt: skip
-def test_a_mistake_is_one_message(run, capsys, arguments, text):
+def test_command_with_wrong_argument_prints_one_message(run, capsys, arguments, text):
     assert main([run, *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -215,12 +215,12 @@ def test_a_mistake_is_one_message(run, capsys, arguments, text):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there_is_said_so(run, capsys):
+def test_missing_device_is_reported(run, capsys):
     assert main([run, "format=torchscript", "device=cuda"]) == 2
     assert "torch sees no GPU here" in capsys.readouterr().err
 
 
-# --- where it goes -----------------------------------------------------------------------------
+# --- destination -------------------------------------------------------------------------------
 
 
 def write_folder(model, path, options):
@@ -237,7 +237,7 @@ FOLDER = Format(
 )
 
 
-def test_a_folder_replaces_its_older_self_and_nothing_else(run, tmp_path, monkeypatch):
+def test_folder_export_replaces_only_an_older_export(run, tmp_path, monkeypatch):
     monkeypatch.setitem(FORMATS, "folder", FOLDER)
     out = tmp_path / "out"
     out.mkdir()
@@ -259,22 +259,22 @@ def test_a_folder_replaces_its_older_self_and_nothing_else(run, tmp_path, monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "new.json", "out"]
 
 
-def test_a_folder_in_an_object_store_gets_its_last_file_last(run, monkeypatch):
+def test_folder_export_to_object_store_uploads_last_file_last(run, monkeypatch):
     monkeypatch.setitem(FORMATS, "folder", FOLDER)
-    place = "memory://exports/of"
-    done = export(run, "folder", out=f"{place}/a.folder")
-    assert done.url == f"{place}/a.folder"
-    store = open_store(place)
+    url = "memory://exports/of"
+    done = export(run, "folder", out=f"{url}/a.folder")
+    assert done.url == f"{url}/a.folder"
+    store = open_store(url)
     names = ["a.folder/a", "a.folder/deep/z", "a.folder/done"]
     assert store.list("") == sorted([*names, "a.folder.json"])
     order = sorted([*names, "a.folder.json"], key=store.modified_s)
     assert order == [*names, "a.folder.json"]
-    export(run, "safetensors", out=f"{place}/a.folder")
+    export(run, "safetensors", out=f"{url}/a.folder")
     assert store.list("") == ["a.folder", "a.folder.json"]
 
 
-def test_without_its_data_it_is_compared_on_random_values(tmp_path, capsys):
+def test_export_without_data_is_compared_on_random_values(tmp_path, capsys):
     run = a_trained_run(tmp_path / "run", "data=digits", "model=mlp")
-    gone = ["data._target_=trainer.data.mnist.Mnist", f"data.dir={tmp_path}/none"]
-    assert main([run, "format=torchscript", *gone]) == 0
+    missing_data = ["data._target_=trainer.data.mnist.Mnist", f"data.dir={tmp_path}/none"]
+    assert main([run, "format=torchscript", *missing_data]) == 0
     assert "random values (data.dir=" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Weights out: names without wrappers, whole files, one checkpoint of several."""
+"""Exported weights: clean names, complete files, and the requested checkpoint."""
 
 import os
 
@@ -25,7 +25,7 @@ from trainer.storage import open_store
 def a_run(folder, models, *, accuracy=None):
     """Write a checkpoint of each {step: model}; return the run's directory as text.
 
-    `accuracy` is {step: what was measured there}; where it is given, the run tracks it.
+    `accuracy` maps steps to accuracies; if given, the run tracks the metric.
     """
     store = open_store(str(folder))
     attempt = lineage.begin(store, {})
@@ -55,7 +55,7 @@ def load(path):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "state_dict"])
-def test_an_export_loads_strictly_into_the_plain_model(tmp_path, form):
+def test_export_loads_strictly_into_the_plain_model(tmp_path, form):
     run = a_run(tmp_path / "run", {3: net(1)})
     done = export(run, form)
     path = done.path
@@ -74,7 +74,7 @@ def test_shared_storage_stays_shared_in_a_state_dict(tmp_path):
     assert weights["head.weight"].data_ptr() == weights["embed.weight"].data_ptr()
 
 
-def test_an_export_is_the_same_bytes_whatever_its_name(tmp_path):
+def test_export_bytes_do_not_depend_on_the_file_name(tmp_path):
     run = a_run(tmp_path / "run", {3: net(1)})
     for form in ("safetensors", "state_dict"):
         first = export(run, form, "latest", str(tmp_path / "no_suffix")).path
@@ -82,7 +82,7 @@ def test_an_export_is_the_same_bytes_whatever_its_name(tmp_path):
         assert first.read_bytes() == second.read_bytes()
 
 
-def test_safetensors_own_reader_opens_the_file(tmp_path):
+def test_safetensors_package_opens_the_file(tmp_path):
     path = export(a_run(tmp_path / "run", {3: net(1)}), "safetensors").path
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -90,7 +90,7 @@ def test_safetensors_own_reader_opens_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(("step", "seed"), [("latest", 30), ("10", 10), ("best", 20)])
-def test_the_step_that_was_asked_for_is_exported(tmp_path, step, seed):
+def test_export_writes_the_requested_step(tmp_path, step, seed):
     models = {at: net(at) for at in (10, 20, 30)}
     run = a_run(tmp_path / "run", models, accuracy={10: 0.7, 20: 0.9, 30: 0.9})
     path = export(run, "safetensors", step, "").path
@@ -105,24 +105,22 @@ def test_the_step_that_was_asked_for_is_exported(tmp_path, step, seed):
     ("best", None, ConfigError, "tracks no metric"),
     ("best", {}, CheckpointError, "no checkpoint in .* has 'accuracy' measured at its own step"),
 ])  # fmt: skip
-def test_a_step_that_is_not_there_is_an_error_that_says_what_is(
-    tmp_path, step, accuracy, error, text
-):
+def test_missing_step_raises_error_with_existing_steps(tmp_path, step, accuracy, error, text):
     run = a_run(tmp_path / "run", {10: net(1), 20: net(2)}, accuracy=accuracy)
     with pytest.raises(error, match=text):
         open_checkpoint(run, step)
 
 
-def test_a_directory_without_checkpoints_is_no_run(tmp_path):
+def test_directory_without_checkpoints_raises_config_error(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         open_checkpoint(str(tmp_path / "none"), "latest")
-    (tmp_path / "begun/attempts").mkdir(parents=True)
+    (tmp_path / "empty/attempts").mkdir(parents=True)
     with pytest.raises(ConfigError, match="has no committed checkpoint"):
-        open_checkpoint(str(tmp_path / "begun"), "latest")
+        open_checkpoint(str(tmp_path / "empty"), "latest")
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_what_another_loop_saved_is_exported_if_there_is_a_model_in_it(tmp_path, capsys):
+def test_checkpoint_of_another_loop_is_exported_if_it_has_a_model(tmp_path, capsys):
     model = net(1)
     state = {"model": model.state_dict(), "step": 3}
     dcp.save(state, storage_writer=PerdureStorageWriter(tmp_path / "mine/step-3"))
@@ -133,7 +131,7 @@ def test_what_another_loop_saved_is_exported_if_there_is_a_model_in_it(tmp_path,
     assert "so it has no model to export" in capsys.readouterr().err
 
 
-def test_out_chooses_the_file_and_replaces_what_was_there(tmp_path):
+def test_out_names_the_file_and_replaces_an_existing_one(tmp_path):
     run = a_run(tmp_path / "run", {3: net(1)})
     out = tmp_path / "deep" / "weights.bin"
     out.parent.mkdir()
@@ -147,7 +145,7 @@ def test_out_chooses_the_file_and_replaces_what_was_there(tmp_path):
 
 @pytest.mark.parametrize("form", ["safetensors", "state_dict"])
 @pytest.mark.parametrize("out", ["file/weights", "folder", "x" * 250])
-def test_a_file_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, out, form):
+def test_unwritable_out_raises_config_error_and_leaves_no_files(tmp_path, out, form):
     run = a_run(tmp_path / "run", {3: net(1)})
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
@@ -157,7 +155,7 @@ def test_a_file_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "run"]
 
 
-def test_damaged_bytes_are_never_exported(tmp_path):
+def test_damaged_checkpoint_is_not_exported(tmp_path):
     run = a_run(tmp_path / "run", {3: net(1)})
     (shard,) = (tmp_path / "run").rglob("*.safetensors")
     data = bytearray(shard.read_bytes())
@@ -171,7 +169,7 @@ def test_damaged_bytes_are_never_exported(tmp_path):
 # --- the command -------------------------------------------------------------------------------
 
 
-def test_the_command_says_what_it_wrote(tmp_path, capsys):
+def test_command_prints_path_tensors_and_bytes(tmp_path, capsys):
     run = a_run(tmp_path / "run", {1200: nn.Linear(300, 5)})
     assert main([run, "format=state_dict"]) == 0
     path = f"{run}/exports/step-00001200.pt"
@@ -188,7 +186,7 @@ def test_the_command_says_what_it_wrote(tmp_path, capsys):
     (["RUN", "step=7"], "step=7: "),
     (["/nowhere/at/all"], "does not exist"),
 ])  # fmt: skip
-def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, capsys, arguments, text):
+def test_command_with_wrong_argument_exits_2_with_one_message(tmp_path, capsys, arguments, text):
     run = a_run(tmp_path / "run", {3: nn.Linear(2, 2)})
     assert main([run if argument == "RUN" else argument for argument in arguments]) == 2
     captured = capsys.readouterr()
@@ -197,7 +195,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, capsys, arguments, t
     assert text in captured.err
 
 
-def test_help_is_no_mistake_and_no_arguments_are(capsys):
+def test_help_exits_0_and_no_arguments_exit_2(capsys):
     assert main(["--help"]) == 0
     assert main([]) == 2
     assert capsys.readouterr().out.count("usage: python -m trainer.export RUN") == 2
@@ -209,7 +207,7 @@ def test_help_is_no_mistake_and_no_arguments_are(capsys):
 @pytest.mark.parametrize(("names", "cleaned"), [
     (["a.weight", "a.bias"], ["a.weight", "a.bias"]),
     (["module.a", "module.b"], ["a", "b"]),
-    (["module.a", "b"], ["module.a", "b"]),  # a user's own submodule
+    (["module.a", "b"], ["module.a", "b"]),  # a submodule that the user named so
     (["a.module.w", "a.b"], ["a.module.w", "a.b"]),
     (["module.a.module.w", "module.b"], ["a.module.w", "b"]),
     (["module.module.a"], ["a"]),
@@ -226,21 +224,21 @@ def test_help_is_no_mistake_and_no_arguments_are(capsys):
     (["_orig_mod"], ["_orig_mod"]),
     ([], []),
 ])  # fmt: skip
-def test_names_are_freed_of_wrappers_and_of_nothing_else(names, cleaned):
+def test_clean_names_removes_only_wrapper_prefixes(names, cleaned):
     assert clean_names(names) == dict(zip(names, cleaned, strict=True))
 
 
 @pytest.mark.parametrize("names", [["_orig_mod.a", "a"], ["a._orig_mod.w", "_orig_mod.a.w"]])
-def test_two_names_that_would_become_one_are_an_error(names):
+def test_clean_names_with_collision_raises(names):
     with pytest.raises(CheckpointError, match="two tensors have the name 'a"):
         clean_names(names)
 
 
-def test_real_wrappers_leave_no_trace(tmp_path):
-    inner = nn.Linear(2, 3)
+def test_export_of_wrapped_model_has_plain_names(tmp_path):
+    linear = nn.Linear(2, 3)
     wrapped = nn.Module()
     wrapped.module = torch.compile(
-        inner, backend="eager"
+        linear, backend="eager"
     )  # as DDP around a compiled model names it
     path = export(a_run(tmp_path / "run", {1: wrapped}), "state_dict").path
-    same(inner, torch.load(path, weights_only=True))
+    same(linear, torch.load(path, weights_only=True))

@@ -1,4 +1,4 @@
-"""Models that a format stumbles over: it works, or the line is named and what would work."""
+"""Models that some formats cannot export: errors name the line and a format that works."""
 
 import numpy as np
 import pytest
@@ -17,17 +17,17 @@ from trainer.export.samples import random_inputs
 
 @pytest.fixture(scope="module")
 def run_of(tmp_path_factory):
-    """A function that builds and saves one of odd_models, and keeps the run for who asks next."""
-    kept = {}
+    """A cached function that saves a run with a model of export_models."""
+    runs = {}
 
     def make(name, *overrides):
-        if name not in kept:
-            kept[name] = a_trained_run(
+        if name not in runs:
+            runs[name] = a_trained_run(
                 tmp_path_factory.mktemp(name), "data=digits",
                 "~model.input_shape", "~model.classes",
                 f"model._target_=support.export_models.{name}", *overrides, steps=0,
             )  # fmt: skip
-        return kept[name]
+        return runs[name]
 
     return make
 
@@ -48,7 +48,9 @@ DECIDES = ("control flow depends on a tensor value here", "format=torchscript me
     ("HalfScriptable", ["format=torchscript"],
      ["if float(y.sum()) > 0", "cannot be scripted either", "traced="]),
 ])  # fmt: skip
-def test_what_cannot_be_is_named_with_what_can(run_of, capsys, tmp_path, name, arguments, texts):
+def test_unsupported_model_error_names_the_line_and_an_alternative(
+    run_of, capsys, tmp_path, name, arguments, texts
+):
     if "format=onnx" in arguments:
         pytest.importorskip("onnxscript")
     out = f"out={tmp_path}/a"
@@ -69,12 +71,14 @@ IMAGES = Digits().eval.tensors[0][:4]
     ("Exotic", "torchscript", {}),
     ("Fixed", "torchscript", {}),
     ("Unscriptable", "torchscript", {}),
-    ("HalfScriptable", "torchscript", {"traced": "inner"}),
+    ("HalfScriptable", "torchscript", {"traced": "submodule"}),
     ("HalfScriptable", "full_model", {}),
     ("Tied", "torchscript", {"freeze": "true"}),
     ("Tied", "torch_export", {}),
 ])  # fmt: skip
-def test_what_can_be_answers_as_the_class_does(run_of, tmp_path, name, form, options):
+def test_supported_model_export_returns_the_outputs_of_its_class(
+    run_of, tmp_path, name, form, options
+):
     from support import export_models
 
     run, allowed = run_of(name), Choices(allowed=["support.export_models"])
@@ -85,13 +89,13 @@ def test_what_can_be_answers_as_the_class_does(run_of, tmp_path, name, form, opt
     runner = open_export(done.path, trusted=True)
     for sign in (1, -1):  # both branches
         with torch.no_grad():
-            wanted = model(sign * IMAGES)
-        (found,) = runner.run({"x": (sign * IMAGES).numpy()}).values()
-        np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-4, atol=1e-5)
+            expected = model(sign * IMAGES)
+        (outputs,) = runner.run({"x": (sign * IMAGES).numpy()}).values()
+        np.testing.assert_allclose(outputs, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["torchscript", "torch_export", "full_model"])
-def test_a_nest_of_inputs_and_outputs_has_names(run_of, tmp_path, form):
+def test_nested_inputs_and_outputs_are_named(run_of, tmp_path, form):
     from support.export_models import FromDict
 
     run = run_of("FromDict", "task._target_=support.export_models.DictTask")
@@ -102,43 +106,39 @@ def test_a_nest_of_inputs_and_outputs_has_names(run_of, tmp_path, form):
     model.load_state_dict(torch.load(weights, weights_only=True))
     bias = torch.arange(4.0)
     with torch.no_grad():
-        wanted = model({"image": IMAGES, "bias": bias}, scale=2.0)
+        expected = model({"image": IMAGES, "bias": bias}, scale=2.0)
     runner = open_export(done.path, trusted=True)
     assert runner.inputs == ["image", "bias"]
-    found = runner.run({"bias": bias.numpy(), "image": IMAGES.numpy()})
-    assert list(found) == ["logits", "rest_0", "rest_1"]
-    for value, tensor in zip(found.values(), (wanted.logits, *wanted.rest), strict=True):
+    outputs = runner.run({"bias": bias.numpy(), "image": IMAGES.numpy()})
+    assert list(outputs) == ["logits", "rest_0", "rest_1"]
+    for value, tensor in zip(outputs.values(), (expected.logits, *expected.rest), strict=True):
         np.testing.assert_allclose(value, tensor.numpy(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["torchscript", "full_model"])
-def test_two_inputs_and_a_tuple(run_of, tmp_path, form):
-    choices = Choices(
-        allowed=["support.export_models"], inputs="left:float32[1,8,8];right:float32[1,8,8]"
-    )
+def test_two_inputs_and_a_tuple_output_are_named(run_of, tmp_path, form):
+    choices = Choices(allowed=["support.export_models"], inputs="a:float32[1,8,8];b:float32[1,8,8]")
     done = export(run_of("Pair"), form, out=f"{tmp_path}/a", choices=choices)
-    assert [each["name"] for each in done.record["inputs"]] == ["left", "right"]
-    assert [each["shape"] for each in done.record["outputs"]] == [["batch", 10], ["batch"]]
-    found = open_export(done.path, trusted=True).run(
-        {"left": IMAGES.numpy(), "right": IMAGES.numpy()}
-    )
-    np.testing.assert_allclose(found["output_1"], IMAGES.mean((1, 2, 3)).numpy(), rtol=1e-5)
+    assert [item["name"] for item in done.record["inputs"]] == ["a", "b"]
+    assert [item["shape"] for item in done.record["outputs"]] == [["batch", 10], ["batch"]]
+    outputs = open_export(done.path, trusted=True).run({"a": IMAGES.numpy(), "b": IMAGES.numpy()})
+    np.testing.assert_allclose(outputs["output_1"], IMAGES.mean((1, 2, 3)).numpy(), rtol=1e-5)
 
 
-def test_an_output_that_is_called_as_an_input_gets_another_name(run_of, tmp_path):
+def test_output_with_the_name_of_an_input_is_renamed(run_of, tmp_path):
     choices = Choices(allowed=["support.export_models"])
     done = export(run_of("Named"), "torch_export", out=f"{tmp_path}/a", choices=choices)
-    found = open_export(done.path).run({"x": IMAGES.numpy()})
-    assert list(found) == ["logits", "x_out"]
-    np.testing.assert_array_equal(found["x_out"], 2 * IMAGES.numpy())
+    outputs = open_export(done.path).run({"x": IMAGES.numpy()})
+    assert list(outputs) == ["logits", "x_out"]
+    np.testing.assert_array_equal(outputs["x_out"], 2 * IMAGES.numpy())
 
 
-def test_a_model_that_returns_no_tensor_fits_no_format(run_of, capsys):
+def test_model_without_tensor_output_exits_2(run_of, capsys):
     assert main([run_of("NoTensor"), "format=torchscript", "allow=support.export_models"]) == 2
     assert "returns a str without tensors" in capsys.readouterr().err
 
 
-# --- names of calls ----------------------------------------------------------------------------
+# --- tensor names -----------------------------------------------------------------------------
 
 
 class Any(torch.nn.Module):
@@ -156,24 +156,24 @@ ONE, TWO = torch.zeros(2, 3), torch.ones(2)
     (({"a": ONE}, {"a": TWO}), {}, ["first_a", "others_0_a"]),
     ((ONE,), {"mask": TWO, "x": 3}, ["first", "mask"]),
 ])  # fmt: skip
-def test_tensors_are_named_after_the_parameters(arguments, keywords, names):
+def test_call_names_tensors_after_parameters(arguments, keywords, names):
     call = call_of(Any(), arguments, keywords)
     assert list(call.tensors()) == names
     other = [tensor + 5 for tensor in call.tensors().values()]
-    given, named = call.with_tensors(other)
-    again = call_of(Any(), given, named)
+    args, kwargs = call.with_tensors(other)
+    again = call_of(Any(), args, kwargs)
     assert [torch.equal(a, b) for a, b in zip(again.tensors().values(), other, strict=True)]
-    assert (again.names, len(given)) == (call.names, len(arguments))
+    assert (again.names, len(args)) == (call.names, len(arguments))
 
 
-def test_a_description_becomes_inputs():
-    found = random_inputs("tokens:int64[16]<7; mask:bool[16];x:bfloat16[1,2]", 5, classes=3)
-    shapes = {name: (list(tensor.shape), tensor.dtype) for name, tensor in found.items()}
+def test_random_inputs_follow_the_description():
+    outputs = random_inputs("tokens:int64[16]<7; mask:bool[16];x:bfloat16[1,2]", 5, classes=3)
+    shapes = {name: (list(tensor.shape), tensor.dtype) for name, tensor in outputs.items()}
     assert shapes == {
         "tokens": ([5, 16], torch.int64), "mask": ([5, 16], torch.bool),
         "x": ([5, 1, 2], torch.bfloat16),
     }  # fmt: skip
-    assert 0 <= found["tokens"].min() <= found["tokens"].max() == 6
+    assert 0 <= outputs["tokens"].min() <= outputs["tokens"].max() == 6
     for text in ("x", "x:float32", "x:float32[3", "x:int64[3]<a", "x:object[3]", ""):
         with pytest.raises(ConfigError, match="is not an input description"):
             random_inputs(text, 1, classes=3)

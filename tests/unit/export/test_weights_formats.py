@@ -1,4 +1,4 @@
-"""Weights that leave in files of others: a plain script goes on from them, bit for bit."""
+"""Weight formats: a plain script resumes from them bit for bit, and other tools read them."""
 
 import json
 import subprocess
@@ -47,11 +47,11 @@ def of_model(folder, model):
     return a_run(folder, content)
 
 
-def equal(found, expected):
-    assert set(found) == set(expected)
+def equal(actual, expected):
+    assert set(actual) == set(expected)
     for name, value in expected.items():
-        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
-        assert torch.equal(found[name], value), name
+        assert (actual[name].dtype, actual[name].shape) == (value.dtype, value.shape), name
+        assert torch.equal(actual[name], value), name
 
 
 # --- checkpoint --------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def one_more(folder, case, out):
     return second, done, state
 
 
-def test_a_plain_script_takes_the_same_next_step(tmp_path):
+def test_plain_script_takes_the_same_next_step(tmp_path):
     jobs = {case: one_more(tmp_path / case, case, tmp_path) for case in CASES}
     (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
     done = subprocess.run(
@@ -174,37 +174,37 @@ def test_a_plain_script_takes_the_same_next_step(tmp_path):
         assert exported.record["format"] == "checkpoint"
         equal(after["model"], job.model.state_dict())
         optimizer = job.phases[0].optimizer
-        ours, theirs = optimizer.state_dict(), after["optimizer"]
+        expected, actual = optimizer.state_dict(), after["optimizer"]
         if case != "frozen":  # there a script has other numbers for the same parameters
-            assert ours["param_groups"] == theirs["param_groups"]
+            assert expected["param_groups"] == actual["param_groups"]
         named = {id(parameter): name for name, parameter in job.model.named_parameters()}
         saved = torch.load(exported.path, weights_only=True)
         names = dict(enumerate(name for group in saved["parameter_names"] for name in group))
-        states = {names[number]: state for number, state in theirs["state"].items()}
+        states = {names[number]: state for number, state in actual["state"].items()}
         assert len(states) == len(optimizer.state)
-        for parameter, own in optimizer.state.items():
-            equal(states[named[id(parameter)]], own)
+        for parameter, values in optimizer.state.items():
+            equal(states[named[id(parameter)]], values)
         assert after["schedule"] == job.phases[0].scheduler.state_dict()
 
 
-def test_what_a_checkpoint_has_besides(tmp_path):
+def test_checkpoint_has_counters_and_averages(tmp_path):
     job = a_job()
     job.ema = Ema(job.model, 0.9)
     for average in job.ema.averages.values():
         average.add_(1.0)
     state = State(step=9, samples=72, cursor={"epoch": 2, "batch": 1}, metrics={"loss": 0.5})
     run = a_run(tmp_path / "run", collect(job, state), 9)
-    found = torch.load(export(run, "checkpoint").path, weights_only=True)
-    assert (found["global_step"], found["samples"], found["loss"]) == (9, 72, 0.5)
-    assert (found["scheduler_state_dict"], found["scaler_state_dict"]) == (None, {})
-    equal(found["model_state_dict"], job.model.state_dict())
-    averaged = found["ema_state_dict"]
+    saved = torch.load(export(run, "checkpoint").path, weights_only=True)
+    assert (saved["global_step"], saved["samples"], saved["loss"]) == (9, 72, 0.5)
+    assert (saved["scheduler_state_dict"], saved["scaler_state_dict"]) == (None, {})
+    equal(saved["model_state_dict"], job.model.state_dict())
+    averaged = saved["ema_state_dict"]
     assert torch.equal(averaged["body.0.bias"], job.model.body[0].bias + 1.0)
     Net().load_state_dict(averaged, strict=True)
 
 
 class Extra(nn.Linear):
-    """A module with state that is no tensor, and tied weights beside it."""
+    """A module with extra state."""
 
     def __init__(self):
         super().__init__(2, 2)
@@ -222,14 +222,14 @@ def test_extra_state_and_tied_weights_load_strictly(tmp_path):
     model["b"].weight = model["a"].weight
     job = a_job(model=model)
     run = a_run(tmp_path / "run", collect(job, State(step=3)))
-    found = torch.load(export(run, "checkpoint").path, weights_only=True)
-    assert found["parameter_names"] == [["a.weight", "a.bias"]]  # one tensor, one parameter
-    assert len(found["optimizer_state_dict"]["param_groups"][0]["params"]) == 2
+    saved = torch.load(export(run, "checkpoint").path, weights_only=True)
+    assert saved["parameter_names"] == [["a.weight", "a.bias"]]  # one tensor, one parameter
+    assert len(saved["optimizer_state_dict"]["param_groups"][0]["params"]) == 2
     other = nn.ModuleDict({"a": Extra(), "b": nn.Linear(2, 2, bias=False)})
     other["a"].counted = None
-    other.load_state_dict(found["model_state_dict"], strict=True)
+    other.load_state_dict(saved["model_state_dict"], strict=True)
     assert other["a"].counted == {"a": (1, 2)}
-    shared = found["model_state_dict"]
+    shared = saved["model_state_dict"]
     assert shared["a.weight"].data_ptr() == shared["b.weight"].data_ptr()
 
 
@@ -237,14 +237,14 @@ def test_extra_state_and_tied_weights_load_strictly(tmp_path):
     Choices(averaged=True), Choices(dtype="bf16"), Choices(part="body"),
 ])  # fmt: skip
 @pytest.mark.parametrize("format", ["checkpoint", "bundle"])
-def test_weights_that_no_optimizer_goes_on_with_are_refused(tmp_path, choices, format):
+def test_checkpoint_rejects_changed_weights(tmp_path, choices, format):
     run = a_run(tmp_path / "run", collect(a_job(), State(step=3)))
     with pytest.raises(ConfigError, match=f"does not work with format={format}"):
         export(run, format, choices=choices)
     assert not (tmp_path / "run" / "exports").exists()
 
 
-def test_what_no_run_wrote_has_no_optimizer(tmp_path):
+def test_checkpoint_of_another_loop_raises_config_error(tmp_path):
     content = Content()
     state_tree.add_model(content, net(1), with_buffers=True)
     with pytest.raises(ConfigError, match="was not written by a run"):
@@ -255,7 +255,7 @@ def test_what_no_run_wrote_has_no_optimizer(tmp_path):
 
 
 class Two(nn.Module):
-    """Two nets and a tensor of its own."""
+    """Two networks and a top-level tensor."""
 
     def __init__(self, seed=0):
         super().__init__()
@@ -286,50 +286,50 @@ def several(seed=1):
     return job
 
 
-def test_every_model_of_a_bundle_goes_on_with_its_own_optimizer(tmp_path):
+def test_bundle_resumes_every_model_with_its_optimizer(tmp_path):
     job = several()
     run = a_run(tmp_path / "run", collect(job, State(step=3)))
     done = export(run, "bundle")
     assert done.path.name == "step-00000003.tar"
-    found = torch.load(done.path, weights_only=True)
-    assert found["global_step"] == 3
-    equal(found["model_state_dict"], {"temperature": torch.tensor(0.5)})
+    saved = torch.load(done.path, weights_only=True)
+    assert saved["global_step"] == 3
+    equal(saved["model_state_dict"], {"temperature": torch.tensor(0.5)})
     fresh = Two(2)
     for phase in job.phases:
-        own, part = getattr(job.model, phase.name), getattr(fresh, phase.name)
-        part.load_state_dict(found[f"{phase.name}_state_dict"], strict=True)
+        original, part = getattr(job.model, phase.name), getattr(fresh, phase.name)
+        part.load_state_dict(saved[f"{phase.name}_state_dict"], strict=True)
         optimizer = torch.optim.Adam(part.parameters(), lr=9.0)
-        optimizer.load_state_dict(found[f"optimizer_{phase.name}_state_dict"])
+        optimizer.load_state_dict(saved[f"optimizer_{phase.name}_state_dict"])
         schedule = a_schedule(optimizer)
-        schedule.load_state_dict(found[f"scheduler_{phase.name}_state_dict"])
+        schedule.load_state_dict(saved[f"scheduler_{phase.name}_state_dict"])
         trained(part, optimizer)
-        trained(own, phase.optimizer)
-        equal(part.state_dict(), own.state_dict())
+        trained(original, phase.optimizer)
+        equal(part.state_dict(), original.state_dict())
         assert schedule.get_last_lr() == phase.scheduler.get_last_lr()
 
 
-def test_several_optimizers_are_no_checkpoint_of_one(tmp_path):
+def test_checkpoint_with_several_optimizers_raises_config_error(tmp_path):
     run = a_run(tmp_path / "run", collect(several(), State(step=3)))
     with pytest.raises(ConfigError, match=r"per phase \(discriminator, generator\); use"):
         export(run, "checkpoint")
 
 
-def test_a_bundle_with_one_optimizer_for_all(tmp_path):
+def test_bundle_with_one_optimizer(tmp_path):
     job = a_job(model=Two(1))
     trained(job.model, job.phases[0].optimizer)
     run = a_run(tmp_path / "run", collect(job, State(step=3)))
-    found = torch.load(export(run, "bundle").path, weights_only=True)
-    assert set(found) >= {"generator_state_dict", "discriminator_state_dict", "model_state_dict"}
+    saved = torch.load(export(run, "bundle").path, weights_only=True)
+    assert set(saved) >= {"generator_state_dict", "discriminator_state_dict", "model_state_dict"}
     fresh = Two(2)
-    torch.optim.SGD(fresh.parameters()).load_state_dict(found["optimizer_state_dict"])
+    torch.optim.SGD(fresh.parameters()).load_state_dict(saved["optimizer_state_dict"])
 
 
-def test_names_that_a_bundle_cannot_keep_apart_are_refused(tmp_path):
+def test_bundle_with_equal_keys_raises_config_error(tmp_path):
     class Model(nn.Module):
         def __init__(self, part):
             super().__init__()
             self.add_module(part, nn.Linear(2, 2))
-            self.own = nn.Parameter(torch.ones(1))
+            self.scale = nn.Parameter(torch.ones(1))
 
     for part, text in (("model", "a submodule named 'model'"), ("optimizer", "both be named")):
         job = a_job(model=Model(part))
@@ -344,7 +344,7 @@ def test_names_that_a_bundle_cannot_keep_apart_are_refused(tmp_path):
 NUMBERS = {dtype: number for number, dtype in oneflow.KINDS.values()}
 
 
-def test_a_folder_of_oneflow_is_what_protobuf_and_our_reader_say(tmp_path):
+def test_oneflow_folder_is_read_by_protobuf_and_our_reader(tmp_path):
     model = net(1)
     done = export(of_model(tmp_path / "run", model), "oneflow")
     expected = model.state_dict()
@@ -360,7 +360,7 @@ def test_a_folder_of_oneflow_is_what_protobuf_and_our_reader_say(tmp_path):
 
 
 class Named(nn.Module):
-    """A model whose tensors are called what a folder cannot be."""
+    """A model with a tensor name that cannot be a folder name."""
 
     def __init__(self, name, dtype=torch.float32):
         super().__init__()
@@ -373,7 +373,7 @@ class Named(nn.Module):
     (Named("snapshot_done"), "cannot be a folder name"),
     (Named("w", torch.complex64), r"'w': OneFlow has no torch\.complex64; use format=safetensors"),
 ])  # fmt: skip
-def test_what_oneflow_cannot_hold_is_named_and_nothing_is_left(tmp_path, model, text):
+def test_oneflow_error_names_the_tensor_and_leaves_no_files(tmp_path, model, text):
     with pytest.raises(ExportError, match=text):
         export(of_model(tmp_path / "run", model), "oneflow")
     assert not (tmp_path / "run" / "exports").exists()
@@ -382,32 +382,32 @@ def test_what_oneflow_cannot_hold_is_named_and_nothing_is_left(tmp_path, model, 
 # --- safetensors -------------------------------------------------------------------------------
 
 
-def test_large_weights_are_shards_that_safetensors_own_reader_opens(tmp_path):
+def test_large_weights_are_shards_that_safetensors_opens(tmp_path):
     model = net(1)
     done = export(of_model(tmp_path / "run", model), options={"max_shard_bytes": "100"})
     files = sorted(path.name for path in done.path.glob("*.safetensors"))
     count = len(files)
     assert files == [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     index = json.loads((done.path / "model.safetensors.index.json").read_text())
-    found = {}
+    saved = {}
     for name, file in index["weight_map"].items():
         with safe_open(done.path / file, "pt") as shard:
-            found[name] = shard.get_tensor(name)
-            held = sum(shard.get_tensor(key).nbytes for key in shard.keys())  # noqa: SIM118
-            assert held <= 100 or len(list(shard.keys())) == 1
-    equal(found, model.state_dict())
-    assert index["metadata"]["total_size"] == sum(value.nbytes for value in found.values())
+            saved[name] = shard.get_tensor(name)
+            shard_bytes = sum(shard.get_tensor(key).nbytes for key in shard.keys())  # noqa: SIM118
+            assert shard_bytes <= 100 or len(list(shard.keys())) == 1
+    equal(saved, model.state_dict())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in saved.values())
 
 
 @pytest.mark.parametrize("text", ["", "0", "5XB", "-1", "many", "5 G", "1e9"])
-def test_a_size_that_is_none_is_refused(tmp_path, text):
+def test_malformed_shard_size_raises_config_error(tmp_path, text):
     run = of_model(tmp_path / "run", net(1))
     with pytest.raises(ConfigError, match="is not a size in bytes"):
         export(run, options={"max_shard_bytes": text})
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_transformers_loads_the_shards_as_its_own(tmp_path):
+def test_transformers_loads_the_shards(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=8, vocab_size=11)
@@ -420,11 +420,11 @@ def test_transformers_loads_the_shards_as_its_own(tmp_path):
     assert len(list(done.path.glob("*.safetensors"))) > 2
 
 
-# --- and back again ----------------------------------------------------------------------------
+# --- round trip -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("format", ["state_dict", "safetensors", "checkpoint", "bundle", "oneflow"])
-def test_what_was_exported_begins_a_run(tmp_path, format):
+def test_export_initializes_a_run(tmp_path, format):
     job = several()
     if format == "checkpoint":
         job.phases = a_job(model=job.model).phases
