@@ -1,38 +1,37 @@
-"""python -m trainer: what there is to type."""
+"""python -m trainer: list the commands."""
 
 import sys
 
-from trainer.errors import DONE, ConfigError, closest
+from trainer.errors import CONFIGURATION, DONE, closest, print_error
 
 _COMMANDS = {
-    "run": "train a run, or go on with it",
-    "prepare": "prepare its data before",
-    "doctor": "examine this machine or cluster for it",
-    "evaluate": "measure a checkpoint again",
-    "checkpoints": "list, show, verify, diff, prune and copy what was saved",
-    "export": "write what was trained in a form for others",
-    "predict": "run an export on inputs",
-    "report": "one page about a run, or several",
-    "top": "watch runs",
+    "run": "train a model, or resume its run",
+    "prepare": "prepare the data before training",
+    "doctor": "check this machine or cluster before training",
+    "evaluate": "evaluate a checkpoint",
+    "checkpoints": "list, show, verify, diff, prune and copy checkpoints",
+    "export": "export a model to another format",
+    "predict": "run an exported model on inputs",
+    "report": "write an HTML page about one or more runs",
+    "top": "show live runs as a table",
 }
 
 
 def main() -> int:
     """Print the commands; return the exit code."""
-    wanted = [argument for argument in sys.argv[1:] if argument not in ("-h", "--help")]
-    if wanted:
-        hint = closest(wanted[0], _COMMANDS)
-        print(
-            f"ConfigError: python -m trainer takes no argument {wanted[0]!r}{hint}; "
-            "type python -m trainer.COMMAND",
-            file=sys.stderr,
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("-h", "--help")]
+    if arguments:
+        hint = closest(arguments[0], _COMMANDS)
+        print_error(
+            f"python -m trainer takes no argument {arguments[0]!r}{hint}; "
+            "type python -m trainer.COMMAND"
         )
-        return ConfigError.exit_code
+        return CONFIGURATION
     width = max(map(len, _COMMANDS))
     print("Training jobs that are killed and finish anyway.\n")
-    for name, what in _COMMANDS.items():
-        print(f"  python -m trainer.{name:<{width}}  {what}")
-    print("\nEach one tells more with --help.")
+    for name, description in _COMMANDS.items():
+        print(f"  python -m trainer.{name:<{width}}  {description}")
+    print("\nRun a command with --help for its options.")
     return DONE
 
 

@@ -18,6 +18,7 @@ from trainer.errors import (
     ConfigError,
     PerdureError,
     closest,
+    print_error,
 )
 
 _STORE = "store."
@@ -52,7 +53,7 @@ def command(
         return code
     except PerdureError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            print_error(error)
         return error.exit_code
     except BrokenPipeError:  # whoever reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

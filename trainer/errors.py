@@ -1,10 +1,11 @@
-"""Errors a person can act on, and the exit codes of every command.
+"""Errors that users can act on, and the exit codes of all commands.
 
-A message says what was asked, what was found and what to do. An error of these classes is shown
-without a traceback; anything else is a bug of ours and keeps its traceback.
+A message states what happened, the value and what to do. Errors of these classes are printed
+without a traceback; any other exception is a bug and keeps its traceback.
 """
 
 import difflib
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ INTERRUPTED_TWICE = 130  # second Ctrl-C
 
 
 class PerdureError(Exception):
-    """Base of the errors whose message is all that a person needs."""
+    """Base of the errors whose message is enough to act on."""
 
     exit_code = FAILURE
 
@@ -29,7 +30,7 @@ class ConfigError(PerdureError):
 
 
 class TrainingError(PerdureError):
-    """The training itself went wrong, and would again."""
+    """Training failed and would fail again."""
 
 
 class DataError(PerdureError):
@@ -37,35 +38,35 @@ class DataError(PerdureError):
 
 
 class StoreError(PerdureError):
-    """A disk or a bucket could not be used; nothing is known to be damaged."""
+    """A disk or bucket was not usable; no data is known to be damaged."""
 
     exit_code = RUN_AGAIN
 
 
 class SaveHangsError(StoreError):
-    """A save does not end, so no other one can begin."""
+    """A save does not end, so no other save can start."""
 
 
 class CheckpointError(PerdureError):
-    """This checkpoint cannot be written or read."""
+    """A checkpoint cannot be written or read."""
 
 
 class PeerLostError(PerdureError):
-    """Another rank is gone without a word."""
+    """Another rank was lost without reporting an error."""
 
     exit_code = RUN_AGAIN
 
 
 class WorkerLostError(PeerLostError):
-    """A process that fetches data for this rank is gone without a word."""
+    """A data-loading process of this rank was lost without reporting an error."""
 
 
 class PeerFailedError(PerdureError):
-    """Another rank failed, and has said why."""
+    """Another rank failed and reported its error."""
 
 
 class CrashLoopError(PerdureError):
-    """Attempt after attempt died, and none of them saved anything."""
+    """Several consecutive attempts crashed without saving a checkpoint."""
 
     exit_code = NEVER_REQUEUE
 
@@ -78,16 +79,16 @@ class SupersededError(PerdureError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a configuration."""
+    """A problem in a configuration."""
 
     key: str
     """Full dotted key, for example `trainer.max_epochs`."""
     text: str
-    """What was found there and what would be right."""
+    """Value and how to correct it."""
 
 
 def problems_text(problems: Sequence[Problem]) -> str:
-    """Format all problems as the message of one ConfigError, keys aligned."""
+    """Format all problems as the message of one ConfigError, with aligned keys."""
     width = min(max(len(p.key) for p in problems), 32)
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     indent = "\n" + " " * (width + 4)
@@ -96,12 +97,22 @@ def problems_text(problems: Sequence[Problem]) -> str:
 
 
 def closest(name: str, valid: Iterable[str]) -> str:
-    """Return ` (did you mean 'x'?)`, or the valid names when none is near, or an empty text."""
+    """Return ` (did you mean 'x'?)`, or the valid names if none is close, or an empty string."""
     names = sorted(set(valid))
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if near:
         return f" (did you mean '{near[0]}'?)"
     if not names:
         return ""
-    shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
-    return f" (valid: {shown})"
+    listed = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+    return f" (valid: {listed})"
+
+
+def print_error(error: object) -> None:
+    """Print `error: …` to standard error."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def print_warning(text: str) -> None:
+    """Print `warning: …` to standard error."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)

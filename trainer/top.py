@@ -98,7 +98,7 @@ def _live(arguments: Arguments, rows: list[Row], every_s: float) -> None:
             try:
                 rows = _read_all(arguments, {row.run: row for row in rows})
             except PerdureError as error:  # the server may recover
-                live.console.print(f"{type(error).__name__}: {error}", markup=False)
+                live.console.print(f"error: {error}", markup=False)
 
 
 def _reasons(rows: Sequence[Row]) -> list[str]:

@@ -71,7 +71,7 @@ def test_several_problems_are_reported_together(here):
         "checkpoint.mode=mx", "a=[1",
     )  # fmt: skip
     assert code == 2
-    assert err.startswith("ConfigError: 7 problems in the configuration:")
+    assert err.startswith("error: 7 problems in the configuration:")
     assert out == ""
 
 

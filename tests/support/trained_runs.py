@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from trainer.checkpoint import Writer, lineage, save
 from trainer.cluster.world import World
-from trainer.config.folder import conf_folder
+from trainer.config.compose import conf_folder
 from trainer.config.merge import merge
 from trainer.config.redact import stored
 from trainer.config.schema import Run

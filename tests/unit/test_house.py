@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from trainer import checkpoint
-from trainer.config.folder import conf_folder
+from trainer.config.compose import conf_folder
 from trainer.config.merge import merge
 from trainer.config.redact import stored
 from trainer.config.schema import Run, Sample

@@ -1,90 +1,116 @@
-"""A run's configuration from its arguments, for commands that look at it before the run does."""
+"""Composition of a run's configuration from its arguments, through Hydra's compose API."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from trainer import errors
 from trainer.config import overrides
-from trainer.config.folder import conf_folder
 from trainer.config.merge import merge
 from trainer.config.schema import Run
-from trainer.errors import ConfigError, Problem
+from trainer.errors import ConfigError, Problem, closest, problems_text
 
 _FLAGS = ("--config-dir", "--help")
+
+
+def conf_folder() -> Path:
+    """Return the folder of the shipped configuration: installed, or in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
 
 
 def compose(
     arguments: Sequence[str], usage: str, flags: Sequence[str] = ()
 ) -> tuple[Run, list[Problem]]:
-    """Compose and merge as `trainer.run` does; return the configuration and what is wrong with it.
-
-    Targets are not looked at: see `build.check`.
+    """Compose and merge a configuration; return it with its problems. Imports no target.
 
     Args:
         arguments: overrides, and `--config-dir FOLDER`.
-        usage: of the command, shown with every argument that is not understood.
-        flags: of the command, which it has taken out.
+        usage: help text of the command, shown if an argument is unknown.
+        flags: other flags of the command, for the closest name; the caller has removed them.
 
     Raises:
-        ConfigError: the arguments cannot be read, or Hydra finds no such configuration.
+        ConfigError: an argument is unknown, or Hydra cannot compose the configuration.
     """
+    from hydra.core.hydra_config import HydraConfig
+
+    try:
+        node, problems = compose_node(arguments, usage, flags)
+        run, merge_problems = merge(node)
+    finally:
+        HydraConfig.instance().cfg = None
+    return run, [*problems, *merge_problems]
+
+
+def compose_node(
+    arguments: Sequence[str], usage: str, flags: Sequence[str] = ()
+) -> tuple[DictConfig, list[Problem]]:
+    """Compose a configuration; see `compose`. Sets HydraConfig, for `${hydra:…}`."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
-    from hydra.core.config_store import ConfigStore
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    settings, folders = _without_folders(arguments, usage, flags)
-    chosen = [f"--config-dir={folder}" for folder in folders]
-    prepared = overrides.prepare([*chosen, *settings], conf_folder())
+    settings, folders = _parse(arguments, usage, flags)
+    dirs = [f"--config-dir={folder}" for folder in folders]
+    prepared = overrides.prepare([*dirs, *settings], conf_folder())
     if prepared.swept:
-        raise ConfigError(f"{', '.join(prepared.swept)}: give one value; a sweep is of trainer.run")
-    places = [f"file://{folder}" for folder in folders]
-    more = [f"hydra.searchpath={json.dumps(places)}"] if places else []
-    given = [a for a in prepared.arguments if a not in chosen]
-    ConfigStore.instance().store(
-        name="schema", node=OmegaConf.to_container(OmegaConf.structured(Run))
-    )
+        keys = ", ".join(prepared.swept)
+        raise ConfigError(f"{keys}: give one value; sweeps need python -m trainer.run --multirun")
+    search_path = json.dumps([f"file://{folder}" for folder in folders])
+    rewritten = [argument for argument in prepared.arguments if argument not in dirs]
+    store_schema()
     try:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            node = hydra_compose("config", overrides=[*given, *more], return_hydra_config=True)
+            node = hydra_compose(
+                "config",
+                overrides=[*rewritten, *([f"hydra.searchpath={search_path}"] if folders else [])],
+                return_hydra_config=True,
+            )
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        found = [*prepared.problems, Problem("command line", str(error).strip())]
-        raise ConfigError(errors.problems_text(found)) from None
-    HydraConfig.instance().set_config(node)  # for ${hydra:…}
-    try:
-        OmegaConf.set_struct(node, False)
-        del node["hydra"]
-        run, problems = merge(node)
-    finally:
-        HydraConfig.instance().cfg = None
-    return run, [*prepared.problems, *problems]
+        raise compose_error(prepared.problems, error) from None
+    HydraConfig.instance().set_config(node)
+    OmegaConf.set_struct(node, False)
+    del node["hydra"]
+    return node, prepared.problems
 
 
-def _without_folders(
+def store_schema() -> None:
+    """Register the defaults with Hydra as `schema`, the base of conf/config.yaml."""
+    from hydra.core.config_store import ConfigStore
+
+    node = OmegaConf.to_container(OmegaConf.structured(Run))
+    ConfigStore.instance().store(name="schema", node=node)
+
+
+def compose_error(problems: Sequence[Problem], error: Exception) -> ConfigError:
+    """Return the error for a configuration that Hydra cannot compose, with all other problems."""
+    return ConfigError(problems_text([*problems, Problem("command line", str(error).strip())]))
+
+
+def _parse(
     arguments: Sequence[str], usage: str, flags: Sequence[str]
 ) -> tuple[list[str], list[Path]]:
     """Return the overrides, and the folders of `--config-dir`.
 
     Raises:
-        ConfigError: something else was typed.
+        ConfigError: any other argument.
     """
     settings, folders = [], []
     rest = iter(arguments)
     for argument in rest:
         flag, equals, value = argument.partition("=")
         if flag in ("--config-dir", "-cd"):
-            folder = value if equals else next(rest, "")
-            if not (folder and Path(folder).is_dir()):
-                raise ConfigError(f"--config-dir {folder!r} is no folder\n{usage}")
-            folders.append(Path(folder).resolve())
+            value = value if equals else next(rest, "")
+            if not (value and Path(value).is_dir()):
+                raise ConfigError(f"--config-dir {value!r} is not a directory\n{usage}")
+            folders.append(Path(value).resolve())
         elif argument.startswith("-") or not (equals or argument.startswith("~")):
-            hint = errors.closest(argument, [*_FLAGS, *flags])
-            raise ConfigError(f"there is no argument {argument!r}{hint}\n{usage}")
+            hint = closest(argument, [*_FLAGS, *flags])
+            raise ConfigError(f"no such argument: {argument!r}{hint}\n{usage}")
         else:
             settings.append(argument)
     return settings, folders

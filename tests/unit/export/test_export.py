@@ -191,7 +191,7 @@ def test_command_with_wrong_argument_exits_2_with_one_message(tmp_path, capsys, 
     assert main([run if argument == "RUN" else argument for argument in arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("ConfigError: ")
+    assert captured.err.startswith("error: ")
     assert text in captured.err
 
 
