@@ -37,7 +37,7 @@ class CNN(nn.Module):
         if min(height, width) < 6:
             raise ValueError(f"input_shape={list(input_shape)}: height and width must be >= 6")
         if not 0 <= dropout <= 0.5:
-            raise ValueError(f"dropout={dropout} must lie in 0 … 0.5")
+            raise ValueError(f"dropout={dropout} must be in 0 … 0.5")
         first, second = channels
         self.conv1 = nn.Conv2d(depth, first, kernel_size=3)
         self.norm1 = nn.BatchNorm2d(first) if batch_norm else nn.Identity()

@@ -78,13 +78,13 @@ class Feedforward(nn.Module):
         self.c_proj = Conv1D(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, T, width) to (N, T, width), each token by itself."""
+        """Map (N, T, width) to (N, T, width), each token separately."""
         x = F.gelu(self.c_fc(x), approximate="tanh")  # GPT-2 was trained with the approximation
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
-    """One layer of the decoder: attention and a feedforward net, each normalised first and added.
+    """Decoder layer: attention and a feedforward net, each normalised first and added.
 
     Input and output (N, T, width) float.
 
@@ -151,8 +151,8 @@ class GPT(nn.Module):
         dropout: probability of dropping: embeddings, attention weights, the blocks' outputs.
 
     Raises:
-        ValueError: a size is below 1, `heads` does not divide `width`, or `dropout` is no
-            probability below 1.
+        ValueError: a size is below 1, `heads` does not divide `width`, or `dropout` is not
+            in [0, 1).
     """
 
     def __init__(
@@ -173,7 +173,9 @@ class GPT(nn.Module):
             if size < 1:
                 raise ValueError(f"{name}={size} must be >= 1")
         if width % heads:
-            raise ValueError(f"width={width} is no multiple of heads={heads}; change one of them")
+            raise ValueError(
+                f"width={width} is not a multiple of heads={heads}; change one of them"
+            )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} must be >= 0 and < 1")
         self.context = context
@@ -221,7 +223,7 @@ class GPT(nn.Module):
             generator: source of the random numbers, on the device of `tokens`.
 
         Raises:
-            ValueError: there is no token to go on from, or an argument is out of range.
+            ValueError: `tokens` is empty, or an argument is out of range.
         """
         if tokens.ndim != 2 or tokens.shape[1] < 1:
             raise ValueError(f"tokens are {list(tokens.shape)}, but must be (N, T) with T >= 1")

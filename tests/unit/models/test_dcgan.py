@@ -19,7 +19,7 @@ def noise(rows, latent, seed=1):
 @pytest.mark.parametrize("shape", [
     (1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64), (2, 10, 10), (1, 48, 48),
 ])  # fmt: skip
-def test_noise_becomes_images_and_images_become_logits(shape):
+def test_dcgan_maps_noise_to_images_and_images_to_logits(shape):
     model = DCGAN(list(shape), latent=5, width=4)
     images = model(noise(3, 5))
     assert images.shape == (3, *shape)
@@ -31,7 +31,7 @@ def test_noise_becomes_images_and_images_become_logits(shape):
     assert model.discriminator(model(z)).shape == (1,)
 
 
-def test_the_generator_of_64_pixels_has_the_paper_s_shapes():
+def test_generator_64_pixels_has_the_paper_shapes():
     with torch.device("meta"):
         model = DCGAN((3, 64, 64), latent=100, width=128)
     shapes = [tuple(layer.weight.shape) for layer in model.generator.layers[::3]]
@@ -40,20 +40,20 @@ def test_the_generator_of_64_pixels_has_the_paper_s_shapes():
     ]  # fmt: skip
 
 
-def test_the_sizes_for_64_pixels_and_width_64_are_the_well_known_ones():
+def test_dcgan_64_pixels_has_the_published_parameter_counts():
     with torch.device("meta"):
         model = DCGAN((3, 64, 64), latent=100)
     assert count(model.generator) == 3_576_704
     assert count(model.discriminator) == 2_765_568
 
 
-def test_digits_of_8_pixels_take_two_convolutions():
+def test_dcgan_8_pixels_has_two_convolutions():
     model = DCGAN((1, 8, 8), latent=64, width=64)
     assert count(model.generator) == 64 * 64 * 16 + 2 * 64 + 64 * 16
     assert count(model.discriminator) == 64 * 16 + 64 * 16
 
 
-def test_the_generator_computes_what_its_docstring_says():
+def test_generator_matches_its_documented_layers():
     model = Generator(5, 2, 3, 28).eval()
     first, norm1, _, second, norm2, _, last, _ = model.layers
     x = F.conv_transpose2d(noise(2, 5)[:, :, None, None], first.weight)
@@ -64,7 +64,7 @@ def test_the_generator_computes_what_its_docstring_says():
     torch.testing.assert_close(model(noise(2, 5)), x.tanh())
 
 
-def test_the_discriminator_computes_what_its_docstring_says():
+def test_discriminator_matches_its_documented_layers():
     model = Discriminator(2, 3, 28).eval()
     first, _, second, norm, _, last = model.layers
     images = noise(4, 2 * 28 * 28).view(4, 2, 28, 28)
@@ -76,7 +76,7 @@ def test_the_discriminator_computes_what_its_docstring_says():
     torch.testing.assert_close(model(images), by_hand)
 
 
-def test_batch_norm_is_everywhere_but_next_to_the_images():
+def test_dcgan_batch_norm_is_absent_next_to_the_images():
     model = DCGAN((3, 64, 64), latent=5, width=2)
     kinds = [type(layer) for layer in model.generator.layers]
     up = [nn.ConvTranspose2d, nn.BatchNorm2d, nn.ReLU]
@@ -86,7 +86,7 @@ def test_batch_norm_is_everywhere_but_next_to_the_images():
     assert kinds == [nn.Conv2d, nn.LeakyReLU] + 3 * down + [nn.Conv2d]
 
 
-def test_weights_start_as_the_paper_says():
+def test_dcgan_initial_weights_match_the_paper():
     torch.manual_seed(0)
     scales = []
     for name, module in DCGAN((1, 28, 28), latent=64, width=64).named_modules():
@@ -112,13 +112,13 @@ def test_gradients_reach_every_parameter(size):
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_the_two_nets_share_no_parameter():
+def test_dcgan_nets_share_no_parameters():
     model = DCGAN((1, 8, 8), width=2)
     assert [name for name, _ in model.named_children()] == ["generator", "discriminator"]
     assert count(model) == count(model.generator) + count(model.discriminator)
 
 
-def test_the_discriminator_learns_to_tell_images_from_noise():
+def test_discriminator_learns_to_separate_images_from_noise():
     torch.manual_seed(0)
     model = DCGAN((1, 8, 8), latent=4, width=8)
     optimizer = torch.optim.Adam(model.discriminator.parameters(), lr=1e-2)
@@ -145,12 +145,12 @@ def test_the_discriminator_learns_to_tell_images_from_noise():
     ({"latent": 0}, "latent=0 must be >= 1"),
     ({"width": 0}, "width=0 must be >= 1"),
 ])  # fmt: skip
-def test_a_dcgan_refuses_what_it_cannot_be(arguments, text):
+def test_dcgan_rejects_impossible_arguments(arguments, text):
     with pytest.raises(ValueError, match=text):
         DCGAN(**arguments)
 
 
 @pytest.mark.parametrize("shape", [(2, 63), (64,), (2, 64, 1, 1)])
-def test_noise_of_another_shape_is_refused(shape):
+def test_generator_rejects_noise_of_another_shape(shape):
     with pytest.raises(ValueError, match=r"noise is \[.*\], but must be \(N, 64\)"):
         DCGAN()(torch.zeros(shape))

@@ -31,8 +31,8 @@ def some_tokens(rows=2, length=7, seed=1):
 
 def expected(vocabulary, context, layers, width):
     """Return the names and shapes of Hugging Face's files of weights."""
-    found = {"transformer.wte.weight": (vocabulary, width), "lm_head.weight": (vocabulary, width)}
-    found["transformer.wpe.weight"] = (context, width)
+    result = {"transformer.wte.weight": (vocabulary, width), "lm_head.weight": (vocabulary, width)}
+    result["transformer.wpe.weight"] = (context, width)
     linear = {
         "attn.c_attn": (1, 3),
         "attn.c_proj": (1, 1),
@@ -42,32 +42,32 @@ def expected(vocabulary, context, layers, width):
     for layer in range(layers):
         prefix = f"transformer.h.{layer}"
         for name, (inputs, outputs) in linear.items():
-            found[f"{prefix}.{name}.weight"] = (inputs * width, outputs * width)
-            found[f"{prefix}.{name}.bias"] = (outputs * width,)
+            result[f"{prefix}.{name}.weight"] = (inputs * width, outputs * width)
+            result[f"{prefix}.{name}.bias"] = (outputs * width,)
         for name in ("ln_1", "ln_2"):
-            found |= {f"{prefix}.{name}.{part}": (width,) for part in ("weight", "bias")}
-    return found | {f"transformer.ln_f.{part}": (width,) for part in ("weight", "bias")}
+            result |= {f"{prefix}.{name}.{part}": (width,) for part in ("weight", "bias")}
+    return result | {f"transformer.ln_f.{part}": (width,) for part in ("weight", "bias")}
 
 
 @pytest.mark.parametrize(("layers", "heads", "width", "parameters"), [
     (12, 12, 768, 124_439_808), (24, 16, 1024, 354_823_168),
 ])  # fmt: skip
-def test_names_shapes_and_sizes_are_those_of_gpt_2(layers, heads, width, parameters):
+def test_gpt_names_and_shapes_match_gpt_2(layers, heads, width, parameters):
     with torch.device("meta"):
         model = GPT(50257, 1024, layers, heads, width)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-    found = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    assert found == expected(50257, 1024, layers, width)
+    result = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    assert result == expected(50257, 1024, layers, width)
 
 
-def test_hugging_face_s_weights_load_and_give_the_same_logits():
+def test_gpt_with_hugging_face_weights_gives_the_same_logits():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=11, n_positions=8, n_embd=12, n_layer=2, n_head=3)
-    theirs = transformers.GPT2LMHeadModel(config).eval()
-    ours = small().eval()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
+    reference = transformers.GPT2LMHeadModel(config).eval()
+    model = small().eval()
+    model.load_state_dict(reference.state_dict(), strict=True)
     tokens = some_tokens()
-    torch.testing.assert_close(ours(tokens), theirs(tokens).logits)
+    torch.testing.assert_close(model(tokens), reference(tokens).logits)
 
 
 def naive(state, tokens, layers, heads):
@@ -112,7 +112,7 @@ def naive(state, tokens, layers, heads):
 
 
 @pytest.mark.parametrize("heads", [1, 3])
-def test_the_logits_are_those_of_a_naive_computation(heads):
+def test_gpt_logits_match_a_naive_computation(heads):
     model = lively(heads=heads)
     tokens = some_tokens()
     by_hand = torch.stack([naive(model.state_dict(), row, 2, heads) for row in tokens])
@@ -121,7 +121,7 @@ def test_the_logits_are_those_of_a_naive_computation(heads):
 
 
 @pytest.mark.parametrize("changed", range(7))
-def test_a_token_changes_no_earlier_logits(changed):
+def test_gpt_is_causal(changed):
     model = lively()
     tokens = some_tokens()
     others = tokens.clone()
@@ -132,7 +132,7 @@ def test_a_token_changes_no_earlier_logits(changed):
         assert not torch.allclose(after[:, position], before[:, position])
 
 
-def test_the_embedding_and_the_output_layer_are_one_parameter():
+def test_gpt_ties_embedding_and_output_layer():
     model = small()
     assert model.lm_head.weight is model.transformer.wte.weight
     state = model.state_dict()
@@ -140,7 +140,7 @@ def test_the_embedding_and_the_output_layer_are_one_parameter():
     assert "lm_head.weight" not in dict(model.named_parameters())  # counted once
 
 
-def test_weights_start_as_the_paper_says():
+def test_gpt_initial_weights_match_the_paper():
     model = small(vocabulary=300, context=200, layers=8, heads=2, width=64)
     for name, value in model.named_parameters():
         if "ln_" in name:
@@ -153,7 +153,7 @@ def test_weights_start_as_the_paper_says():
             assert value.mean().item() == pytest.approx(0, abs=std / 10), name
 
 
-def test_an_untrained_model_guesses():
+def test_gpt_untrained_loss_is_uniform():
     tokens = some_tokens(4, 8)
     logits = small()(tokens)[:, :-1].flatten(0, 1)
     loss = F.cross_entropy(logits, tokens[:, 1:].flatten())
@@ -178,18 +178,18 @@ def test_dropout_is_random_in_training_and_off_in_evaluation():
     assert torch.equal(model(tokens), small().eval()(tokens))
 
 
-def test_blocks_can_be_found_by_their_class():
+def test_gpt_blocks_are_selected_by_class():
     assert [type(block) for block in small().transformer.h] == [Block, Block]
 
 
-def test_the_transposed_weight_is_not_copied():
+def test_gpt_transposed_weight_is_a_view():
     layer = small().transformer.h[0].attn.c_attn
     assert layer.weight.t().data_ptr() == layer.weight.data_ptr()
     x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(layer(x), x @ layer.weight + layer.bias)
 
 
-def test_it_exports_with_a_free_batch_and_length():
+def test_gpt_exports_with_dynamic_batch_and_length():
     model = lively()
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     program = torch.export.export(model, (some_tokens(),), dynamic_shapes=(free,), strict=False)
@@ -204,16 +204,16 @@ def generated(model, tokens, count=12, seed=3, **options):
     return model.generate(tokens, count, generator=torch.Generator().manual_seed(seed), **options)
 
 
-def test_generation_goes_on_from_the_tokens_past_the_context():
+def test_generate_continues_beyond_the_context():
     tokens = some_tokens()
-    found = generated(lively(), tokens)
-    assert (found.shape, found.dtype) == ((2, 19), torch.int64)
-    assert torch.equal(found[:, :7], tokens)
-    assert 0 <= found.min() <= found.max() < 11
+    result = generated(lively(), tokens)
+    assert (result.shape, result.dtype) == ((2, 19), torch.int64)
+    assert torch.equal(result[:, :7], tokens)
+    assert 0 <= result.min() <= result.max() < 11
     assert torch.equal(generated(lively(), tokens, count=0), tokens)
 
 
-def test_generation_depends_on_its_generator_alone():
+def test_generate_depends_on_its_generator_only():
     model, tokens = lively(dropout=0.5).train(), some_tokens()
     before = torch.get_rng_state()
     first = generated(model, tokens)
@@ -222,7 +222,7 @@ def test_generation_depends_on_its_generator_alone():
     assert not torch.equal(generated(model, tokens, seed=4), first)
 
 
-def test_temperature_zero_takes_the_most_likely_of_the_last_tokens_of_the_context():
+def test_generate_at_temperature_zero_is_greedy():
     model, tokens = lively(), some_tokens()
     expected = tokens
     for _ in range(6):
@@ -233,24 +233,24 @@ def test_temperature_zero_takes_the_most_likely_of_the_last_tokens_of_the_contex
     assert torch.equal(model.generate(tokens, 6, temperature=1e-6), expected)
 
 
-def test_samples_follow_the_softmax_of_the_top_k():
+def test_generate_samples_follow_the_top_k_softmax():
     model, tokens = lively(), some_tokens(1, 4).expand(20_000, -1)
     logits = model(tokens[:1])[0, -1]
-    found = generated(model, tokens, count=1, temperature=2.0, top_k=3)[:, -1]
+    result = generated(model, tokens, count=1, temperature=2.0, top_k=3)[:, -1]
     values, best = logits.topk(3)
     chances = torch.zeros(11, dtype=torch.float64)
     chances[best] = torch.softmax(values / 2, dim=0)
-    shares = torch.bincount(found, minlength=11).double() / len(found)
+    shares = torch.bincount(result, minlength=11).double() / len(result)
     torch.testing.assert_close(shares, chances, atol=0.02, rtol=0)
     assert not shares[chances == 0].any()
 
 
-def test_a_top_k_above_the_vocabulary_is_all_tokens():
+def test_generate_top_k_above_the_vocabulary_is_all_tokens():
     model, tokens = lively(), some_tokens()
     assert torch.equal(generated(model, tokens, top_k=99), generated(model, tokens))
 
 
-def test_generation_leaves_every_module_in_its_mode_even_when_it_fails():
+def test_generate_restores_module_modes_even_after_an_error():
     model = small().train()
     model.transformer.h[0].eval()
     modes = [module.training for module in model.modules()]
@@ -261,7 +261,7 @@ def test_generation_leaves_every_module_in_its_mode_even_when_it_fails():
     assert [module.training for module in model.modules()] == modes
 
 
-def test_generation_keeps_no_gradient():
+def test_generate_records_no_gradient():
     model = small()
     assert not model.generate(some_tokens(), 1).requires_grad
     assert torch.is_grad_enabled()
@@ -276,16 +276,16 @@ def test_generation_keeps_no_gradient():
     ({"context": -1}, "context=-1 must be >= 1"),
     ({"layers": 0}, "layers=0 must be >= 1"),
     ({"heads": 0}, "heads=0 must be >= 1"),
-    ({"heads": 5}, "width=12 is no multiple of heads=5; change one of them"),
+    ({"heads": 5}, "width=12 is not a multiple of heads=5; change one of them"),
     ({"dropout": 1.0}, "dropout=1.0 must be >= 0 and < 1"),
     ({"dropout": -0.1}, "dropout=-0.1 must be"),
 ])  # fmt: skip
-def test_a_gpt_refuses_what_it_cannot_be(changes, text):
+def test_gpt_rejects_impossible_arguments(changes, text):
     with pytest.raises(ValueError, match=text):
         GPT(**SIZES | changes)
 
 
-def test_more_tokens_than_the_context_are_refused():
+def test_gpt_rejects_more_tokens_than_the_context():
     model = small()
     assert model(some_tokens(1, 8)).shape == (1, 8, 11)
     with pytest.raises(ValueError, match="9 tokens, but context=8; give fewer"):
@@ -299,6 +299,6 @@ def test_more_tokens_than_the_context_are_refused():
     ((torch.zeros(1, 1, dtype=torch.int64), 1, -0.5), "temperature=-0.5 must be >= 0"),
     ((torch.zeros(1, 1, dtype=torch.int64), 1, 1.0, 0), "top_k=0 must be >= 1, or None"),
 ])  # fmt: skip
-def test_generation_refuses_what_it_cannot_do(arguments, text):
+def test_generate_rejects_impossible_arguments(arguments, text):
     with pytest.raises(ValueError, match=text):
         small().generate(*arguments)

@@ -12,13 +12,13 @@ def count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_the_default_mlp_is_784_128_64_10():
+def test_mlp_default_is_784_128_64_10():
     model = MLP()
     assert count(model) == (784 * 128 + 128) + (128 * 64 + 64) + (64 * 10 + 10) == 109_386
     assert model(torch.zeros(5, 1, 28, 28)).shape == (5, 10)
 
 
-def test_the_mlp_is_linear_layers_with_relu_between():
+def test_mlp_is_linear_layers_with_relu_between():
     model = MLP((3,), (4,), 2)
     (w1, b1), (w2, b2) = (
         (layer.weight, layer.bias) for layer in model.layers if isinstance(layer, torch.nn.Linear)
@@ -31,13 +31,13 @@ def test_the_mlp_is_linear_layers_with_relu_between():
 @pytest.mark.parametrize(("shape", "hidden", "classes"), [
     ((4,), (), 3), ((2, 3, 4), (5,), 7), ([1, 8, 8], [32, 16, 8], 1),
 ])  # fmt: skip
-def test_the_mlp_takes_any_sizes(shape, hidden, classes):
+def test_mlp_accepts_any_sizes(shape, hidden, classes):
     model = MLP(shape, hidden, classes)
     assert model(torch.zeros(2, *shape)).shape == (2, classes)
     assert sum(isinstance(layer, torch.nn.Linear) for layer in model.layers) == len(hidden) + 1
 
 
-def test_the_default_cnn_is_the_classic_mnist_net():
+def test_cnn_default_is_the_classic_mnist_net():
     model = CNN()
     assert count(model) == 1_199_882
     assert model(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
@@ -48,7 +48,7 @@ def test_the_default_cnn_is_the_classic_mnist_net():
     ((1, 7, 9), (2, 3), 4, 1),
 ])  # fmt: skip
 @pytest.mark.parametrize("batch_norm", [False, True])
-def test_the_cnn_takes_other_sizes(shape, channels, hidden, classes, batch_norm):
+def test_cnn_accepts_other_sizes(shape, channels, hidden, classes, batch_norm):
     model = CNN(shape, channels, hidden, classes, batch_norm=batch_norm)
     assert model(torch.zeros(2, *shape)).shape == (2, classes)
     depth, (first, second) = shape[0], channels
@@ -58,7 +58,7 @@ def test_the_cnn_takes_other_sizes(shape, channels, hidden, classes, batch_norm)
     assert count(model) == convolutions + linear + 2 * (first + second) * batch_norm
 
 
-def test_the_cnn_computes_what_its_docstring_says():
+def test_cnn_matches_its_documented_layers():
     model = CNN((1, 8, 8), (3, 4), 5, 2).eval()
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     h = F.conv2d(x, model.conv1.weight, model.conv1.bias).relu()
@@ -89,9 +89,9 @@ def test_hidden_units_are_dropped_with_twice_the_probability():
     ({"input_shape": (1, 28, 5)}, "height and width must be >= 6"),
     ({"input_shape": (28, 28)}, "unpack"),
     ({"channels": (1, 2, 3)}, "unpack"),
-    ({"dropout": -0.1}, "dropout=-0.1 must lie in 0"),
-    ({"dropout": 0.6}, "dropout=0.6 must lie in 0"),
+    ({"dropout": -0.1}, "dropout=-0.1 must be in 0"),
+    ({"dropout": 0.6}, "dropout=0.6 must be in 0"),
 ])  # fmt: skip
-def test_the_cnn_refuses_what_it_cannot_be(arguments, text):
+def test_cnn_rejects_impossible_arguments(arguments, text):
     with pytest.raises(ValueError, match=text):
         CNN(**arguments)

@@ -19,7 +19,7 @@ def expected(make):
     """Return the names and shapes of the published files of weights."""
     bottleneck = make is resnet50
     expansion = 4 if bottleneck else 1
-    found = {"conv1.weight": (64, 3, 7, 7)} | norm("bn1", 64)
+    actual = {"conv1.weight": (64, 3, 7, 7)} | norm("bn1", 64)
     inputs = 64
     for stage, (depth, width) in enumerate(zip(DEPTHS[make], (64, 128, 256, 512), strict=True), 1):
         outputs = width * expansion
@@ -30,25 +30,25 @@ def expected(make):
             else:
                 shapes = [(width, inputs, 3, 3), (width, width, 3, 3)]
             for number, shape in enumerate(shapes, 1):
-                found[f"{prefix}.conv{number}.weight"] = shape
-                found |= norm(f"{prefix}.bn{number}", shape[0])
+                actual[f"{prefix}.conv{number}.weight"] = shape
+                actual |= norm(f"{prefix}.bn{number}", shape[0])
             if index == 0 and (stage > 1 or bottleneck):
-                found[f"{prefix}.downsample.0.weight"] = (outputs, inputs, 1, 1)
-                found |= norm(f"{prefix}.downsample.1", outputs)
+                actual[f"{prefix}.downsample.0.weight"] = (outputs, inputs, 1, 1)
+                actual |= norm(f"{prefix}.downsample.1", outputs)
             inputs = outputs
-    return found | {"fc.weight": (1000, 512 * expansion), "fc.bias": (1000,)}
+    return actual | {"fc.weight": (1000, 512 * expansion), "fc.bias": (1000,)}
 
 
 @pytest.mark.parametrize(("make", "parameters", "entries"), [
     (resnet18, 11_689_512, 122), (resnet34, 21_797_672, 218), (resnet50, 25_557_032, 320),
 ])  # fmt: skip
-def test_names_shapes_and_sizes_are_those_of_the_published_weights(make, parameters, entries):
+def test_resnet_names_and_shapes_match_the_published_weights(make, parameters, entries):
     with torch.device("meta"):
         model = make()
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-    found = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    assert found == expected(make)
-    assert len(found) == entries
+    actual = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    assert actual == expected(make)
+    assert len(actual) == entries
 
 
 def by_hand(block, x):
@@ -76,7 +76,7 @@ def by_hand(block, x):
 
 
 @pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
-def test_a_block_computes_what_its_docstring_says(kind):
+def test_block_matches_its_documented_layers(kind):
     generator = torch.Generator().manual_seed(0)
     block = kind(6, 4, stride=2).double().eval()
     for name, value in block.state_dict().items():
@@ -88,7 +88,7 @@ def test_a_block_computes_what_its_docstring_says(kind):
 
 
 @pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
-def test_the_skip_path_is_the_identity_where_shapes_allow(kind):
+def test_block_skip_path_is_the_identity_if_shapes_match(kind):
     block = kind(4 * kind.expansion, 4)
     assert block.downsample is None
     torch.nn.init.zeros_(list(block.parameters())[-2])  # the last batch norm's scale
@@ -100,7 +100,7 @@ def test_the_skip_path_is_the_identity_where_shapes_allow(kind):
     ((3, 64, 64), "imagenet", (16, 8, 4, 2)), ((3, 32, 32), "cifar", (32, 16, 8, 4)),
     ((1, 8, 8), "cifar", (8, 4, 2, 1)), ((1, 28, 28), "imagenet", (7, 4, 2, 1)),
 ])  # fmt: skip
-def test_the_stem_decides_the_sizes_of_the_stages(shape, stem, stages):
+def test_resnet_stem_determines_stage_sizes(shape, stem, stages):
     model = resnet18(list(shape), 5, stem).eval()
     assert model.conv1.in_channels == shape[0]
     sizes = []
@@ -111,7 +111,7 @@ def test_the_stem_decides_the_sizes_of_the_stages(shape, stem, stages):
     assert sizes == [(size, size) for size in stages]
 
 
-def test_the_cifar_stem_changes_the_first_convolution_only():
+def test_resnet_cifar_stem_changes_only_the_first_convolution():
     with torch.device("meta"):
         large, small = resnet18(), resnet18(stem="cifar")
     large, small = (
@@ -157,12 +157,12 @@ def test_gradients_reach_every_parameter(kind):
     ({"classes": 0}, "classes=0 must be >= 1"),
 ])  # fmt: skip
 @pytest.mark.parametrize("make", [resnet18, resnet34, resnet50])
-def test_a_resnet_refuses_what_it_cannot_be(make, arguments, text):
+def test_resnet_rejects_impossible_arguments(make, arguments, text):
     with pytest.raises(ValueError, match=text):
         make(**arguments)
 
 
 @pytest.mark.parametrize("depths", [(2, 2, 2), (2, 2, 2, 0)])
-def test_there_are_four_stages_of_blocks(depths):
+def test_resnet_has_four_stages(depths):
     with pytest.raises(ValueError, match=r"depths=.* must be four numbers of blocks"):
         ResNet(BasicBlock, depths)
