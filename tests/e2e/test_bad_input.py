@@ -150,7 +150,7 @@ def test_finished_run_is_reported_and_a_longer_one_continues(command):
     assert command(*TINY, "name=a").returncode == 0
     again = command(*TINY, "name=a")
     assert again.returncode == 0
-    assert "runs/a is already finished at step 4" in again.stdout
+    assert "runs/a is finished at step 4" in again.stdout
     longer = command(*TINY, "name=a", "trainer.max_steps=6", "tracker=console")
     assert longer.returncode == 0, longer.stderr
     assert "resuming from step 4; 2 steps left" in longer.stdout

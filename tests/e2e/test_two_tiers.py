@@ -142,4 +142,4 @@ def test_mirror_inside_the_run_is_rejected(command):
     done = command(*HARD, "name=a", "checkpoint.mirror=runs/a/copy")
     assert done.returncode == 2
     assert "checkpoint.mirror" in done.stderr
-    assert "lie in each other" in done.stderr
+    assert "are nested" in done.stderr

@@ -135,5 +135,5 @@ def test_training_goes_on_without_the_mirror_which_catches_up(command, bucket, s
     assert lineage.commits(store)[-1].step == 40
     shutil.rmtree(run)
     again = command(*arguments)
-    assert "is already finished at step 40" in again.stdout, again.stderr
+    assert "is finished at step 40" in again.stdout, again.stderr
     assert differences(mirror, str(command.folder / "runs/whole")) == []

@@ -206,7 +206,7 @@ def finished_text(run: Run, step: int, epoch: int) -> str:
     """Return the text for a run that was already finished when started."""
     return "\n".join(
         [
-            f"{run.run_dir} is already finished at step {step:,}. Nothing to do.",
+            f"{run.run_dir} is finished at step {step:,}. Nothing to do.",
             *_next_steps(run, step, epoch),
         ]
     )

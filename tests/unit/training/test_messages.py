@@ -52,7 +52,7 @@ def test_banner_lists_model_memory_batch_length_and_checkpoints():
 def test_continue_command_raises_every_reached_limit(limits, step, epoch, settings):
     run = Run(name="mine", run_dir="a", trainer=Trainer(**limits))
     lines = messages.finished_text(run, step, epoch).splitlines()
-    assert lines[0] == "a is already finished at step 15. Nothing to do."
+    assert lines[0] == "a is finished at step 15. Nothing to do."
     assert cell(lines, "continue") == f"same command with {settings}"
 
 
