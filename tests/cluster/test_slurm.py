@@ -25,7 +25,7 @@ def test_a_preempted_job_is_requeued_and_ends_with_the_same_bits(
     log = cluster.log(job)
     assert f"Stopped by {first['reason']} at step {first['last_step']}" in log
     assert f"resuming from step {first['last_step']}" in log
-    assert "2 attempts (1 preempted): 100.0 % of 40 steps counted" in log
+    assert "2 attempts (1 preempted): 100.0 % of 40 steps were useful" in log
     assert same(undisturbed, command, "a")
 
 
@@ -46,7 +46,7 @@ def test_a_storm_of_preemptions_ends_with_the_same_bits(cluster, command, submit
         cluster.wait(job, lambda restarts=restarts: cluster.job(job)["Restarts"] == restarts)
         before = record(command, "a", number)["last_step"]
     assert cluster.ended(job) == "COMPLETED"
-    assert "11 attempts (10 preempted): 100.0 % of 40 steps counted" in cluster.log(job)
+    assert "11 attempts (10 preempted): 100.0 % of 40 steps were useful" in cluster.log(job)
     assert same(command.folder / "runs/whole", command, "a")
 
 

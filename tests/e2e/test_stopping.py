@@ -142,7 +142,7 @@ def test_crash_loop_exits_with_76(command):
         assert command(*arguments, FAIL_AT="0:2").returncode == 1
     rejected = command(*arguments)
     assert rejected.returncode == 76
-    assert "the last 3 attempts of runs/a died, and none of them saved anything" in rejected.stderr
+    assert "the last 3 attempts of runs/a crashed before saving a checkpoint" in rejected.stderr
     assert rejected.stderr.count("ZeroDivisionError: a bug in the user's own code") == 3
     assert "Traceback" not in rejected.stderr
     assert not (command.folder / "runs/a/attempts/0004.json").exists()

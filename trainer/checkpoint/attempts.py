@@ -1,4 +1,4 @@
-"""What the records of all attempts say together: whether they get anywhere, and what was lost."""
+"""Evaluate all attempt records of a run: crash loops, goodput and the run's status."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,53 +8,53 @@ from typing import Any
 from trainer.errors import CrashLoopError
 
 DIED = "error"
-"""How an attempt ended that could not say more, and every one that has no end in its record."""
-_INNOCENT = ("done", "preempted")
+"""Outcome of an attempt that failed; also assumed if its record has no end."""
 
 Record = Mapping[str, Any]
 
 
 def run_id(records: Sequence[Record]) -> str:
-    """Return a name of the run that all of its attempts share, and no other run has."""
+    """Return an identifier that is the same in all attempts of a run and unique to it."""
     started = "".join(filter(str.isdigit, records[0]["started"][:19]))
     return f"{started}-{records[0]['token']}"
 
 
-def refuse_crash_loop(records: Sequence[Record], saved_by: set[int], most: int, run: str) -> None:
-    """Raise CrashLoopError if the last `most` attempts died and none of them saved anything.
+def check_crash_loop(
+    records: Sequence[Record], saved_by: set[int], max_attempts: int, run: str
+) -> None:
+    """Raise CrashLoopError if the last attempts crashed and saved no checkpoint.
 
-    Attempts that were preempted neither count nor end the row; nor do those that a scheduler took
-    away without a word and started again itself, which shows in the restart count of the next.
+    Preempted attempts are ignored. So are attempts that the scheduler killed and requeued, which
+    shows in the restart count of the next attempt.
 
     Args:
         records: of all attempts, oldest first.
         saved_by: numbers of the attempts that have committed a checkpoint.
-        most: attempts; 0: never refuse.
-        run: how to call the run.
+        max_attempts: number of crashes in a row that raises; 0: never raise.
+        run: name of the run, for the error.
     """
-    row: list[Record] = []
+    crashes: list[Record] = []
     following: Record = {}
     for record in reversed(records):
         if record["attempt"] in saved_by or record.get("outcome") == "done":
             break
-        taken_away = "outcome" not in record and _restarted(record, following)
-        if record.get("outcome") != "preempted" and not taken_away:
-            row.append(record)
+        is_requeued = "outcome" not in record and _restarted(record, following)
+        if record.get("outcome") != "preempted" and not is_requeued:
+            crashes.append(record)
         following = record
-    if not most or len(row) < most:
+    if not max_attempts or len(crashes) < max_attempts:
         return
     causes = [
         f"  attempt {r['attempt']} ({r.get('host')}, {r.get('started')}): "
-        + (r.get("error") or "died without a word, as by SIGKILL or lack of memory")
-        for r in row[:most]
+        + (r.get("error") or "killed, for example by SIGKILL or the out-of-memory killer")
+        for r in crashes[:max_attempts]
     ]
     raise CrashLoopError(
         "\n".join(
             [
-                f"the last {len(row)} attempts of {run} died, and none of them saved anything:",
+                f"the last {len(crashes)} attempts of {run} crashed before saving a checkpoint:",
                 *causes,
-                "When the cause is removed, start once with "
-                "launch.max_attempts_without_progress=0.",
+                "Fix the cause, then start once with launch.max_attempts_without_progress=0.",
             ]
         )
     )
@@ -67,114 +67,116 @@ def _restarted(record: Record, following: Record) -> bool:
 
 @dataclass(frozen=True)
 class Goodput:
-    """What all attempts of a run have done, and how much of it counts."""
+    """Steps and time of all attempts of a run, and the steps that were not lost."""
 
     attempts: int
     preempted: int
     useful_steps: int
     all_steps: int
     starting_s: float
-    """From the starts of the attempts to their first steps, summed up."""
+    """Total time from the attempts' starts to their first steps."""
     training_s: float
-    """From the first steps of the attempts to their ends, summed up."""
+    """Total time from the attempts' first steps to their ends."""
 
     @property
-    def share(self) -> float:
-        """Return the useful steps as a share of all."""
+    def fraction(self) -> float:
+        """Return the fraction of steps that were not lost."""
         return self.useful_steps / max(self.all_steps, 1)
 
     def __str__(self) -> str:
-        """Return one line for the end of a run."""
+        """Return one line for the end of the log."""
         lost = self.all_steps - self.useful_steps
         return (
-            f"{self.attempts} attempts ({self.preempted} preempted): {100 * self.share:.1f} % of "
-            f"{self.all_steps:,} steps counted, {lost:,} were repeated; {self.starting_s:.0f} s "
-            f"went into starting, {self.training_s:.0f} s into training"
+            f"{self.attempts} attempts ({self.preempted} preempted): {100 * self.fraction:.1f} % "
+            f"of {self.all_steps:,} steps were useful, {lost:,} were repeated; "
+            f"{self.starting_s:.0f} s of startup, {self.training_s:.0f} s of training"
         )
 
 
 def goodput(records: Sequence[Record], step: int) -> Goodput:
-    """Return what the attempts have done together, the last of which is at `step`.
+    """Return the goodput of all attempts; the newest attempt is at `step`.
 
-    Of an attempt that died without a word, what it told last counts, or what was saved of it.
+    For a killed attempt, the last step is that of its heartbeat, or of a checkpoint that a later
+    attempt resumed from.
     """
-    begun = [record for record in records if type(record.get("first_step")) is int]
-    done = []
-    for record in begun:
+    started = [record for record in records if type(record.get("first_step")) is int]
+    steps = []
+    for record in started:
         end = step if record is records[-1] else last_step(records, record) or 0
-        done.append(max(end - record["first_step"], 0))
-    useful = step - begun[0]["first_step"] if begun else 0
+        steps.append(max(end - record["first_step"], 0))
+    useful = step - started[0]["first_step"] if started else 0
     return Goodput(
         attempts=len(records),
         preempted=sum(record.get("outcome") == "preempted" for record in records),
         useful_steps=useful,
-        all_steps=max(sum(done), useful),
+        all_steps=max(sum(steps), useful),
         starting_s=sum(_seconds(record, "starting_s") for record in records),
         training_s=sum(_seconds(record, "training_s") for record in records),
     )
 
 
 def last_step(records: Sequence[Record], record: Record) -> int | None:
-    """Return the last step that is known of an attempt: told, or gone on from later."""
-    known = [record.get("last_step")]
+    """Return the last recorded step of an attempt, or the step that a later one resumed from."""
+    steps = [record.get("last_step")]
     for later in records:
         origin = later.get("resumed_from")
         if isinstance(origin, Mapping) and origin.get("attempt") == record.get("attempt"):
-            known.append(origin.get("step"))
-    return max((step for step in known if type(step) is int), default=None)
+            steps.append(origin.get("step"))
+    return max((step for step in steps if type(step) is int), default=None)
 
 
 def _seconds(record: Record, key: str) -> float:
-    """Return what a record tells; a damaged one may tell anything."""
+    """Return a duration from a record; 0 if it is missing or invalid."""
     value: Any = record.get(key)
-    is_known = type(value) in (int, float) and 0 <= value < _LONGEST_S
-    return float(value) if is_known else 0.0
+    is_valid = type(value) in (int, float) and 0 <= value < _MAX_S
+    return float(value) if is_valid else 0.0
 
 
-_LONGEST_S = 1e10
+_MAX_S = 1e10
+"""Longest valid duration."""
 
 
 _QUIET_S = 90.0
-"""An attempt that lives says something of itself at least every 30 s."""
+"""Seconds without a heartbeat until a run is silent; heartbeats come every 30 s."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """How a run is, from outside."""
+    """Status of a run, from its records."""
 
     state: str
-    """finished, running, starting, stopped (it can go on), died, silent (it said no end, and
-    nothing for a while), or unknown (there is no record)."""
+    """finished, running, starting, stopped (can be resumed), died, silent (no end and no recent
+    heartbeat), or unknown (no attempt record)."""
     since_s: float | None = None
-    """When it was heard of last, in seconds since 1970."""
-    why: str = ""
+    """Time of the last sign of activity, in seconds since 1970."""
+    reason: str = ""
 
 
 def condition(newest: Record | None, *, last_activity_s: float | None, now_s: float) -> Condition:
-    """Return how a run is.
+    """Return the status of a run.
 
     Args:
-        newest: record of its newest attempt.
-        heard_s: when its newest figures are from, in seconds since 1970.
-        now_s: the time.
+        newest: record of the newest attempt.
+        last_activity_s: time of the newest logged metrics, in seconds since 1970.
+        now_s: current time, in seconds since 1970.
     """
     if newest is None:
-        return Condition("unknown", last_activity_s, "no attempt has left a record")
+        return Condition("unknown", last_activity_s, "no attempt record")
     ended_s = moment_s(newest.get("ended"))
     if "ended" in newest:
         outcome = newest.get("outcome")
         state = {"done": "finished", "preempted": "stopped"}.get(str(outcome), "died")
-        why = newest.get("error") if state == "died" else newest.get("reason")
-        return Condition(state, ended_s, str(why or ""))
+        reason = newest.get("error") if state == "died" else newest.get("reason")
+        return Condition(state, ended_s, str(reason or ""))
     times = [moment_s(newest.get(key)) for key in ("told", "started")]
     since_s = max((at for at in [*times, last_activity_s] if at is not None), default=None)
     if since_s is None or now_s - since_s > _QUIET_S:
-        return Condition("silent", since_s, "killed without a word, or it hangs")
+        return Condition("silent", since_s, "killed or hanging")
     return Condition("running" if "first_step" in newest else "starting", since_s)
 
 
 def moment_s(text: object) -> float | None:
-    """Return seconds since 1970 of a time as records have it, if it is one."""
+    """Return a recorded time in seconds since 1970, or None if it is invalid."""
     try:
         return datetime.fromisoformat(str(text)).timestamp()
     except (ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""What two checkpoints have in common and what not, a few MiB of each in memory at a time."""
+"""Compare two checkpoints with a few MiB of each in memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,42 +19,43 @@ _BATCH_BYTES = 8 << 20
 
 @dataclass
 class TensorChange:
-    """How far a tensor of one checkpoint is from the tensor of that name in the other."""
+    """Difference between the tensors of one name in two checkpoints."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     changed_elements: int = 0
-    """Elements that are not equal; 0 where only zeros changed their sign, or NaNs their bits."""
+    """Number of unequal elements; 0 if only signs of zeros or bits of NaNs differ."""
     largest: float = 0.0
-    """Largest absolute difference; infinite where only one of the two is a number."""
+    """Largest absolute difference; infinite if only one of the two is finite."""
     relative: float = 0.0
     """Euclidean norm of the difference, divided by that of the first tensor."""
 
 
 @dataclass
 class Comparison:
-    """What differs between two checkpoints."""
+    """Differences between two checkpoints."""
 
     changed: list[TensorChange] = field(default_factory=list)
     equal: int = 0
-    """Tensors that are equal, bit by bit."""
+    """Number of tensors with equal bits."""
     recast: list[tuple[str, str, str]] = field(default_factory=list)
-    """Name, and dtype and shape in each, of tensors that cannot be compared."""
+    """Name, and dtype and shape in each checkpoint, of tensors that cannot be compared."""
     only_first: list[str] = field(default_factory=list)
     only_second: list[str] = field(default_factory=list)
     values: list[tuple[str, Any, Any]] = field(default_factory=list)
-    """Dotted key of every other value that differs, and both; `ABSENT` where one has none."""
+    """Dotted key and both values of every other difference; `ABSENT` for a missing value."""
 
     @property
     def is_equal(self) -> bool:
-        """Whether nothing differs."""
+        """Return whether everything is equal."""
         return not (
             self.changed or self.recast or self.only_first or self.only_second or self.values
         )
 
 
 ABSENT = "(absent)"
+"""Placeholder for a missing value."""
 
 
 def compare(
@@ -62,16 +63,18 @@ def compare(
     second: tuple[Manifest, Reader],
     progress: Callable[[int], object] = lambda compared_bytes: None,
 ) -> Comparison:
-    """Compare two checkpoints, each given by its manifest and what reads it.
+    """Compare two checkpoints. Reads every byte of the tensors that both have.
 
-    Reads every byte of the tensors that both have. `progress` is told how many more bytes of one
-    of them were compared.
+    Args:
+        first: manifest and reader of one checkpoint.
+        second: manifest and reader of the other.
+        progress: called with the number of bytes compared since the last call.
 
     Raises:
-        DamagedError: bytes of one of them are proven wrong.
+        DamagedError: a checksum does not match.
     """
     (one, one_reader), (other, other_reader) = first, second
-    found = Comparison(
+    comparison = Comparison(
         only_first=sorted(one.tensors.keys() - other.tensors.keys()),
         only_second=sorted(other.tensors.keys() - one.tensors.keys()),
     )
@@ -79,12 +82,12 @@ def compare(
     for name in sorted(one.tensors.keys() & other.tensors.keys()):
         alias = one.tensors[name].alias
         if alias is not None and alias == other.tensors[name].alias:
-            continue  # it is compared under its own name
-        mine, theirs = one.resolve(name), other.resolve(name)
-        if (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape):
+            continue  # compared as the aliased tensor
+        entry, other_entry = one.resolve(name), other.resolve(name)
+        if (entry.dtype, entry.shape) == (other_entry.dtype, other_entry.shape):
             common.append(name)
         else:
-            found.recast.append((name, _described(one, name), _described(other, name)))
+            comparison.recast.append((name, _described(one, name), _described(other, name)))
     changes = {name: _Change(name, one) for name in common}
     for batch in _batches(one, common):
         pairs = []
@@ -99,14 +102,14 @@ def compare(
         for (name, _), (first_part, second_part) in named:
             changes[name].add(first_part, second_part)
             progress(first_part.nbytes)
-    found.changed = [change.result() for change in changes.values() if change.differs]
-    found.equal = len(changes) - len(found.changed)
+    comparison.changed = [change.result() for change in changes.values() if change.differs]
+    comparison.equal = len(changes) - len(comparison.changed)
     before, after = _values(one), _values(other)
     for key in sorted({*before, *after}):
         old, new = before.get(key, ABSENT), after.get(key, ABSENT)
         if type(old) is not type(new) or (old != new and not (old != old and new != new)):
-            found.values.append((key, old, new))
-    return found
+            comparison.values.append((key, old, new))
+    return comparison
 
 
 def _described(manifest: Manifest, name: str) -> str:
@@ -115,41 +118,43 @@ def _described(manifest: Manifest, name: str) -> str:
 
 
 class _Change:
-    """Sums over the parts of one tensor."""
+    """Accumulated differences of one tensor."""
 
     def __init__(self, name: str, manifest: Manifest) -> None:
         entry = manifest.resolve(name)
-        self._found = TensorChange(name, entry.dtype, entry.shape)
-        self._squares, self._own_squares = 0.0, 0.0
+        self._change = TensorChange(name, entry.dtype, entry.shape)
+        self._squares, self._first_squares = 0.0, 0.0
         self.differs = False
 
-    def add(self, mine: Tensor, theirs: Tensor) -> None:
-        bits, other_bits = (t.reshape(-1).view(torch.uint8) for t in (mine, theirs))
+    def add(self, first: Tensor, second: Tensor) -> None:
+        bits, other_bits = (t.reshape(-1).view(torch.uint8) for t in (first, second))
         is_equal = torch.equal(bits, other_bits)
-        one, other = _numbers(mine), _numbers(theirs)
-        self._own_squares += _finite(one.double()).square().sum().item()
+        one, other = _real(first), _real(second)
+        self._first_squares += _finite(one.double()).square().sum().item()
         if is_equal:
             return
         self.differs = True
         unequal = (one != other) & ~(one.isnan() & other.isnan())
         distance = (other.double() - one.double()).abs()
         distance = torch.where(unequal, distance.nan_to_num(nan=inf, posinf=inf), 0.0)
-        self._found.changed_elements += int(unequal.reshape(*mine.shape, -1).any(-1).sum())
-        self._found.largest = max(self._found.largest, distance.max().item())
+        self._change.changed_elements += int(unequal.reshape(*first.shape, -1).any(-1).sum())
+        self._change.largest = max(self._change.largest, distance.max().item())
         self._squares += _finite(distance).square().sum().item()
 
     def result(self) -> TensorChange:
-        if self._found.largest == inf:
-            self._found.relative = inf
-            return self._found
-        own = sqrt(self._own_squares)
-        self._found.relative = sqrt(self._squares) / own if own else (inf if self._squares else 0.0)
-        return self._found
+        if self._change.largest == inf:
+            self._change.relative = inf
+            return self._change
+        norm = sqrt(self._first_squares)
+        self._change.relative = (
+            sqrt(self._squares) / norm if norm else (inf if self._squares else 0.0)
+        )
+        return self._change
 
 
-def _numbers(tensor: Tensor) -> Tensor:
-    found = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return found.float() if found.element_size() == 1 and found.is_floating_point() else found
+def _real(tensor: Tensor) -> Tensor:
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.float() if real.element_size() == 1 and real.is_floating_point() else real
 
 
 def _finite(tensor: Tensor) -> Tensor:
@@ -157,7 +162,7 @@ def _finite(tensor: Tensor) -> Tensor:
 
 
 def _batches(manifest: Manifest, names: Iterable[str]) -> Iterator[list[tuple[str, Box]]]:
-    """Yield boxes of the tensors, together of bounded size."""
+    """Yield batches of tensor boxes with at most `_BATCH_BYTES` each."""
     batch: list[tuple[str, Box]] = []
     room = _BATCH_BYTES
     for name in names:
@@ -173,22 +178,22 @@ def _batches(manifest: Manifest, names: Iterable[str]) -> Iterator[list[tuple[st
         yield batch
 
 
-def _boxes(offsets: tuple[int, ...], lengths: tuple[int, ...], most: int) -> Iterator[Box]:
-    """Cut a box into boxes of at most so many elements, along the first axis that is long."""
-    if prod(lengths) <= most:
+def _boxes(offsets: tuple[int, ...], lengths: tuple[int, ...], max_elements: int) -> Iterator[Box]:
+    """Split a box into boxes of at most `max_elements`, along its first axis longer than 1."""
+    if prod(lengths) <= max_elements:
         yield Box(offsets, lengths)
         return
     axis = next(axis for axis, length in enumerate(lengths) if length > 1)
-    rows = max(most // prod(lengths[axis + 1 :]), 1)
+    rows = max(max_elements // prod(lengths[axis + 1 :]), 1)
     for start in range(0, lengths[axis], rows):
-        inner = list(offsets), list(lengths)
-        inner[0][axis] += start
-        inner[1][axis] = min(rows, lengths[axis] - start)
-        yield from _boxes(tuple(inner[0]), tuple(inner[1]), most)
+        part_offsets, part_lengths = list(offsets), list(lengths)
+        part_offsets[axis] += start
+        part_lengths[axis] = min(rows, lengths[axis] - start)
+        yield from _boxes(tuple(part_offsets), tuple(part_lengths), max_elements)
 
 
 def _values(manifest: Manifest) -> dict[str, Any]:
-    """Return every value that is not a tensor, by dotted key."""
+    """Return every value other than tensors, by dotted key."""
     top = {"step": manifest.step, "epoch": manifest.epoch, "samples": manifest.samples}
     return {
         **top,

@@ -158,7 +158,7 @@ class Mirror:
     copy, only the newest is copied next.
 
     Args:
-        source: the run's store; with node-local stores, each has the shards of its own node.
+        source: the run's store; with node-local stores, each has the shards of that node.
         target: the mirror.
         world: the ranks. The constructor is collective, on the main thread.
         attempt: this attempt.

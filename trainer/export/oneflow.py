@@ -8,7 +8,7 @@ from trainer.errors import CheckpointError
 from trainer.export.contract import ExportError, Format
 from trainer.export.exported_model import ExportedModel
 from trainer.importing import oneflow
-from trainer.importing.dcp_folder import inside
+from trainer.importing.dcp_folder import relative_path
 
 
 def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
@@ -20,7 +20,7 @@ def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None
     path.mkdir()
     for name, tensor in model.weights().items():
         try:
-            folder = path / inside(name, model.checkpoint.location)
+            folder = path / relative_path(name, model.checkpoint.location)
             text = oneflow.meta_text(tensor.dtype, tuple(tensor.shape))
         except CheckpointError as error:
             raise ExportError(f"tensor {name!r}: {error}; use format=safetensors") from None

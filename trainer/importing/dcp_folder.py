@@ -1,6 +1,6 @@
-"""A folder that torch.distributed.checkpoint wrote: any tensor of it, whole, in one process.
+"""Read complete tensors from a torch.distributed.checkpoint folder, in one process.
 
-`.metadata` says in which bytes of which file each part of each tensor lies, as torch.save has it.
+`.metadata` has the file and byte range of each part of each tensor, in torch.save format.
 """
 
 import io
@@ -28,7 +28,7 @@ _Path = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class _Blob:
-    """Bytes of a file, written by one call of torch.save."""
+    """Byte range of a file, written by one torch.save call."""
 
     file: str
     start: int
@@ -42,62 +42,62 @@ class _Chunk:
 
 
 class DcpFolder:
-    """A formats.Source; reads only what is asked for.
+    """A formats.Source that reads only the requested tensors.
 
     Args:
-        url: of the folder.
-        store: of the folder.
+        url: the folder.
+        store: store of the folder.
 
     Raises:
-        CheckpointError: its `.metadata` is damaged, or not of a kind that can be read.
+        CheckpointError: `.metadata` is damaged or unsupported.
     """
 
     kind = "a DCP folder (torch.distributed.checkpoint)"
 
     def __init__(self, url: str, store: Store) -> None:
         self.url, self._store = url, store
-        self.aliases: dict[str, str] = {}  # each name was written with bytes of its own
+        self.aliases: dict[str, str] = {}  # every name has separate data
         self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self.paths: dict[str, _Path] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
         self._blobs: dict[str, _Blob] = {}
         where = f"{url}/{METADATA}"
-        found = pickles.metadata(store.read(METADATA), where)
+        metadata = pickles.metadata(store.read(METADATA), where)
         try:
-            self._take(found)
+            self._parse(metadata)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise CheckpointError(f"{where} is malformed: {error}") from None
 
     def fetch(self, name: str) -> Tensor:
-        """Read a tensor part by part; in memory are the tensor and one part, that one twice."""
+        """Read a tensor part by part; peak memory: the tensor and two copies of a part."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.url} has no tensor {name!r}")
         dtype, shape = self.tensors[name]
-        whole: Tensor | None = None
+        tensor: Tensor | None = None
         for chunk in self._chunks[name]:
             part = self._part(name, chunk)
             if chunk.box.lengths == shape:
                 return part
-            if whole is None:
-                whole = torch.empty(shape, dtype=dtype)
+            if tensor is None:
+                tensor = torch.empty(shape, dtype=dtype)
             box = zip(chunk.box.offsets, chunk.box.lengths, strict=True)
-            whole[tuple(slice(start, start + length) for start, length in box)] = part
-        return torch.empty(shape, dtype=dtype) if whole is None else whole
+            tensor[tuple(slice(start, start + length) for start, length in box)] = part
+        return torch.empty(shape, dtype=dtype) if tensor is None else tensor
 
     @cached_property
     def objects(self) -> dict[str, Any]:
-        """Values that are no tensors; bytes where torch.save was given more than plain values."""
-        found = dict.fromkeys(self._blobs)
+        """Values other than tensors; bytes for values of other than plain types."""
+        values = dict.fromkeys(self._blobs)
 
         def read(name: str) -> None:
-            found[name] = self._object(self._blobs[name])
+            values[name] = self._object(self._blobs[name])
 
         in_parallel(read, list(self._blobs), _READERS)
-        return found
+        return values
 
-    # --- what .metadata says ---------------------------------------------------------------------
+    # --- .metadata -------------------------------------------------------------------------------
 
-    def _take(self, metadata: pickles.Record) -> None:
+    def _parse(self, metadata: pickles.Record) -> None:
         blobs = {
             (index.fqn, index.offset): self._blob(info)
             for index, info in metadata.storage_data.items()
@@ -105,48 +105,46 @@ class DcpFolder:
         planned = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
         for name, entry in metadata.state_dict_metadata.items():
             if type(name) is not str:
-                raise ValueError(f"{name!r} is no name")
+                raise ValueError(f"{name!r} is not a name")
             path = planned.get(name, (name,))
             if type(path) is not tuple or not {type(key) for key in path} <= {str, int}:
-                raise ValueError(f"{path!r} is no path of {name!r}")
+                raise ValueError(f"{path!r} is not a path for {name!r}")
             self.paths[name] = path
             if entry.chunks is None:
                 self._blobs[name] = blobs[name, None]
                 continue
             dtype = entry.properties.dtype or entry.properties.state[0]
             if not isinstance(dtype, torch.dtype):
-                raise ValueError(f"{dtype!r} is no dtype of {name!r}")
+                raise ValueError(f"{dtype!r} is not a dtype for {name!r}")
             shape = _naturals(entry.size)
             self.tensors[name] = (dtype, shape)
-            found = [Box(_naturals(c.offsets), _naturals(c.sizes)) for c in entry.chunks]
-            boxes = sorted({box for box in found if box.elements}, key=lambda box: box.offsets)
+            chunks = [Box(_naturals(c.offsets), _naturals(c.sizes)) for c in entry.chunks]
+            boxes = sorted({box for box in chunks if box.elements}, key=lambda box: box.offsets)
             _check_cover(name, shape, boxes)
             self._chunks[name] = [_Chunk(box, blobs[name, box.offsets]) for box in boxes]
 
     def _blob(self, info: Any) -> _Blob:
         if info.transform_descriptors:
             raise CheckpointError(
-                f"{self.url} was written through extensions of torch "
-                f"({', '.join(map(str, info.transform_descriptors))}), which are not known here; "
-                "save it without them"
+                f"{self.url} was written with unsupported stream extensions "
+                f"({', '.join(map(str, info.transform_descriptors))}); save it without them"
             )
         start, length = _naturals((info.offset, info.length))
-        return _Blob(inside(info.relative_path, f"{self.url}/{METADATA}"), start, length)
+        return _Blob(relative_path(info.relative_path, f"{self.url}/{METADATA}"), start, length)
 
-    # --- what the files hold ---------------------------------------------------------------------
+    # --- data files ------------------------------------------------------------------------------
 
     def _part(self, name: str, chunk: _Chunk) -> Tensor:
         dtype, _ = self.tensors[name]
         where = f"{self.url}/{chunk.blob.file}: tensor {name!r}"
         if chunk.blob.length < chunk.box.elements * dtype.itemsize:
-            raise CheckpointError(f"{where} has {chunk.blob.length:,} bytes, fewer than it needs")
+            raise CheckpointError(f"{where} has only {chunk.blob.length:,} bytes")
         part = pickles.load(self._read(chunk.blob), where)
         pickles.check_plain(part, where)
         if (part.dtype, tuple(part.shape)) != (dtype, chunk.box.lengths):
             raise CheckpointError(
-                f"{where} is {part.dtype} {list(part.shape)}, and should be {dtype} "
-                f"{list(chunk.box.lengths)} as {METADATA} says; files of two saves were mixed, or "
-                "altered"
+                f"{where} is {part.dtype} {list(part.shape)}, but {METADATA} has {dtype} "
+                f"{list(chunk.box.lengths)}; the files were altered or belong to two saves"
             )
         return pickles.plain(part)
 
@@ -164,8 +162,8 @@ class DcpFolder:
             size = self._store.size(blob.file)
             if blob.start + blob.length > size:
                 raise CheckpointError(
-                    f"{where} is {size:,} bytes, {METADATA} says at least "
-                    f"{blob.start + blob.length:,}: it was cut short, or replaced"
+                    f"{where} has {size:,} bytes, but {METADATA} needs at least "
+                    f"{blob.start + blob.length:,}: the file was truncated or replaced"
                 )
             stream = io.BytesIO(bytes(blob.length))
             with stream.getbuffer() as memory:
@@ -175,9 +173,9 @@ class DcpFolder:
             raise CheckpointError(f"{where} is missing") from None
         if not is_zip:
             raise CheckpointError(
-                f"{where}: bytes {blob.start:,} to {blob.start + blob.length:,} are not what "
-                "torch.save writes; the file was altered, or saved with "
-                "serialization_format=SAFETENSORS, which is not read here"
+                f"{where}: bytes {blob.start:,} to {blob.start + blob.length:,} are not in "
+                "torch.save format; the file was altered, or saved with the unsupported "
+                "serialization_format=SAFETENSORS"
             )
         return stream
 
@@ -187,21 +185,21 @@ class DcpFolder:
         def read(start: int) -> None:
             piece = memory[start : start + step]
             if self._store.read_into(blob.file, blob.start + start, piece) < len(piece):
-                raise CheckpointError(f"{where} was cut short while it was read")
+                raise CheckpointError(f"{where} was truncated during the read")
 
         in_parallel(read, range(0, blob.length, step), _READERS)
 
 
-def inside(path: Any, where: str) -> str:
-    """Return a path that `where` names, if it stays in its folder.
+def relative_path(path: Any, where: str) -> str:
+    """Return a path from file `where` if it stays inside of the folder.
 
     Raises:
-        CheckpointError: it leaves it, or is none.
+        CheckpointError: the path is invalid or leaves the folder.
     """
     if type(path) is not str or not re.fullmatch(r"[^\\\0]+", path):
-        raise CheckpointError(f"{where} names {path!r}, which is no file of its folder")
+        raise CheckpointError(f"{where} has the invalid file name {path!r}")
     if {"", ".", ".."} & set(path.split("/")):
-        raise CheckpointError(f"{where} names {path!r}, which would lie outside of its folder")
+        raise CheckpointError(f"{where} has the file name {path!r}, which is outside of the folder")
     return path
 
 
@@ -212,14 +210,14 @@ def _naturals(values: Any) -> tuple[int, ...]:
 
 
 def _check_cover(name: str, shape: tuple[int, ...], boxes: Sequence[Box]) -> None:
-    """Refuse parts that leave some of a tensor out, or say some of it twice."""
+    """Raise ValueError if the parts do not cover a tensor exactly once."""
     for box in boxes:
         ends = [o + n for o, n in zip(box.offsets, box.lengths, strict=True)]
         if any(end > size for end, size in zip(ends, shape, strict=True)):
-            raise ValueError(f"a part of {name!r} lies outside of it")
+            raise ValueError(f"a part of {name!r} is out of bounds")
     covered = sum(box.elements for box in boxes)
     if covered != prod(shape) or any_overlap(boxes):
-        raise ValueError(f"the parts of {name!r} are not the whole of it ({covered:,} elements)")
+        raise ValueError(f"the parts of {name!r} do not cover it once ({covered:,} elements)")
 
 
 def _has_tensors(value: Any) -> bool:

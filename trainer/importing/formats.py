@@ -1,4 +1,4 @@
-"""Checkpoints of others, tensor by tensor: torch's, safetensors, OneFlow's."""
+"""Open checkpoints of other programs: DCP, torch.save, safetensors and OneFlow."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -22,30 +22,30 @@ _INDEX = "model.safetensors.index.json"
 _SUFFIX = ".safetensors"
 _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""The number that torch.save began its files with before they were zip archives, pickled."""
+"""First pickled value of torch.save files in the format before zip archives."""
 
 Kind = tuple[torch.dtype, tuple[int, ...]]
 Where = tuple[str | int, ...]
 
 
 class Source(Protocol):
-    """A nested state dict that lies somewhere, its tensors fetched one at a time."""
+    """A stored nested state dict whose tensors are fetched one at a time."""
 
     @property
     def url(self) -> str:
-        """Where it lies."""
+        """URL of the file or folder."""
 
     @property
     def kind(self) -> str:
-        """What it is, in words for people."""
+        """Description of the format."""
 
     @property
     def tensors(self) -> Mapping[str, Kind]:
-        """Dtype and shape of every tensor by dotted name; shared storage once."""
+        """Dtype and shape of every tensor, by dotted name; shared storage appears once."""
 
     @property
     def aliases(self) -> Mapping[str, str]:
-        """Other names of tensors, each with the name in `tensors` whose storage it shares."""
+        """Additional names, each with the name in `tensors` that has its storage."""
 
     @property
     def paths(self) -> Mapping[str, Where]:
@@ -53,13 +53,13 @@ class Source(Protocol):
 
     @property
     def objects(self) -> Mapping[str, Any]:
-        """Values that are no tensors, by dotted name; bytes where one cannot be known."""
+        """Other values, by dotted name; bytes for values of unknown types."""
 
     def fetch(self, name: str) -> Tensor:
-        """Return a whole tensor on the CPU, contiguous; its memory may be a mapped file.
+        """Return a complete, contiguous CPU tensor; its memory may be a mapped file.
 
         Raises:
-            CheckpointError: there is none of that name, or its bytes are not what they have to be.
+            CheckpointError: no tensor has that name, or its bytes are damaged.
         """
 
 
@@ -69,25 +69,25 @@ def open_external(
     *,
     on_pickle: Callable[[str], None] | None = None,
 ) -> Source | None:
-    """Open what other programs wrote; None where there is nothing that is known here.
+    """Open a file or folder of a supported external format; return None for anything else.
 
-    A remote file is downloaded whole, into the folder for temporary files; of a DCP or OneFlow
-    folder only what is asked for is read.
+    A remote file is downloaded to the folder for temporary files. Of a remote DCP or OneFlow
+    folder, only the requested tensors are read.
 
     Args:
-        url: of it.
-        settings: of object stores.
-        on_pickle: called with a warning before a pickle is run; without it none is.
+        url: the path.
+        settings: object store settings.
+        on_pickle: called with a warning before a pickle is executed; default: never execute one.
 
     Raises:
-        CheckpointError: it is known, and damaged, or holds what is never read.
-        StoreError: it could not be read.
+        CheckpointError: the file is damaged, or has content that is never read.
+        StoreError: the store failed.
     """
     url = url.rstrip("/") or "/"
     store = open_store(url, settings)
     names = store.entries("")
     if MANIFEST in names or any(is_shard_name(name) for name in names):
-        return None  # ours, committed or not
+        return None  # a Perdure checkpoint, committed or not
     if dcp_folder.METADATA in names:
         return dcp_folder.DcpFolder(url, store)
     if _INDEX in names:
@@ -105,7 +105,7 @@ def _open_file(
 ) -> Source | None:
     parent, _, name = url.removeprefix("file://").rpartition("/")
     if not name or parent.endswith(":/"):
-        return None  # a file system's root, or a bucket
+        return None  # the root of a file system or bucket
     store = open_store(parent or ("/" if url.startswith("/") else "."), settings)
     if (path := local_path(url)) is not None and not path.is_file():
         return None
@@ -127,17 +127,17 @@ def _open_file(
 
 
 def _indexed(store: Store) -> list[str]:
-    """Return the files that the index of a folder names."""
+    """Return the file names in a folder's index."""
     where = f"{store.url}/{_INDEX}"
     try:
         files = set(json.loads(store.read(_INDEX))["weight_map"].values())
-        return sorted(dcp_folder.inside(file, where) for file in files)
+        return sorted(dcp_folder.relative_path(file, where) for file in files)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where} is not an index of safetensors files: {error}") from None
 
 
 class _Safetensors:
-    """One file, or those of a folder, as Hugging Face lays them out."""
+    """Single safetensors file, or a Hugging Face folder of them."""
 
     def __init__(self, url: str, kind: str, files: Sequence[str], settings: ObjectStore) -> None:
         from safetensors import SafetensorError, safe_open
@@ -165,22 +165,23 @@ class _Safetensors:
         metadata = file.metadata() or {}
         if "DCP_SHARDING_INFO" in metadata and Path(where).name.startswith("shard-"):
             raise CheckpointError(
-                f"{where} is one rank's part of a checkpoint; put the parts together first, with "
+                f"{where} is one rank's shard of a checkpoint; consolidate the shards first, with "
                 "torch.distributed.checkpoint's consolidate_safetensors_files"
             )
-        for name in file.keys():  # noqa: SIM118 (it is no dict)
+        for name in file.keys():  # noqa: SIM118 (not a dict)
             if name in self._files:
                 raise CheckpointError(
-                    f"{where} and another file of that folder both hold {name!r}; give the file "
-                    "that is meant"
+                    f"{where} and another file in that folder both have {name!r}; pass one file"
                 )
-            found = file.get_slice(name)
-            dtype = TORCH_DTYPES.get(found.get_dtype())
+            view = file.get_slice(name)
+            dtype = TORCH_DTYPES.get(view.get_dtype())
             if dtype is None:
-                raise CheckpointError(f"{where}: {name!r} is {found.get_dtype()}, an unknown dtype")
-            self.tensors[name] = (dtype, tuple(found.get_shape()))
+                raise CheckpointError(
+                    f"{where}: {name!r} has the unsupported dtype {view.get_dtype()}"
+                )
+            self.tensors[name] = (dtype, tuple(view.get_shape()))
             self._files[name] = file
-        # safetensors.torch.save_model notes here what it left out
+        # safetensors.torch.save_model records omitted shared tensors here
         self.aliases |= {
             name: owner
             for name, owner in metadata.items()
@@ -188,9 +189,9 @@ class _Safetensors:
         }
 
     def fetch(self, name: str) -> Tensor:
-        """Return the tensor as it is mapped."""
+        """Return a tensor; its memory is the mapped file."""
         owner = self.aliases.get(name, name)
         if owner not in self._files:
             raise CheckpointError(f"{self.url} has no tensor {name!r}")
-        found: Tensor = self._files[owner].get_tensor(owner)
-        return pickles.plain(found)
+        tensor: Tensor = self._files[owner].get_tensor(owner)
+        return pickles.plain(tensor)

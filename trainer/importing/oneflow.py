@@ -1,8 +1,8 @@
-"""OneFlow's folders: a folder per variable, with its bytes and a few words about them.
+"""Read OneFlow folders: one subfolder per variable, with its data and metadata.
 
-`NAME/out` holds the numbers, little-endian, in C order. `NAME/meta` is the text form of a protobuf
+`NAME/out` has the elements, little-endian, in C order. `NAME/meta` is the text form of a protobuf
 message VariableMetaInfo: `shape { dim: 64 dim: 784 } data_type: kFloat`. An empty `snapshot_done`
-is written last. The text's grammar: https://protobuf.dev/reference/protobuf/textformat-spec/
+is written last. Grammar of the text form: https://protobuf.dev/reference/protobuf/textformat-spec/
 """
 
 import re
@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.checkpoint.memory import bytes_of
 from trainer.core.threads import in_parallel
 from trainer.errors import CheckpointError
-from trainer.importing.dcp_folder import inside
+from trainer.importing.dcp_folder import relative_path
 from trainer.storage import Store
 
 DONE = "snapshot_done"
@@ -25,36 +25,36 @@ KINDS = {
     "kInt32": (5, torch.int32), "kInt64": (6, torch.int64), "kUInt8": (7, torch.uint8),
     "kFloat16": (9, torch.float16), "kBFloat16": (11, torch.bfloat16), "kBool": (12, torch.bool),
 }  # fmt: skip
-"""Number and dtype of each DataType that weights can have."""
+"""Enum value and dtype of each supported DataType."""
 _READERS = 8
-_LONGEST_META_BYTES = 1 << 16
-_LARGEST = (1 << 63) - 1
-_MOST_AXES = 64
+_MAX_META_BYTES = 1 << 16
+_MAX_INT64 = (1 << 63) - 1
+_MAX_AXES = 64
 
 _Kind = tuple[torch.dtype, tuple[int, ...]]
 
 
-# --- the text ----------------------------------------------------------------------------------
+# --- metadata ----------------------------------------------------------------------------------
 
 
 def meta_text(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    """Return the text for a tensor.
+    """Return the metadata of a tensor.
 
     Raises:
-        CheckpointError: OneFlow has no such dtype.
+        CheckpointError: OneFlow does not have the dtype.
     """
-    name = next((name for name, (_, known) in KINDS.items() if known == dtype), None)
+    name = next((name for name, (_, kind) in KINDS.items() if kind == dtype), None)
     if name is None:
-        raise CheckpointError(f"OneFlow has no {dtype}")
+        raise CheckpointError(f"OneFlow does not support {dtype}")
     dims = "".join(f"  dim: {dim}\n" for dim in shape)
     return f"shape {{\n{dims}}}\ndata_type: {name}\n"
 
 
 def parse_meta(text: str) -> _Kind:
-    """Return dtype and shape; the inverse of `meta_text`, for any spacing.
+    """Parse dtype and shape; accepts any valid text form of the message.
 
     Raises:
-        ValueError: it is not that message.
+        ValueError: the text is not that message.
     """
     words = _words(text)
     dtype: torch.dtype | None = None
@@ -66,30 +66,30 @@ def parse_meta(text: str) -> _Kind:
         elif field == "data_type" and dtype is None:
             dtype = _dtype(words)
         else:
-            raise ValueError(f"{field!r} is not expected there")
+            raise ValueError(f"unexpected field {field!r}")
         _end_of_field(words)
     if dtype is None or shape is None:
-        raise ValueError("shape and data_type are both needed")
+        raise ValueError("shape and data_type are required")
     return dtype, shape
 
 
 def _words(text: str) -> list[str]:
     words, at = [], 0
-    for found in re.finditer(r"\s+|#[^\n]*|([A-Za-z_]\w*|[0-9]+(?!\w)|[{}<>:\[\],;])", text):
-        if found.start() != at:
+    for match in re.finditer(r"\s+|#[^\n]*|([A-Za-z_]\w*|[0-9]+(?!\w)|[{}<>:\[\],;])", text):
+        if match.start() != at:
             break
-        at = found.end()
-        if found[1]:
-            words.append(found[1])
+        at = match.end()
+        if match[1]:
+            words.append(match[1])
     if at != len(text):
-        raise ValueError(f"{text[at : at + 20]!r} is not understood")
+        raise ValueError(f"cannot parse {text[at : at + 20]!r}")
     return words
 
 
-def _take(words: list[str], *wanted: str) -> str:
-    if not words or (wanted and words[0] not in wanted):
-        found = repr(words[0]) if words else "the end"
-        raise ValueError(f"{' or '.join(wanted) or 'a value'} is needed where {found} is")
+def _take(words: list[str], *expected: str) -> str:
+    if not words or (expected and words[0] not in expected):
+        word = repr(words[0]) if words else "the end"
+        raise ValueError(f"expected {' or '.join(expected) or 'a value'} instead of {word}")
     return words.pop(0)
 
 
@@ -113,15 +113,15 @@ def _shape(words: list[str]) -> tuple[int, ...]:
             while _take(words, "[", ",", "]") != "]":
                 dims.append(_number(words))
         _end_of_field(words)
-    if len(dims) > _MOST_AXES or prod(max(dim, 1) for dim in dims) * 8 > _LARGEST:
-        raise ValueError("no tensor has such a shape")
+    if len(dims) > _MAX_AXES or prod(max(dim, 1) for dim in dims) * 8 > _MAX_INT64:
+        raise ValueError("the shape is too large")
     return tuple(dims)
 
 
 def _number(words: list[str]) -> int:
     word = _take(words)
-    if not re.fullmatch(r"0|[1-9][0-9]{0,18}", word) or int(word) > _LARGEST:
-        raise ValueError(f"{word!r} is no length of an axis")
+    if not re.fullmatch(r"0|[1-9][0-9]{0,18}", word) or int(word) > _MAX_INT64:
+        raise ValueError(f"{word!r} is not a valid dimension")
     return int(word)
 
 
@@ -131,14 +131,14 @@ def _dtype(words: list[str]) -> torch.dtype:
     for name, (number, dtype) in KINDS.items():
         if word in (name, str(number)):
             return dtype
-    raise ValueError(f"{word} is no data_type of numbers that are known here")
+    raise ValueError(f"unsupported data_type {word}")
 
 
-# --- the folder --------------------------------------------------------------------------------
+# --- folder ------------------------------------------------------------------------------------
 
 
 def is_folder(store: Store, names: list[str]) -> bool:
-    """Whether a store with these names at the top looks like one, finished or not."""
+    """Return whether a store with these entries is a OneFlow folder, finished or not."""
     if DONE in names:
         return True
     first = next((name for name in names if name.endswith("/")), None)
@@ -146,15 +146,15 @@ def is_folder(store: Store, names: list[str]) -> bool:
 
 
 class OneflowFolder:
-    """A formats.Source; reads only what is asked for.
+    """A formats.Source that reads only the requested tensors.
 
     Args:
-        url: of the folder.
-        store: of the folder.
-        names: what lies in it, right below it.
+        url: the folder.
+        store: store of the folder.
+        names: its entries.
 
     Raises:
-        CheckpointError: it is not finished, or a part of it is not what it has to be.
+        CheckpointError: the folder is unfinished or damaged.
     """
 
     kind = "a folder of OneFlow variables"
@@ -163,58 +163,56 @@ class OneflowFolder:
         self.url, self._store = url, store
         if DONE not in names:
             raise CheckpointError(
-                f"{url} has OneFlow's variables and no {DONE}, which is written last: whatever "
-                "wrote it did not finish; write it again"
+                f"{url} has OneFlow variables but no {DONE}, which is written last: the save did "
+                "not finish; save again"
             )
-        self.aliases: dict[str, str] = {}  # each name has bytes of its own
+        self.aliases: dict[str, str] = {}  # every name has separate data
         self.objects: dict[str, Any] = {}
         variables = [name.removesuffix("/") for name in names if name.endswith("/")]
-        found: dict[str, _Kind] = {}
+        kinds: dict[str, _Kind] = {}
 
-        def look(name: str) -> None:
-            found[name] = self._look(inside(name, url))
+        def read(name: str) -> None:
+            kinds[name] = self._read_meta(relative_path(name, url))
 
-        in_parallel(look, variables, _READERS)
-        self.tensors = {name: found[name] for name in variables}
+        in_parallel(read, variables, _READERS)
+        self.tensors = {name: kinds[name] for name in variables}
         self.paths: dict[str, tuple[str | int, ...]] = {name: (name,) for name in variables}
 
-    def _look(self, name: str) -> _Kind:
+    def _read_meta(self, name: str) -> _Kind:
         where = f"{self.url}/{name}/{META}"
         try:
-            if self._store.size(f"{name}/{META}") > _LONGEST_META_BYTES:
-                raise ValueError("it is too long")
+            if self._store.size(f"{name}/{META}") > _MAX_META_BYTES:
+                raise ValueError("too long")
             dtype, shape = parse_meta(self._store.read(f"{name}/{META}").decode())
             size = self._store.size(f"{name}/{OUT}")
         except FileNotFoundError:
-            raise CheckpointError(
-                f"{self.url}/{name} lacks {OUT} or {META}, which every variable has"
-            ) from None
+            raise CheckpointError(f"{self.url}/{name} is missing {OUT} or {META}") from None
         except ValueError as error:
             raise CheckpointError(f"{where} does not describe a variable: {error}") from None
         if size != prod(shape) * dtype.itemsize:
             raise CheckpointError(
-                f"{self.url}/{name}/{OUT} is {size:,} bytes, and {dtype} {list(shape)} takes "
-                f"{prod(shape) * dtype.itemsize:,}: it was cut short, or replaced"
+                f"{self.url}/{name}/{OUT} has {size:,} bytes, but {dtype} {list(shape)} needs "
+                f"{prod(shape) * dtype.itemsize:,}: the file was truncated or replaced"
             )
         return dtype, shape
 
     def fetch(self, name: str) -> Tensor:
-        """Read a tensor, in parallel pieces."""
+        """Read a tensor with parallel requests."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.url} has no tensor {name!r}")
         dtype, shape = self.tensors[name]
-        made = torch.empty(shape, dtype=dtype)
-        if made.numel() == 0:
-            return made
-        memory = bytes_of(made).data
+        tensor = torch.empty(shape, dtype=dtype)
+        if tensor.numel() == 0:
+            return tensor
+        memory = bytes_of(tensor).data
         step, key = self._store.read_bytes, f"{name}/{OUT}"
 
         def read(start: int) -> None:
             piece = memory[start : start + step]
             if self._store.read_into(key, start, piece) < len(piece):
-                raise CheckpointError(f"{self.url}/{key} was cut short while it was read")
+                raise CheckpointError(f"{self.url}/{key} was truncated during the read")
 
         in_parallel(read, range(0, len(memory), step), _READERS)
-        if dtype == torch.bool and int(made.view(torch.uint8).max()) > 1:
-            raise CheckpointError(f"{self.url}/{key} holds other bytes than 0 and 1 for a kBool")
-        return made
+        if dtype == torch.bool and int(tensor.view(torch.uint8).max()) > 1:
+            raise CheckpointError(f"{self.url}/{key} has bytes other than 0 and 1 in a kBool")
+        return tensor

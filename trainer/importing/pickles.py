@@ -1,8 +1,8 @@
-"""What torch pickled, read without running any of it.
+"""Read torch's pickles without executing code from them.
 
-A pickle is a program. torch.load runs none with `weights_only=True`. The `.metadata` of a DCP
-folder, which torch itself reads with plain pickle, is read here by an unpickler that makes nothing
-but inert records, and only for the names that belong there: all of them stand in this file.
+A pickle is a program. torch.load executes no code with `weights_only=True`. torch itself reads the
+`.metadata` of a DCP folder with plain pickle. Here, an unpickler creates only inert records for
+the names in an allow-list.
 """
 
 import io
@@ -23,7 +23,7 @@ _HEAD_BYTES = 4096
 
 
 class UnsafePickleError(CheckpointError):
-    """A pickle asks for something that is not made for it."""
+    """A pickle needs a class or function that is not on the allow-list."""
 
 
 # --- torch.save --------------------------------------------------------------------------------
@@ -36,51 +36,50 @@ def load(
     mmap: bool = False,
     on_pickle: Callable[[str], None] | None = None,
 ) -> Any:
-    """Load what torch.save wrote.
+    """Load a torch.save file.
 
     Args:
         file: a path, or bytes.
-        where: names it in errors.
-        mmap: map its tensors rather than reading them.
-        on_pickle: where the file asks for more than tensors and plain values, called with a warning
-            before whatever is pickled in it is run. Without it that is refused.
+        where: name of the file, for errors.
+        mmap: memory-map the tensors.
+        on_pickle: called with a warning before a pickle with other than tensors and plain values
+            is executed; default: raise instead.
 
     Raises:
-        UnsafePickleError: it asks for more than tensors and plain values.
-        CheckpointError: it is damaged, or something else.
-        StoreError: it could not be read.
+        UnsafePickleError: the file needs more than tensors and plain values.
+        CheckpointError: the file is damaged, or has another format.
+        StoreError: the file cannot be read.
     """
     if isinstance(file, str) and _is_program(file):
         raise CheckpointError(
-            f"{where} is a program (TorchScript or torch.export); only weights are read: save "
-            "those of the model that it was made of"
+            f"{where} is a program (TorchScript or torch.export), but only weights are supported: "
+            "save the state dict of the original model"
         )
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error)) or re.search(
+        request = re.search(r"GLOBAL (\S+)", str(error)) or re.search(
             r"(Unsupported \w+ [^\s.]+|Trying to \w+ unsupported [^\n.]+)", str(error)
         )
-        what = asked[1] if asked else "more than tensors and plain values"
+        name = request[1] if request else "more than tensors and plain values"
     except OSError as error:
         raise StoreError(f"cannot read {where}: {error.strerror or error}") from None
     except Exception as error:  # altered bytes may fail in any way
         raise CheckpointError(f"{where} cannot be read: {_first_line(error)}") from None
     if on_pickle is not None:
         on_pickle(
-            f"WARNING: {where} asks for {what}; it is now loaded as a pickle, which runs any code "
-            "that is in it"
+            f"warning: {where} needs {name}; loading it as a pickle, which executes any code in it"
         )
         return _run(file, where, mmap=mmap)
-    if isinstance(file, str) and _first_global(file) == what:
+    if isinstance(file, str) and _first_global(file) == name:
         raise UnsafePickleError(
-            f"{where} is a whole pickled {what} and no dict of tensors; loading it runs any code "
-            "that is in it. In a script that you trust, load it and save its weights alone: "
+            f"{where} is a pickled {name}, not a dict of tensors; loading it executes any code in "
+            "it. In a script of yours, load it and save only its weights: "
             "torch.save(model.state_dict(), path)"
         )
     raise UnsafePickleError(
-        f"{where} asks for {what}, which is not made for it, as that could run anything. In a "
-        "script that you trust, load it and torch.save a dict of plain tensors and values"
+        f"{where} needs {name}, which could execute any code. In a script of yours, load it and "
+        "torch.save a dict of plain tensors and values"
     )
 
 
@@ -91,10 +90,10 @@ def _run(file: str | io.BytesIO, where: str, *, mmap: bool) -> Any:
         raise StoreError(f"cannot read {where}: {error.strerror or error}") from None
     except (ImportError, AttributeError) as error:
         raise CheckpointError(
-            f"{where} cannot be loaded: {_first_line(error)}. The code that it was made with has "
-            "to be on Python's path"
+            f"{where} cannot be loaded: {_first_line(error)}. The code that the file was "
+            "saved with must be on Python's path"
         ) from None
-    except Exception as error:  # it runs anything
+    except Exception as error:  # the pickle may raise anything
         raise CheckpointError(f"{where} cannot be loaded: {_first_line(error)}") from None
 
 
@@ -110,58 +109,55 @@ def _is_program(path: str) -> bool:
 
 
 def _first_global(path: str) -> str:
-    """Return the class or function with which a pickle begins, if it begins with one.
-
-    Nothing is run. A dict begins otherwise.
-    """
-    with suppress(Exception), zipfile.ZipFile(path) as archive:  # it may be anything
+    """Return the class or function that a pickle starts with, or "". Executes nothing."""
+    with suppress(Exception), zipfile.ZipFile(path) as archive:  # any content
         name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
         with archive.open(name) as file:
             operations = pickletools.genops(file.read(_HEAD_BYTES))
-            first = next(found for found in operations if found[0].name != "PROTO")
+            first = next(item for item in operations if item[0].name != "PROTO")
         if first[0].name == "GLOBAL":
             return str(first[1]).replace(" ", ".")
     return ""
 
 
 def check_plain(tensor: Any, where: str) -> None:
-    """Refuse what is not simply a block of numbers in this machine's memory.
+    """Check that a value is a plain, dense CPU tensor.
 
     Raises:
-        CheckpointError: it is sparse, quantized, nested, without data, or no tensor.
+        CheckpointError: the value is sparse, quantized, nested, without data, or not a tensor.
     """
-    what = ""
+    kind = ""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
-        what = f"a {type(tensor).__name__}"
+        kind = f"a {type(tensor).__name__}"
     elif tensor.is_nested:
-        what = "a nested tensor"
+        kind = "a nested tensor"
     elif tensor.is_quantized:
-        what = "a quantized tensor"
+        kind = "a quantized tensor"
     elif tensor.layout != torch.strided:
-        what = f"a sparse tensor ({tensor.layout})"
+        kind = f"a sparse tensor ({tensor.layout})"
     elif tensor.device.type != "cpu":
-        what = "a tensor without data"
-    if what:
-        raise CheckpointError(f"{where} is {what}; only plain, dense tensors are read: save it so")
+        kind = "a tensor without data"
+    if kind:
+        raise CheckpointError(f"{where} is {kind}; only plain, dense tensors are supported")
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """Return a dense tensor contiguous; itself, where it is."""
+    """Return a dense tensor as contiguous; without a copy if possible."""
     return tensor.detach().resolve_conj().resolve_neg().contiguous()
 
 
-# --- the metadata of a DCP folder --------------------------------------------------------------
+# --- .metadata of DCP folders ------------------------------------------------------------------
 
 
 class _Sealed(type):
-    """A pickle can set attributes of whatever it names, a class too; not of these."""
+    """Metaclass whose classes reject attributes; a pickle can set attributes of classes."""
 
     def __setattr__(cls, name: str, value: object) -> NoReturn:
-        raise pickle.UnpicklingError(f"it sets {name} of a class")
+        raise pickle.UnpicklingError(f"the pickle sets {name} of a class")
 
 
 class Record(metaclass=_Sealed):
-    """Stands for an instance of any class: has the attributes that the pickle says, or None."""
+    """Placeholder for an instance of any class, with the pickled attributes; others are None."""
 
     def __init__(self, *arguments: object) -> None: ...
 
@@ -173,7 +169,7 @@ class Record(metaclass=_Sealed):
 
 
 class Index(Record):
-    """Stands for a MetadataIndex, which is the key of a dict."""
+    """Placeholder for a MetadataIndex, which is hashable."""
 
     def __hash__(self) -> int:
         return hash((self.fqn, self.offset))
@@ -184,7 +180,7 @@ class Index(Record):
 
 _DCP = "torch.distributed.checkpoint"
 _PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
-KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
+ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     **{
         (f"{_DCP}.metadata", name): Record
         for name in (
@@ -194,7 +190,7 @@ KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     },
     (f"{_DCP}.metadata", "MetadataIndex"): Index,
     (f"{_DCP}.filesystem", "_StorageInfo"): Record,
-    # torch 2.0 to 2.2 took these from elsewhere
+    # names in torch 2.0 to 2.2
     ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): Record,
     ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): Record,
     ("torch.serialization", "_get_layout"): Record,
@@ -202,10 +198,10 @@ KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): dict,
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
-    ("builtins", "getattr"): Record,  # some Pythons pickle the member of an Enum with it
+    ("builtins", "getattr"): Record,  # some Python versions pickle Enum members with it
     **{(module, name): Record for module in ("pathlib", "pathlib._local") for name in _PATHS},
 }  # fmt: skip
-"""What is made for a name in `.metadata`; torch's dtypes, layouts and memory formats besides."""
+"""Placeholder for each allowed name, in addition to torch's dtypes, layouts, memory formats."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -214,36 +210,34 @@ class _Unpickler(pickle.Unpickler):
         self._where = where
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a name; nothing is imported."""
-        if (module, name) in KNOWN:
-            return KNOWN[module, name]
-        found = vars(torch).get(name) if module == "torch" else None
-        if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
-            return found
+        """Return the placeholder for a name; imports nothing."""
+        if (module, name) in ALLOWED:
+            return ALLOWED[module, name]
+        value = vars(torch).get(name) if module == "torch" else None
+        if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+            return value
         raise UnsafePickleError(
-            f"{self._where} asks for {module}.{name}, which no DCP folder needs and which could "
-            "run anything; nothing of it is read"
+            f"{self._where} needs {module}.{name}, which no DCP folder needs; it could "
+            "execute any code, so nothing was read"
         )
 
 
 def metadata(data: bytes, where: str) -> Record:
-    """Read a `.metadata` file; what the record holds is as its writer had it, and unchecked.
+    """Read a `.metadata` file; the record's values are not validated.
 
     Raises:
-        UnsafePickleError: it asks for something that does not belong in it.
-        CheckpointError: it is damaged.
+        UnsafePickleError: the file needs a name that is not on the allow-list.
+        CheckpointError: the file is damaged.
     """
     try:
-        found = _Unpickler(data, where).load()
+        record = _Unpickler(data, where).load()
     except UnsafePickleError:
         raise
     except Exception as error:  # altered bytes may fail in any way
         text = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(
-            f"{where} cannot be read ({text}); it was altered or cut short"
+            f"{where} cannot be read ({text}); it was altered or truncated"
         ) from None
-    if not isinstance(found, Record):
-        raise CheckpointError(
-            f"{where} is no metadata of a checkpoint but a {type(found).__name__}"
-        )
-    return found
+    if not isinstance(record, Record):
+        raise CheckpointError(f"{where} is a {type(record).__name__}, not checkpoint metadata")
+    return record

@@ -1,4 +1,4 @@
-"""What torch.save wrote: a nested dict, every tensor of it by a dotted name."""
+"""Read torch.save files: a nested dict with dotted tensor names."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,17 +15,17 @@ _Where = tuple[str | int, ...]
 
 
 class TorchFile:
-    """A formats.Source: a dict, nested as it likes; a whole module stands for its state dict.
+    """A formats.Source for a nested dict, or for the state dict of a pickled module.
 
     Args:
-        url: of the file.
-        settings: of object stores.
-        is_zip: whether it is in torch's newer format; the older one cannot be mapped.
-        on_pickle: as in `pickles.load`; without it no module comes out of a file.
+        url: the file.
+        settings: object store settings.
+        is_zip: the file has torch's zip format; the legacy format cannot be memory-mapped.
+        on_pickle: see `pickles.load`; required for a pickled module.
 
     Raises:
-        CheckpointError: it is damaged, or holds what is not read.
-        StoreError: it could not be read.
+        CheckpointError: the file is damaged, or has content that is never read.
+        StoreError: the store failed.
     """
 
     kind = "a torch.save file"
@@ -45,14 +45,14 @@ class TorchFile:
             state = state.state_dict()
         if not isinstance(state, Mapping):
             raise CheckpointError(
-                f"{url} holds a {type(state).__name__}; a dict of named tensors is needed, such "
-                "as torch.save(model.state_dict(), path) writes"
+                f"{url} contains a {type(state).__name__}; expected a dict of named tensors, as "
+                "written by torch.save(model.state_dict(), path)"
             )
         self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self.aliases: dict[str, str] = {}
         self.paths: dict[str, _Where] = {}
         self.objects: dict[str, Any] = {}
-        self._found: dict[str, Tensor] = {}
+        self._tensors: dict[str, Tensor] = {}
         owners: dict[tuple[Any, ...], str] = {}
         try:
             for path_, value in _leaves(state, ()):
@@ -63,7 +63,7 @@ class TorchFile:
     def _add(self, path: _Where, value: Any, owners: dict[tuple[Any, ...], str]) -> None:
         name = ".".join(map(str, path))
         if name in self.paths:
-            raise CheckpointError(f"{self.url}: two values would both be called {name!r}")
+            raise CheckpointError(f"{self.url}: two values have the name {name!r}")
         self.paths[name] = path
         if not isinstance(value, Tensor):
             self.objects[name] = value
@@ -76,23 +76,23 @@ class TorchFile:
             self.aliases[name] = owner
         else:
             self.tensors[name] = (value.dtype, tuple(value.shape))
-            self._found[name] = value
+            self._tensors[name] = value
 
     def fetch(self, name: str) -> Tensor:
-        """Return the tensor where it lies, or a contiguous copy."""
-        found = self._found.get(self.aliases.get(name, name))
-        if found is None:
+        """Return the tensor itself, or a contiguous copy."""
+        tensor = self._tensors.get(self.aliases.get(name, name))
+        if tensor is None:
             raise CheckpointError(f"{self.url} has no tensor {name!r}")
-        return pickles.plain(found)
+        return pickles.plain(tensor)
 
 
 def _leaves(value: Any, path: _Where) -> Iterator[tuple[_Where, Any]]:
-    """Yield what torch's own `flatten_state_dict` would, and empty dicts."""
+    """Yield the leaves of torch's `flatten_state_dict`, and empty dicts."""
     if isinstance(value, nn.Module):
         value = value.state_dict()
     if isinstance(value, Mapping) and (value or not path):
         for key, item in value.items():
-            yield from _leaves(item, (*path, str(key)))  # a number says: index of a list
+            yield from _leaves(item, (*path, str(key)))  # integers are list indexes
     elif _is_nested(value):
         for index, item in enumerate(value):
             yield from _leaves(item, (*path, index))
@@ -101,7 +101,7 @@ def _leaves(value: Any, path: _Where) -> Iterator[tuple[_Where, Any]]:
 
 
 def _is_nested(value: Any) -> bool:
-    """Return whether tensors or dicts are among the items of a list or tuple."""
+    """Return whether a list or tuple contains tensors or dicts."""
     return isinstance(value, (list, tuple)) and any(
         isinstance(item, (Tensor, Mapping)) or _is_nested(item) for item in value
     )

@@ -45,7 +45,7 @@ def _attempt(run: Facts, record: Mapping[str, Any], duration_text: str) -> list[
 
 def _reason(run: Facts, record: Mapping[str, Any], is_newest: bool) -> str:
     if is_newest and "ended" not in record:
-        return run.condition.why
+        return run.condition.reason
     if "ended" not in record:
         return "no end recorded: SIGKILL, out of memory or power failure"
     return str(record.get("error") or record.get("reason") or "")

@@ -129,7 +129,7 @@ def _assemble(url: str, store: Store, attempts: Sequence[int]) -> Row:
     return Row(
         url,
         condition.state,
-        condition.why,
+        condition.reason,
         condition.since_s,
         step,
         limit,

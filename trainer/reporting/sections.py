@@ -35,14 +35,14 @@ def since(run: Facts) -> str:
     """Return the time and reason of the run's state."""
     condition = run.condition
     if condition.since_s is None:
-        return condition.why
+        return condition.reason
     ago = f"{age(condition.since_s)} ago"
     phrases = {
         "running": f"active {ago}",
         "silent": f"no activity for {ago.removesuffix(' ago')}",
     }
     text = phrases.get(condition.state, ago)
-    return f"{text}: {condition.why}" if condition.why else text
+    return f"{text}: {condition.reason}" if condition.reason else text
 
 
 def tiles(run: Facts) -> Html:
@@ -69,7 +69,7 @@ def tiles(run: Facts) -> Html:
     if run.records:
         lost = good.all_steps - good.useful_steps
         text = f"{pluralize(lost, 'step')} repeated"
-        tiles_shown.append(_tile("goodput", f"{100 * good.share:.1f} %", text))
+        tiles_shown.append(_tile("goodput", f"{100 * good.fraction:.1f} %", text))
     rates = sorted(value for _, value in points(run.lines, "train", "samples_per_s"))
     if rates:
         median = f"{number(rates[len(rates) // 2], 3)}/s"

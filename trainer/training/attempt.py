@@ -237,7 +237,7 @@ def _earlier_records(run: Run, replicas: Replicas) -> list[dict[str, Any]]:
     survey = replicas.survey()
     saved_by = {commit.attempt for commit in survey.with_damaged}
     limit = run.launch.max_attempts_without_progress
-    attempts.refuse_crash_loop(survey.records, saved_by, limit, run.run_dir)
+    attempts.check_crash_loop(survey.records, saved_by, limit, run.run_dir)
     return survey.records
 
 

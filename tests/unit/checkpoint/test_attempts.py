@@ -14,7 +14,7 @@ def record(number, outcome="error", **more):
 
 
 def refuse(records, saved_by=(), most=3):
-    attempts.refuse_crash_loop(records, set(saved_by), most, "runs/a")
+    attempts.check_crash_loop(records, set(saved_by), most, "runs/a")
 
 
 def test_so_many_deaths_in_a_row_without_a_save_are_refused_with_their_causes():
@@ -23,9 +23,9 @@ def test_so_many_deaths_in_a_row_without_a_save_are_refused_with_their_causes():
     with pytest.raises(CrashLoopError) as caught:
         refuse(dead)
     text = str(caught.value)
-    assert "the last 3 attempts of runs/a died" in text
+    assert "the last 3 attempts of runs/a crashed" in text
     assert "attempt 3 (n1, 12:03): OSError: y" in text
-    assert "attempt 2 (n1, 12:02): died without a word" in text
+    assert "attempt 2 (n1, 12:02): killed, for example" in text
     assert "max_attempts_without_progress=0" in text
     assert caught.value.exit_code == NEVER_REQUEUE
     refuse(dead, most=0)
@@ -74,12 +74,12 @@ def test_goodput_counts_what_was_repeated():
     ]
     found = attempts.goodput(records, 20)
     assert (found.useful_steps, found.all_steps) == (20, 25)
-    assert found.share == 0.8
+    assert found.fraction == 0.8
     assert (found.attempts, found.preempted) == (4, 1)
     assert (found.starting_s, found.training_s) == (6.0, 25.0)
     assert str(found) == (
-        "4 attempts (1 preempted): 80.0 % of 25 steps counted, 5 were repeated; 6 s went into "
-        "starting, 25 s into training"
+        "4 attempts (1 preempted): 80.0 % of 25 steps were useful, 5 were repeated; 6 s of "
+        "startup, 25 s of training"
     )
 
 
@@ -106,7 +106,7 @@ def test_a_fork_counts_from_where_it_began():
 
 
 def test_without_records_nothing_was_done():
-    assert attempts.goodput([], 0).share == 0.0
+    assert attempts.goodput([], 0).fraction == 0.0
 
 
 # --- how a run is, from outside ------------------------------------------------------------------

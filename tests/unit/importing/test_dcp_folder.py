@@ -64,7 +64,7 @@ def test_objects_that_torch_would_unpickle_stay_bytes(tmp_path):
 
 
 def test_every_name_of_torch_that_is_known_still_exists():
-    for module, name in pickles.KNOWN:
+    for module, name in pickles.ALLOWED:
         if module.startswith(("torch", "collections", "builtins")):
             assert hasattr(import_module(module), name), f"torch has no {module}.{name} any more"
 
@@ -77,14 +77,14 @@ def test_a_bomb_in_the_metadata_is_named_and_never_goes_off(tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / ".metadata").write_bytes(pickle.dumps(content))
-        with pytest.raises(CheckpointError, match=r"/\.metadata asks for posix\.system, which"):
+        with pytest.raises(CheckpointError, match=r"/\.metadata needs posix\.system, which"):
             open_external(str(folder))
     assert not bomb.exists()
 
 
 @pytest.mark.parametrize("wanted", [nn.Linear, torch.load, eval, os.system, Path.unlink])
 def test_the_metadata_can_ask_for_no_other_name(wanted):
-    with pytest.raises(CheckpointError, match="asks for"):
+    with pytest.raises(CheckpointError, match="needs"):
         pickles.metadata(pickle.dumps([wanted]), "here")
 
 
@@ -107,7 +107,7 @@ def test_a_part_that_is_a_bomb_is_refused(tmp_path):
         info.relative_path, info.offset, info.length = "evil.distcp", 0, len(blob.getvalue())
 
     source = open_external(tampered(tmp_path / "a", change))
-    with pytest.raises(CheckpointError, match=r"evil\.distcp: tensor 'model\.w' asks for posix"):
+    with pytest.raises(CheckpointError, match=r"evil\.distcp: tensor 'model\.w' needs posix"):
         source.fetch("model.w")
     assert not bomb.exists()
 
@@ -119,7 +119,7 @@ def test_no_file_outside_of_the_folder_is_opened(tmp_path, path):
     def change(found):
         stored(found, "model.w").relative_path = path
 
-    with pytest.raises(CheckpointError, match=r"names .*which (is no file|would lie outside)"):
+    with pytest.raises(CheckpointError, match=r"has the (invalid )?file name"):
         open_external(tampered(tmp_path / "a", change))
 
 
@@ -132,12 +132,12 @@ def in_two(found):
 
 @pytest.mark.parametrize(("change", "text"), [
     (lambda found: found.storage_data.clear(), "malformed"),
-    (in_two, "parts of 'model.w' are not the whole"),
+    (in_two, "parts of 'model.w' do not cover it once"),
     (lambda found: found.state_dict_metadata["model.w"].chunks.clear(), "parts of 'model.w'"),
     (lambda found: setattr(found.state_dict_metadata["model.w"], "size", None), "malformed"),
     (lambda found: setattr(stored(found, "epoch"), "offset", -1), "-1.* are not natural numbers"),
     (lambda found: setattr(stored(found, "epoch"), "transform_descriptors", ["zstd"]), "zstd"),
-    (lambda found: found.planner_data.update(epoch=(1.5,)), "is no path of 'epoch'"),
+    (lambda found: found.planner_data.update(epoch=(1.5,)), "is not a path for 'epoch'"),
 ])  # fmt: skip
 def test_metadata_that_contradicts_itself_is_refused(tmp_path, change, text):
     with pytest.raises(CheckpointError, match=text):
@@ -155,11 +155,11 @@ def cut(found):
 
 
 @pytest.mark.parametrize(("change", "text"), [
-    (swap, "tensor 'model.w' is torch.bfloat16 .*and should be torch.float32"),
-    (cut, "has 10 bytes, fewer than it needs"),
+    (swap, "tensor 'model.w' is torch.bfloat16 .*but .metadata has torch.float32"),
+    (cut, "has only 10 bytes"),
     (lambda found: setattr(stored(found, "model.w"), "relative_path", "b"), "/b is missing"),
-    (lambda found: setattr(stored(found, "model.w"), "length", 1 << 60), "it was cut short"),
-    (lambda found: setattr(stored(found, "model.w"), "offset", 1), "not what torch.save writes"),
+    (lambda found: setattr(stored(found, "model.w"), "length", 1 << 60), "the file was truncated"),
+    (lambda found: setattr(stored(found, "model.w"), "offset", 1), "not in torch.save format"),
 ])  # fmt: skip
 def test_bytes_that_do_not_fit_the_metadata_are_refused(tmp_path, change, text):
     source = open_external(tampered(tmp_path / "a", change))
@@ -181,7 +181,7 @@ def test_a_damaged_part_is_refused_with_the_name_of_its_file(tmp_path):
 def test_a_dcp_folder_of_another_serialization_is_refused(tmp_path):
     state = {"w": torch.ones(30)}
     url = save_dcp(tmp_path / "a", state, serialization_format=SerializationFormat.SAFETENSORS)
-    with pytest.raises(CheckpointError, match="serialization_format=SAFETENSORS, which is not"):
+    with pytest.raises(CheckpointError, match="unsupported serialization_format=SAFETENSORS"):
         open_external(url).fetch("w")
 
 

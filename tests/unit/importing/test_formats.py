@@ -66,13 +66,13 @@ def test_shared_storage_is_found_and_only_where_all_of_it_is_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(("state", "text"), [
-    (torch.ones(2), "holds a Tensor; a dict of named tensors is needed"),
-    ([torch.ones(2)], "holds a list"),
-    ({"a.b": 1, "a": {"b": 2}}, "two values would both be called 'a.b'"),
-    ({1: torch.ones(1), "1": 2}, "two values would both be called '1'"),
+    (torch.ones(2), "contains a Tensor; expected a dict of named tensors"),
+    ([torch.ones(2)], "contains a list"),
+    ({"a.b": 1, "a": {"b": 2}}, "two values have the name 'a.b'"),
+    ({1: torch.ones(1), "1": 2}, "two values have the name '1'"),
     ({"a": {"s": torch.eye(2).to_sparse()}}, "'a.s' is a sparse tensor"),
     ({"m": torch.empty(2, device="meta")}, "'m' is a tensor without data"),
-    ({"p": Path("x")}, r"asks for pathlib\.PosixPath.*torch\.save a dict of plain tensors"),
+    ({"p": Path("x")}, r"needs pathlib\.PosixPath.*torch\.save a dict of plain tensors"),
 ])  # fmt: skip
 def test_what_is_no_dict_of_plain_tensors_and_values_is_refused(tmp_path, state, text):
     with pytest.raises(CheckpointError, match=text) as caught:
@@ -91,7 +91,7 @@ def test_a_dict_that_contains_itself_is_refused(tmp_path):
 def test_a_bomb_in_a_torch_file_never_goes_off(tmp_path, is_zip):
     state = {"w": torch.ones(2), "x": Bomb(tmp_path / "bomb")}
     path = save_torch(tmp_path / "a.pt", state, _use_new_zipfile_serialization=is_zip)
-    with pytest.raises(CheckpointError, match=r"a\.pt asks for posix\.system, which is not made"):
+    with pytest.raises(CheckpointError, match=r"a\.pt needs posix\.system, which could"):
         open_external(path)
     assert not (tmp_path / "bomb").exists()
 
@@ -153,10 +153,10 @@ def test_names_that_safetensors_left_out_are_aliases(tmp_path):
 
 
 @pytest.mark.parametrize(("files", "text"), [
-    ({"a.safetensors": TENSORS, "b.safetensors": TENSORS}, "both hold 'a.b'"),
+    ({"a.safetensors": TENSORS, "b.safetensors": TENSORS}, "both have 'a.b'"),
     ({"a.safetensors": b"x" * 99}, "a.safetensors cannot be read"),
     ({"model.safetensors.index.json": b"{}"}, "is not an index"),
-    ({"model.safetensors.index.json": b'{"weight_map": {"a": "../b"}}'}, "outside of its folder"),
+    ({"model.safetensors.index.json": b'{"weight_map": {"a": "../b"}}'}, "outside of the folder"),
     ({"model.safetensors.index.json": b'{"weight_map": {"a": "b.safetensors"}}'}, "is missing"),
 ])  # fmt: skip
 def test_a_folder_that_cannot_be_taken_as_it_is(tmp_path, brought, files, text):
@@ -171,7 +171,7 @@ def test_a_folder_that_cannot_be_taken_as_it_is(tmp_path, brought, files, text):
 def test_one_ranks_part_of_safetensors_is_refused(tmp_path):
     data = safetensors.torch.save(TENSORS, metadata={"DCP_SHARDING_INFO": "{}"})
     (tmp_path / "shard-00001-model-00001-of-00001.safetensors").write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"one rank's part .*consolidate_safetensors_files"):
+    with pytest.raises(CheckpointError, match=r"one rank's shard .*consolidate_safetensors_files"):
         open_external(str(tmp_path))
 
 
