@@ -1,4 +1,4 @@
-"""Ranks that stand still, fail or vanish: what the others learn of it, and how soon."""
+"""Stalled, failed and lost ranks: the reports that the other ranks receive."""
 
 import os
 import signal
@@ -13,43 +13,43 @@ from trainer.cluster.world import World
 from trainer.cluster.watchdog import Watchdog
 
 
-class Left(Exception):
-    """Where a real process would have ended."""
+class Exited(Exception):
+    """Raised in place of the exit of a real process."""
 
 
 class Watched:
-    """A rank with a watchdog that tells instead of ending the process."""
+    """A rank with a watchdog that records the reason instead of exiting."""
 
     def __init__(self, world: World, watchdog_s=None, peer_timeout_s=2.0) -> None:
         self.boundaries = 0
         self.stacks, self.reasons = [], []
-        self.left = threading.Event()
+        self.exited = threading.Event()
         self.watchdog = Watchdog(
             world,
             boundaries=lambda: self.boundaries,
             watchdog_s=watchdog_s,
             peer_timeout_s=peer_timeout_s,
-            leave_stacks=self.stacks.append,
-            leave=self._leave,
+            write_stacks=self.stacks.append,
+            exit_process=self._exit,
             session="test",
         )
 
-    def _leave(self, text: str) -> None:
+    def _exit(self, text: str) -> None:
         self.reasons.append(text)
-        self.left.set()
-        raise Left
+        self.exited.set()
+        raise Exited
 
 
 def oversleeps(world: World):
-    """Rank 1 falls asleep in a step; the others wait for it in a collective."""
+    """Rank 1 stalls in a step; the others wait for it in a collective."""
     watched = Watched(world, watchdog_s=1.0, peer_timeout_s=30.0)
     for _ in range(3):
         dist.all_reduce(torch.zeros(1))
         watched.boundaries += 1
     if world.rank == 1:
-        falls_asleep(watched.left)
+        falls_asleep(watched.exited)
     dist.all_reduce(torch.zeros(1))
-    assert watched.left.wait(60)
+    assert watched.exited.wait(60)
     return watched.reasons, len(watched.stacks), "falls_asleep" in watched.stacks[0]
 
 
@@ -58,7 +58,7 @@ def falls_asleep(until: threading.Event) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_rank_that_stands_still_is_named_and_all_leave_their_stacks(on_ranks):
+def test_watchdog_names_stalled_rank_and_writes_all_stacks(on_ranks):
     answers = on_ranks(3, oversleeps)
     for (reason,), stacks, _ in answers:
         assert reason.startswith("no step for 1 s (launch.watchdog_s). Behind: rank 1 (process ")
@@ -68,20 +68,20 @@ def test_a_rank_that_stands_still_is_named_and_all_leave_their_stacks(on_ranks):
     assert [asleep for *_, asleep in answers] == [False, True, False]
 
 
-def vanishes(world: World, who: int, folder: str):
-    """A rank stops like a machine without power: no word, no closed connection."""
+def stops(world: World, lost: int, folder: str):
+    """A rank stops like a machine without power: no report, no closed connection."""
     watched = Watched(world)
     dist.barrier()
-    if world.rank == who:
+    if world.rank == lost:
         pid = os.getpid()
-        if os.fork() == 0:  # somebody has to wake it up, so that the test ends
+        if os.fork() == 0:  # resumes the stopped process, so that the test ends
             while not os.path.exists(f"{folder}/over"):
                 time.sleep(0.05)
             os.kill(pid, signal.SIGCONT)
             os._exit(0)
         os.kill(pid, signal.SIGSTOP)
         return None
-    assert watched.left.wait(60)
+    assert watched.exited.wait(60)
     if world.rank == 2:
         open(f"{folder}/over", "w").close()
     return watched.reasons
@@ -89,56 +89,56 @@ def vanishes(world: World, who: int, folder: str):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.slow
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_rank_that_vanishes_is_left_behind(on_ranks, tmp_path, who):
-    answers = on_ranks(3, vanishes, who, str(tmp_path))
+@pytest.mark.parametrize("lost", [0, 1])
+def test_watchdog_reports_stopped_rank_as_lost(on_ranks, tmp_path, lost):
+    answers = on_ranks(3, stops, lost, str(tmp_path))
     for rank, reasons in enumerate(answers):
-        if rank != who:
-            assert f"rank {who} " in reasons[0]
+        if rank != lost:
+            assert f"rank {lost} " in reasons[0]
             assert "was lost" in reasons[0]
 
 
-def breaks(world: World, says_so: bool):
-    """Rank 1 leaves in the middle of a collective of the others."""
+def breaks(world: World, reports: bool):
+    """Rank 1 exits during a collective of the other ranks."""
     watched = Watched(world, peer_timeout_s=30.0)
     if world.rank == 1:
-        if says_so:
-            watched.watchdog.failed("ValueError: bad")
-            watched.watchdog.gone()
+        if reports:
+            watched.watchdog.report_failure("ValueError: bad")
+            watched.watchdog.report_closed()
         os._exit(0)
     try:
         for _ in range(100):
             dist.all_reduce(torch.zeros(1000))
     except RuntimeError as error:
-        assert watched.watchdog.explain(ValueError("of my own")) is None
+        assert watched.watchdog.explain(ValueError("unrelated")) is None
         explained = watched.watchdog.explain(error)
         watched.watchdog.stop()
         return type(explained).__name__, str(explained)
 
 
-@pytest.mark.parametrize("says_so", [True, False])
-def test_a_broken_connection_is_told_apart_from_an_error_of_ones_own(on_ranks, says_so):
-    answers = on_ranks(3, breaks, says_so, dying=[1])
+@pytest.mark.parametrize("reports", [True, False])
+def test_explain_returns_peer_error_for_broken_connection_only(on_ranks, reports):
+    answers = on_ranks(3, breaks, reports, dying=[1])
     for kind, text in (answers[0], answers[2]):
-        if says_so:
+        if reports:
             assert (kind, text) == ("PeerFailedError", "rank 1 failed: ValueError: bad")
         else:
             assert kind == "PeerLostError"
             assert "rank 1 (process" in text
 
 
-def test_on_one_rank_it_tells_where_the_training_stands():
+def test_watchdog_on_one_rank_names_stalled_line():
     watched = Watched(World(), watchdog_s=0.3)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(threading, "excepthook", lambda arguments: None)
-        falls_asleep(watched.left)
+        falls_asleep(watched.exited)
         watched.watchdog.stop()
     assert watched.reasons[0].startswith("no step for 0 s (launch.watchdog_s). Behind: rank 0 (")
     assert "falls_asleep" in watched.reasons[0] or "threading.py" in watched.reasons[0]
     assert "falls_asleep" in watched.stacks[0]
 
 
-def test_as_long_as_the_training_moves_nobody_leaves():
+def test_watchdog_while_steps_advance_stays_quiet():
     watched = Watched(World(), watchdog_s=0.5)
     until = time.monotonic() + 2.0
     while time.monotonic() < until:

@@ -1,4 +1,4 @@
-"""Agreement between ranks: answers and errors reach every rank alike."""
+"""Results and errors reach every rank; one rank's signal stops all."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from trainer.cluster.stop import Stop
 
 
 def answers_and_errors(world: World):
-    seen = [world.run_on_rank0(lambda: world.rank + 10), world.gather(world.rank)]
+    results = [world.run_on_rank0(lambda: world.rank + 10), world.gather(world.rank)]
 
     def fail_on_1():
         if world.rank == 1:
@@ -20,20 +20,20 @@ def answers_and_errors(world: World):
     def fail_on_0():
         raise DataError("no data")
 
-    for ask in (lambda: world.run_on_all(fail_on_1), lambda: world.run_on_rank0(fail_on_0)):
+    for call in (lambda: world.run_on_all(fail_on_1), lambda: world.run_on_rank0(fail_on_0)):
         try:
-            ask()
+            call()
         except (CheckpointError, DataError) as error:
-            seen.append((type(error).__name__, str(error), error.agreed))
+            results.append((type(error).__name__, str(error), error.agreed))
     try:
         world.run_on_all(lambda: 1 / world.rank)
     except RuntimeError as error:
-        seen.append("ZeroDivisionError" in str(error))
-    seen.append(world.gather_results(lambda: world.rank * 2))
-    return seen
+        results.append("ZeroDivisionError" in str(error))
+    results.append(world.gather_results(lambda: world.rank * 2))
+    return results
 
 
-def test_answers_and_errors_are_the_same_on_every_rank(on_ranks):
+def test_results_and_errors_are_equal_on_every_rank(on_ranks):
     first, second = on_ranks(2, answers_and_errors)
     assert first == second == [
         10,
@@ -46,10 +46,10 @@ def test_answers_and_errors_are_the_same_on_every_rank(on_ranks):
 
 
 def stop_at(world: World, rank: int, boundary: int):
-    """Walk over 12 boundaries; one rank gets a signal before one of them."""
+    """Pass 12 step boundaries; one rank receives a signal before one of them."""
     stop = Stop(world)
     stop.listen(["SIGUSR1", "SIGTERM"])
-    saves = SimpleNamespace(  # only rank 0's clock counts
+    saves = SimpleNamespace(  # only rank 0's clock is used
         reserve_s=0.0, due_by_clock=lambda: world.rank == 1, ended=lambda: 0
     )
     count = 0
@@ -65,7 +65,7 @@ def stop_at(world: World, rank: int, boundary: int):
     return step, stop.reason, count
 
 
-def test_one_ranks_signal_stops_all_at_the_same_boundary(on_ranks):
+def test_stop_signal_on_one_rank_stops_all_at_same_step(on_ranks):
     for rank, boundary, stops_at in ((0, 0, 0), (1, 0, 0), (0, 3, 4), (1, 5, 6)):
         answers = on_ranks(2, stop_at, rank, boundary)
         assert answers == [(stops_at, signal.SIGUSR1, 0)] * 2

@@ -1,4 +1,4 @@
-"""Whether several nodes have one place for a run."""
+"""Check that several nodes share the storage of a run."""
 
 import secrets
 import socket
@@ -11,41 +11,40 @@ from trainer.cluster.world import World
 from trainer.errors import ConfigError
 from trainer.storage import Store
 
-_SHARED_S = 5.0
-"""Network file systems remember for a while that something was not there."""
+_CACHE_S = 5.0
+"""Seconds for which a network file system may still report a new file as missing."""
 
 
-def find_shared(stores: Sequence[Store], world: World) -> bool:
-    """Return whether all ranks see one run_dir; refuse what they must have in common. Collective.
+def is_shared(stores: Sequence[Store], world: World) -> bool:
+    """Return whether all ranks see the same run_dir. Collective.
 
     Args:
-        stores: the run's own and, if it has one, its mirror: with it each node may have a run_dir
-            of its own.
-        world: the ranks; those of one machine are not asked.
+        stores: the run's store and, if any, its mirror. With a mirror, run_dir may be node-local.
+        world: the ranks; on one machine nothing is checked.
 
     Raises:
-        ConfigError: a rank does not see the place that all of them need.
+        ConfigError: a rank does not see the last of the stores, which all ranks need.
     """
     if world.size == world.local_size:
         return True
-    key, host = world.run_on_rank0(lambda: _leave_keys(stores))
+    key, host = world.run_on_rank0(lambda: _create_keys(stores))
     try:
-        sees = world.gather_results(lambda: [_sees(store, key) for store in stores])
-    finally:  # an error of `gather_results` is every rank's
-        world.run_on_rank0(lambda: _take_keys(stores, key))
-    world.run_on_rank0(partial(_refuse_blind, stores, host, [seen[-1] for seen in sees]))
-    return all(seen[0] for seen in sees)
+        visible = world.gather_results(lambda: [_is_visible(store, key) for store in stores])
+    finally:  # an error of `gather_results` is raised on every rank
+        world.run_on_rank0(lambda: _delete_keys(stores, key))
+    world.run_on_rank0(partial(_check_visible, stores, host, [rank[-1] for rank in visible]))
+    return all(rank[0] for rank in visible)
 
 
-def _leave_keys(stores: Sequence[Store]) -> tuple[str, str]:
+def _create_keys(stores: Sequence[Store]) -> tuple[str, str]:
     key = f".tmp-seen-{secrets.token_hex(4)}"
     for store in stores:
         store.create(key, b"")
     return key, socket.gethostname()
 
 
-def _sees(store: Store, key: str) -> bool:
-    until = time.monotonic() + _SHARED_S
+def _is_visible(store: Store, key: str) -> bool:
+    until = time.monotonic() + _CACHE_S
     while True:
         with suppress(FileNotFoundError):
             store.read(key)
@@ -55,24 +54,23 @@ def _sees(store: Store, key: str) -> bool:
         time.sleep(0.1)
 
 
-def _take_keys(stores: Sequence[Store], key: str) -> None:
+def _delete_keys(stores: Sequence[Store], key: str) -> None:
     for store in stores:
         store.delete([key])
 
 
-def _refuse_blind(stores: Sequence[Store], host: str, sees: Sequence[bool]) -> None:
-    """Refuse ranks that do not see the place that all of them need."""
-    if all(sees):
+def _check_visible(stores: Sequence[Store], host: str, visible: Sequence[bool]) -> None:
+    """Raise ConfigError if some rank does not see the last store."""
+    if all(visible):
         return
-    where, ways = "checkpoint.mirror", ""
+    setting, alternative = "checkpoint.mirror", ""
     if len(stores) == 1:
-        where = "run_dir"
-        ways = (
-            ", or keep a run_dir of its own on each with a mirror "
-            "(checkpoint.mirror=s3://bucket/name)"
+        setting = "run_dir"
+        alternative = (
+            ", or keep a node-local run_dir with a mirror (checkpoint.mirror=s3://bucket/name)"
         )
     raise ConfigError(
-        f"{where}={stores[-1].url} of rank {sees.index(False)} is not the place that rank 0 "
-        f"on {host} writes to: nodes need one place for a run. Give a path on a file system that "
-        f"all nodes share, or an object store ({where}=s3://bucket/name){ways}"
+        f"{setting}={stores[-1].url} on rank {visible.index(False)} is not the storage that rank 0 "
+        f"on {host} writes to, but all nodes need the same. Set a path on a file system that all "
+        f"nodes share, or an object store ({setting}=s3://bucket/name){alternative}"
     )

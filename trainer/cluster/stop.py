@@ -1,4 +1,7 @@
-"""Signals and deadlines become a fact; the ranks agree on it. A handler stores a number only."""
+"""Turn signals and deadlines into a stop decision that all ranks share.
+
+A signal handler only records the signal number.
+"""
 
 import os
 import signal
@@ -83,7 +86,7 @@ class Stop:
         self._received = 0
         self._received_s: float | None = None
         self._previous: dict[int, Any] = {}
-        self._votes = agreement.between(world)
+        self._votes = agreement.connect(world)
         self._in_flight = False
         self._has: Callable[[int], bool] | None = None
         self._stop_watching: Callable[[], None] = lambda: None
@@ -172,7 +175,7 @@ class Stop:
         if self._votes is None:
             return vote
         self._votes.send(vote)
-        return self._votes.take()
+        return self._votes.receive()
 
     def _own_vote(self, has_data: bool, saves: Saves) -> Vote:
         is_first = self._world.rank == 0
@@ -186,7 +189,7 @@ class Stop:
         if self._votes is None or not self._in_flight:
             return None
         self._in_flight = False
-        return self._votes.take()
+        return self._votes.receive()
 
     def settle(self) -> None:
         """Complete the vote in flight, so that the control group is free. Collective."""
@@ -198,11 +201,11 @@ def reason_text(reason: int) -> str:
     return "deadline" if reason == DEADLINE else signal.Signals(reason).name
 
 
-def watch_arrivals(arrived: Callable[[int], None]) -> Callable[[], None]:
-    """Call `arrived` with the number of each handled signal, at once, on a thread of its own.
+def watch_arrivals(receive: Callable[[int], None]) -> Callable[[], None]:
+    """Call `receive` with the number of each handled signal, at once, on a separate thread.
 
-    Also when the main thread is inside a call that lets no Python handler run. Main thread only.
-    Returns what ends it.
+    Works while the main thread is in a call that runs no Python handlers. Main thread only.
+    Returns a function that ends the watch.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -211,7 +214,7 @@ def watch_arrivals(arrived: Callable[[int], None]) -> Callable[[], None]:
     def watch() -> None:
         while numbers := os.read(reading, 64):
             for number in numbers:
-                arrived(number)
+                receive(number)
         os.close(reading)
 
     def end() -> None:
@@ -223,21 +226,21 @@ def watch_arrivals(arrived: Callable[[int], None]) -> Callable[[], None]:
 
 
 class SecondInterrupt:
-    """At a terminal, a second Ctrl-C ends the process at once, whatever it is doing."""
+    """Immediate exit at a terminal's second Ctrl-C."""
 
     def __init__(self) -> None:
         self._interrupts = 0
 
     def __call__(self, number: int) -> None:
-        """Take note of a signal; on the second SIGINT, leave with 130."""
+        """Count a signal; exit with 130 at the second SIGINT."""
         self._interrupts += number == signal.SIGINT
         if self._interrupts == 2 and sys.stdin is not None and sys.stdin.isatty():
-            sys.stderr.write("\nleft at the second Ctrl-C; committed checkpoints stand\n")
+            sys.stderr.write("\nexited at the second Ctrl-C; committed checkpoints are kept\n")
             sys.stderr.flush()
             os._exit(INTERRUPTED_TWICE)
 
 
 def signal_problems(names: Sequence[str]) -> list[str]:
-    """Return those names that are not signals which a process can handle."""
+    """Return the names that are not signals a process can handle."""
     valid = {s.name for s in signal.Signals} - {"SIGKILL", "SIGSTOP"}
     return [name for name in names if name not in valid]

@@ -1,9 +1,10 @@
-"""Ranks that stand still or are gone: found by a thread on every rank, told, and left behind.
+"""Detect stalled and lost ranks from background threads, report them, and exit.
 
-A rank blocked in a collective runs no Python, and waits for a peer that is gone as long as the
-group's timeout says. So a thread on each rank tells the others, through the store that the ranks
-met at, that it lives and how far its training is. Rank 0 reads what all tell and judges; the
-others read its judgement, and whether it lives itself.
+A rank blocked in a collective runs no Python, and waits for a lost peer until the group's timeout.
+So on each rank one thread publishes a report through the rendezvous store and reads what others
+published, and a second thread checks it. Rank 0 checks all ranks and publishes a verdict;
+the other ranks follow the verdict and check rank 0. There are two threads because store calls may
+hang with the server, regardless of TCPStore's timeout.
 """
 
 import faulthandler
@@ -14,10 +15,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -26,31 +27,53 @@ from trainer.cluster.agreement import RankEndedError
 from trainer.cluster.world import World
 from trainer.errors import PeerFailedError, PeerLostError, PerdureError
 
-_TOLD = "told/{}"
-_FAILED, _GONE = "failed", "gone"
-_VERDICT = "verdict"
-_WAITING = (
+_VERDICT, _FAILURE, _CLOSED = "verdict", "failure", "closed"  # store keys, empty until set
+_COLLECTIVES = (
     "torch/distributed/", "torch/nn/parallel/", "torch/autograd/", "trainer/cluster/stop.py",
     "trainer/cluster/world",
 )  # fmt: skip
 """Files in which a rank waits for others (the backward pass reduces gradients)."""
 _CULPRIT_S = 5.0
-"""How long after a broken connection a rank may take to say that it has failed itself."""
-_LAST_WORDS_S = 30.0
-"""How long a rank that has failed may take to close what is open; its launcher shows its error."""
+"""Seconds to wait, after a broken connection, for a failed rank's report."""
+_CLOSING_S = 30.0
+"""Seconds to wait for a failed rank to close its files; its launcher prints its error."""
+
+
+class Report(NamedTuple):
+    """Progress of one rank."""
+
+    rank: int
+    host: str
+    pid: int
+    time: float
+    """Seconds since 1970; makes every report differ from the previous one."""
+    boundary: int
+    """Step boundaries passed."""
+    is_stalled: bool
+    is_waiting: bool
+    """The main thread is probably waiting for other ranks."""
+    line: str
+    """Line that the main thread executes."""
+    has_failure: bool
+    """This rank has received another rank's failure."""
+
+    @property
+    def name(self) -> str:
+        """Return the rank with its process and host."""
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
 
 
 class Watchdog:
-    """Watches this rank's training and, on rank 0, all ranks'.
+    """Watch of this rank's training and, on rank 0, of all ranks.
 
     Args:
         world: the ranks.
-        boundaries: how many boundaries the training has passed.
-        watchdog_s: the training may stand still for so long; None: for ever.
-        peer_timeout_s: a rank may be silent for so long.
-        leave_stacks: keeps the stacks of this rank, given as text.
-        leave: ends this process with the reason.
-        session: what no other attempt on the same store has.
+        boundaries: returns the number of step boundaries passed.
+        watchdog_s: seconds without a step boundary until the rank is stalled; None: no limit.
+        peer_timeout_s: seconds without a report until a rank is lost.
+        write_stacks: stores the stacks of this rank, passed as text.
+        exit_process: ends this process with the reason.
+        session: key prefix that no other attempt on the same store uses.
     """
 
     def __init__(
@@ -60,25 +83,26 @@ class Watchdog:
         boundaries: Callable[[], int],
         watchdog_s: float | None,
         peer_timeout_s: float,
-        leave_stacks: Callable[[str], None],
-        leave: Callable[[str], None],
+        write_stacks: Callable[[str], None],
+        exit_process: Callable[[str], None],
         session: str,
     ) -> None:
         self._world = world
         self._boundaries = boundaries
         self._watchdog_s, self._peer_timeout_s = watchdog_s, peer_timeout_s
-        self._leave_stacks, self._leave = leave_stacks, leave
-        self._main = threading.main_thread().ident
-        self._over = threading.Event()
-        self._every_s = min(max(peer_timeout_s / 20, 0.1), _CULPRIT_S / 5)
+        self._write_stacks, self._exit_process = write_stacks, exit_process
+        self._main_thread = threading.main_thread().ident
+        self._stopped = threading.Event()
+        self._interval_s = min(max(peer_timeout_s / 20, 0.1), _CULPRIT_S / 5)
         if watchdog_s is not None:
-            self._every_s = min(self._every_s, max(watchdog_s / 10, 0.1))
+            self._interval_s = min(self._interval_s, max(watchdog_s / 10, 0.1))
         now = time.monotonic()
-        self._moved = (-1, now)
-        self._heard = dict.fromkeys(range(world.size), ("", now))  # and when it last changed
-        self._hears = list(self._heard) if world.rank == 0 else [0]
-        self._board = dict.fromkeys((_VERDICT, _FAILED, _GONE), "")
-        self._answered = now
+        self._boundary, self._boundary_s = -1, now
+        self._reports: dict[int, Report | None] = dict.fromkeys(range(world.size))
+        self._received_s = dict.fromkeys(range(world.size), now)
+        self._followed = list(self._reports) if world.rank == 0 else [0]
+        self._messages = dict.fromkeys((_VERDICT, _FAILURE, _CLOSED), "")
+        self._store_answered_s = now
         self._store: Any = None
         if world.size > 1:
             client = TCPStore(
@@ -89,161 +113,158 @@ class Watchdog:
                 timeout=timedelta(seconds=peer_timeout_s),
             )
             self._store = PrefixStore(f"watchdog/{session}", client)
-            for key in self._board if world.rank == 0 else ():
-                self._store.compare_set(key, "", "")  # unless somebody was faster
-            self._tell()
-            threading.Thread(target=self._talk, name="watchdog-talk", daemon=True).start()
+            for key in self._messages if world.rank == 0 else ():
+                self._store.compare_set(key, "", "")  # keeps a message that is already set
+            self._publish_report()
+            threading.Thread(target=self._exchange, name="watchdog-store", daemon=True).start()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End the watching; before the ranks part."""
-        self._over.set()
+        """Stop watching. Call it before the process groups are destroyed."""
+        self._stopped.set()
         self._thread.join(self._peer_timeout_s)
 
-    def failed(self, why: str) -> None:
-        """Tell the other ranks that it is this one that failed."""
+    def report_failure(self, reason: str) -> None:
+        """Report to the other ranks that this rank failed."""
         rank = self._world.rank
-        self._announce(_FAILED, json.dumps({"rank": rank, "text": f"rank {rank} failed: {why}"}))
+        self._publish(_FAILURE, json.dumps({"rank": rank, "text": f"rank {rank} failed: {reason}"}))
 
-    def gone(self) -> None:
-        """Tell the other ranks that this one, which has failed, has closed everything."""
-        self._announce(_GONE, "yes")
-
-    def _announce(self, key: str, text: str) -> None:
-        if self._store is not None:
-            with suppress(RuntimeError):  # rank 0 has gone first, and its store with it
-                self._store.set(key, text)
+    def report_closed(self) -> None:
+        """Report to the other ranks that this failed rank has closed everything."""
+        self._publish(_CLOSED, "yes")
 
     def explain(self, error: BaseException) -> PerdureError | None:
-        """Return who failed or was lost, if `error` comes of a peer that is gone.
+        """Return the error of the failed or lost peer if `error` is a broken connection to it.
 
-        Waits some seconds for the one that failed to say so.
+        Waits up to 5 s for the peer's report.
         """
-        if self._store is None or not _is_of_a_connection(error):
+        if self._store is None or not _is_connection_error(error):
             return None
-        self._hears = list(self._heard)
+        self._followed = list(self._reports)
         began = time.monotonic()
-        while time.monotonic() < began + _CULPRIT_S and not self._board[_FAILED]:
-            time.sleep(0.05)
-        if self._board[_FAILED]:
-            until = time.monotonic() + _LAST_WORDS_S
-            while time.monotonic() < until and not self._board[_GONE]:
-                time.sleep(0.05)
-            failed = json.loads(self._board[_FAILED])
-            if self._world.rank == 0:
-                self._wait_until_known(failed["rank"])
-            return PeerFailedError(failed["text"])
+        if self._wait_for(lambda: bool(self._messages[_FAILURE]), _CULPRIT_S):
+            self._wait_for(lambda: bool(self._messages[_CLOSED]), _CLOSING_S)
+            failure = json.loads(self._messages[_FAILURE])
+            if self._world.rank == 0:  # its exit stops the store: let the others read it first
+                others = [rank for rank in self._reports if rank not in (0, failure["rank"])]
+                self._wait_for(lambda: self._have_failure(others), _CULPRIT_S)
+            return PeerFailedError(failure["text"])
         cause = str(error).strip().partition("\n")[0]
-        if self._answered < began + _CULPRIT_S / 2:  # the store went with rank 0
+        recent_s = began + _CULPRIT_S / 2
+        if self._store_answered_s < recent_s:  # the store stopped with rank 0
             return PeerLostError(f"{self._name(0)} was lost: {cause}")
-        silent = [self._name(r) for r in self._heard if self._heard[r][1] < began + _CULPRIT_S / 2]
+        silent = [self._name(rank) for rank, s in self._received_s.items() if s < recent_s]
         return PeerLostError(f"{'; '.join(silent) or 'a rank'} was lost: {cause}")
 
-    def _wait_until_known(self, failed: int) -> None:
-        """Let the others hear who failed, before the store goes with this process."""
-        until = time.monotonic() + _CULPRIT_S
-        others = [rank for rank in self._heard if rank not in (0, failed)]
-        while time.monotonic() < until:
-            told = [json.loads(self._heard[rank][0] or "{}") for rank in others]
-            if all(each.get("knows_failure") for each in told):
-                return
+    def _have_failure(self, ranks: Sequence[int]) -> bool:
+        reports = [self._reports[rank] for rank in ranks]
+        return all(report is not None and report.has_failure for report in reports)
+
+    def _wait_for(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        until = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() >= until:
+                return False
             time.sleep(0.05)
+        return True
 
-    # --- one thread talks; whatever TCPStore promises, its calls may hang with the server ---------
+    # --- the thread that uses the store ----------------------------------------------------------
 
-    def _talk(self) -> None:
-        while not self._over.wait(self._every_s):
+    def _exchange(self) -> None:
+        while not self._stopped.wait(self._interval_s):
             try:
-                self._tell()
-                for key in self._board:
-                    self._board[key] = self._read(key)
-                for rank in self._hears:
-                    text = self._read(_TOLD.format(rank))
-                    if text != self._heard[rank][0]:
-                        self._heard[rank] = (text, time.monotonic())
-            except RuntimeError:  # what TCPStore raises; the other thread judges the silence
+                self._publish_report()
+                for key in self._messages:
+                    self._messages[key] = self._store.get(key).decode()
+                for rank in self._followed:
+                    report = Report(*json.loads(self._store.get(f"report/{rank}")))
+                    if report != self._reports[rank]:
+                        self._reports[rank] = report
+                        self._received_s[rank] = time.monotonic()
+            except RuntimeError:  # from TCPStore; the other thread detects the silence
                 continue
-            self._answered = time.monotonic()
+            self._store_answered_s = time.monotonic()
 
-    def _read(self, key: str) -> str:
-        text: str = self._store.get(key).decode()
-        return text
+    def _publish_report(self) -> None:
+        self._store.set(f"report/{self._world.rank}", json.dumps(self._report()))
 
-    def _tell(self) -> None:
-        self._store.set(_TOLD.format(self._world.rank), json.dumps(self._telling()))
+    def _publish(self, key: str, text: str) -> None:
+        if self._store is not None:
+            with suppress(RuntimeError):  # rank 0 exited first, and its store with it
+                self._store.set(key, text)
 
-    # --- and one judges --------------------------------------------------------------------------
+    # --- the thread that checks ------------------------------------------------------------------
 
     def _watch(self) -> None:
-        while not self._over.wait(self._every_s):
+        while not self._stopped.wait(self._interval_s):
             now, count = time.monotonic(), self._boundaries()
-            if count != self._moved[0]:
-                self._moved = (count, now)
+            if count != self._boundary:
+                self._boundary, self._boundary_s = count, now
             if self._store is None:
-                if self._stands():
-                    self._leave_stacks(python_stacks())
-                    self._leave(self._stands_text([self._telling()]))
-            elif self._board[_VERDICT]:
-                verdict = json.loads(self._board[_VERDICT])
+                if self._is_stalled():
+                    self._write_stacks(python_stacks())
+                    self._exit_process(self._stall_text([self._report()]))
+            elif self._messages[_VERDICT]:
+                verdict = json.loads(self._messages[_VERDICT])
                 if verdict["stacks"]:
-                    self._leave_stacks(python_stacks())
-                self._leave(verdict["text"])
-            elif now - self._answered > self._peer_timeout_s:
-                self._leave(f"{self._name(0)} was lost: its store is silent")
-            else:
-                self._judge(now)
+                    self._write_stacks(python_stacks())
+                self._exit_process(verdict["text"])
+            elif now - self._store_answered_s > self._peer_timeout_s:
+                self._exit_process(f"{self._name(0)} was lost: its store does not answer")
+            elif self._world.rank == 0:
+                self._check_all(now)
+            elif now - self._received_s[0] > self._peer_timeout_s:
+                self._exit_process(self._silence_text([0]))
 
-    def _judge(self, now: float) -> None:
-        """On rank 0, judge all ranks, let all know and leave; on others, judge rank 0."""
-        judged = self._heard if self._world.rank == 0 else [0]
-        silent = [r for r in judged if now - self._heard[r][1] > self._peer_timeout_s]
-        told = [json.loads(text) for text, _ in self._heard.values() if text]
-        stand = self._world.rank == 0 and any(t["stands"] for t in told)
+    def _check_all(self, now: float) -> None:
+        """Publish a verdict and exit if a rank is lost or stalled. Rank 0 only."""
+        silent = [rank for rank, s in self._received_s.items() if now - s > self._peer_timeout_s]
+        reports = [report for report in self._reports.values() if report is not None]
         if silent:
-            who = "; ".join(map(self._name, silent))
-            text = f"{who} was lost: silent for {self._peer_timeout_s:.0f} s"
-        elif stand:
-            text = self._stands_text(told)
+            verdict = {"text": self._silence_text(silent), "stacks": False}
+        elif any(report.is_stalled for report in reports):
+            verdict = {"text": self._stall_text(reports), "stacks": True}
         else:
             return
-        if self._world.rank == 0:
-            verdict = {"text": text, "stacks": stand and not silent}
-            self._announce(_VERDICT, json.dumps(verdict))
-            if verdict["stacks"]:
-                self._leave_stacks(python_stacks())
-            time.sleep(3 * self._every_s)  # the store may be in this process; let all read it
-        self._leave(text)
+        self._publish(_VERDICT, json.dumps(verdict))
+        if verdict["stacks"]:
+            self._write_stacks(python_stacks())
+        time.sleep(3 * self._interval_s)  # the store may be in this process: let all ranks read it
+        self._exit_process(str(verdict["text"]))
 
-    def _stands(self) -> bool:
-        still_s = time.monotonic() - self._moved[1]
-        return self._watchdog_s is not None and still_s > self._watchdog_s
+    def _is_stalled(self) -> bool:
+        stalled_s = time.monotonic() - self._boundary_s
+        return self._watchdog_s is not None and stalled_s > self._watchdog_s
 
     def _name(self, rank: int) -> str:
-        text = self._heard[rank][0]
-        return _name(json.loads(text)) if text else f"rank {rank}"
+        report = self._reports[rank]
+        return report.name if report is not None else f"rank {rank}"
 
-    def _telling(self) -> dict[str, Any]:
-        waits, where = _place(self._main)
-        return {
-            "rank": self._world.rank, "host": socket.gethostname(), "pid": os.getpid(),
-            "time": time.time(), "boundary": self._moved[0], "stands": self._stands(),
-            "waits": waits, "where": where, "knows_failure": bool(self._board[_FAILED]),
-        }  # fmt: skip
+    def _report(self) -> Report:
+        is_waiting, line = _position(self._main_thread)
+        return Report(
+            self._world.rank, socket.gethostname(), os.getpid(), time.time(), self._boundary,
+            self._is_stalled(), is_waiting, line, bool(self._messages[_FAILURE]),
+        )  # fmt: skip
 
-    def _stands_text(self, told: list[dict[str, Any]]) -> str:
-        least = min(t["boundary"] for t in told)
-        behind = [t for t in told if t["boundary"] == least]
-        behind = [t for t in behind if not t["waits"]] or behind
-        who = "; ".join(f"{_name(t)} in {t['where']}" for t in behind)
+    def _silence_text(self, ranks: Sequence[int]) -> str:
+        names = "; ".join(map(self._name, ranks))
+        return f"{names} was lost: no report for {self._peer_timeout_s:.0f} s"
+
+    def _stall_text(self, reports: Sequence[Report]) -> str:
+        first = min(report.boundary for report in reports)
+        behind = [report for report in reports if report.boundary == first]
+        behind = [report for report in behind if not report.is_waiting] or behind
+        lines = "; ".join(f"{report.name} in {report.line}" for report in behind)
         return (
-            f"no step for {self._watchdog_s:.0f} s (launch.watchdog_s). Behind: {who}. The stacks "
-            "of all ranks lie in the run's stacks/"
+            f"no step for {self._watchdog_s:.0f} s (launch.watchdog_s). Behind: {lines}. The "
+            "stacks of all ranks are in the run's stacks/"
         )
 
 
 def python_stacks() -> str:
-    """Return the Python stacks of all threads, and the flight recorder's trace where there is."""
+    """Return the Python stacks of all threads, and NCCL's flight recorder trace if any."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
@@ -252,33 +273,29 @@ def python_stacks() -> str:
 
 
 def _flight_recorder() -> str:
-    """Return NCCL's recent collectives as JSON; empty without GPUs, or where torch has it not."""
+    """Return NCCL's recent collectives as JSON; empty where torch does not have it."""
     if not (dist.is_nccl_available() and dist.is_initialized() and dist.get_backend() == "nccl"):
         return ""
     dump = getattr(dist.distributed_c10d, "_dump_nccl_trace_json", None)
     return f"\nNCCL flight recorder:\n{dump().decode()}\n" if dump else ""
 
 
-def _place(thread: int | None) -> tuple[bool, str]:
-    """Return whether a thread seems to wait for other ranks, and the line it is at."""
+def _position(thread: int | None) -> tuple[bool, str]:
+    """Return whether a thread is probably waiting for other ranks, and the line it executes."""
     frame = sys._current_frames().get(thread or 0)
-    where, waits = "?", False
+    line, is_waiting = "?", False
     while frame is not None:
         code = frame.f_code
-        if where == "?":
-            where = f"{code.co_filename}:{frame.f_lineno} ({code.co_name})"
-        waits = waits or any(part in code.co_filename for part in _WAITING)
+        if line == "?":
+            line = f"{code.co_filename}:{frame.f_lineno} ({code.co_name})"
+        is_waiting = is_waiting or any(part in code.co_filename for part in _COLLECTIVES)
         frame = frame.f_back
-    return waits, where
+    return is_waiting, line
 
 
-def _is_of_a_connection(error: BaseException) -> bool:
+def _is_connection_error(error: BaseException) -> bool:
     text = str(error).lower()
     return isinstance(error, RankEndedError) or (
         isinstance(error, RuntimeError)
         and any(word in text for word in ("gloo", "nccl", "closed by peer", "connection reset"))
     )
-
-
-def _name(told: dict[str, Any]) -> str:
-    return f"rank {told['rank']} (process {told['pid']} on {told['host']})"

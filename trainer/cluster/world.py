@@ -1,4 +1,4 @@
-"""Rank facts, the CPU control group, and agreement between ranks."""
+"""Ranks, process groups, and collectives that carry results and errors."""
 
 import os
 import traceback
@@ -16,33 +16,35 @@ from trainer.errors import PerdureError
 
 T = TypeVar("T")
 
-
-_PATIENCE = timedelta(days=1)
-"""Of groups that threads use which write checkpoints: these may take long."""
+_BACKGROUND_TIMEOUT = timedelta(days=1)
+"""Timeout of the groups of background threads, whose checkpoint writes may take long."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Who we are among the ranks."""
+    """This rank, the world size, and the CPU process groups."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    """How many of the ranks are on this machine."""
+    """Number of ranks on this machine."""
     device: torch.device = torch.device("cpu")
     control: Any = None
-    """A gloo group for agreements of the main threads; training never uses it."""
+    """Gloo group of the main threads; never used for gradients."""
     background: Any = None
-    """A gloo group for agreements of threads that work beside them; nothing else uses it."""
+    """Gloo group of the background threads that save."""
 
-    def run_on_rank0(self, ask: Callable[[], T]) -> T:
-        """Call `ask` on rank 0; return its answer or raise its error on every rank. Collective."""
+    def run_on_rank0(self, function: Callable[[], T]) -> T:
+        """Call `function` on rank 0; return its result, or raise its error, on every rank.
+
+        Collective.
+        """
         if self.size == 1:
-            return ask()
+            return function()
         outcome: list[Any] = [None]
         if self.rank == 0:
-            outcome = [_attempt(ask)]
+            outcome = [_attempt(function)]
         dist.broadcast_object_list(outcome, src=0, group=self.control)
         value, error = outcome[0]
         if error is not None:
@@ -57,23 +59,23 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def run_on_all(self, do: Callable[[], T]) -> T:
-        """Call `do` on every rank and return its own answer, or raise the first rank's error.
+    def run_on_all(self, function: Callable[[], T]) -> T:
+        """Call `function` on every rank; return this rank's result, or raise the first error.
 
-        Collective; `do` itself must not communicate, or only if it does so on every rank alike.
-        The error names its rank and has the same type on every rank.
+        Collective. `function` must not communicate, unless it does so equally on every rank.
+        The error of the lowest failed rank is raised on every rank, with its type and rank.
         """
         if self.size == 1:
-            return do()
-        outcome = _attempt(do)
+            return function()
+        outcome = _attempt(function)
         for rank, error in enumerate(self.gather(outcome[1])):
             if error is not None:
                 raise _agreed(error, f"rank {rank}: ")
         return outcome[0]  # type: ignore[no-any-return]
 
-    def gather_results(self, do: Callable[[], T]) -> list[T]:
-        """As `run_on_all`, but return every rank's answer, in rank order."""
-        return self.gather(self.run_on_all(do))
+    def gather_results(self, function: Callable[[], T]) -> list[T]:
+        """Call `function` as `run_on_all` does; return all ranks' results in rank order."""
+        return self.gather(self.run_on_all(function))
 
     def all(self, value: bool) -> bool:
         """Return whether `value` is true on every rank. Collective."""
@@ -84,17 +86,17 @@ class World:
         return bool(votes)
 
     def for_background_thread(self) -> "World":
-        """Return the same ranks for a thread beside the main one: it agrees on `background`."""
+        """Return the same ranks for a background thread: its collectives use `background`."""
         return replace(self, control=self.background)
 
     def with_own_group(self) -> "World":
-        """Return the same ranks for one more thread, with a group of its own.
+        """Return the same ranks with a new process group, for one more thread.
 
         Collective, on the main thread.
         """
         if self.size == 1:
             return self
-        return replace(self, control=dist.new_group(backend="gloo", timeout=_PATIENCE))
+        return replace(self, control=dist.new_group(backend="gloo", timeout=_BACKGROUND_TIMEOUT))
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Return the mean of `values` over all ranks, on the training group. Collective."""
@@ -104,35 +106,35 @@ class World:
         return values
 
     def close(self) -> None:
-        """Leave the process groups when all other ranks do so too."""
+        """Destroy the process groups after a barrier. Collective."""
         if self.size > 1:
-            with suppress(RuntimeError):  # who is gone already has all that it needs
+            with suppress(RuntimeError):  # a rank that has exited needs no barrier
                 dist.barrier(group=self.control)
             dist.destroy_process_group()
 
 
-def _attempt(do: Callable[[], Any]) -> tuple[Any, Exception | None]:
+def _attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
     try:
-        return do(), None
+        return function(), None
     except PerdureError as error:
         return None, error
-    except Exception as error:  # every exception between two votes becomes a vote
+    except Exception as error:  # must reach the collective that follows
         text = "".join(traceback.format_exception(error)).rstrip()
-        return None, RuntimeError(text)  # plain, so that it can cross ranks
+        return None, RuntimeError(text)  # picklable
 
 
 def _agreed(error: Exception, prefix: str = "") -> Exception:
-    """Return the error as every rank raises it; `agreed` tells that all of them do."""
+    """Return the error for every rank to raise, with `agreed` set: all ranks raise it."""
     raised = type(error)(f"{'' if hasattr(error, 'agreed') else prefix}{error}")
     raised.agreed = True  # type: ignore[attr-defined]
     return raised
 
 
 def connect(device: torch.device, *, timeout_s: float) -> World:
-    """Join the process groups that the environment describes. Collective over all ranks.
+    """Join the process groups that the environment variables describe. Collective.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them. Without
-    WORLD_SIZE, or with one rank, there is no group at all.
+    WORLD_SIZE, or with one rank, no process group is created.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -141,7 +143,7 @@ def connect(device: torch.device, *, timeout_s: float) -> World:
     backend = "nccl" if device.type == "cuda" else "gloo"
     store, rank, _ = next(iter(rendezvous("env://", timeout=timeout)))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # It outlives its ranks, with the addresses of those who are dead; a new one is nobody's.
+        # The agent's store outlives its ranks and has stale addresses: use a new prefix.
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = PrefixStore(f"perdure/{restart}/{size}", store)
     dist.init_process_group(
@@ -153,7 +155,7 @@ def connect(device: torch.device, *, timeout_s: float) -> World:
         device_id=device if device.type == "cuda" else None,
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
-    background = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    background = dist.new_group(backend="gloo", timeout=_BACKGROUND_TIMEOUT)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return World(dist.get_rank(), size, local_rank, local_size, device, control, background)

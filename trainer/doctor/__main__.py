@@ -169,7 +169,7 @@ def _places(run: Run, world: World, needs: Sizes | None, *, is_quick: bool) -> I
 
 def _shared(stores: Sequence[Store], world: World) -> Finding:
     try:
-        is_one = shared_storage.find_shared(stores, world)
+        is_one = shared_storage.is_shared(stores, world)
     except ConfigError as error:
         return Finding("shared", "red", "the nodes do not share run_dir", str(error))
     if is_one:

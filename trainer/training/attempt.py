@@ -65,7 +65,7 @@ def run_attempt(
     """
     _check_equal_configs(stored, world)
     replicas = resume.open_replicas(run)
-    is_shared = shared_storage.find_shared(replicas.stores, world)
+    is_shared = shared_storage.is_shared(replicas.stores, world)
     if not is_checked:
         start = world.run_on_rank0(lambda: resume.choose(replicas, run, stored))
         if resume.finished(run, start):
@@ -163,7 +163,7 @@ def _watching(
         key = f"stacks/attempt-{attempt.number:04d}-rank-{world.rank}.txt"
         run_within(_FINAL_WRITE_S, "stacks", lambda: replicas.run.replace(key, text.encode()))
 
-    def leave(text: str) -> None:
+    def exit_process(text: str) -> None:
         if world.rank == 0:
             ending = {"ended": lineage.now(), "outcome": attempts.DIED, "error": text}
             run_within(_FINAL_WRITE_S, "attempt-end", lambda: replicas.amend(attempt, ending))
@@ -174,8 +174,8 @@ def _watching(
         boundaries=lambda: stop.boundaries,
         watchdog_s=run.launch.watchdog_s,
         peer_timeout_s=run.launch.peer_timeout_s,
-        leave_stacks=write_stacks,
-        leave=leave,
+        write_stacks=write_stacks,
+        exit_process=exit_process,
         session=attempt.token,
     )
     try:
@@ -201,8 +201,8 @@ def _reporting_crashes(
         text = record.fail(error)
         if peer is None and launch.is_rank() and not getattr(error, "agreed", False):
             code = outcome.report_crash(error)
-            watchdog.failed(text)
-            after_all.callback(watchdog.gone)
+            watchdog.report_failure(text)
+            after_all.callback(watchdog.report_closed)
             raise SystemExit(code) from None
         if error is not raised:
             raise error from None
