@@ -101,7 +101,7 @@ def save_then_fail(world: World, folder: str):
     return "saved"
 
 
-def test_a_failure_on_one_rank_aborts_on_all_names_it_and_leaves_the_previous_one(
+def test_failure_on_one_rank_aborts_all_and_keeps_previous_checkpoint(
     on_ranks, tmp_path
 ):
     assert on_ranks(2, save_then_fail, str(tmp_path)) == ["rank 1: no space left"] * 2
@@ -124,7 +124,7 @@ def plan_is_kept(world: World, folder: str):
     return plans[0] is plans[1], writer._plan is plans[0]
 
 
-def test_the_plan_is_kept_until_the_layout_changes(on_ranks, tmp_path):
+def test_plan_is_reused_until_layout_changes(on_ranks, tmp_path):
     assert on_ranks(2, plan_is_kept, str(tmp_path)) == [(True, False)] * 2
     manifest = json.loads(
         next(tmp_path.glob("checkpoints/step-00000003.*/manifest.json")).read_text()

@@ -69,7 +69,7 @@ def load(world: World, folder: str, how: str, reader: type):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_what_two_ranks_saved_one_or_three_load(tmp_path, on_ranks):
+def test_checkpoint_of_two_ranks_loads_on_one_or_three(tmp_path, on_ranks):
     folder = str(tmp_path / "step-3")
     before = on_ranks(2, save, folder, "fsdp", PerdureStorageWriter)[0]
     for how, size in (("plain", 1), ("fsdp", 3)):
@@ -103,7 +103,7 @@ def saved_again_and_again(world: World, folder: str):
     return True
 
 
-def test_a_rank_that_cannot_save_aborts_all_and_kept_plans_serve_the_next(tmp_path, on_ranks):
+def test_failing_rank_aborts_save_and_cached_plans_stay_valid(tmp_path, on_ranks):
     assert on_ranks(2, saved_again_and_again, str(tmp_path)) == [True, True]
     place = location.open_location(str(tmp_path))
     for number, commit in enumerate(place.survey().commits):

@@ -85,7 +85,7 @@ def load(world: World, folder: str, how: str):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_any_sharding_is_loaded_under_any_other(on_ranks, tmp_path):
+def test_checkpoint_loads_under_any_other_sharding(on_ranks, tmp_path):
     for name, size, how in [("f", 2, "fsdp"), ("h", 4, "hsdp"), ("p", 2, "plain")]:
         folder = str(tmp_path / name)
         saved = on_ranks(size, train_and_save, folder, how)
@@ -95,7 +95,7 @@ def test_a_checkpoint_of_any_sharding_is_loaded_under_any_other(on_ranks, tmp_pa
                 assert answer == saved[0]
 
 
-def test_an_even_sharding_is_a_rule_in_the_manifest_and_no_table(on_ranks, tmp_path):
+def test_even_sharding_is_stored_as_grid(on_ranks, tmp_path):
     on_ranks(2, train_and_save, str(tmp_path), "fsdp")
     text = next(tmp_path.glob("checkpoints/*/manifest.json")).read_text()
     tensors = json.loads(text)["tensors"]

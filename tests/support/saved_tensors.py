@@ -41,19 +41,19 @@ def blank(tensor: Tensor) -> Tensor:
 
 
 def load_all(store: Store, tensors: dict[str, Tensor], **how: Any) -> dict[str, Tensor]:
-    found = checkpoint.latest(store)
-    assert found is not None
+    actual = checkpoint.latest(store)
+    assert actual is not None
     targets = {name: blank(tensor) for name, tensor in tensors.items()}
-    checkpoint.load(store, found, targets, **how)
+    checkpoint.load(store, actual, targets, **how)
     return targets
 
 
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert set(found) == set(expected)
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(actual) == set(expected)
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert found[name].shape == tensor.shape
-        assert raw_bytes(found[name]) == raw_bytes(tensor), name
+        assert actual[name].dtype == tensor.dtype
+        assert actual[name].shape == tensor.shape
+        assert raw_bytes(actual[name]) == raw_bytes(tensor), name
 
 
 def keys_on(store: Store, folder: str = "checkpoints") -> set[str]:

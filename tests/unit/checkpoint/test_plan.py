@@ -1,4 +1,4 @@
-"""Who writes what: every element once, and about the same bytes for everybody."""
+"""Division of the state: every element written once, about equal bytes per rank."""
 
 import numpy as np
 from hypothesis import example, given, settings
@@ -75,7 +75,7 @@ def test_bytes_are_balanced_within_two_percent_with_few_cuts(tensors, holders):
     assert cuts <= (holders - 1) * 5  # a cut in three dimensions leaves up to five pieces
 
 
-def test_who_has_more_already_gets_less():
+def test_divide_assigns_less_to_loaded_ranks():
     items = items_of([("U8", [10_000_000])])
     for already in ([0, 4_000_000], [9_000_000, 0, 0], [20_000_000, 0], [1, 2, 3]):
         sizes = bytes_of(divide(items, already), items, len(already))

@@ -1,4 +1,4 @@
-"""A snapshot is of one moment, though the training goes on while it is taken."""
+"""Snapshots are consistent although training continues during the copy."""
 
 import gc
 import threading
@@ -42,10 +42,10 @@ def writer_on(store: LocalStore) -> Writer:
     return Writer(store, World(), attempt)
 
 
-def values_of(store: LocalStore, made: checkpoint.Manifest) -> set[float]:
+def values_of(store: LocalStore, manifest_: checkpoint.Manifest) -> set[float]:
     """Return the different values of all tensors of a checkpoint."""
-    reader = checkpoint.Reader(store, f"{lineage.FOLDER}/{made.folder}", made)
-    return {float(value) for name in made.tensors for value in reader.fetch(name).unique()}
+    reader = checkpoint.Reader(store, f"{lineage.FOLDER}/{manifest_.folder}", manifest_)
+    return {float(value) for name in manifest_.tensors for value in reader.fetch(name).unique()}
 
 
 class Gate:
@@ -64,17 +64,17 @@ class Gate:
 
 def test_checkpoint_has_values_of_its_step_while_training_continues(tmp_path):
     store, training = LocalStore(tmp_path), Counting()
-    writer, begun = writer_on(store), []
+    writer, manifests = writer_on(store), []
     for step in range(20):
         save = writer.start_save(training.content(), step=step)
         training.optimizer.step()
         training.optimizer.step()
-        begun.append(save.result())
+        manifests.append(save.result())
         training.optimizer.zero_grad(set_to_none=False)
         for parameter in training.parameters:
             parameter.grad.fill_(-1.0)
-    for step, made in enumerate(begun):
-        assert values_of(store, made) == {2.0 * step}
+    for step, manifest_ in enumerate(manifests):
+        assert values_of(store, manifest_) == {2.0 * step}
 
 
 def test_only_the_update_waits_for_the_copy(tmp_path, monkeypatch):
@@ -82,7 +82,7 @@ def test_only_the_update_waits_for_the_copy(tmp_path, monkeypatch):
     store, training = LocalStore(tmp_path), Counting(count=7000)
     save = writer_on(store).start_save(training.content(), step=1)
     loss = (training.parameters[0].clone().requires_grad_() * 2).sum()
-    loss.backward()  # forward and backward go on
+    loss.backward()  # forward and backward continue
     updating = threading.Thread(target=training.optimizer.step)
     updating.start()
     updating.join(0.3)
@@ -126,7 +126,7 @@ def test_deleted_snapshot_does_not_block_optimizers(tmp_path, monkeypatch):
     writer.start_save(training.content(), step=1).result()
     waited = []
     monkeypatch.setattr(Snapshot, "wait", lambda snapshot, *_: waited.append(id(snapshot)))
-    mine, gone = id(writer._snapshot), weakref.ref(writer._snapshot)
+    mine, reference = id(writer._snapshot), weakref.ref(writer._snapshot)
     training.optimizer.step()
     assert mine in waited
     del writer
@@ -134,7 +134,7 @@ def test_deleted_snapshot_does_not_block_optimizers(tmp_path, monkeypatch):
         if thread.name == "checkpoint-snapshot":
             thread.join()
     gc.collect()
-    assert gone() is None
+    assert reference() is None
     waited.clear()
     training.optimizer.step()
     assert mine not in waited  # a snapshot of another test may be alive, and is asked

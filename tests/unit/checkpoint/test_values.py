@@ -111,7 +111,7 @@ def test_every_storable_value_comes_back_equal_in_value_and_type(value):
     assert canonical(through_json(value)) == canonical(value)
 
 
-def test_a_set_is_stored_the_same_however_it_was_filled():
+def test_encode_set_is_independent_of_insertion_order():
     names = [f"name{i}" for i in range(50)]
     there, back = set(), set()
     for forth, reverse in zip(names, reversed(names), strict=True):
@@ -139,13 +139,13 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize("value", UNKNOWN, ids=lambda value: type(value).__name__)
-def test_a_value_that_would_not_come_back_is_refused_by_name(value):
+def test_encode_rejects_unsupported_value_by_name(value):
     with pytest.raises(CheckpointError, match=r"objects\.groups\[1\]\.extra is a ") as caught:
         encode({"groups": [{}, {"extra": value}]}, "objects")
     assert type(value).__qualname__ in str(caught.value)
 
 
-def test_an_unknown_key_and_an_unknown_element_of_a_set_are_refused():
+def test_encode_rejects_unsupported_keys_and_set_elements():
     with pytest.raises(CheckpointError, match="x key is a"):
         encode({Colour.RED: 1}, "x")
     with pytest.raises(CheckpointError, match="PosixPath"):
@@ -223,7 +223,7 @@ def follow(optimizer: torch.optim.Optimizer, scheduler: Any, passes: int) -> lis
     "ignore:The epoch parameter in `scheduler.step:UserWarning"
 )
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_scheduler_goes_on_as_if_it_had_never_been_stored(name):
+def test_restored_scheduler_continues_exactly(name):
     optimizer, scheduler = new_scheduler(name)
     follow(optimizer, scheduler, 4)
     tensors: dict[str, torch.Tensor] = {}
@@ -311,7 +311,7 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> 
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_optimizer_goes_on_as_if_it_had_never_been_stored(name):
+def test_restored_optimizer_continues_exactly(name):
     make_model, make_optimizer = OPTIMIZERS[name]
     model = make_model()
     optimizer = make_optimizer(list(model.parameters()))
@@ -365,6 +365,6 @@ def test_tensors_inside_of_values_leave_a_reference_and_come_back():
         {"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}},
     ],
 )
-def test_two_tensors_that_would_get_one_name_are_refused(value):
+def test_split_rejects_duplicate_names(value):
     with pytest.raises(CheckpointError, match=re.escape("p.")):
         state_tree.split(value, "p", {})
