@@ -1,7 +1,7 @@
-"""What a user implements: a Task, data, a Tracker. Nothing here is a base class to inherit.
+"""Interfaces for user code: Task, DataSource and Tracker. None is a base class.
 
-A model is any `nn.Module`. Everything is named by `_target_` in the configuration, or passed to
-`loop.Job` by hand.
+A model is any `nn.Module`. The configuration names each object by `_target_`; without a
+configuration, pass the objects to `trainer.training.job.Job`.
 """
 
 from collections.abc import Mapping
@@ -10,37 +10,36 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 Batch = Any
-"""What a dataset's collation yields: a tensor, or tuples, lists and dicts of tensors.
+"""Output of a dataset's collation: a tensor, or tuples, lists and dicts of tensors.
 
-The first axis of each tensor counts the samples.
+The first axis of each tensor is the batch axis.
 """
 
 
 class Task(Protocol):
-    """What a step computes, and what an evaluation measures.
+    """Loss and metrics of a model.
 
-    A task may also have `weight(batch)`: how many items (tokens, say) the mean loss of this batch
-    is over, a number or a 0-dim tensor. The loss of a global batch, and of an evaluation, is then
-    the mean over all items; without it, all samples count alike. `items` names them, in the
-    plural, for the figure of how many a second.
+    Optional members:
 
-    A task may have `phases`, a mapping: by the phase's name, a pattern of the names of the
-    parameters that are trained in it, or a list of them. Each step then takes one update for each
-    phase, in this order, with an optimizer and a schedule of its own; gradients are clipped and
-    looked at phase by phase, and reach its own parameters alone. `loss`, `train_metrics` and
-    `update` are called once per phase, with the phase's name as the last argument; all parts of
-    the model may be called in any of them. Names of figures get the phase's name before them, and
-    `loss` is the sum of the phases' losses, in training and in evaluation.
-
-    A task may have `samples(model, dataset)`: what to show a person of the trained model, by name:
-    a text (str), an image (uint8, (C, H, W)), several as a grid (N, C, H, W), or what JSON can
-    hold. It is asked once, when the run is finished, on every rank alike: with the model in
-    evaluation, the averaged weights if there are any, and the dataset that is evaluated on, or
-    trained on if there is no other. Files `samples/<name>.txt|png|json` in the run hold them, and
-    `samples/index.json` their names and the step. `trainer.task.Classification` has
-    `predictions.json`: `{"samples": [{"index", "label", "prediction", "probability"}, …],
-    "confusion": [[…], …], "confusion_samples": n, "classes": [names or numbers]}`, where row i of
-    the confusion counts the predictions for class i; it is empty for more than 100 classes.
+    - `weight(batch)`: number of items (tokens, for example) that the mean loss of the batch is
+      over, a number or a 0-dim tensor. The loss of a global batch and of an evaluation is then the
+      mean over all items. Without it, every sample counts the same. `items` is the plural noun for
+      the metric of items per second.
+    - `phases`: mapping from phase names to a pattern, or a list of patterns, for the names of the
+      parameters to train. Each step then takes one update per phase, in this order, with a separate
+      optimizer and schedule; gradients are clipped and checked per phase and reach only its
+      parameters. `loss`, `train_metrics` and `update` are called once per phase, with its name as
+      the last argument, and may call all parts of the model. Metric names get the phase name as a
+      prefix, and `loss` is the sum of the phases' losses, in training and in evaluation.
+    - `samples(model, dataset)`: sample outputs of the trained model by name: a text (str), an image
+      (uint8, (C, H, W)), a grid of images (N, C, H, W), or a JSON value. It is called on every rank
+      when the run is complete, with the model in evaluation mode (averaged weights if available)
+      and the evaluation dataset, or the training dataset without one. The run stores them
+      in `samples/<name>.txt|png|json`, and their names and the step in `samples/index.json`.
+      `trainer.task.Classification` writes `predictions.json`: `{"samples": [{"index", "label",
+      "prediction", "probability"}, …], "confusion": [[…], …], "confusion_samples": n, "classes":
+      [names or numbers]}`. Row i of `confusion` counts the predictions for class i; it is empty for
+      more than 100 classes.
     """
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
@@ -51,7 +50,10 @@ class Task(Protocol):
         """
 
     def train_metrics(self, outputs: Any, batch: Batch) -> Mapping[str, Tensor]:
-        """Return means over the samples of `batch` that training logs beside the loss (0-dim)."""
+        """Return the mean over `batch` of each metric that training logs (0-dim tensors).
+
+        The loss is logged automatically. `figures`, the former name, is accepted with a warning.
+        """
 
     def metrics(self) -> Mapping[str, Any]:
         """Return new torchmetrics metrics by name; called once, before the first evaluation."""
@@ -61,15 +63,17 @@ class Task(Protocol):
 
 
 class DataSource(Protocol):
-    """Training data, and what to evaluate on.
+    """Training and evaluation data.
 
-    Training data is a dataset or a stream, evaluation data a dataset. A stream has `__iter__`, and
-    is read once an epoch by every rank (docs/data.md). A dataset has `__len__` and `__getitem__`.
-    Where it has `tensors` (as TensorDataset does) or `__getitems__`, a batch is fetched whole;
-    otherwise samples are collated one by one. Where it has `get_seeded(indices, seeds)`, that
-    makes the batches: with a number for each sample, of 63 bits, from which it draws whatever is
-    random in it. `describe(index)` says where a sample comes from, for messages about one that
-    cannot be read.
+    Training data is a dataset or a stream, evaluation data a dataset. A stream has `__iter__`;
+    every rank iterates over it once per epoch (docs/data.md). A dataset has `__len__` and
+    `__getitem__`, and optionally:
+
+    - `tensors` (as in TensorDataset) or `__getitems__`: fetches a batch at once; otherwise samples
+      are collated one by one.
+    - `get_seeded(indices, seeds)`: fetches a batch with random transforms. `seeds` has one 63-bit
+      integer per sample.
+    - `describe(index)`: the origin of a sample, for error messages.
     """
 
     @property
@@ -82,41 +86,42 @@ class DataSource(Protocol):
 
 
 class Tracker(Protocol):
-    """Where figures go. Rank 0 only; the other ranks have none.
+    """Destination of metrics and messages. Rank 0 only.
 
-    One that raises is dropped, and training goes on; it must not be slow. A tracker may also have
+    A tracker that raises is dropped, and training continues. Calls must return quickly. Optional
+    members:
 
-    - `saved(save)`: a checkpoint is committed. `save` has `step`, `attempt`, `time` (when the save
-      began, in seconds since 1970), `save_s` (how long it took), `stall_s` (how long the training
-      waited for it) and `bytes`;
-    - `ended(outcome)`: just before `close`; `done`, `preempted` or `error`;
-    - as a class method, `problem(arguments)`: what is wrong with its arguments, or an empty text.
-      It is asked before anything starts, whether a library is there, say.
+    - `saved(save)`: called when a checkpoint is committed. `save` has `step`, `attempt`, `time`
+      (start of the save, seconds since 1970), `save_s` (its duration), `stall_s` (how long it
+      blocked training) and `bytes`.
+    - `ended(outcome)`: called before `close` with `done`, `preempted` or `error`.
+    - `problem(arguments)`, a class method: returns an error in the arguments, or an empty string.
+      It is called before the run starts, to check for a missing library, for example.
     """
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        """Begin an attempt.
+        """Start an attempt.
 
-        `facts` has `run_dir`, `store` (the run's), `attempt` (its number), `step` (where it starts
-        from), `last_eval_step`, `max_steps`, `steps_per_epoch` (None: unknown), `world_size`,
-        `config` (as it is stored, without secrets), `run_id` (the same over all attempts, another
-        one in a fork), `eval_every` and `save_every` (policy.Every; None: never), `save_every_s`,
+        `facts` has `run_dir`, `store` (the run's), `attempt` (its number), `step` (the last step
+        before it), `last_eval_step`, `max_steps`, `steps_per_epoch` (None: unknown),
+        `world_size`, `config` (as stored, without secrets), `run_id` (the same in all attempts, new
+        in a fork), `eval_every` and `save_every` (intervals.Every; None: never), `save_every_s`,
         and `peak_flops_per_s` of one device (None: unknown).
 
-        Training figures of later steps than `step` and evaluations of later steps than
-        `last_eval_step` are void: they will come again.
+        Earlier training metrics after `step` and evaluations after `last_eval_step` are void: the
+        attempt repeats these steps.
         """
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Take one line: `step`, `epoch`, `samples`, `time`, `split` and figures (floats)."""
+        """Log one line: `step`, `epoch`, `samples`, `time`, `split` and metrics (floats)."""
 
     def message(self, text: str) -> None:
         """Write a message for the user, such as a warning."""
 
     def flush(self) -> None:
-        """Make every line taken so far durable; called before each checkpoint is committed.
+        """Make all logged lines durable; called before each checkpoint is committed.
 
-        It comes from another thread than the rest, and may come while `log` is being called.
+        Called from another thread, possibly during a call of `log`.
         """
 
     def close(self) -> None:

@@ -64,7 +64,6 @@ def pair_job(world, options=None, accumulate=1):
 def steps(world, options, accumulate, clip_norm):
     """Three steps; return the means of the ranks' losses, and the weights."""
     from trainer.training import loop, parallel
-    from trainer.training.contents import collect
     from trainer.training.step import train_step, warm_up
 
     job = pair_job(world, options, accumulate)
@@ -86,6 +85,7 @@ def runs(world, folder, options):
     from support.gan_jobs import gan_job, images, phased
 
     from trainer.training import loop, parallel, resume, sample_outputs
+    from trainer.training.contents import collect
     from trainer.training.step import warm_up
     from trainer.core import rng
     from trainer.checkpoint import lineage

@@ -101,7 +101,7 @@ def configured(case, max_steps):
         model=LAYER if case.bursts else NET,
         data={"_target_": "trainer.data.synthetic.Synthetic", "shape": [6], "classes": 3,
               "train_samples": 43, "eval_samples": 5},
-        task={"_target_": f"matrix.{'Bursting' if case.bursts else 'Classification'}"},
+        task={"_target_": f"support.step_matrix.{'Bursting' if case.bursts else 'Classification'}"},
         optimizer=FUSED if case.fused else SGD,
         parallel=Parallel(
             strategy=case.strategy, min_parameters=20, param_dtype=case.param_dtype

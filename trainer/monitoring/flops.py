@@ -1,4 +1,4 @@
-"""What a step of the model computes, and what a device could compute in the same time."""
+"""FLOPs of a training step, and the peak FLOPs of GPUs."""
 
 import copy
 import re
@@ -33,31 +33,31 @@ _PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
 )
 """Dense TFLOP/s by name and arithmetic, fp32 without tensor cores, half precision summed in fp32.
 
-From NVIDIA's data sheets, whose sparse figures are halved here: HGX B200 (2024), H100 (2023), H200
+Sources: NVIDIA's data sheets, their sparse rates halved: HGX B200 (2024), H100 (2023), H200
 (2024), A100, A40, A30, A10 (2021), L40S, L40, L4 (2023), T4 (2018), V100 (2020); and the white
 papers of Ada (v2.1, 2023) and GA102 (v2.1, 2021).
 """
-_PLACES = r"( |-|$)(SXM\d?|PCIE?|\d+ ?GB|HBM\w*|NVL|FHHL|[ -])*$"
-"""What may follow a name: the same chip in other clothes. Not `Laptop GPU`, `MIG 1g.5gb`, `D`."""
+_SUFFIX = r"( |-|$)(SXM\d?|PCIE?|\d+ ?GB|HBM\w*|NVL|FHHL|[ -])*$"
+"""Suffixes for variants of the same chip; excludes `Laptop GPU`, `MIG 1g.5gb` and `D`."""
 
 
 def peak_flops_per_s(name: str, arithmetic: str) -> float | None:
-    """Return the peak of a device by its name, as torch.cuda.get_device_name says it, or None.
+    """Return the peak FLOPs per second of a device, or None if it is unknown.
 
     Args:
-        name: of the device.
+        name: from torch.cuda.get_device_name.
         arithmetic: `fp32`, `tf32`, `bf16` or `fp16`.
     """
-    wanted = re.sub(r"^(NVIDIA |Tesla |GeForce )+", "", name)
-    wanted = re.sub(r"^(\w+)-(?=PCIE)", r"\1 ", wanted, flags=re.IGNORECASE)
+    chip = re.sub(r"^(NVIDIA |Tesla |GeForce )+", "", name)
+    chip = re.sub(r"^(\w+)-(?=PCIE)", r"\1 ", chip, flags=re.IGNORECASE)
     for pattern, peaks in _PEAKS:
-        if re.match(f"(?:{pattern}){_PLACES}", wanted, re.IGNORECASE):
+        if re.match(f"(?:{pattern}){_SUFFIX}", chip, re.IGNORECASE):
             return peaks[arithmetic] * 1e12 if arithmetic in peaks else None
     return None
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` whose parameters and buffers have shapes and no data."""
+    """Return a copy of `model` with parameters and buffers on the meta device."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")
@@ -70,23 +70,23 @@ def on_meta(model: nn.Module) -> nn.Module:
 def count(twin: nn.Module, loss: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> int:
     """Return the FLOPs of matrix products, convolutions and attention, forward and backward.
 
-    A multiplication and an addition are two. Nothing is computed, and no generator moves. What
-    is computed again in the backward (parallel.recompute) does not count: these are the model's.
+    A multiplication and an addition are two. Nothing is computed, and no random generator advances.
+    Activations recomputed in the backward pass do not count.
 
     Args:
         twin: a copy of the plain model on the meta device.
-        loss: of the model on a batch.
+        loss: returns the loss of the model on a batch.
         batch: a microbatch, on any device.
 
     Raises:
-        Exception: whatever the model or the loss raises where tensors have no data.
+        Exception: any error of the model or the loss for tensors without data.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # slow to import; where it is of use
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
     with rng.forked(0), FlopCounterMode(display=False) as counter:
-        found = loss(twin, to_device(batch, torch.device("meta")))
-        if found.requires_grad:
-            found.backward()
+        value = loss(twin, to_device(batch, torch.device("meta")))
+        if value.requires_grad:
+            value.backward()
     return int(counter.get_total_flops())
 
 

@@ -61,7 +61,7 @@ class Timing:
         waits: total seconds measured elsewhere. `data_wait`: some rank had no data. `save_stall`:
             saves blocked the training thread between steps. `update_stall`: they blocked updates.
         wrapped: the modules that training calls. Hooks there exclude waiting for other ranks.
-        say: called with a message about a straggler, on every rank.
+        log: called with a message about a straggler, on every rank.
         items: plural noun for what the task's weights count.
         flops_per_step: model FLOPs per step on one rank; None: unknown.
         peak_flops_per_s: peak of one rank's device; None: unknown.
@@ -75,13 +75,13 @@ class Timing:
         waits: Mapping[str, Callable[[], float]],
         *,
         wrapped: Sequence[nn.Module] = (),
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
         items: str = "items",
         flops_per_step: int | None = None,
         peak_flops_per_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._world, self._clock, self._say, self._item_name = world, clock, say, items
+        self._world, self._clock, self._log, self._item_name = world, clock, log, items
         self._flops_per_step, self._peak_flops_per_s = flops_per_step, peak_flops_per_s
         self.forward = ForwardTimer(world, wrapped) if world.size > 1 else None
         """Timer of this rank's forward passes; None: there is only one rank."""
@@ -91,7 +91,7 @@ class Timing:
         self._waits = waits
         self._seconds = dict.fromkeys(("data", "starved", "eval", "wait_in_eval"), 0.0)
         self._steps: list[float] = []  # seconds per step, since the last lap
-        self._is_open = False  # a step has begun
+        self._is_open = False  # a step has started
         self._items: Tensor | None = None
         self._histogram: Counter[int] = Counter()
         self._step_count, self._step_s, self._laps = 0, 0.0, 0
@@ -208,7 +208,7 @@ class Timing:
         if self._laps == 1:
             return  # its steps compile, allocate, and fill the caches
         if text := self._stragglers.add([(data, forward) for data, forward, _ in ranks], steps):
-            self._say(text)
+            self._log(text)
 
     def totals(self) -> Totals:
         """Return the attempt's totals so far; safe at any time and on any thread."""

@@ -291,7 +291,7 @@ def _profiler(run: Run, job: Job, store: Store, attempt: Attempt) -> Profiler | 
         first=run.trainer.profile_first_step,
         count=run.trainer.profile_steps,
         on_gpu=job.world.device.type == "cuda",
-        say=job.tracker.message,
+        log=job.tracker.message,
     )
 
 

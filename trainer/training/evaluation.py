@@ -1,4 +1,4 @@
-"""One evaluation: the model's metrics over all evaluation samples."""
+"""Evaluation of the model on all evaluation samples."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -24,7 +24,7 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Evaluate the model on every evaluation sample, once. Collective.
 
-    Uses the averaged weights if there are any, rank 0's buffers, and a separate random generator,
+    Uses the averaged weights if available, rank 0's buffers, and a separate random generator,
     so that training is unaffected.
 
     Args:

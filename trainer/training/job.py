@@ -22,7 +22,7 @@ from trainer.training.ema import Ema
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One optimizer update of a step: its module, parameters, optimizer and schedule.
+    """Optimizer update within a step: its module, parameters, optimizer and schedule.
 
     An ordinary step has a single phase without a name. A task with phases has one object per phase,
     in the task's order, and each parameter belongs to at most one of them.
@@ -69,7 +69,7 @@ class TaskOptions:
     """The optional members of a task, with a default for each absent one."""
 
     train_metrics: Callable[..., Mapping[str, Tensor]]
-    """Metrics of a training batch besides the loss; arguments: outputs, batch[, phase name]."""
+    """Metrics of a training batch, without the loss; arguments: outputs, batch[, phase name]."""
     weight: Callable[[Batch], float | Tensor] | None
     """Number of items in a batch; None: all samples count alike."""
     items: str
@@ -77,7 +77,7 @@ class TaskOptions:
     phases: Mapping[str, Any]
     """Parameter patterns by phase name; empty: one update per step."""
     warnings: tuple[str, ...] = ()
-    """One line for each outdated member."""
+    """Warnings about outdated members, one line each."""
 
     @classmethod
     def of(cls, task: Any) -> "TaskOptions":

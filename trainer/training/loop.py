@@ -108,7 +108,7 @@ def start_timing(job: Job, state: State, saver: Saver, stop: Stop) -> Timing:
             "update_stall": lambda: saver.update_stall_s,
         },
         wrapped=[phase.wrapped for phase in job.phases],
-        say=job.tracker.message,
+        log=job.tracker.message,
         items=job.options.items,
         flops_per_step=job.flops_per_step,
         peak_flops_per_s=job.peak_flops_per_s,
@@ -122,7 +122,7 @@ def _evaluate_on_resume(job: Job, state: State, saver: Saver, stop: Stop, timing
     last_eval_step = state.last_eval_step
     interrupted = not _evaluate_once(job, state, stop, timing, saver)
     if state.last_eval_step != last_eval_step:
-        saver.discard_commit()  # the checkpoint of this step lacks its evaluation
+        saver.discard_commit()  # the checkpoint of this step is missing its evaluation
     return interrupted
 
 

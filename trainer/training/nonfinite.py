@@ -30,7 +30,7 @@ class LossCheck:
 
     Args:
         job: the training run.
-        saver: knows the newest checkpoint, for the error.
+        saver: source of the newest checkpoint, for the error.
     """
 
     def __init__(self, job: Job, saver: Saver) -> None:
@@ -91,7 +91,7 @@ class LossCheck:
             f"the {phase + ' ' if phase else ''}loss of step {step:,} is {value} on rank {rank} "
             f"(learning rate {lr:g})",
             "Running the same command again will fail in the same way. Lower optimizer.lr, clip "
-            "gradients with trainer.clip_norm=1, check the data, or skip such steps with "
+            "gradients with trainer.clip_norm=1, check the data, or skip these steps with "
             "trainer.on_nonfinite=skip",
         )
 
@@ -99,7 +99,7 @@ class LossCheck:
         self._raise(
             f"weights became NaN or infinite at step {step:,}: the loss was finite but a gradient "
             "was not",
-            "Clip gradients with trainer.clip_norm=1, check the model for divisions, or skip such "
+            "Clip gradients with trainer.clip_norm=1, check the model for divisions, or skip these "
             "steps with trainer.on_nonfinite=skip",
         )
 

@@ -1,4 +1,4 @@
-"""One training step: forward, backward, gradient clipping, optimizer update."""
+"""Training step: forward, backward, gradient clipping, optimizer update."""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def train_step(
     Args:
         job: the training run.
         microbatches: this rank's part of the global batch, on its device.
-        with_metrics: return the task's training metrics and the gradient norm besides the loss.
+        with_metrics: return the task's training metrics and the gradient norm, not only the loss.
         timing: times the forward passes.
 
     Returns:
