@@ -171,8 +171,8 @@ class Adversarial:
 
     The model has `.generator`, from noise (N, latent) to samples, and `.discriminator`, from
     samples to logits (N,) of being real. A batch is a tensor of real samples, or a tuple that
-    starts with one. Each step trains the discriminator, then the generator with the non-saturating loss
-    (section 3 of the paper). Noise is normal, from torch's default generator.
+    starts with one. Each step trains the discriminator, then the generator with the non-saturating
+    loss (section 3 of the paper). Noise is normal, from torch's default generator.
 
     Args:
         label_smoothing: 1 minus the target of real samples, 0 … 1 (one-sided label smoothing: T.

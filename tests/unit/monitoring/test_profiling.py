@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 from support.loop_jobs import a_job, a_saver, everything
@@ -43,7 +44,7 @@ def test_profiler_traces_requested_steps(tmp_path):
     assert "profile/attempt-0001-steps-3-4.json.gz" in head
     assert titles.startswith("operator")
     assert len(rows) == 15
-    times = [float(row[40:].split()[0]) for row in rows]
+    times = [float(re.split(r"  +", row)[1]) for row in rows]
     assert times == sorted(times, reverse=True)
 
 
