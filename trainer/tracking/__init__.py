@@ -1,1 +1,1 @@
-"""Where figures go."""
+"""Trackers: destinations of metrics."""

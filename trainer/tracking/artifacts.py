@@ -16,12 +16,12 @@ _EXPORTS = "exports"
 
 
 def log_artifacts(run: Any, facts: Mapping[str, Any], *, with_files: bool) -> None:
-    """Log `checkpoint-<name>`, of the best and the newest checkpoint, and `exports-<name>`.
+    """Log the best and newest checkpoint as `checkpoint-<name>`, and exports as `exports-<name>`.
 
     Args:
-        run: the open run there.
-        facts: of the attempt, as trackers get them.
-        with_files: the shards too; else the manifest alone, which says where they are.
+        run: the open W&B run.
+        facts: of the attempt, as passed to trackers.
+        with_files: log the shards too, not only the manifest with their location.
     """
     store: Store = facts["store"]
     name = re.sub(r"[^\w.-]", "-", str(facts["config"].get("name", "run")))
@@ -79,13 +79,13 @@ def _log(
 
     artifact = wandb.Artifact(name, kind, metadata=dict(metadata))
     for key in keys:
-        inner = "/".join(key.split("/")[2 if kind == "checkpoint" else 1 :])
+        artifact_name = "/".join(key.split("/")[2 if kind == "checkpoint" else 1 :])
         if run_folder is not None:  # without a copy
             path = run_folder / key
-            artifact.add_file(str(path), name=inner, policy="immutable", skip_cache=True)
+            artifact.add_file(str(path), name=artifact_name, policy="immutable", skip_cache=True)
         else:
             with tempfile.NamedTemporaryFile() as file:
                 file.write(store.read(key))
                 file.flush()
-                artifact.add_file(file.name, name=inner, skip_cache=True)
+                artifact.add_file(file.name, name=artifact_name, skip_cache=True)
     run.log_artifact(artifact, aliases=list(aliases) or None)

@@ -1,4 +1,4 @@
-"""Which code a run was started from."""
+"""Git version of the code that started a run."""
 
 import subprocess
 from typing import Any
@@ -9,7 +9,7 @@ _PATIENCE_S = 10.0
 def version(folder: str) -> dict[str, Any]:
     """Return `commit` and `dirty` (whether tracked files differ from it) of a git work tree.
 
-    Empty where `folder` is not in one, or git does not answer.
+    Empty if `folder` is not in a work tree, or git fails or times out.
     """
     commit = _git(folder, "rev-parse", "HEAD")
     changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
@@ -21,9 +21,9 @@ def version(folder: str) -> dict[str, Any]:
 def _git(folder: str, *arguments: str) -> str | None:
     command = ["git", "--no-optional-locks", "-C", folder, *arguments]
     try:
-        done = subprocess.run(  # noqa: S603 (arguments of ours alone)
+        process = subprocess.run(  # noqa: S603 (fixed arguments)
             command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return process.stdout.strip() if process.returncode == 0 else None

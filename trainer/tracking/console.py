@@ -1,4 +1,4 @@
-"""What a person sees: bars on a terminal, plain lines in a log file."""
+"""Console output: progress bars on a terminal, plain lines in a log file."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ class Console:
     """Writes to standard output.
 
     Args:
-        every_s: in a log file, seconds between lines of training figures; evaluations are always
+        every_s: minimum seconds between training lines in a log file; evaluations are always
             written.
     """
 
@@ -28,13 +28,13 @@ class Console:
         self._facts: Mapping[str, Any] = {}
         self._estimate: Estimate | None = None
         self._step = 0
-        self._figures = ""
-        self._saved_s: float | None = None  # when a checkpoint was last known to be committed
+        self._metrics = ""
+        self._saved_s: float | None = None  # time of the state in the newest checkpoint
         self._live: Any = None
         self._bars: Any = None
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        """Show the bars, from the step that the attempt starts from."""
+        """Show the progress bars from the attempt's first step."""
         self._facts, self._step = facts, facts["step"]
         self._estimate = Estimate(facts)
         self._last_line_s = time.monotonic()
@@ -42,7 +42,7 @@ class Console:
             self._open_bars()
 
     def _open_bars(self) -> None:
-        from rich import progress  # only where there is a terminal
+        from rich import progress  # only needed on a terminal
         from rich.console import Console as Terminal
         from rich.live import Live
 
@@ -50,22 +50,22 @@ class Console:
             progress.TextColumn("{task.description}", markup=False, style="default"),
             progress.BarColumn(bar_width=None),
             progress.TextColumn("{task.fields[position]}", justify="right", style="default"),
-            progress.TextColumn("{task.fields[left]}", justify="right", style="default"),
+            progress.TextColumn("{task.fields[remaining]}", justify="right", style="default"),
             expand=True,
         )
         if self._facts["steps_per_epoch"]:
-            self._bars.add_task("", total=self._facts["steps_per_epoch"], position="", left="")
-        self._bars.add_task("run", total=self._facts["max_steps"], position="", left="")
-        own = sys.stdout, sys.stderr
+            self._bars.add_task("", total=self._facts["steps_per_epoch"], position="", remaining="")
+        self._bars.add_task("run", total=self._facts["max_steps"], position="", remaining="")
+        streams = sys.stdout, sys.stderr
         live = self._live = Live(
             get_renderable=self._screen, refresh_per_second=_REFRESH_PER_S, console=Terminal()
         )
         live.start()
-        live.console.show_cursor(True)  # a process that is killed cannot bring it back
-        _let_children_print(live, own)
+        live.console.show_cursor(True)  # a killed process could not restore it
+        _restore_streams_in_children(live, streams)
 
     def _screen(self) -> Any:
-        """Return what is shown at this moment; called now and then by a thread of the library."""
+        """Return the current display; called periodically by a thread of rich."""
         from rich.console import Group
         from rich.text import Text
 
@@ -73,77 +73,81 @@ class Console:
         *epochs, run = self._bars.task_ids
         for epoch in epochs:
             per_epoch = facts["steps_per_epoch"]
-            done = step - min(step, facts["max_steps"] - 1) // per_epoch * per_epoch
+            steps_in_epoch = step - min(step, facts["max_steps"] - 1) // per_epoch * per_epoch
             self._bars.update(
                 epoch,
-                completed=done,
+                completed=steps_in_epoch,
                 description=_epoch_text(facts, step),
-                position=f"{done:,}/{per_epoch:,}",
+                position=f"{steps_in_epoch:,}/{per_epoch:,}",
             )
         position = f"{step:,}/{facts['max_steps']:,}"
-        self._bars.update(run, completed=step, position=position, left=self._left_text())
-        figures = "  ".join(filter(None, (self._figures, self._saved_text())))
-        return Group(self._bars.get_renderable(), Text(figures, no_wrap=True, overflow="ellipsis"))
+        self._bars.update(run, completed=step, position=position, remaining=self._remaining_text())
+        text = "  ".join(filter(None, (self._metrics, self._checkpoint_age_text())))
+        return Group(self._bars.get_renderable(), Text(text, no_wrap=True, overflow="ellipsis"))
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Move the bars, or write a line when one is due."""
+        """Update the bars, or write a line if one is due."""
         is_eval = line["split"] == "eval"
         now_s = time.monotonic()
         self._step = max(self._step, line["step"])
         if self._estimate is not None:
-            self._estimate.take(line, now_s)
+            self._estimate.add(line, now_s)
         if not is_eval:
-            self._figures = "  ".join(filter(None, (_figures_text(line), _rate_text(line))))
+            self._metrics = "  ".join(filter(None, (_metrics_text(line), _rate_text(line))))
         if is_eval:
             self.message(_line_text(line, self._facts))
         elif self._live is None and now_s - self._last_line_s >= self._every_s:
             self._last_line_s = now_s
-            parts = (_line_text(line, self._facts), self._left_text(), self._saved_text())
+            parts = (
+                _line_text(line, self._facts),
+                self._remaining_text(),
+                self._checkpoint_age_text(),
+            )
             self.message("  ".join(filter(None, parts)))
 
     def saved(self, save: Mapping[str, Any]) -> None:
-        """Remember how old the newest checkpoint is, and what it cost."""
+        """Record the time and cost of the newest checkpoint."""
         age_s = max(time.time() - save["time"], 0.0)
-        self._saved_s = time.monotonic() - age_s  # it has the state of when the save began
+        self._saved_s = time.monotonic() - age_s  # its state is from the start of the save
         if self._estimate is not None:
             self._estimate.saved(save)
 
     def message(self, text: str) -> None:
-        """Write a sentence, above the bars where there are some."""
+        """Write a message, above the bars if they are shown."""
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False)
         else:
             print(text, flush=True)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing; output is not buffered."""
 
     def close(self) -> None:
-        """Leave the bars as they are."""
+        """Stop the bars in their current state."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
-    def _left_text(self) -> str:
-        left_s = self._estimate.left_s(self._step) if self._estimate is not None else None
-        return "" if left_s is None else f"{timedelta(seconds=round(left_s))} left"
+    def _remaining_text(self) -> str:
+        remaining_s = self._estimate.remaining_s(self._step) if self._estimate is not None else None
+        return "" if remaining_s is None else f"{timedelta(seconds=round(remaining_s))} left"
 
-    def _saved_text(self) -> str:
+    def _checkpoint_age_text(self) -> str:
         if self._saved_s is None:
             return ""
         return f"saved {timedelta(seconds=int(time.monotonic() - self._saved_s))} ago"
 
 
-def _let_children_print(live: Any, own: tuple[Any, Any]) -> None:
-    """Give forked processes (data workers) the streams themselves.
+def _restore_streams_in_children(live: Any, streams: tuple[Any, Any]) -> None:
+    """Restore the original streams in forked processes (data workers).
 
-    While bars are shown, `sys.stdout` takes a lock that another thread may hold at a fork.
+    While bars are shown, `sys.stdout` takes a lock that another thread may hold during a fork.
     """
     alive = weakref.ref(live)
 
     def restore() -> None:
         if alive() is not None:
-            sys.stdout, sys.stderr = own
+            sys.stdout, sys.stderr = streams
 
     os.register_at_fork(after_in_child=restore)
 
@@ -156,7 +160,7 @@ def _epoch_text(facts: Mapping[str, Any], step: int) -> str:
     return f"epoch {current}/{-(-facts['max_steps'] // per_epoch)}"
 
 
-def _figures_text(line: Mapping[str, Any]) -> str:
+def _metrics_text(line: Mapping[str, Any]) -> str:
     hidden = {key for key in line if key in _POSITION or key.endswith(("_s", "_per_s"))}
     parts = [f"{key} {_number(value)}" for key, value in line.items() if key not in hidden]
     if line["split"] == "train":
@@ -171,22 +175,22 @@ def _number(value: float) -> str:
 
 
 def _rate_text(line: Mapping[str, Any]) -> str:
-    for key, what in (("tokens_per_s", "tokens/s"), ("samples_per_s", "samples/s")):
+    for key, unit in (("tokens_per_s", "tokens/s"), ("samples_per_s", "samples/s")):
         if line.get(key):
-            return f"{line[key]:,.0f} {what}"
+            return f"{line[key]:,.0f} {unit}"
     return ""
 
 
 def _line_text(line: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     position = f"step {line['step']:,}/{facts['max_steps']:,}"
     parts = (
-        f"{line['split']:<5}", position, _figures_text(line), _rate_text(line),
-        _share_text(line, facts),
+        f"{line['split']:<5}", position, _metrics_text(line), _rate_text(line),
+        _mfu_text(line, facts),
     )  # fmt: skip
     return "  ".join(filter(None, parts))
 
 
-def _share_text(line: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+def _mfu_text(line: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     peak = facts.get("peak_flops_per_s")
     if not peak or "flops_per_s" not in line:
         return ""

@@ -29,10 +29,11 @@ class Guarded:
         self._name = name
         self._is_lost = False
         methods = {method: getattr(tracker, method, None) for method in (*_REQUIRED, *_OPTIONAL)}
-        if methods["message"] is None and (say := getattr(tracker, "say", None)):
-            methods["message"] = say
+        if methods["message"] is None and (old_method := getattr(tracker, "say", None)):
+            methods["message"] = old_method
             _print(
-                f"warning: tracker.{name}: {type(tracker).__name__}.say is now called message; "
+                f"warning: tracker.{name}: {type(tracker).__name__} has "
+                'a method "say", which is now called "message"; '
                 "rename the method, the old name will stop working"
             )
         missing = [method for method in _REQUIRED if not callable(methods[method])]

@@ -1,8 +1,8 @@
-"""`metrics.jsonl`: one JSON object a line, no step twice and none missing, whatever died.
+"""`metrics.jsonl`: one JSON object per line; each step exactly once, also after crashes.
 
-`saves.jsonl` beside it has a line for each checkpoint that was committed, also those of timelines
-that were abandoned. On an object store, where nothing can be appended, an attempt leaves its lines
-in parts; they are joined when the next attempt starts, at the end, and by whoever reads.
+`saves.jsonl` has a line for each committed checkpoint, also those of abandoned timelines. Object
+stores cannot append, so an attempt writes its lines in parts there. They are joined when the next
+attempt starts, at the end, and by readers.
 """
 
 import json
@@ -25,14 +25,14 @@ _Line = Mapping[str, Any]
 
 
 class Jsonl:
-    """Keeps the lines in `<run_dir>/metrics.jsonl`, and what saves cost in `saves.jsonl`."""
+    """Write metrics to `<run_dir>/metrics.jsonl` and the cost of saves to `saves.jsonl`."""
 
     def __init__(self) -> None:
         self._lines: _File | _Parts | None = None
         self._saves: _File | _Parts | None = None
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        """Drop the lines of later steps than the attempt starts from; begin to add."""
+        """Drop lines of steps after the attempt's first step, and open the files."""
         newest = {"train": facts["step"], "eval": facts["last_eval_step"]}
         self._lines = _open(facts, FILE_NAME, lambda line: line["step"] <= newest[line["split"]])
         self._saves = _open(facts, SAVES_NAME, lambda line: True)
@@ -48,10 +48,10 @@ class Jsonl:
             self._saves.append(_format(save))
 
     def message(self, text: str) -> None:
-        """Ignored: only figures are kept."""
+        """Do nothing; only metrics are stored."""
 
     def flush(self) -> None:
-        """Make every line durable; lines are whole when `log` returns, so threads cannot mix."""
+        """Make every line durable. Lines are complete when `log` returns, so threads do not mix."""
         for file in (self._lines, self._saves):
             if file is not None:
                 file.sync()
@@ -71,18 +71,18 @@ def _open(facts: Mapping[str, Any], name: str, keep: Callable[[_Line], bool]) ->
 
 
 class _File:
-    """A file that is appended to.
+    """File to which lines are appended.
 
-    It begins as a new one with the lines that count, renamed over the old: a process that should be
-    dead but is not goes on writing into a file that no longer has a name.
+    It starts as a new file with the valid lines, renamed over the old one: a superseded process
+    that still runs then writes to a file without a name.
     """
 
     def __init__(self, path: Path, keep: Callable[[_Line], bool]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         data = path.read_bytes() if path.exists() else b""
-        kept = "".join(_kept(_lines(data), keep))
-        with atomic_file(path, durable=bool(kept)) as file:
-            file.write(kept.encode())
+        text = "".join(_selected(_lines(data), keep))
+        with atomic_file(path, durable=bool(text)) as file:
+            file.write(text.encode())
         self._is_durable = True
         self._file: TextIO = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (close)
 
@@ -92,7 +92,7 @@ class _File:
 
     def sync(self) -> None:
         if not self._is_durable:
-            self._is_durable = True  # before, since lines may come meanwhile
+            self._is_durable = True  # before fsync, since lines may be added during it
             try:
                 os.fsync(self._file.fileno())
             except OSError:
@@ -105,41 +105,41 @@ class _File:
 
 
 class _Parts:
-    """Objects such as `metrics/<attempt>-<number>.jsonl`: the lines since the one before."""
+    """Objects `metrics/<attempt>-<number>.jsonl`, each with the lines since the previous one."""
 
     def __init__(
         self, store: Store, name: str, attempt: int, keep: Callable[[_Line], bool]
     ) -> None:
         self._store, self._name, self._attempt = store, name, attempt
         self._number = 0
-        self._held: list[str] = []
-        kept = "".join(_kept(read(store, name), keep))
-        store.replace(name, kept.encode())
+        self._pending: list[str] = []
+        text = "".join(_selected(read(store, name), keep))
+        store.replace(name, text.encode())
         store.delete([key for number, key in _parts(store, name) if number < attempt])
 
     def append(self, text: str) -> None:
-        self._held.append(text)
+        self._pending.append(text)
 
     def sync(self) -> None:
-        taken = len(self._held)
-        if taken:
+        count = len(self._pending)
+        if count:
             self._number += 1
             key = f"{_folder(self._name)}/{self._attempt:04d}-{self._number:06d}.jsonl"
-            self._store.replace(key, "".join(self._held[:taken]).encode())
-            del self._held[:taken]
+            self._store.replace(key, "".join(self._pending[:count]).encode())
+            del self._pending[:count]
 
     def close(self) -> None:
         self.sync()
-        whole = "".join(_format(line) for line in read(self._store, self._name))
-        self._store.replace(self._name, whole.encode())
+        text = "".join(_format(line) for line in read(self._store, self._name))
+        self._store.replace(self._name, text.encode())
         parts = _parts(self._store, self._name)
         self._store.delete([key for number, key in parts if number <= self._attempt])
 
 
 def read(store: Store, name: str = FILE_NAME) -> list[dict[str, Any]]:
-    """Return the lines of a run, joined: of parts, the newest attempt's that left any.
+    """Return the lines of a run, including the parts of the newest attempt that has any.
 
-    Those of attempts before it were joined when it started.
+    Parts of earlier attempts were joined when it started.
     """
     try:
         lines = _lines(store.read(name))
@@ -147,60 +147,59 @@ def read(store: Store, name: str = FILE_NAME) -> list[dict[str, Any]]:
         lines = []
     parts = _parts(store, name)
     newest = max((number for number, _ in parts), default=0)
-    known = set(map(_identity, lines))  # parts that were joined, and are still there
+    joined = set(map(_identity, lines))  # parts already joined but not deleted yet
     for number, key in parts:
         if number == newest:
-            lines += [line for line in _lines(store.read(key)) if _identity(line) not in known]
+            lines += [line for line in _lines(store.read(key)) if _identity(line) not in joined]
     return lines
 
 
 @dataclass
 class Salvage:
-    """What can be read of a run's figures, for people to look at."""
+    """Readable metric lines of a run, for display only."""
 
     lines: list[dict[str, Any]] = field(default_factory=list)
     damaged: int = 0
-    """Lines that were skipped."""
+    """Number of damaged lines, which are skipped."""
 
 
 def salvage(store: Store) -> Salvage:
-    """Return every line that can be read, with those after a damaged one. For no decision.
+    """Return every readable line, including those after a damaged one. For display only.
 
-    `read` ends at the first damaged line, since what follows it cannot be trusted to belong to the
-    run's timeline.
+    `read` ends at the first damaged line, since later lines may not belong to the run's timeline.
     """
-    found = Salvage()
+    salvaged = Salvage()
     with suppress(FileNotFoundError):
-        _salvage(store.read(FILE_NAME), found)
-    _salvage_parts(store, found)
-    return found
+        _salvage(store.read(FILE_NAME), salvaged)
+    _salvage_parts(store, salvaged)
+    return salvaged
 
 
-def newest(store: Store, most_bytes: int = 1 << 17) -> Salvage:
+def newest(store: Store, max_bytes: int = 1 << 17) -> Salvage:
     """Return the lines in about the last `most_bytes`, of any run at little cost."""
-    found = Salvage()
+    salvaged = Salvage()
     with suppress(FileNotFoundError):
         size_bytes = store.size(FILE_NAME)
-        start = max(size_bytes - most_bytes, 0)
+        start = max(size_bytes - max_bytes, 0)
         data = bytearray(size_bytes - start)
         count = store.read_into(FILE_NAME, start, memoryview(data))
         tail = bytes(data[:count])
-        _salvage(tail.partition(b"\n")[2] if start else tail, found)
-    _salvage_parts(store, found, most=3)
-    return found
+        _salvage(tail.partition(b"\n")[2] if start else tail, salvaged)
+    _salvage_parts(store, salvaged, max_parts=3)
+    return salvaged
 
 
-def _salvage_parts(store: Store, found: Salvage, most: int | None = None) -> None:
+def _salvage_parts(store: Store, salvaged: Salvage, max_parts: int | None = None) -> None:
     parts = _parts(store, FILE_NAME)
     newest_attempt = max((number for number, _ in parts), default=0)
-    last = {line["split"]: line["step"] for line in found.lines}
+    last = {line["split"]: line["step"] for line in salvaged.lines}
     keys = [key for number, key in parts if number == newest_attempt]
-    for key in keys if most is None else keys[-most:]:
-        with suppress(FileNotFoundError):  # joined meanwhile
-            _salvage(store.read(key), found, after=last)
+    for key in keys if max_parts is None else keys[-max_parts:]:
+        with suppress(FileNotFoundError):  # joined in the meantime
+            _salvage(store.read(key), salvaged, after=last)
 
 
-def _salvage(data: bytes, found: Salvage, after: Mapping[str, int] | None = None) -> None:
+def _salvage(data: bytes, salvaged: Salvage, after: Mapping[str, int] | None = None) -> None:
     for text in data.split(b"\n"):
         if not text.strip():
             continue
@@ -208,16 +207,16 @@ def _salvage(data: bytes, found: Salvage, after: Mapping[str, int] | None = None
             line = json.loads(text)
             step, split = line["step"], line["split"]
         except (ValueError, LookupError, TypeError, RecursionError):
-            found.damaged += 1
+            salvaged.damaged += 1
             continue
         if type(step) is not int or not 0 <= step < 1 << 63 or type(split) is not str:
-            found.damaged += 1
+            salvaged.damaged += 1
         elif step > (after or {}).get(split, -1):
-            found.lines.append(line)
+            salvaged.lines.append(line)
 
 
 def read_text(store: Store, name: str = FILE_NAME) -> bytes:
-    """Return the whole lines of a run, as they stand in the file."""
+    """Return the complete lines of a run, as stored."""
     if _parts(store, name):
         return "".join(map(_format, read(store, name))).encode()
     try:
@@ -241,7 +240,7 @@ def _parts(store: Store, name: str) -> list[tuple[int, str]]:
     return [(int(match[1]), key) for key in keys if (match := pattern.fullmatch(key))]
 
 
-def _kept(lines: Iterable[_Line], keep: Callable[[_Line], bool]) -> list[str]:
+def _selected(lines: Iterable[_Line], keep: Callable[[_Line], bool]) -> list[str]:
     return [_format(line) for line in lines if keep(line)]
 
 
@@ -254,7 +253,7 @@ def _format(line: _Line) -> str:
 
 
 def _lines(data: bytes) -> list[dict[str, Any]]:
-    """Return the whole lines; a last line that was cut short by a kill is dropped."""
+    """Return the complete lines; a truncated last line is dropped."""
     lines = []
     for text in data.split(b"\n"):
         try:

@@ -1,8 +1,8 @@
-"""`tensorboard/`: event files that TensorBoard reads; no step twice and none missing.
+"""TensorBoard event files in `tensorboard/`; each step is shown exactly once.
 
-Written with TensorBoard's own records and messages, one event a line. An attempt has a file of its
-own, whose name sorts after those before it. It begins with the mark by which TensorBoard drops
-what an earlier attempt wrote of steps that come again.
+Written with TensorBoard's record writer, one event per line. Each attempt has a file whose name
+sorts after those of earlier attempts (torch's SummaryWriter names files by clock, which may differ
+between nodes). It starts with the session mark by which TensorBoard drops repeated steps.
 """
 
 import os
@@ -22,13 +22,13 @@ _POSITION = ("step", "epoch", "samples", "time", "split")
 
 
 class TensorBoard:
-    """Writes scalars such as `train/loss` and `eval/accuracy` into `<run_dir>/tensorboard`.
+    """Write scalars such as `train/loss` and `eval/accuracy` to `<run_dir>/tensorboard`.
 
-    On an object store, which cannot append, each attempt's file holds the whole run: it grows in a
-    folder for temporary files, and is copied up now and then and at the end.
+    Object stores cannot append, so each attempt's file has the complete run there: it grows in a
+    temporary folder and is uploaded periodically and at the end.
 
     Args:
-        upload_every_s: seconds between copies to an object store.
+        upload_every_s: seconds between uploads to an object store.
 
     Raises:
         ConfigError: the library is not installed.
@@ -37,24 +37,24 @@ class TensorBoard:
     def __init__(self, upload_every_s: float = 300.0) -> None:
         if text := self.problem({}):
             raise ConfigError(f"TensorBoard {text}")
-        import tensorboard.compat.proto.event_pb2  # here, and not beside the training
+        import tensorboard.compat.proto.event_pb2  # here, not during training
         import tensorboard.summary.writer.record_writer  # noqa: F401
 
         self._upload_every_s = upload_every_s
         self._uploaded_s = time.monotonic()
         self._records: Any = None
         self._file: Any = None
-        self._store: Store | None = None  # where the file is copied to, if it is
+        self._store: Store | None = None  # upload destination, if remote
         self._name = ""
         self._folder = Path()
 
     @classmethod
     def problem(cls, arguments: Mapping[str, Any]) -> str:
-        """Return what is wrong before anything starts."""
+        """Return the reason why this tracker cannot work, or an empty string."""
         return libraries.missing("tensorboard", "tensorboard")
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        """Begin this attempt's file; void what comes again, and write what the run has before."""
+        """Start this attempt's file: void repeated steps, and write the run's earlier lines."""
         from tensorboard.compat.proto.event_pb2 import SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -73,11 +73,11 @@ class TensorBoard:
         self._write([{"wall_time": now, "file_version": "brain.Event:2"}])
         mark = SessionLog(status=SessionLog.START)
         self._write([{"wall_time": now, "step": void_from, "session_log": mark}])
-        lines = jsonl.read(facts["store"])  # of steps that do not come again
+        lines = jsonl.read(facts["store"])  # steps that are not repeated
         self._write(_event(line) for line in lines if line["step"] >= void_from)
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append one event; it is with the operating system on return."""
+        """Append one event; the operating system has it on return."""
         if self._file is not None:
             self._write([_event(line)])
 
@@ -89,10 +89,10 @@ class TensorBoard:
         self._file.flush()
 
     def message(self, text: str) -> None:
-        """Ignored: only figures are kept."""
+        """Do nothing; only metrics are stored."""
 
     def flush(self) -> None:
-        """Make every event durable; on an object store, only now and then."""
+        """Make every event durable; on an object store, upload if due."""
         if self._file is None:
             return
         os.fsync(self._file.fileno())
@@ -105,11 +105,11 @@ class TensorBoard:
         self._uploaded_s = time.monotonic()
         key = f"{FOLDER}/{self._name}"
         self._store.replace(key, (self._folder / self._name).read_bytes())
-        # each file holds the whole run, so this one replaces those of earlier attempts
+        # each file has the complete run, so this one replaces those of earlier attempts
         self._store.delete([older for older in self._store.list(FOLDER) if older < key])
 
     def close(self) -> None:
-        """Make every event durable, where the run lives."""
+        """Make every event durable in the run directory."""
         if self._file is None:
             return
         self._upload_every_s = 0.0
@@ -121,9 +121,9 @@ class TensorBoard:
 
 
 def _void_from(facts: Mapping[str, Any]) -> int:
-    """Return the first step of which something comes again.
+    """Return the first step with repeated lines.
 
-    At `step` itself it is the evaluation, if the checkpoint is from before its end.
+    That is `step` itself if the checkpoint was saved before its evaluation ended.
     """
     step: int = facts["step"]
     return step if facts["last_eval_step"] < step else step + 1
@@ -142,4 +142,4 @@ def _event(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: float | None) -> float:
-    return float("nan") if value is None else float(value)  # as JSON has it
+    return float("nan") if value is None else float(value)  # null in JSON

@@ -1,7 +1,6 @@
-"""Weights & Biases: all attempts of a run are one run there; a dead network is no hindrance.
+"""Weights & Biases: all attempts of a run are one W&B run; network failures do not stop training.
 
-The library is spoken to by a thread of its own. What is logged goes into a queue, from which that
-thread takes it; the training never waits for it.
+A separate thread calls the library and takes lines from a queue; training never waits for it.
 """
 
 import netrc
@@ -24,27 +23,27 @@ from trainer.tracking.artifacts import log_artifacts
 _MODES = ("online", "offline", "disabled")
 _ARTIFACTS = ("manifests", "files")
 _SPARE_S = 2.0
-"""What the thread may take to notice that the library has given up."""
+"""Extra seconds for the thread to notice a timeout of the library."""
 
 
 class Wandb:
-    """Logs to a run of Weights & Biases. `step` is the axis of all figures.
+    """Log to a run of Weights & Biases. `step` is the axis of all metrics.
 
     Args:
         project: default: WANDB_PROJECT, else `perdure`.
-        entity: team or user; default: the one that is logged in.
+        entity: team or user; default: the logged-in one.
         mode: `online`, `offline` (files in the run, for `wandb sync`) or `disabled`; default:
             WANDB_MODE, else `online`.
-        id: of the run there; default: derived from the first attempt, so the same for all.
-        options: more arguments of `wandb.init`, such as `group`, `tags`, `notes`.
-        artifacts: at the end of the run, log the newest and the best checkpoint and the exports:
-            `manifests` or `files`, of the checkpoints; None: no artifacts.
-        init_timeout_s: without an answer for this long, the attempt is kept offline.
-        close_timeout_s: how long the end of an attempt waits for what is still to be sent.
-        queue_lines: lines that may wait to be sent; what comes above is left out.
+        id: of the W&B run; default: derived from the first attempt, so all attempts share it.
+        options: further arguments of `wandb.init`, such as `group`, `tags`, `notes`.
+        artifacts: log the newest and best checkpoint and the exports at the end of the run, with
+            `manifests` or `files` of the checkpoints; None: no artifacts.
+        init_timeout_s: without a response for this long, the attempt is stored offline.
+        close_timeout_s: maximum wait for pending lines at the end of an attempt.
+        queue_lines: maximum pending lines; further ones are dropped.
 
     Raises:
-        ConfigError: the library is not installed, or there is no key for it.
+        ConfigError: the library is not installed, or no API key is configured.
     """
 
     def __init__(
@@ -61,41 +60,41 @@ class Wandb:
     ) -> None:
         if text := self.problem({"mode": mode, "artifacts": artifacts}):
             raise ConfigError(f"tracker.wandb {text}")
-        import wandb  # noqa: F401 (here, and not beside the training)
+        import wandb  # noqa: F401 (here, not during training)
 
         self._project = project or os.environ.get("WANDB_PROJECT", "perdure")
-        self._mode = mode or _usual_mode()
+        self._mode = mode or _default_mode()
         self._entity, self._id, self._options = entity, id, options or {}
         self._artifacts = artifacts
         self._init_timeout_s, self._close_timeout_s = init_timeout_s, close_timeout_s
         self._queue_lines = queue_lines
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
-        self._left_out = 0
-        self._is_over = False  # nothing is logged any more
+        self._dropped_lines = 0
+        self._is_over = False  # no more logging
         self._outcome = "error"
         self._folder = Path()
-        self._store: Store | None = None  # where files are copied to, if they must be
+        self._store: Store | None = None  # upload destination, if remote
 
     @classmethod
     def problem(cls, arguments: Mapping[str, Any]) -> str:
-        """Return what is wrong before anything starts."""
+        """Return the reason why this tracker cannot work, or an empty string."""
         if text := libraries.missing("wandb", "wandb"):
             return text
-        mode, artifacts = arguments.get("mode") or _usual_mode(), arguments.get("artifacts")
+        mode, artifacts = arguments.get("mode") or _default_mode(), arguments.get("artifacts")
         if mode not in _MODES:
             return f"has mode={mode!r}{closest(mode, _MODES)}"
         if artifacts is not None and artifacts not in _ARTIFACTS:
             return f"has artifacts={artifacts!r}{closest(str(artifacts), _ARTIFACTS)}"
         if mode == "online" and not _has_key():
             return (
-                "finds no key: log in with `wandb login`, or set WANDB_API_KEY; or keep the run "
+                "has no API key: log in with `wandb login`, or set WANDB_API_KEY; or keep the run "
                 "on disk with tracker.wandb.mode=offline"
             )
         return ""
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        """Begin to log, on a thread of its own."""
+        """Start logging in a separate thread."""
         if (folder := local_path(facts["run_dir"])) is not None:
             self._folder = folder
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -112,27 +111,27 @@ class Wandb:
         if self._thread is None or self._is_over:
             return
         if self._queue.qsize() >= self._queue_lines:
-            self._left_out += 1
-            if self._left_out == 1:
-                _warn(f"{self._queue_lines:,} lines wait to be sent; what comes now is left out")
+            self._dropped_lines += 1
+            if self._dropped_lines == 1:
+                _warn(f"{self._queue_lines:,} lines are pending; further lines are dropped")
             return
         position = {key: line[key] for key in ("step", "epoch", "samples")}
         hidden = {*position, "time", "split"}
-        figures = {f"{line['split']}/{k}": v for k, v in line.items() if k not in hidden}
-        self._queue.put({**position, **figures})
+        metrics = {f"{line['split']}/{k}": v for k, v in line.items() if k not in hidden}
+        self._queue.put({**position, **metrics})
 
     def message(self, text: str) -> None:
-        """Ignored: only figures are kept."""
+        """Do nothing; only metrics are stored."""
 
     def flush(self) -> None:
-        """Nothing is waited for: what counts is in `metrics.jsonl`."""
+        """Do nothing; `metrics.jsonl` is the durable copy."""
 
     def ended(self, outcome: str) -> None:
-        """Remember how the attempt ended, for its state there."""
+        """Record the outcome of the attempt for the state of the W&B run."""
         self._outcome = outcome
 
     def close(self) -> None:
-        """Send what waits, for `close_timeout_s` at most."""
+        """Send pending lines for at most `close_timeout_s`."""
         if self._thread is None:
             return
         self._queue.put(None)
@@ -140,10 +139,10 @@ class Wandb:
         if self._thread.is_alive() and not self._is_over:
             _warn(
                 f"did not end in {self._close_timeout_s:g} s (tracker.wandb.close_timeout_s); "
-                "metrics.jsonl has what was not sent"
+                "metrics.jsonl has the unsent lines"
             )
-        if self._left_out:
-            _warn(f"{self._left_out:,} lines were left out. metrics.jsonl has them")
+        if self._dropped_lines:
+            _warn(f"{self._dropped_lines:,} lines were dropped; metrics.jsonl has them")
         self._thread = None
 
     # --- on the thread ---------------------------------------------------------------------------
@@ -154,12 +153,12 @@ class Wandb:
             while (line := self._queue.get()) is not None:
                 run.log(line)
             self._end(run, facts)
-        except Exception as error:  # whatever it is, it concerns this tracker alone
-            _warn(f"gets nothing more of this attempt: {type(error).__name__}: {error}")
+        except Exception as error:  # any error concerns this tracker only
+            _warn(f"is disabled for this attempt: {type(error).__name__}: {error}")
         self._is_over = True
 
     def _begin(self, facts: Mapping[str, Any]) -> Any:
-        """Open the run; if it cannot be reached, open it offline."""
+        """Open the run, offline if the server is unreachable."""
         import wandb
 
         try:
@@ -169,30 +168,33 @@ class Wandb:
                 raise
             wandb.teardown()
             run = self._init(facts, "offline")
-            _warn(f"is kept offline for this attempt: {' '.join(str(error).split())}")
+            _warn(f"is offline for this attempt: {' '.join(str(error).split())}")
         if not (run.offline or run.disabled):
             print(f"wandb: {run.url}", flush=True)
         run.define_metric("step", hidden=True)
         for split in ("train", "eval"):
             run.define_metric(f"{split}/*", step_metric="step")
-        wanted = facts["config"].get("checkpoint", {})
-        if wanted.get("metric"):
-            name, mode = f"eval/{wanted['metric']}", wanted.get("mode", "max")
+        checkpoint_settings = facts["config"].get("checkpoint", {})
+        if checkpoint_settings.get("metric"):
+            name, mode = (
+                f"eval/{checkpoint_settings['metric']}",
+                checkpoint_settings.get("mode", "max"),
+            )
             run.define_metric(name, step_metric="step", summary=mode)
         return run
 
     def _init(self, facts: Mapping[str, Any], mode: str) -> Any:
         import wandb
 
-        found = code.version(os.getcwd())
+        code_version = code.version(os.getcwd())
         settings = wandb.Settings(
             console="off",
             silent=True,
             disable_code=True,
             disable_git=True,  # it would also send what is not committed
-            git_commit=found.get("commit"),
+            git_commit=code_version.get("commit"),
             init_timeout=self._init_timeout_s,
-            login_timeout=1.0,  # nobody is asked for a key in the middle of a job
+            login_timeout=1.0,  # never prompt for a key during a job
             finish_timeout=self._close_timeout_s,
             finish_timeout_raises=True,
         )
@@ -205,12 +207,12 @@ class Wandb:
                 resume="allow",
                 mode=mode,  # type: ignore[arg-type]
                 dir=str(self._folder),
-                config={**facts["config"], "code": found, "attempt": facts["attempt"]},
+                config={**facts["config"], "code": code_version, "attempt": facts["attempt"]},
                 settings=settings,
                 **{"name": facts["config"].get("name"), **self._options},
             )
         finally:
-            sys.exit, sys.excepthook = hooks  # the outcome is told by `ended`
+            sys.exit, sys.excepthook = hooks  # `ended` reports the outcome
 
     def _end(self, run: Any, facts: Mapping[str, Any]) -> None:
         import wandb
@@ -232,18 +234,18 @@ class Wandb:
         if self._store is not None:
             for path in folder.glob("*.wandb"):
                 self._store.replace(f"wandb/{folder.name}/{path.name}", path.read_bytes())
-            where = f"{self._store.url}/wandb/{folder.name} (a copy of it)"
+            location = f"{self._store.url}/wandb/{folder.name} (a copy of it)"
         else:
-            where = str(folder)
-        print(f"wandb: to send what is on disk alone: wandb sync {where}", flush=True)
+            location = str(folder)
+        print(f"wandb: to upload the offline data: wandb sync {location}", flush=True)
 
 
-def _usual_mode() -> str:
+def _default_mode() -> str:
     return os.environ.get("WANDB_MODE", "online")
 
 
 def _has_key() -> bool:
-    """Whether there is a key for the server, in the environment or where `wandb login` puts it."""
+    """Return whether an API key is configured, in the environment or by `wandb login`."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     server = os.environ.get("WANDB_BASE_URL")

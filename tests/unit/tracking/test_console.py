@@ -1,4 +1,4 @@
-"""What a person sees on a terminal and in a log file, and how long a run is said to take."""
+"""Console output on a terminal and in a log file, and the estimate of the remaining time."""
 
 import fcntl
 import io
@@ -29,20 +29,20 @@ def facts(*, step=0, **more):
     }  # fmt: skip
 
 
-def line(step, split="train", **figures):
+def line(step, split="train", **metrics):
     position = {"step": step, "epoch": step // 400, "samples": 4 * step, "time": 1.5}
-    return {**position, "split": split, **figures}
+    return {**position, "split": split, **metrics}
 
 
 def a_save(step, stall_s=0.5):
-    """A save that began just now, whatever the clock does meanwhile."""
+    """A save that started now, independent of clock changes."""
     return {"step": step, "time": time.time() + 1000, "stall_s": stall_s}
 
 
 # --- a log file ----------------------------------------------------------------------------------
 
 
-def test_the_text_of_a_log_file(capsys):
+def test_console_log_file_lines(capsys):
     console = Console(every_s=0.0)
     console.start(facts())
     console.message("banner")
@@ -69,7 +69,7 @@ def test_the_text_of_a_log_file(capsys):
     ]
 
 
-def test_training_lines_keep_their_distance_and_evaluations_do_not(capsys):
+def test_console_throttles_training_lines_only(capsys):
     console = Console(every_s=1e9)
     console.start(facts())
     for step in range(1, 9):
@@ -86,14 +86,14 @@ class Terminal(io.StringIO):
         return True
 
 
-def terminal(monkeypatch, made=None, columns=80, term="xterm"):
+def terminal(monkeypatch, terminals=None, columns=80, term="xterm"):
     """Make standard output a terminal; call it in the test itself."""
-    made = made or Terminal()
-    monkeypatch.setattr(sys, "stdout", made)
+    terminals = terminals or Terminal()
+    monkeypatch.setattr(sys, "stdout", terminals)
     monkeypatch.setenv("TERM", term)
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.delenv("NO_COLOR", raising=False)
-    return made
+    return terminals
 
 
 def an_attempt(console, **where):
@@ -105,36 +105,36 @@ def an_attempt(console, **where):
     console.close()
 
 
-def test_on_a_terminal_bars_move_and_sentences_stand_above_them(monkeypatch):
+def test_console_bars_advance_below_messages(monkeypatch):
     screen = terminal(monkeypatch)
     an_attempt(Console())
-    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).replace("\r", "\n")
-    assert "eval   step 500/1,200  loss 0.5000  top[5] 0.7500" in shown
-    assert "a [/sentence] in brackets" in shown
-    *_, epoch, run, figures, end = shown.split("\n")
+    output = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).replace("\r", "\n")
+    assert "eval   step 500/1,200  loss 0.5000  top[5] 0.7500" in output
+    assert "a [/sentence] in brackets" in output
+    *_, epoch, run, metrics, end = output.split("\n")
     assert re.fullmatch(r"epoch 2/3 [━╸╺]+ +100/400 *", epoch)
     assert re.fullmatch(r"run       [━╸╺]+ +500/1,200 0:11:42 left", run)
-    assert figures.strip() == "loss 0.5000  top[5] 0.2500  lr 0.1  saved 0:00:00 ago"
+    assert metrics.strip() == "loss 0.5000  top[5] 0.2500  lr 0.1  saved 0:00:00 ago"
     assert end == ""
-    assert max(map(len, shown.split("\n"))) <= 80
+    assert max(map(len, output.split("\n"))) <= 80
 
 
-def test_without_a_known_length_of_an_epoch_there_is_one_bar(monkeypatch):
+def test_console_without_epoch_length_shows_one_bar(monkeypatch):
     screen = terminal(monkeypatch)
     an_attempt(Console(), steps_per_epoch=None)
     assert "epoch" not in screen.getvalue()
     assert "500/1,200" in screen.getvalue()
 
 
-def test_a_narrow_terminal_cuts_the_figures(monkeypatch):
+def test_console_narrow_terminal_truncates_metrics(monkeypatch):
     screen = terminal(monkeypatch, columns=40)
     an_attempt(Console())
-    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).replace("\r", "\n")
-    assert max(map(len, shown.split("\n"))) <= 40
-    assert "…" in shown
+    output = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).replace("\r", "\n")
+    assert max(map(len, output.split("\n"))) <= 40
+    assert "…" in output
 
 
-def test_the_last_step_is_still_in_the_last_epoch(monkeypatch):
+def test_console_last_step_is_in_the_last_epoch(monkeypatch):
     screen = terminal(monkeypatch)
     console = Console()
     console.start(facts(step=1200))
@@ -144,50 +144,50 @@ def test_the_last_step_is_still_in_the_last_epoch(monkeypatch):
 
 
 @pytest.mark.parametrize("term", ["dumb", "unknown", ""])
-def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch, term):
+def test_console_dumb_terminal_gets_lines(monkeypatch, term):
     screen = terminal(monkeypatch, term=term)
     an_attempt(Console(every_s=0.0))
     assert "\x1b" not in screen.getvalue()
     assert len(screen.getvalue().splitlines()) == 3
 
 
-def test_no_color_is_respected(monkeypatch):
+def test_console_respects_no_color(monkeypatch):
     colour = re.compile(r"\x1b\[[0-9;]*3[0-9;]*m")
-    for wanted in (False, True):
+    for expected in (False, True):
         screen = terminal(monkeypatch)
-        if not wanted:
+        if not expected:
             monkeypatch.setenv("NO_COLOR", "1")
         an_attempt(Console())
-        assert bool(colour.search(screen.getvalue())) is wanted
+        assert bool(colour.search(screen.getvalue())) is expected
 
 
-def test_a_real_terminal_is_left_as_it_was(monkeypatch):
-    outer, inner = pty.openpty()
-    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    before = termios.tcgetattr(inner)
-    with os.fdopen(inner, "w") as screen:
+def test_console_restores_the_terminal(monkeypatch):
+    outer, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    before = termios.tcgetattr(child)
+    with os.fdopen(child, "w") as screen:
         terminal(monkeypatch, screen)
         an_attempt(Console())
         assert sys.stdout is screen
-        assert termios.tcgetattr(inner) == before
+        assert termios.tcgetattr(child) == before
         screen.flush()
-        shown = os.read(outer, 1 << 16).decode()
+        output = os.read(outer, 1 << 16).decode()
     os.close(outer)
-    assert "━" in shown
-    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l")  # the cursor is there
-    assert shown.replace("\x1b[?25h", "").endswith("\r\n")
+    assert "━" in output
+    assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l")  # the cursor is there
+    assert output.replace("\x1b[?25h", "").endswith("\r\n")
 
 
-def test_a_process_that_is_killed_leaves_a_cursor(monkeypatch):
+def test_console_killed_process_leaves_a_cursor(monkeypatch):
     screen = terminal(monkeypatch)
     console = Console()
     console.start(facts())
-    shown = screen.getvalue()
-    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l")
+    output = screen.getvalue()
+    assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l")
     console.close()
 
 
-def test_a_forked_process_has_the_stream_itself(monkeypatch):
+def test_console_forked_process_has_the_original_streams(monkeypatch):
     screen = terminal(monkeypatch)
     console = Console()
     console.start(facts())
@@ -209,57 +209,59 @@ intervals = st.builds(Every, st.none() | st.integers(1, 9), st.none() | st.integ
     every=intervals, saves=intervals, per_epoch=st.none() | st.integers(1, 7),
     end=st.integers(1, 60), start=st.integers(0, 60), log_every=st.integers(1, 5),
 )  # fmt: skip
-def test_the_estimate_is_what_such_a_run_takes(every, saves, per_epoch, end, start, log_every):
+def test_estimate_matches_a_simulated_run(every, saves, per_epoch, end, start, log_every):
     """A run whose steps, evaluations and saves take the same each time, as its lines tell it."""
     where = facts(max_steps=end, steps_per_epoch=per_epoch, eval_every=every, save_every=saves)
     estimate = Estimate(where)
     step_s, eval_s, stall_s = 0.5, 7.0, 0.25
 
-    def due(each, step):
+    def due(step_, step):
         epochs, rest = divmod(step, per_epoch) if per_epoch else (0, 1)
-        return policy.due(each, step=step, epoch=epochs, epoch_ended=rest == 0, final=step == end)
+        return policy.due(step_, step=step, epoch=epochs, epoch_ended=rest == 0, final=step == end)
 
     def run(steps, tell):
         now_s = 0.0
         for step in steps:
             now_s += step_s
             if tell and step % log_every == 0:
-                estimate.take(line(step), now_s)
+                estimate.add(line(step), now_s)
             if due(every, step):
                 now_s += eval_s
                 if tell:
-                    estimate.take(line(step, "eval", eval_s=eval_s), now_s)
+                    estimate.add(line(step, "eval", eval_s=eval_s), now_s)
             if due(saves, step):
                 now_s += stall_s
                 if tell:
                     estimate.saved({"stall_s": stall_s})
         return now_s
 
-    begun = min(start, end)
-    run(range(1, begun + 1), tell=True)
-    left_s = estimate.left_s(begun)
-    if begun // log_every < 2:
-        assert left_s is None
+    started = min(start, end)
+    run(range(1, started + 1), tell=True)
+    remaining_s = estimate.remaining_s(started)
+    if started // log_every < 2:
+        assert remaining_s is None
         return
-    seen = {each: any(due(each, step) for step in range(1, begun + 1)) for each in (every, saves)}
+    seen = {
+        step_: any(due(step_, step) for step in range(1, started + 1)) for step_ in (every, saves)
+    }
     unseen_s = sum(
-        cost_s * sum(due(each, step) for step in range(begun + 1, end + 1))
-        for each, cost_s in ((every, eval_s), (saves, stall_s)) if not seen[each]
+        cost_s * sum(due(step_, step) for step in range(started + 1, end + 1))
+        for step_, cost_s in ((every, eval_s), (saves, stall_s)) if not seen[step_]
     )  # fmt: skip
-    assert math.isclose(left_s, run(range(begun + 1, end + 1), tell=False) - unseen_s)
+    assert math.isclose(remaining_s, run(range(started + 1, end + 1), tell=False) - unseen_s)
 
 
-def test_saves_by_the_clock_count():
+def test_estimate_includes_saves_by_interval():
     estimate = Estimate(facts(save_every=Every(), save_every_s=60.0))
-    estimate.take(line(0, step_p50_s=1.0), 0.0)
+    estimate.add(line(0, step_p50_s=1.0), 0.0)
     estimate.saved({"stall_s": 30.0})
-    assert estimate.left_s(600) == 600 + 10 * 30
+    assert estimate.remaining_s(600) == 600 + 10 * 30
 
 
-def test_a_known_peak_gives_the_share_of_it_that_is_used(capsys):
+def test_console_shows_mfu_with_a_known_peak(capsys):
     console = Console(every_s=0.0)
     console.start(facts(peak_flops_per_s=1e12))
     clocked = {"step_p50_s": 0.1, "data_wait_s": 1.0, "save_stall_s": 0.0}
     console.log(line(5, loss=0.5, samples_per_s=20.0, flops_per_s=4.125e11, **clocked))
-    shown = capsys.readouterr().out
-    assert shown.startswith("train  step 5/1,200  loss 0.5000  20 samples/s  MFU 41.2 %")
+    output = capsys.readouterr().out
+    assert output.startswith("train  step 5/1,200  loss 0.5000  20 samples/s  MFU 41.2 %")

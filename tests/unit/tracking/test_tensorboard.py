@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run that was killed and went on: every step once."""
+"""TensorBoard's view of a killed and resumed run: every step once."""
 
 import json
 import shutil
@@ -15,9 +15,9 @@ from trainer.tracking.several import Several
 from trainer.tracking.tensorboard import TensorBoard
 
 
-def line(split, step, **figures):
+def line(split, step, **metrics):
     position = {"step": step, "epoch": 0, "samples": step, "time": 1.5, "split": split}
-    return {**position, **figures}
+    return {**position, **metrics}
 
 
 def attempt(store, run_dir, number, *, step=0, last_eval_step=0, upload_every_s=300.0):
@@ -42,15 +42,15 @@ def kill(tracker):
 
 def expected(store):
     """The scalars of metrics.jsonl, as float32."""
-    found = {}
+    result = {}
     for one in jsonl.read(store):
         for key in one.keys() - {"step", "epoch", "samples", "time", "split"}:
-            found.setdefault(f"{one['split']}/{key}", []).append((one["step"], one[key]))
-    return found
+            result.setdefault(f"{one['split']}/{key}", []).append((one["step"], one[key]))
+    return result
 
 
-def shown(store, run_dir, folder):
-    """What TensorBoard shows of the run; of an object store, what was copied there."""
+def displayed(store, run_dir, folder):
+    """TensorBoard's view of the run; for an object store, of the uploaded files."""
     if not run_dir.startswith("memory:"):
         return scalars(f"{run_dir}/tensorboard")
     shutil.rmtree(folder, ignore_errors=True)
@@ -71,33 +71,35 @@ attempts = st.lists(
 @pytest.mark.parametrize("kind", ["local", "memory"])
 @given(attempts=attempts)
 @settings(max_examples=25, deadline=None)
-def test_every_step_is_shown_once_whatever_was_killed(tmp_path_factory, kind, attempts):
-    """Of each attempt: steps committed, steps lost, whether it closed, whether the checkpoint is
-    from after the last step's evaluation, and the interval of lines."""
+def test_every_step_is_shown_once_after_kills(tmp_path_factory, kind, attempts):
+    """An attempt is: steps committed, steps lost, closed or not, checkpoint saved after the last
+    evaluation or not, and the interval of lines."""
     folder = tmp_path_factory.mktemp("run")
     run_dir = str(folder) if kind == "local" else f"memory:/{folder}"
     store = open_store(run_dir)
     step = last_eval = 0
-    for number, (kept, lost, closes, measured, every) in enumerate([*attempts, (2, 0, 1, 1, 1)], 1):
+    for number, (committed, lost, closes, measured, every) in enumerate(
+        [*attempts, (2, 0, 1, 1, 1)], 1
+    ):
         tracker = attempt(store, run_dir, number, step=step, last_eval_step=last_eval)
         done = 0
         if last_eval < step:  # what is due is done first
             tracker.log(line("eval", step, loss=step / 4))
-        for each in range(step + 1, step + kept + lost + 1):
-            if each % every == 0:
-                tracker.log(line("train", each, loss=each / 8, lr=1.0))
-            if each > step + kept or each < step + kept or measured:
-                tracker.log(line("eval", each, loss=each / 4))
-                done = each if each <= step + kept else done
-            if each == step + kept:
+        for step_ in range(step + 1, step + committed + lost + 1):
+            if step_ % every == 0:
+                tracker.log(line("train", step_, loss=step_ / 8, lr=1.0))
+            if step_ > step + committed or step_ < step + committed or measured:
+                tracker.log(line("eval", step_, loss=step_ / 4))
+                done = step_ if step_ <= step + committed else done
+            if step_ == step + committed:
                 tracker.flush()
-        last_eval = max(last_eval, done, step if kept else last_eval)
-        step += kept
+        last_eval = max(last_eval, done, step if committed else last_eval)
+        step += committed
         if closes and not lost:
             tracker.close()
         else:
             kill(tracker)
-    assert shown(store, run_dir, folder / "copy") == expected(store)
+    assert displayed(store, run_dir, folder / "copy") == expected(store)
     if kind == "memory":
         assert store.list("tensorboard") == [
             f"tensorboard/events.out.tfevents.{number:010d}.perdure"
@@ -107,13 +109,13 @@ def test_every_step_is_shown_once_whatever_was_killed(tmp_path_factory, kind, at
 def test_events_are_in_the_file_when_log_returns(tmp_path):
     tracker = attempt(open_store(str(tmp_path)), str(tmp_path), 1)
     tracker.log(line("train", 5, loss=0.5, accuracy=None))
-    found = scalars(tmp_path / "tensorboard")
-    assert found["train/loss"] == [(5, 0.5)]
-    assert str(found["train/accuracy"]) == "[(5, nan)]"
+    result = scalars(tmp_path / "tensorboard")
+    assert result["train/loss"] == [(5, 0.5)]
+    assert str(result["train/accuracy"]) == "[(5, nan)]"
     tracker.close()
 
 
-def test_a_run_that_gets_tensorboard_later_is_shown_from_its_beginning(tmp_path):
+def test_tensorboard_added_later_shows_the_complete_run(tmp_path):
     store = open_store(str(tmp_path))
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps(line("train", step, loss=0.5)) + "\n" for step in (1, 2, 3))
@@ -124,7 +126,7 @@ def test_a_run_that_gets_tensorboard_later_is_shown_from_its_beginning(tmp_path)
     assert scalars(tmp_path / "tensorboard")["train/loss"] == [(1, 0.5), (2, 0.5), (3, 0.25)]
 
 
-def test_an_attempt_that_should_be_dead_changes_nothing(tmp_path):
+def test_superseded_attempt_changes_nothing(tmp_path):
     store = open_store(str(tmp_path))
     dead = attempt(store, str(tmp_path), 1)
     dead.log(line("train", 1, loss=0.5))
@@ -137,10 +139,10 @@ def test_an_attempt_that_should_be_dead_changes_nothing(tmp_path):
     assert scalars(tmp_path / "tensorboard")["train/loss"] == [(1, 0.5), (2, 0.25)]
 
 
-def test_on_an_object_store_a_flush_copies_when_it_is_time(tmp_path):
+def test_flush_on_an_object_store_uploads_when_due(tmp_path):
     store = open_store(f"memory:/{tmp_path}")
     tracker = attempt(store, store.url, 1, upload_every_s=0.0)
     tracker.log(line("train", 1, loss=0.5))
     tracker.flush()
-    assert shown(store, store.url, tmp_path / "copy") == {"train/loss": [(1, 0.5)]}
+    assert displayed(store, store.url, tmp_path / "copy") == {"train/loss": [(1, 0.5)]}
     kill(tracker)

@@ -28,9 +28,9 @@ def facts(folder, *, step=0, last_eval_step=0):
     }  # fmt: skip
 
 
-def line(step, split="train", **figures):
+def line(step, split="train", **metrics):
     position = {"step": step, "epoch": step // 10, "samples": 4 * step, "time": 1.5}
-    return {**position, "split": split, **figures}
+    return {**position, "split": split, **metrics}
 
 
 def parsed(folder):
@@ -70,12 +70,12 @@ def test_every_line_is_one_json_object(run):
     assert len(parsed(run)) == 5
 
 
-def test_the_directory_is_made_and_the_file_is_there_from_the_start(tmp_path):
+def test_jsonl_start_creates_directory_and_file(tmp_path):
     started(tmp_path / "deep" / "run")
     assert parsed(tmp_path / "deep" / "run") == []
 
 
-@pytest.mark.parametrize(("step", "last_eval_step", "kept"), [
+@pytest.mark.parametrize(("step", "last_eval_step", "retained"), [
     (20, 20, [(5, "train"), (10, "train"), (10, "eval"), (15, "train"), (20, "eval")]),
     (15, 10, [(5, "train"), (10, "train"), (10, "eval"), (15, "train")]),
     (20, 10, [(5, "train"), (10, "train"), (10, "eval"), (15, "train")]),  # 20 is evaluated again
@@ -83,12 +83,12 @@ def test_the_directory_is_made_and_the_file_is_there_from_the_start(tmp_path):
     (10, 0, [(5, "train"), (10, "train")]),  # saved at 10 before its evaluation was complete
     (0, 0, []),
 ])  # fmt: skip
-def test_the_file_is_cut_back_to_where_the_attempt_starts(run, step, last_eval_step, kept):
+def test_jsonl_start_drops_lines_after_the_first_step(run, step, last_eval_step, retained):
     started(run, step=step, last_eval_step=last_eval_step)
-    assert [(one["step"], one["split"]) for one in parsed(run)] == kept
+    assert [(one["step"], one["split"]) for one in parsed(run)] == retained
 
 
-def test_lines_that_stay_are_the_same_bytes(run):
+def test_jsonl_retained_lines_have_the_same_bytes(run):
     before = (run / FILE_NAME).read_bytes()
     started(run, step=20, last_eval_step=20)
     assert (run / FILE_NAME).read_bytes() == before
@@ -97,7 +97,7 @@ def test_lines_that_stay_are_the_same_bytes(run):
 @pytest.mark.parametrize("tail", [
     b'{"step": 20, "epo', b"{", b'{"step": 20, "split": "train", "\xc3', b"\0\0\0",
 ])  # fmt: skip
-def test_a_last_line_that_was_cut_short_is_dropped(run, tail):
+def test_jsonl_truncated_last_line_is_dropped(run, tail):
     before = parsed(run)
     with open(run / FILE_NAME, "ab") as file:
         file.write(tail)
@@ -105,7 +105,7 @@ def test_a_last_line_that_was_cut_short_is_dropped(run, tail):
     assert parsed(run) == [*before, line(25, loss=0.1)]
 
 
-def test_a_last_line_that_only_lacks_its_end_is_kept(run):
+def test_jsonl_last_line_without_newline_is_retained(run):
     text = (run / FILE_NAME).read_bytes()
     (run / FILE_NAME).write_bytes(text[:-1])
     started(run, step=30, last_eval_step=30)
@@ -118,26 +118,26 @@ def test_a_last_line_that_only_lacks_its_end_is_kept(run):
     b'{"step": 1, "split": null}', b"[" * 100_000,
 ])  # fmt: skip
 @pytest.mark.parametrize("where", [0, 2, 5])
-def test_for_people_damaged_lines_are_passed_over_and_counted(run, damage, where):
+def test_salvage_skips_and_counts_damaged_lines(run, damage, where):
     before = parsed(run)
     texts = (run / FILE_NAME).read_bytes().splitlines()
     (run / FILE_NAME).write_bytes(b"\n".join([*texts[:where], damage, *texts[where:], b""]))
-    found = jsonl.salvage(open_store(str(run)))
-    assert (found.lines, found.damaged) == (before, 1)
+    result = jsonl.salvage(open_store(str(run)))
+    assert (result.lines, result.damaged) == (before, 1)
     assert jsonl.newest(open_store(str(run))).lines == before
 
 
 @given(st.binary(max_size=300), st.integers(0, 400))
 @settings(max_examples=50)
-def test_no_bytes_break_the_reading_for_people(tmp_path_factory, noise, where):
+def test_salvage_survives_any_bytes(tmp_path_factory, noise, where):
     folder = tmp_path_factory.mktemp("noise")
     data = b"".join(json.dumps(line(step, loss=0.5)).encode() + b"\n" for step in range(1, 5))
     (folder / FILE_NAME).write_bytes(data[:where] + noise + data[where:])
-    found = jsonl.salvage(open_store(str(folder)))
-    assert len(found.lines) + found.damaged >= 3  # noise can hide the end of one line
+    result = jsonl.salvage(open_store(str(folder)))
+    assert len(result.lines) + result.damaged >= 3  # noise can hide the end of one line
 
 
-def test_names_may_hold_any_character(tmp_path):
+def test_jsonl_metric_names_may_have_any_character(tmp_path):
     odd = line(1, **{"größe\u2028\x85\n": 1.0})
     started(tmp_path, odd)
     started(tmp_path, step=1)
@@ -145,7 +145,7 @@ def test_names_may_hold_any_character(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_json_has_no_number_for_becomes_null_and_stays_it(tmp_path, value):
+def test_jsonl_nonfinite_values_become_null(tmp_path, value):
     started(tmp_path, line(1, loss=value, accuracy=0.5))
     started(tmp_path, step=1)
     assert parsed(tmp_path) == [line(1, loss=None, accuracy=0.5)]
@@ -157,7 +157,7 @@ def test_floats_come_back_exactly(tmp_path):
     assert parsed(tmp_path)[0]["loss"] == value
 
 
-def test_a_writer_that_should_be_dead_cannot_touch_the_new_file(run):
+def test_jsonl_superseded_writer_cannot_change_the_new_file(run):
     dead = Jsonl()
     dead.start(facts(run, step=20, last_eval_step=20))
     dead.log(line(21, loss=9.0))
@@ -212,7 +212,7 @@ class Remembers:
         return lambda *arguments: self._calls.append((self._name, method, *arguments))
 
 
-def test_several_pass_every_call_on_in_order(tmp_path):
+def test_several_forwards_every_call_in_order(tmp_path):
     calls = []
     several = Several([Remembers(calls, "a"), Remembers(calls, "b")])
     several.start({"step": 1})
@@ -233,7 +233,7 @@ def test_several_pass_every_call_on_in_order(tmp_path):
     Jsonl, Console, Silent, lambda: Several([]), lambda: Several([Jsonl(), Silent()]), TensorBoard,
     lambda: Guarded("x", Console()), lambda: Wandb(mode="disabled"),
 ])  # fmt: skip
-def test_every_tracker_takes_every_call_in_any_state(make, tmp_path, capsys, monkeypatch):
+def test_every_tracker_accepts_every_call_in_any_state(make, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     tracker = make()
     tracker.close()  # an attempt that failed before it began
@@ -271,24 +271,26 @@ def a_line(split, step, attempt):
 
 @given(attempts=attempts)
 @settings(max_examples=60, deadline=None)
-def test_parts_of_attempts_are_joined_to_what_a_file_would_hold(tmp_path_factory, attempts):
-    """Of each attempt: steps committed, steps lost, whether it closed, whether it evaluated."""
+def test_jsonl_joined_parts_equal_a_file(tmp_path_factory, attempts):
+    """An attempt is: steps committed, steps lost, closed or not, evaluated or not."""
     folder = tmp_path_factory.mktemp("run")
     store = open_store(f"memory:/{folder}")
     committed = evaluated = 0
-    for number, (kept, lost, closes, evaluates) in enumerate([*attempts, (2, 0, True, True)], 1):
+    for number, (retained, lost, closes, evaluates) in enumerate(
+        [*attempts, (2, 0, True, True)], 1
+    ):
         facts = {"step": committed, "last_eval_step": evaluated, "attempt": number, "store": store}
         trackers = [Jsonl(), Jsonl()]
-        for tracker, place in zip(trackers, (str(folder), store.url), strict=True):
-            tracker.start({**facts, "run_dir": place})
-        for step in range(committed + 1, committed + kept + 1):
+        for tracker, location in zip(trackers, (str(folder), store.url), strict=True):
+            tracker.start({**facts, "run_dir": location})
+        for step in range(committed + 1, committed + retained + 1):
             for tracker in trackers:
                 tracker.log(a_line("train", step, number))
                 if evaluates:
                     tracker.log(a_line("eval", step, number))
                 tracker.flush()
-        evaluated = committed + kept if evaluates else evaluated
-        committed += kept
+        evaluated = committed + retained if evaluates else evaluated
+        committed += retained
         for step in range(committed + 1, committed + lost + 1):
             for tracker in trackers:
                 tracker.log(a_line("train", step, number))
@@ -306,8 +308,8 @@ def test_parts_of_attempts_are_joined_to_what_a_file_would_hold(tmp_path_factory
 
 @given(attempts=st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=5))
 @settings(max_examples=40, deadline=None)
-def test_saves_that_were_flushed_are_kept_once_on_an_object_store(tmp_path_factory, attempts):
-    """Of each attempt: how many saves it made, and whether it closed."""
+def test_jsonl_flushed_saves_are_stored_once_on_an_object_store(tmp_path_factory, attempts):
+    """An attempt is: number of saves, closed or not."""
     store = open_store(f"memory:/{tmp_path_factory.mktemp('run')}")
     expected = []
     for number, (saves, closes) in enumerate([*attempts, (1, True)], 1):
@@ -398,17 +400,17 @@ def test_guarded_accepts_the_old_method_name_say_with_one_warning(tmp_path, caps
 
     class Old(Minimal):
         message = None
-        say = staticmethod(texts.append)
 
+    Old.say = staticmethod(texts.append)
     an_attempt(Several([Guarded("mine", Old())]), tmp_path)
     assert texts == ["hello", "hello"]
     assert capsys.readouterr().err == (
-        "warning: tracker.mine: Old.say is now called message; rename the method, the old name "
-        "will stop working\n"
+        'warning: tracker.mine: Old has a method "say", which is now called "message"; rename the '
+        "method, the old name will stop working\n"
     )
 
 
-def test_a_library_that_is_missing_is_told_and_a_folder_of_its_name_is_none(tmp_path, monkeypatch):
+def test_missing_reports_a_library_and_ignores_folders_of_its_name(tmp_path, monkeypatch):
     (tmp_path / "wandb_of_old").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
     assert libraries.missing("json", "x") == ""
@@ -417,7 +419,7 @@ def test_a_library_that_is_missing_is_told_and_a_folder_of_its_name_is_none(tmp_
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_a_missing_library_is_a_problem_of_the_configuration(name, monkeypatch):
+def test_missing_library_is_a_configuration_problem(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     target = {"wandb": Wandb, "tensorboard": TensorBoard}[name]
     node = {"_target_": f"{target.__module__}.{target.__name__}"}

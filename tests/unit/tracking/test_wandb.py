@@ -1,4 +1,4 @@
-"""The real wandb: what it writes offline, and that no server, or a dead one, is no hindrance."""
+"""The real wandb library: offline files, and training without a server or with a hanging one."""
 
 import os
 import socket
@@ -36,13 +36,13 @@ def _alone(tmp_path, monkeypatch):
             thread.join()
 
 
-def aliases(found):
-    return [sorted(set(names) - {"latest"}) for _, names, _ in found]
+def aliases(result):
+    return [sorted(set(names) - {"latest"}) for _, names, _ in result]
 
 
-def line(step, split="train", **figures):
+def line(step, split="train", **metrics):
     position = {"step": step, "epoch": 0, "samples": 4 * step, "time": 1.5, "split": split}
-    return {**position, **figures}
+    return {**position, **metrics}
 
 
 def facts(run_dir, **more):
@@ -59,12 +59,12 @@ def offline_files(folder):
 
 def history(path):
     return [
-        {key: value for key, value in each.items() if not key.startswith("_")}
-        for each in wandb_run(path)[2]
+        {key: value for key, value in item.items() if not key.startswith("_")}
+        for item in wandb_run(path)[2]
     ]
 
 
-def test_attempts_are_one_run_and_steps_that_come_again_are_not_dropped(tmp_path, capsys):
+def test_wandb_attempts_share_a_run_and_keep_repeated_steps(tmp_path, capsys):
     hooks = os.sys.exit, os.sys.excepthook
     for attempt, steps, outcome in ((1, (10, 20, 30), "preempted"), (2, (20, 30, 40), "done")):
         tracker = Wandb(mode="offline", options={"tags": ["x"]})
@@ -81,18 +81,21 @@ def test_attempts_are_one_run_and_steps_that_come_again_are_not_dropped(tmp_path
     assert second[1]["seed"] == 3
     assert second[1]["attempt"] == 2
     assert (first[3], second[3]) == (1, 0)
-    shown = [history(path) for path in offline_files(tmp_path)]
-    assert [[each["step"] for each in run] for run in shown] == [[10, 20, 30, 30], [20, 30, 40, 40]]
-    assert shown[0][0] == {
+    displayed = [history(path) for path in offline_files(tmp_path)]
+    assert [[item["step"] for item in run] for run in displayed] == [
+        [10, 20, 30, 30],
+        [20, 30, 40, 40],
+    ]
+    assert displayed[0][0] == {
         "step": 10, "epoch": 0, "samples": 40, "train/loss": 0.1, "train/lr": 0.5
     }  # fmt: skip
-    assert shown[0][3] == {"step": 30, "epoch": 0, "samples": 120, "eval/accuracy": 0.5}
+    assert displayed[0][3] == {"step": 30, "epoch": 0, "samples": 120, "eval/accuracy": 0.5}
     out, err = capsys.readouterr()
     assert out.count("wandb sync ") == 2
     assert err == ""
 
 
-def test_disabled_leaves_nothing(tmp_path, capsys):
+def test_wandb_disabled_writes_nothing(tmp_path, capsys):
     tracker = Wandb(mode="disabled")
     tracker.start(facts(tmp_path / "run"))
     tracker.log(line(1, loss=0.5))
@@ -104,7 +107,7 @@ def test_disabled_leaves_nothing(tmp_path, capsys):
 
 @contextmanager
 def server(kind):
-    """Yield the address of a server that refuses connections, or accepts them and says nothing."""
+    """Yield the address of a server that rejects connections or never responds."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         if kind == "hangs":
@@ -113,7 +116,7 @@ def server(kind):
 
 
 @pytest.mark.parametrize("kind", ["refuses", "hangs"])
-def test_a_dead_network_turns_the_attempt_into_an_offline_one(kind, tmp_path, monkeypatch, capfd):
+def test_wandb_without_network_stores_the_attempt_offline(kind, tmp_path, monkeypatch, capfd):
     with server(kind) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -123,13 +126,13 @@ def test_a_dead_network_turns_the_attempt_into_an_offline_one(kind, tmp_path, mo
         tracker.ended("done")
         tracker.close()
     (path,) = offline_files(tmp_path)
-    assert [each["step"] for each in history(path)] == [1]
+    assert [item["step"] for item in history(path)] == [1]
     out, err = capfd.readouterr()
-    assert err.count("wandb: is kept offline for this attempt") == 1
+    assert err.count("wandb: is offline for this attempt") == 1
     assert f"wandb sync {path.parent}" in out
 
 
-def test_the_end_does_not_wait_for_a_server_that_hangs(tmp_path, monkeypatch, capsys):
+def test_wandb_close_does_not_wait_for_a_hanging_server(tmp_path, monkeypatch, capsys):
     with server("hangs") as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -143,7 +146,7 @@ def test_the_end_does_not_wait_for_a_server_that_hangs(tmp_path, monkeypatch, ca
         err = capsys.readouterr().err
         assert err.count("2 lines wait to be sent") == 1
         assert "did not end in 0 s" in err
-        assert "3 lines were left out" in err
+        assert "3 lines were dropped" in err
         worker.join()
 
 
@@ -158,25 +161,25 @@ def test_the_end_does_not_wait_for_a_server_that_hangs(tmp_path, monkeypatch, ca
     ({"mode": "ofline"}, {}, "", "did you mean 'offline'"),
     ({"mode": "offline", "artifacts": "file"}, {}, "", "did you mean 'files'"),
 ])  # fmt: skip
-def test_what_cannot_work_is_a_problem_before_anything_starts(
-    arguments, environment, netrc, said, tmp_path, monkeypatch
+def test_wandb_problem_is_reported_before_the_start(
+    arguments, environment, netrc, message, tmp_path, monkeypatch
 ):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "netrc").write_text(netrc)
     (tmp_path / "netrc").chmod(0o600)
     text = Wandb.problem(arguments)
-    assert said in text
-    assert bool(said) == bool(text)
-    if said:
+    assert message in text
+    assert bool(message) == bool(text)
+    if message:
         with pytest.raises(ConfigError, match=r"tracker\.wandb"):
             Wandb(**arguments)
 
 
-@pytest.mark.parametrize("place", ["local", "memory"])
+@pytest.mark.parametrize("location", ["local", "memory"])
 @pytest.mark.parametrize("artifacts", ["manifests", "files"])
-def test_a_finished_run_leaves_artifacts_where_asked(artifacts, place, tmp_path):
-    run_dir = str(tmp_path / "run") if place == "local" else f"memory:/{tmp_path}/run"
+def test_wandb_finished_run_logs_artifacts(artifacts, location, tmp_path):
+    run_dir = str(tmp_path / "run") if location == "local" else f"memory:/{tmp_path}/run"
     store = open_store(run_dir)
     attempt = lineage.begin(store, {})
     writer = Writer(store, World(), attempt)
@@ -189,22 +192,22 @@ def test_a_finished_run_leaves_artifacts_where_asked(artifacts, place, tmp_path)
     tracker.start({**facts(run_dir), "store": store})
     tracker.ended("done")
     tracker.close()
-    if place == "memory":  # its files are copied to the run
+    if location == "memory":  # its files are copied to the run
         (key,) = store.list("wandb")
         path = tmp_path / "copy"
         path.write_bytes(store.read(key))
     else:
         (path,) = offline_files(tmp_path / "run")
-    found = wandb_run(path)[4]
+    result = wandb_run(path)[4]
     shards = {"manifests": 0, "files": 1}[artifacts]
-    assert [name for name, _, _ in found] == ["checkpoint-a-b", "checkpoint-a-b", "exports-a-b"]
-    assert aliases(found) == [["best", "step-10"], ["newest", "step-20"], []]
-    best, newest, exports = ({file.path for file in files} for _, _, files in found)
+    assert [name for name, _, _ in result] == ["checkpoint-a-b", "checkpoint-a-b", "exports-a-b"]
+    assert aliases(result) == [["best", "step-10"], ["newest", "step-20"], []]
+    best, newest, exports = ({file.path for file in files} for _, _, files in result)
     assert (len(best), len(newest), exports) == (1 + shards, 1 + shards, {"model.safetensors"})
     assert "manifest.json" in best & newest
 
 
-def test_the_code_version_is_the_commit_and_whether_files_differ(tmp_path):
+def test_code_version_is_commit_and_dirty_flag(tmp_path):
     def git(*arguments):
         identity = ("-c", "user.name=x", "-c", "user.email=x@example.org")
         subprocess.run(
@@ -217,9 +220,9 @@ def test_the_code_version_is_the_commit_and_whether_files_differ(tmp_path):
     git("add", "a.py")
     git("commit", "-m", "first")
     (tmp_path / "new.py").write_text("2")
-    found = code.version(str(tmp_path))
-    assert len(found["commit"]) == 40
-    assert found["dirty"] is False
+    result = code.version(str(tmp_path))
+    assert len(result["commit"]) == 40
+    assert result["dirty"] is False
     (tmp_path / "a.py").write_text("3")
-    assert code.version(str(tmp_path)) == {**found, "dirty": True}
+    assert code.version(str(tmp_path)) == {**result, "dirty": True}
     assert code.version("/nonexistent") == {}
