@@ -144,13 +144,13 @@ def test_wandb_close_does_not_wait_for_a_hanging_server(tmp_path, monkeypatch, c
         tracker.close()
         assert worker.is_alive()
         err = capsys.readouterr().err
-        assert err.count("2 lines wait to be sent") == 1
+        assert err.count("2 lines are pending") == 1
         assert "did not end in 0 s" in err
         assert "3 lines were dropped" in err
         worker.join()
 
 
-@pytest.mark.parametrize(("arguments", "environment", "netrc", "said"), [
+@pytest.mark.parametrize(("arguments", "environment", "netrc", "message"), [
     ({}, {}, "", "wandb login"),
     ({}, {}, "machine api.wandb.ai login user password x", ""),
     ({}, {"WANDB_BASE_URL": "https://w.example.org"}, "machine api.wandb.ai login u password x",
