@@ -1,4 +1,4 @@
-"""The commands beside `trainer.run`: their places, key=value options, --flags, and their ends."""
+"""Arguments, errors and exit codes of the commands other than `trainer.run`."""
 
 import os
 import sys
@@ -32,14 +32,14 @@ def command(
     may_be_empty: bool = False,
     interrupted: str = "interrupted",
 ) -> int:
-    """Show the help, or do what was typed; return the exit code. What we expect has no traceback.
+    """Print the help or run a command; return the exit code. User errors get no traceback.
 
     Args:
-        argv: what was typed after the command's name; None: the process's own arguments.
-        usage: the help.
-        do: does it, and returns the exit code.
-        may_be_empty: whether it takes no arguments too; otherwise, the help is shown for none.
-        interrupted: said after Ctrl-C.
+        argv: arguments after the command's name; None: those of the process.
+        usage: text of --help.
+        do: function that runs the command and returns its exit code.
+        may_be_empty: run without arguments; otherwise, print the help and exit with 2.
+        interrupted: message after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -55,7 +55,7 @@ def command(
         if os.environ.get("RANK", "0") == "0":
             print_error(error)
         return error.exit_code
-    except BrokenPipeError:  # whoever reads has seen enough
+    except BrokenPipeError:  # the reader, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except KeyboardInterrupt:
@@ -65,13 +65,13 @@ def command(
 
 @dataclass(frozen=True)
 class Arguments:
-    """What was typed, sorted."""
+    """Parsed arguments of a command."""
 
     places: list[str]
     options: dict[str, str]
     flags: set[str]
     store: ObjectStore
-    """From `store.endpoint_url=…` and the like, as `trainer.run` has them."""
+    """Values of the `store.*` arguments, which are those of `trainer.run`."""
 
 
 def parse(
@@ -82,42 +82,42 @@ def parse(
     flags: Collection[str] = (),
     places: Collection[int] = (1,),
 ) -> Arguments:
-    """Sort the arguments of a command.
+    """Parse the arguments of a command.
 
     Args:
-        arguments: as typed.
-        usage: shown with every error.
-        options: known keys, with their defaults.
-        flags: known flags, with their dashes.
-        places: how many other arguments there may be.
+        arguments: arguments after the command's name.
+        usage: help text, appended to error messages.
+        options: valid keys, with their defaults.
+        flags: valid flags, with their dashes.
+        places: valid numbers of positional arguments.
 
     Raises:
-        ConfigError: a key or flag is not known, or too many or few places were given.
+        ConfigError: a key or flag is unknown, or the number of positional arguments is wrong.
     """
-    found = Arguments([], dict(options), set(), ObjectStore())
+    parsed = Arguments([], dict(options), set(), ObjectStore())
     store = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if argument.startswith("-"):
             if argument not in flags:
-                raise ConfigError(
-                    f"there is no flag {argument!r}{closest(argument, flags)}\n{usage}"
-                )
-            found.flags.add(argument)
+                raise ConfigError(f"no flag {argument!r}{closest(argument, flags)}\n{usage}")
+            parsed.flags.add(argument)
         elif equals and key.startswith(_STORE):
             store.append(argument.removeprefix(_STORE))
-        elif not equals or "/" in key or os.path.exists(argument):  # a sweep's runs have `=`
-            found.places.append(argument)
+        elif (
+            not equals or "/" in key or os.path.exists(argument)
+        ):  # names of sweep runs contain `=`
+            parsed.places.append(argument)
         elif key not in options:
-            raise ConfigError(f"there is no option {key!r}{closest(key, options)}\n{usage}")
+            raise ConfigError(f"no option {key!r}{closest(key, options)}\n{usage}")
         else:
-            found.options[key] = value
-    if len(found.places) not in places:
+            parsed.options[key] = value
+    if len(parsed.places) not in places:
         counts = [str(count) for count in sorted(places)]
         few = " or ".join(counts) if len(counts) < 4 else f"{counts[0]} to {counts[-1]}"
-        wanted = few + (" path" if max(places) == 1 else " paths")
-        raise ConfigError(f"{wanted} needed, {len(found.places)} given\n{usage}")
-    return Arguments(found.places, found.options, found.flags, _object_store(store))
+        expected = few + (" path" if max(places) == 1 else " paths")
+        raise ConfigError(f"{expected} needed, {len(parsed.places)} given\n{usage}")
+    return Arguments(parsed.places, parsed.options, parsed.flags, _object_store(store))
 
 
 def _object_store(settings: Sequence[str]) -> ObjectStore:
@@ -127,8 +127,8 @@ def _object_store(settings: Sequence[str]) -> ObjectStore:
     OmegaConf.set_readonly(schema, False)  # a frozen dataclass makes its own node read-only
     try:
         merged = OmegaConf.merge(schema, OmegaConf.from_dotlist(list(settings)))
-        found: ObjectStore = OmegaConf.to_object(merged)  # type: ignore[assignment]
+        merged_store: ObjectStore = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except (OmegaConfBaseException, YAMLError, ValueError, LookupError) as error:
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"store.{' store.'.join(settings)}: {text}") from None
-    return found
+    return merged_store

@@ -1,6 +1,6 @@
 """python -m trainer.prepare [key=value …] [--json]: prepare a run's data before the run.
 
-A run prepares its data itself where that was not done; but then every node's GPUs wait for it.
+A run prepares missing data itself, but the GPUs of every node wait meanwhile.
 """
 
 import json
@@ -26,25 +26,25 @@ from trainer.errors import (
 
 _USAGE = """usage: python -m trainer.prepare [key=value …] [--config-dir FOLDER] [--json]
   data=text data.files='data/books/**/*.txt' data.tokenizer=tokenizer.json
-                the configuration as trainer.run has it: give the run's own arguments
-  --config-dir  a folder with more groups, as trainer.run has it
-  --json        one JSON object on standard output instead of text
-Killed in the middle, it keeps what is finished; the same command goes on.
-exit codes: 0 done, or nothing to prepare, 1 the data cannot be used, 2 not understood,
+                the arguments of trainer.run
+  --config-dir  folder with additional configuration groups
+  --json        print one JSON object instead of text
+If it is interrupted, finished shards stay; the same command continues.
+exit codes: 0 done, or nothing to prepare, 1 the data cannot be used, 2 invalid arguments,
             75 stopped by a signal, 130 interrupted by Ctrl-C"""
 
-_LEFT = "LEFT: what is finished is kept. The same command goes on."
+_RESUME_HINT = "stopped; finished shards stay. The same command continues."
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-"""Those that mean to a run: save and leave."""
+"""Signals that make a run save and exit."""
 
 
 class _Stopped(BaseException):
-    """A signal has come; raised where the work is, so that it leaves no half file."""
+    """A stop signal, raised in the main thread so that unfinished files are removed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    return command(argv, _USAGE, _prepare, may_be_empty=True, interrupted=_LEFT)
+    return command(argv, _USAGE, _prepare, may_be_empty=True, interrupted=_RESUME_HINT)
 
 
 def _prepare(argv: list[str]) -> int:
@@ -53,35 +53,35 @@ def _prepare(argv: list[str]) -> int:
         with _stoppable():
             content, text = prepare([a for a in argv if a != "--json"], is_quiet=is_json)
     except _Stopped:
-        print(_LEFT, file=sys.stderr)
+        print(_RESUME_HINT, file=sys.stderr)
         return RUN_AGAIN
     print(json.dumps(content, indent=1) if is_json else text, flush=True)
     return DONE
 
 
 def prepare(arguments: Sequence[str], *, is_quiet: bool) -> tuple[dict[str, Any], str]:
-    """Prepare the data of a configuration; return what `--json` prints, and the text without.
+    """Prepare the data of a configuration; return the content for `--json`, and the text.
 
     Raises:
-        ConfigError: the configuration, or an argument, has to change.
+        ConfigError: the configuration or an argument is invalid.
         DataError: the data cannot be used.
     """
     run, problems = compose(arguments, _USAGE, ["--json"])
-    if run.data.get("_target_"):  # merge tells where there is none
+    if run.data.get("_target_"):  # merge reports a missing one
         problems += targets.check_target(run.data, "data")
     if problems:
         raise ConfigError(problems_text(problems))
     target = run.data["_target_"]
-    source = targets.make(run.data, "data")  # and look at no part of it: that would prepare it
+    source = targets.make(run.data, "data")  # reading a split would prepare it
     if not hasattr(type(source), "prepare"):
-        return {"data": target, "is_prepared": False}, f"{target} needs no preparing"
+        return {"data": target, "is_prepared": False}, f"{target} does not need preparation"
 
-    def say(line: str) -> None:
-        if not is_quiet and not sys.stderr.isatty():  # a terminal has the bar
+    def log(line: str) -> None:
+        if not is_quiet and not sys.stderr.isatty():  # a terminal has the progress bar
             print(line, file=sys.stderr, flush=True)
 
     with progress("preparing", source.total_bytes, is_quiet=is_quiet) as advance:
-        prepared: Prepared = source.prepare(say, advance)
+        prepared: Prepared = source.prepare(log, advance)
     described = {**asdict(prepared), "folder": str(prepared.folder)}
     return {"data": target, "is_prepared": True, **described}, _text(prepared)
 
@@ -100,13 +100,13 @@ def _text(prepared: Prepared) -> str:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Turn signals that mean to stop into an exception, and put their handlers back."""
+    """Turn stop signals into an exception; restore their handlers on exit."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise _Stopped
 
-    heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup
-    before = {number: signal.signal(number, stop) for number in heeded}
+    numbers = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:

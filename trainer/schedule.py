@@ -1,4 +1,4 @@
-"""Learning-rate schedules: one that torch does not have in one word; any, on a longer road."""
+"""Warmup with cosine decay, and replay of any schedule with a new length."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 HORIZON_WORDS = ("total_steps", "total_epochs", "steps_per_epoch")
-"""What stands for the run's numbers in the arguments of a schedule."""
+"""Words in the arguments of a schedule that the run's numbers replace."""
 
 
 def warmup_cosine(
@@ -23,16 +23,17 @@ def warmup_cosine(
 ) -> LambdaLR:
     """Raise the learning rate linearly from 0, then lower it along half a cosine.
 
-    A closed form of the step (I. Loshchilov and F. Hutter, SGDR, ICLR 2017, eq. 5, one cycle):
-    only the step is kept in a checkpoint, so a longer run follows the longer curve from there.
+    A function of the step alone (I. Loshchilov and F. Hutter, SGDR, ICLR 2017, eq. 5, one cycle).
+    A checkpoint stores only the step, so a run that resumes with a larger `total_steps` follows
+    the longer curve from there.
 
     Args:
-        optimizer: whose learning rates are scaled.
-        total_steps: where the curve ends; the configuration's word `total_steps` stands for the
-            run's length.
-        warmup_steps: steps of the linear rise.
-        floor: share of the learning rate that is left at the end, 0 … 1.
-        warmup_share: the rise as a share of all steps, 0 … 1, where `warmup_steps` is 0.
+        optimizer: optimizer whose learning rates are scaled.
+        total_steps: last step of the curve; the word `total_steps` in the configuration is
+            replaced by the run's length.
+        warmup_steps: number of steps of the linear warmup.
+        floor: final learning rate as a fraction of the initial one, 0 … 1.
+        warmup_share: warmup as a fraction of `total_steps`, 0 … 1; used if `warmup_steps` is 0.
     """
     warmup_steps = warmup_steps or round(warmup_share * total_steps)
 
@@ -46,52 +47,55 @@ def warmup_cosine(
 
 
 def steps(state: Mapping[str, Any]) -> int | None:
-    """Return how many steps a schedule has taken, by its state; None: it is not known."""
-    inner = state.get("_schedulers")  # of a ChainedScheduler
-    own = state.get("last_epoch", inner[0].get("last_epoch") if inner else None)
-    return own if isinstance(own, int) else None
+    """Return the number of steps in a scheduler's state dict; None if it is not stored there."""
+    chained = state.get("_schedulers")  # of a ChainedScheduler
+    count = state.get("last_epoch", chained[0].get("last_epoch") if chained else None)
+    return count if isinstance(count, int) else None
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a schedule is."""
+class ScheduleState:
+    """State of a scheduler, and the optimizer settings that it controls."""
 
     state: dict[str, Any]
     groups: list[dict[str, Any]]
-    """What it has set of each of the optimizer's groups."""
+    """Scheduled settings of each of the optimizer's parameter groups."""
 
     @classmethod
-    def of(cls, scheduler: LRScheduler) -> "Place":
-        """Return where it is now."""
+    def capture(cls, scheduler: LRScheduler) -> "ScheduleState":
+        """Copy the present state of a scheduler and its optimizer's scheduled settings."""
         groups = scheduler.optimizer.param_groups
-        values = [{key: group[key] for key in _SET if key in group} for group in groups]
+        values = [{key: group[key] for key in _SCHEDULED_KEYS if key in group} for group in groups]
         return cls(*copy.deepcopy((scheduler.state_dict(), values)))
 
-    def take(self, scheduler: LRScheduler) -> None:
-        """Bring a schedule like that one, and its optimizer, there."""
+    def restore(self, scheduler: LRScheduler) -> None:
+        """Load this state into an equal scheduler and its optimizer."""
         scheduler.load_state_dict(copy.deepcopy(self.state))
         for group, values in zip(scheduler.optimizer.param_groups, self.groups, strict=True):
             group |= copy.deepcopy(values)
 
 
-def replay(scheduler: LRScheduler, state: Mapping[str, Any]) -> Place | None:
-    """Return where a schedule that is new would be after as many steps as a state tells of.
+def replay(scheduler: LRScheduler, state: Mapping[str, Any]) -> ScheduleState | None:
+    """Return the state of a new scheduler after as many steps as the stored `state` has.
 
-    A schedule of torch keeps its length in its state, so one that is loaded ends where the run was
-    to end when it was saved. None: it is no function of the step, or hides how many it has taken.
+    Loading the stored state instead would restore the old length as well, because schedulers of
+    torch store it. The scheduler itself is unchanged on return.
+
+    Returns:
+        None if the schedule is not a function of the step, or does not store its step.
     """
-    taken, own = steps(state), steps(scheduler.state_dict())
-    if taken is None or own is None or isinstance(scheduler, ReduceLROnPlateau):
+    target, current = steps(state), steps(scheduler.state_dict())
+    if target is None or current is None or isinstance(scheduler, ReduceLROnPlateau):
         return None
-    begins = Place.of(scheduler)
+    initial = ScheduleState.capture(scheduler)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the optimizer has not stepped
-        for _ in range(taken - own):
+        for _ in range(target - current):
             scheduler.step()
-    found = Place.of(scheduler)
-    begins.take(scheduler)
-    return found
+    replayed = ScheduleState.capture(scheduler)
+    initial.restore(scheduler)
+    return replayed
 
 
-_SET = ("lr", "momentum", "betas")
-"""What torch's schedules set."""
+_SCHEDULED_KEYS = ("lr", "momentum", "betas")
+"""Settings of a parameter group that torch's schedulers change."""

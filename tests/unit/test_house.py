@@ -1,4 +1,4 @@
-"""Rules of the house: what is shipped composes, imports stay light, words are there."""
+"""Configuration files compose, imports have no side effects, public names have docstrings."""
 
 import ast
 import dataclasses
@@ -49,26 +49,26 @@ def composed(*overrides):
 
 
 @pytest.fixture(autouse=True)
-def _hydra_as_it_was():
+def _restore_hydra():
     yield
     HydraConfig.instance().cfg = None
 
 
-def test_there_are_files_to_look_at():
+def test_conf_folder_contains_the_default_configuration():
     assert {"config.yaml", "model/cnn.yaml", "experiment/digits_cnn.yaml"} <= set(YAMLS)
     assert conf_folder() == CONF
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_every_file_of_the_configuration_composes_without_problems(choice, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")  # nobody is logged in here
+def test_conf_every_choice_composes_without_problems(choice, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")  # tests have no login
     group, _, name = choice.rpartition("/")
     run, problems = merge(composed(f"{group}={name}"))
     assert problems == []
     assert build.check(run) == []
 
 
-def test_the_default_configuration_is_digits_and_a_cnn():
+def test_default_configuration_trains_a_cnn_on_digits():
     run, problems = merge(composed())
     assert (problems, build.check(run)) == ([], [])
     assert (run.name, run.run_dir) == ("digits-cnn", "runs/digits-cnn")
@@ -76,21 +76,21 @@ def test_the_default_configuration_is_digits_and_a_cnn():
     assert run.model["input_shape"] == [1, 8, 8]
 
 
-def test_the_name_says_what_was_chosen():
+def test_default_name_joins_data_and_model():
     assert merge(composed("data=mnist", "model=mlp"))[0].name == "mnist-mlp"
 
 
-def test_an_experiment_has_a_name_of_its_own():
+def test_experiment_sets_its_name():
     for choice in CHOICES:
         group, _, name = choice.rpartition("/")
         if group == "experiment":
             assert merge(composed(f"experiment={name}"))[0].name == name
 
 
-def test_what_is_stored_of_the_default_configuration_is_json_without_interpolations():
-    found = stored(composed())
-    assert "${" not in json.dumps(found)
-    assert found["run_dir"] == "runs/digits-cnn"
+def test_stored_default_configuration_is_json_without_interpolations():
+    config = stored(composed())
+    assert "${" not in json.dumps(config)
+    assert config["run_dir"] == "runs/digits-cnn"
 
 
 def restated(cls, node, prefix):
@@ -111,45 +111,45 @@ def restated(cls, node, prefix):
 
 
 @pytest.mark.parametrize("path", YAMLS)
-def test_no_file_restates_a_default(path):
+def test_conf_file_does_not_restate_a_default(path):
     text = (CONF / path).read_text()
     node = OmegaConf.to_container(OmegaConf.create(text))
     group = path.partition("/")[0]
     fields = {field.name: field for field in dataclasses.fields(Run)}
-    inner = fields[group].default_factory if group in fields else None
+    schema = fields[group].default_factory if group in fields else None
     if "@package _global_" in text or "/" not in path:
-        found = list(restated(Run, node, ""))
-    elif dataclasses.is_dataclass(inner):
-        found = list(restated(inner, node, f"{group}."))
+        keys = list(restated(Run, node, ""))
+    elif dataclasses.is_dataclass(schema):
+        keys = list(restated(schema, node, f"{group}."))
     else:
-        found = []  # an open group has no defaults
-    assert found == []
+        keys = []  # an open group has no defaults
+    assert keys == []
 
 
-def test_the_rule_about_defaults_sees_them():
+def test_restated_lists_keys_equal_to_their_defaults():
     node = {"seed": 0, "name": "x", "trainer": {"accumulate": 1, "max_epochs": 3}, "sample": {}}
     assert list(restated(Run, node, "")) == ["seed", "trainer.accumulate"]
 
 
-def test_the_configuration_stays_small():
+def test_conf_files_have_fewer_than_450_lines():
     assert sum(len((CONF / path).read_text().splitlines()) for path in YAMLS) < 450
 
 
-def test_every_setting_has_a_doc_of_one_sentence():
-    def look(cls):
+def test_schema_every_setting_has_a_doc_sentence():
+    def check(cls):
         for field in dataclasses.fields(cls):
             assert field.metadata["doc"].endswith("."), f"{cls.__name__}.{field.name}"
             if dataclasses.is_dataclass(field.default_factory):
-                look(field.default_factory)
+                check(field.default_factory)
 
-    look(Run)
+    check(Run)
 
 
 # --- imports -----------------------------------------------------------------------------------
 
 IMPORT_ALL = """
 import importlib, json, os, signal, sys, threading
-import torch, omegaconf  # what they do is theirs
+import torch, omegaconf  # their side effects are not checked
 def handlers():
     return [str(signal.getsignal(number)) for number in signal.Signals]
 before = dict(os.environ), threading.active_count(), sys.argv[:], handlers()
@@ -171,7 +171,7 @@ def modules():
     return [name.replace("/", ".").removesuffix(".__init__") for name in names]
 
 
-def test_importing_everything_is_light_and_changes_nothing(tmp_path):
+def test_import_of_every_module_is_light_and_has_no_side_effects(tmp_path):
     script = f"MODULES = {modules()!r}\nHEAVY = {HEAVY!r}\n{IMPORT_ALL}"
     done = subprocess.run(
         [sys.executable, "-B", "-W", "error", "-c", script],
@@ -179,16 +179,16 @@ def test_importing_everything_is_light_and_changes_nothing(tmp_path):
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)  # and nothing else was printed
+    effects = json.loads(done.stdout)  # and nothing else was printed
     assert done.stderr == ""
-    assert found == {
+    assert effects == {
         "heavy": [], "environment": True, "threads": 0, "arguments": True,
         "handlers": True, "groups": False,
     }  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
 
-# --- words -------------------------------------------------------------------------------------
+# --- docstrings --------------------------------------------------------------------------------
 
 
 def public(tree, prefix=""):
@@ -201,14 +201,14 @@ def public(tree, prefix=""):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_module_and_everything_public_in_it_has_a_docstring(path):
+def test_module_and_its_public_names_have_docstrings(path):
     tree = ast.parse(path.read_text())
     bare = [name for name, node in public(tree) if not ast.get_docstring(node)]
     assert bare == []
     assert ast.get_docstring(tree)
 
 
-def test_the_surface_of_the_checkpoint_package():
+def test_checkpoint_package_exports_its_documented_names():
     assert sorted(checkpoint.__all__) == [
         "Attempt", "Commit", "Content", "DamagedError", "Manifest", "PendingSave", "Reader",
         "Writer", "delete", "latest", "load", "save", "steps", "verify",

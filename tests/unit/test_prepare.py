@@ -1,4 +1,4 @@
-"""The command that prepares a run's data: its output, exit codes, and what a signal leaves."""
+"""The prepare command: output, exit codes, and files after a signal."""
 
 import json
 import os
@@ -24,35 +24,39 @@ def arguments(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
-def test_it_tells_what_was_prepared(arguments, tmp_path, capsys):
+def test_prepare_prints_folder_tokenizer_and_parts(arguments, tmp_path, capsys):
     assert prepare.main(arguments) == 0
-    shown = capsys.readouterr()
-    assert f"folder     {tmp_path}/shards" in shown.out
-    assert "bytes, 257 tokens as uint16" in shown.out
-    assert "train-00000.bin: " in shown.err
+    printed = capsys.readouterr()
+    assert f"folder     {tmp_path}/shards" in printed.out
+    assert "bytes, 257 tokens as uint16" in printed.out
+    assert "train-00000.bin: " in printed.err
     source = Text(
         f"{tmp_path}/corpus/*.txt", 4, eval_share=0.3, dir=f"{tmp_path}/shards", shard_tokens=50
     )
     part = source.prepare(pytest.fail).parts["train"]
-    row = next(line for line in shown.out.splitlines() if line.startswith("train"))
+    row = next(line for line in printed.out.splitlines() if line.startswith("train"))
     assert row.split()[:3] == ["train", str(part.documents), str(part.tokens)]
 
 
-def test_json_is_one_object_and_nothing_else(arguments, tmp_path, capsys):
+def test_prepare_json_prints_only_one_object(arguments, tmp_path, capsys):
     assert prepare.main([*arguments, "--json"]) == 0
-    shown = capsys.readouterr()
-    assert shown.err == ""
-    found = json.loads(shown.out)
-    assert found["folder"] == f"{tmp_path}/shards"
-    assert (found["is_prepared"], found["vocabulary"], found["dtype"]) == (True, 257, "uint16")
-    assert sum(part["documents"] for part in found["parts"].values()) == 30
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    content = json.loads(printed.out)
+    assert content["folder"] == f"{tmp_path}/shards"
+    assert (content["is_prepared"], content["vocabulary"], content["dtype"]) == (
+        True,
+        257,
+        "uint16",
+    )
+    assert sum(part["documents"] for part in content["parts"].values()) == 30
     index = json.loads((tmp_path / "shards" / "index.json").read_bytes())
-    assert found["parts"] == index["parts"]
+    assert content["parts"] == index["parts"]
 
 
-def test_data_that_needs_no_preparing_is_left_alone(capsys):
+def test_prepare_without_anything_to_do_reports_that(capsys):
     assert prepare.main([]) == 0
-    assert capsys.readouterr().out == "trainer.data.digits.Digits needs no preparing\n"
+    assert capsys.readouterr().out == "trainer.data.digits.Digits does not need preparation\n"
     assert prepare.main(["data=synthetic", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["is_prepared"] is False
 
@@ -60,7 +64,7 @@ def test_data_that_needs_no_preparing_is_left_alone(capsys):
 @pytest.mark.parametrize(("number", "code"), [
     (signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130),
 ])  # fmt: skip
-def test_a_signal_leaves_finished_shards_and_the_same_command_goes_on(
+def test_prepare_after_a_signal_continues_from_finished_shards(
     arguments, tmp_path, capsys, monkeypatch, number, code
 ):
     handlers = [signal.getsignal(n) for n in prepare._SIGNALS]
@@ -73,24 +77,24 @@ def test_a_signal_leaves_finished_shards_and_the_same_command_goes_on(
 
     monkeypatch.setattr(corpus, "_read_local", reading)
     assert prepare.main(arguments) == code
-    assert "The same command goes on." in capsys.readouterr().err
+    assert "The same command continues." in capsys.readouterr().err
     assert [signal.getsignal(n) for n in prepare._SIGNALS] == handlers
     names = sorted(path.name for path in (tmp_path / "shards").iterdir())
     assert names == [".lock", "train-00000.bin", "train-00000.json", "train-00001.bin", second.name]
     monkeypatch.setattr(corpus, "_read_local", read)
     assert prepare.main(arguments) == 0
     assert capsys.readouterr().err.splitlines()[:2] == [
-        "train-00000.bin: is there already", "train-00001.bin: is there already",
+        "train-00000.bin: already complete", "train-00001.bin: already complete",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("more", "code", "said"), [
+@pytest.mark.parametrize(("more", "code", "message"), [
     (["data=txt"], 2, "no such choice: data=txt (did you mean 'text'?)"),
     (["data.filse=x"], 2, "has no argument 'filse' (did you mean 'files'?)"),
     (["trainer.max_epohcs=3"], 2, "did you mean 'max_epochs'?"),
     (["data.context=0"], 2, "data.context=0 is too small"),
     (["sample.classes=200"], 2, "set sample.classes=257"),
-    (["data.files=/nowhere/*.txt"], 1, "there is no such file"),
+    (["data.files=/nowhere/*.txt"], 1, "no such file"),
     (["data.eval_share=0.2,0.3"], 2, "data.eval_share: give one value"),
     (["--jsn"], 2, "no such argument: '--jsn' (did you mean '--json'?)"),
     (["words"], 2, "no such argument: 'words'"),
@@ -99,14 +103,14 @@ def test_a_signal_leaves_finished_shards_and_the_same_command_goes_on(
     (["data._target_=nowhere.Data"], 2, "no such module 'nowhere'"),
     (["+data/x=1"], 2, "data/x"),
 ])  # fmt: skip
-def test_what_is_not_understood_is_said(arguments, capsys, more, code, said):
+def test_prepare_with_invalid_arguments_reports_them(arguments, capsys, more, code, message):
     assert prepare.main([*arguments, *more]) == code
-    shown = capsys.readouterr()
-    assert said in shown.err
-    assert shown.out == ""
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
 
 
-def test_groups_of_ones_own_are_found(arguments, tmp_path, capsys):
+def test_prepare_with_config_dir_uses_the_users_groups(arguments, tmp_path, capsys):
     folder = tmp_path / "my conf" / "data"
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text(
@@ -118,6 +122,6 @@ def test_groups_of_ones_own_are_found(arguments, tmp_path, capsys):
     )
 
 
-def test_help_is_shown(capsys):
+def test_prepare_help_prints_the_usage(capsys):
     assert prepare.main(["--help"]) == 0
     assert "usage: python -m trainer.prepare" in capsys.readouterr().out

@@ -129,7 +129,7 @@ def ask(question: str, *, is_agreed: bool) -> None:
     """Return if the user answers yes, or `is_agreed` already.
 
     Raises:
-        ConfigError: the answer is no, or standard input is not a terminal.
+        ConfigError: the user declines, or standard input is not a terminal.
     """
     if is_agreed:
         return

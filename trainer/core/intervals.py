@@ -1,4 +1,4 @@
-"""When to save and evaluate, and what to keep: pure functions of numbers."""
+"""Intervals of saving and evaluation, and checkpoint retention, as pure functions."""
 
 import math
 from collections.abc import Mapping
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Every:
-    """Intervals of saving or evaluating; None switches one off."""
+    """Intervals of saving or evaluation; None disables one."""
 
     steps: int | None = None
     epochs: int | None = None
 
 
 def due(every: Every, *, step: int, epoch: int, epoch_ended: bool, final: bool) -> bool:
-    """Return whether something is due at this step; at the `final` one, everything is.
+    """Return whether an action is due at this step; at the `final` step it always is.
 
-    `epoch` counts complete epochs; `epoch_ended` says that this step completed the last of them.
+    `epoch` is the number of complete epochs; `epoch_ended` is true if this step completed one.
     """
     if final or (every.steps and step % every.steps == 0):
         return True
@@ -31,19 +31,19 @@ def stale(
     mode: str,
     keep_every_steps: int | None = None,
 ) -> list[int]:
-    """Return which steps to delete.
+    """Return the steps to delete, in ascending order.
 
     Args:
-        steps: every committed step of this timeline, with its metric where one was measured.
-        keep_last: newest steps to keep; the newest is always kept.
-        keep_best: steps with the best metric to keep; of equal ones the earlier.
-        mode: `max` or `min`, whether a larger metric is better.
-        keep_every_steps: multiples of this are kept for good; None: none.
+        steps: every committed step of this timeline, with its metric if one was measured.
+        keep_last: number of newest steps to keep; the newest is always kept.
+        keep_best: number of steps with the best metric to keep; of equal ones the earlier.
+        mode: `max` if a larger metric is better, `min` otherwise.
+        keep_every_steps: keep multiples of this permanently; None disables it.
     """
-    kept = {*sorted(steps)[-max(keep_last, 1) :], *best_first(steps, mode)[:keep_best]}
+    retained = {*sorted(steps)[-max(keep_last, 1) :], *best_first(steps, mode)[:keep_best]}
     if keep_every_steps:
-        kept |= {step for step in steps if step % keep_every_steps == 0}
-    return sorted(set(steps) - kept)
+        retained |= {step for step in steps if step % keep_every_steps == 0}
+    return sorted(set(steps) - retained)
 
 
 def best_first(steps: Mapping[int, float | None], mode: str) -> list[int]:

@@ -32,10 +32,10 @@ def capture() -> dict[str, Tensor]:
     _, words, gauss = random.getstate()
     python = _PYTHON.pack(*words, gauss is not None, gauss or 0.0)
     state = np.random.get_state(legacy=False)
-    inner = state["state"]
+    mersenne = state["state"]
     numpy_bytes = _NUMPY.pack(
-        *inner["key"].tolist(),
-        inner["pos"],
+        *mersenne["key"].tolist(),
+        mersenne["pos"],
         state["has_gauss"],
         state["gauss"],
     )

@@ -1,4 +1,4 @@
-"""Everything that moves during training, besides the tensors of model and optimizer."""
+"""Training state apart from the tensors of model and optimizer."""
 
 import math
 from dataclasses import asdict, dataclass, field, fields
@@ -9,30 +9,30 @@ from trainer.errors import CheckpointError
 Cursor = dict[str, Any]
 """Position in the data: `epoch`, and `batch`, the number of global batches consumed in it.
 
-A stream may add `source`, the state of where it reads from, as strict JSON.
+A stream may add `source`, the state of the underlying reader, as strict JSON.
 """
 
 
 @dataclass
 class State:
-    """Where the run is. A checkpoint holds exactly this, the tensors and the generators."""
+    """Progress of a run. A checkpoint consists of this, the tensors and the generator states."""
 
     step: int = 0
-    """Passes of the loop that consumed one global batch."""
+    """Number of global batches consumed, one per iteration of the loop."""
     skipped: int = 0
-    """Steps with an update left out, in any of their phases: its gradient was not finite."""
+    """Steps with a skipped update in any phase, because its gradient was NaN or infinite."""
     samples: int = 0
     """Samples consumed over all ranks."""
     cursor: Cursor = field(default_factory=lambda: {"epoch": 0, "batch": 0})
-    """Where the next global batch comes from; (e, last) is always written as (e + 1, 0)."""
+    """Position of the next global batch; the end of epoch e is always written as (e + 1, 0)."""
     last_eval_step: int = 0
-    """The newest step whose evaluation is complete."""
+    """Newest step with a complete evaluation."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Figures of that evaluation."""
+    """Metrics of that evaluation."""
     best: dict[str, float] | None = None
-    """`value` and `step` of the best metric so far, where one is tracked; the earliest such."""
+    """`value` and `step` of the best metric so far, if one is tracked; the earliest of equals."""
     stale_evals: int = 0
-    """Evaluations since then."""
+    """Evaluations since the best one."""
     damaged_samples: int = 0
     """Training samples that could not be read and were skipped, over all ranks."""
 
@@ -42,14 +42,14 @@ class State:
         return int(self.cursor["epoch"])
 
     def advance(self, cursor: Cursor, *, samples: int, applied: bool) -> None:
-        """Take note that one global batch was consumed."""
+        """Record that one global batch was consumed."""
         self.step += 1
         self.samples += samples
         self.skipped += not applied
         self.cursor = cursor
 
     def evaluated(self, metrics: dict[str, float], *, metric: str | None, mode: str) -> None:
-        """Take note of a complete evaluation at this step."""
+        """Record a complete evaluation at this step."""
         self.last_eval_step = self.step
         self.metrics = metrics
         if metric is None:
@@ -68,10 +68,10 @@ class State:
         return asdict(self)
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned.
+        """Set the fields that `state_dict` returned.
 
         Raises:
-            CheckpointError: it has fields that this program does not know.
+            CheckpointError: a field is unknown: a newer version wrote it.
         """
         unknown = sorted(set(values) - {field.name for field in fields(self)})
         if unknown:

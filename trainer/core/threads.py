@@ -1,4 +1,4 @@
-"""Work shared by threads that never keep the process from leaving."""
+"""Parallel calls on daemon threads, and child processes that end with their parent."""
 
 import signal
 import sys
@@ -13,9 +13,9 @@ _PR_SET_PDEATHSIG = 1
 def in_parallel(do: Callable[[T], object], items: Sequence[T], count: int) -> None:
     """Call `do` on every item, from up to `count` threads; raise the first error.
 
-    Returns when every call has returned; after an error no further one is begun. The threads are
-    daemons, unlike those of concurrent.futures: one that hangs in a dead file system must not
-    keep the process from leaving.
+    Returns when every call has returned; after an error no further call is started. The threads
+    are daemons, unlike those of concurrent.futures, so that one that hangs in an unresponsive file
+    system cannot block the exit of the process.
     """
     errors: list[BaseException] = []
     remaining, lock = iter(items), threading.Lock()
@@ -43,7 +43,7 @@ def in_parallel(do: Callable[[T], object], items: Sequence[T], count: int) -> No
 def die_with_parent() -> None:
     """Have the kernel kill this process when the thread that started it ends (prctl(2), Linux).
 
-    Otherwise the children of a killed process would go on: ranks as a second job on the same run.
+    Otherwise ranks would outlive a killed launcher and act as a second job on the same run.
     """
     if sys.platform == "linux":
         import ctypes

@@ -83,7 +83,7 @@ class Maker:
                 say(f"{file}: {shard.documents:,} documents, {shard.tokens:,} tokens")
             else:
                 self.advance(shard.bytes)
-                say(f"{file}: is there already")
+                say(f"{file}: already complete")
             shards.append(shard)
             done += shard.documents
         tokens, count_bytes = sum(s.tokens for s in shards), sum(s.bytes for s in shards)

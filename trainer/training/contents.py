@@ -85,7 +85,7 @@ def restore(job: Job, start: "Start", manifest: Manifest, reader: Reader) -> Sta
     replayed = _restore_schedules(job, start, manifest, reader, changes, replay=replay)
     _restore_optimizers(job, manifest, reader, changes)
     for scheduler, position in replayed:
-        position.take(scheduler)
+        position.restore(scheduler)
     _restore_averages(job, manifest, reader)
     if job.scaler.is_enabled() and manifest.objects.get(SCALER):
         job.scaler.load_state_dict(state_tree.join(manifest.objects[SCALER], reader.fetch))
@@ -205,7 +205,7 @@ def _restore_schedules(
     changes: Sequence[_Changes],
     *,
     replay: bool,
-) -> list[tuple[LRScheduler, schedule.Place]]:
+) -> list[tuple[LRScheduler, schedule.ScheduleState]]:
     """Load the schedules; with `replay`, return the positions of those replayed instead.
 
     A schedule starts over if its settings or its learning rate are changed.

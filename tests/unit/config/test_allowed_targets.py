@@ -1,4 +1,4 @@
-"""What a checkpoint's configuration may call, and what it may not, however it is written."""
+"""Targets that a checkpoint's configuration may call, and targets that are rejected."""
 
 import os
 import sys
@@ -33,7 +33,7 @@ HOSTILE = [
     lambda node: {"model": {"_target_": "torch.nn.Sequential", "_args_": [node]}},
     lambda node: {"data": {"_target_": "trainer.data.digits.Digits", "a": {"b": [{"c": node}]}}},
 ], ids=["plain", "listed", "deep"])  # fmt: skip
-def test_what_is_not_ours_is_refused_with_what_would_allow_it(target, wrap):
+def test_reject_targets_names_external_target_and_allow_option(target, wrap):
     nodes = wrap({"_target_": target, "command": "true"})
     with pytest.raises(ConfigError) as caught:
         reject_targets(nodes)
@@ -45,7 +45,7 @@ def test_what_is_not_ours_is_refused_with_what_would_allow_it(target, wrap):
     "models.cnn.CNN", "models.mlp.MLP", "torch.nn.Linear", "torch.nn.modules.linear.Linear",
     "trainer.data.digits.Digits", "trainer.task.Classification", "trainer.data.mnist.Mnist",
 ])  # fmt: skip
-def test_what_is_ours_and_torch_nns_is_not(target):
+def test_reject_targets_accepts_project_and_torch_nn(target):
     reject_targets({"model": {"_target_": target}})
 
 
@@ -53,13 +53,13 @@ def test_what_is_ours_and_torch_nns_is_not(target):
     "trainer.data.tokenizer._package", "trainer.data.source._Ahead",
     "torch.nn.modules.module._addindent",
 ])  # fmt: skip
-def test_what_is_private_of_ours_is_not_called_either(target):
+def test_reject_targets_rejects_private_names_unless_allowed(target):
     with pytest.raises(ConfigError, match=f"allow={target}"):
         reject_targets({"data": {"_target_": target}})
     reject_targets({"data": {"_target_": target}}, [target])
 
 
-def test_what_is_not_ours_is_not_even_imported(tmp_path, monkeypatch):
+def test_reject_targets_does_not_import_external_modules(tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text("import os\nos.environ['EVIL'] = 'yes'\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match=r"evil\.Net"):
@@ -69,7 +69,7 @@ def test_what_is_not_ours_is_not_even_imported(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("allowed", [["mine"], ["mine.net"], ["mine.net.Net"]])
-def test_what_the_user_allows_may_be_called(tmp_path, monkeypatch, allowed):
+def test_reject_targets_accepts_allowed_packages_and_names(tmp_path, monkeypatch, allowed):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/net.py").write_text("class Net: pass\nfrom os import system\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -80,5 +80,5 @@ def test_what_the_user_allows_may_be_called(tmp_path, monkeypatch, allowed):
         reject_targets({"model": {"_target_": "mine.net.system"}}, allowed)
 
 
-def test_a_name_that_the_user_gives_in_full_is_trusted_wherever_it_comes_from():
+def test_reject_targets_accepts_any_fully_qualified_allowed_name():
     reject_targets({"model": {"_target_": "collections.abc.Mapping"}}, ["collections.abc.Mapping"])

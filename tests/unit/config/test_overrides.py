@@ -1,4 +1,4 @@
-"""Command-line overrides: what Hydra gets, and what is reported instead."""
+"""Command-line overrides: arguments passed to Hydra, and problems reported instead."""
 
 import pytest
 
@@ -22,11 +22,11 @@ def keys(prepared):
     return [problem.key for problem in prepared.problems]
 
 
-def test_groups_are_folders_and_choices_are_files(conf):
+def test_groups_maps_folders_to_files(conf):
     assert groups([conf]) == {"model": {"cnn", "mlp"}, "optimizer": {"adam"}, "a/b": {"deep"}}
 
 
-def test_groups_of_several_folders_are_joined(conf, tmp_path):
+def test_groups_merges_several_folders(conf, tmp_path):
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "model" / "big.yaml").write_text("")
     assert groups([conf, tmp_path / "mine"])["model"] == {"cnn", "mlp", "big"}
@@ -36,29 +36,29 @@ def test_groups_of_several_folders_are_joined(conf, tmp_path):
     "trainer.max_epochs=3", "seed=1", "trainer.max_epohcs=3", "model.hidden=[1,2]",
     "model.x={a:1}", "name='a b'", "run_dir=/tmp/x", "a.b.c=null", "x=",
 ])  # fmt: skip
-def test_a_plain_value_is_forced_so_that_the_strict_merge_judges_it(conf, argument):
+def test_prepare_forces_plain_values_for_the_strict_merge(conf, argument):
     assert prepare([argument], conf) == overrides.Prepared(["++" + argument], [], [])
 
 
 @pytest.mark.parametrize("argument", [
-    "+model.x=1", "++model.x=1", "~model.x", "~model.x=1",  # said by the user
+    "+model.x=1", "++model.x=1", "~model.x", "~model.x=1",  # explicit prefix
     "model=mlp", "model=cnn.yaml", "~model", "a/b=deep", "+a/b=deep", "model@other=mlp",  # groups
     "hydra.sweep.dir=/tmp", "hydra/launcher=basic",  # Hydra's own
     "--help", "-m", "--cfg", "job", "--multirun", "-cn=x", "--config-name=other",  # flags
 ])  # fmt: skip
-def test_everything_else_is_left_alone(conf, argument):
+def test_prepare_passes_other_arguments_unchanged(conf, argument):
     prepared = prepare([argument], conf)
     assert (prepared.arguments, prepared.problems) == ([argument], [])
 
 
-def test_an_unknown_choice_is_taken_out_and_reported_with_the_closest(conf):
+def test_prepare_reports_unknown_choice_with_the_closest(conf):
     prepared = prepare(["model=mpl", "seed=1"], conf)
     assert prepared.arguments == ["++seed=1"]
     assert keys(prepared) == ["model"]
     assert prepared.problems[0].text == "no such choice: model=mpl (did you mean 'mlp'?)"
 
 
-def test_a_choice_like_no_other_is_answered_with_all(conf):
+def test_prepare_reports_unknown_choice_with_all_if_none_is_close(conf):
     (problem,) = prepare(["model=transformer"], conf).problems
     assert problem.text == "no such choice: model=transformer (valid: cnn, mlp)"
 
@@ -66,13 +66,13 @@ def test_a_choice_like_no_other_is_answered_with_all(conf):
 @pytest.mark.parametrize(("argument", "wrong"), [
     ("model=cnn,mpl", "mpl"), ("model=mlp, xyz", "xyz"), ("+model=mpl", "mpl"),
 ])  # fmt: skip
-def test_every_choice_of_a_sweep_is_looked_at(conf, argument, wrong):
+def test_prepare_checks_every_choice_of_a_sweep(conf, argument, wrong):
     (problem,) = prepare([argument], conf).problems
     assert f"no such choice: model={wrong}" in problem.text
 
 
 @pytest.mark.parametrize("argument", ["model=null", "model=", "model=[cnn,mlp]", "model=glob(*)"])
-def test_what_hydra_itself_makes_of_a_group_is_left_to_it(conf, argument):
+def test_prepare_passes_hydra_group_syntax_unchanged(conf, argument):
     assert prepare([argument], conf).arguments == [argument]
 
 
@@ -83,18 +83,18 @@ def test_what_hydra_itself_makes_of_a_group_is_left_to_it(conf, argument):
     ("model=cnn,mlp", "model=cnn,mlp"),
     ("model=choice(cnn,mlp)", "model=choice(cnn,mlp)"),
 ])  # fmt: skip
-def test_sweeps_are_recognised(conf, argument, passed):
+def test_prepare_detects_swept_keys(conf, argument, passed):
     prepared = prepare(["-m", argument, "name=x"], conf)
     assert prepared.arguments == ["-m", passed, "++name=x"]
     assert prepared.swept == [argument.partition("=")[0]]
 
 
-def test_a_list_in_brackets_is_no_sweep(conf):
+def test_prepare_treats_a_bracketed_list_as_a_value(conf):
     assert prepare(["model.hidden=[1,2]"], conf).swept == []
 
 
 @pytest.mark.parametrize("flag", [["--config-dir", "{}"], ["--config-dir={}"], ["-cd", "{}"]])
-def test_groups_of_a_users_own_folder_are_known(conf, tmp_path, flag):
+def test_prepare_includes_groups_of_config_dir(conf, tmp_path, flag):
     mine = tmp_path / "mine"
     (mine / "model").mkdir(parents=True)
     (mine / "model" / "big.yaml").write_text("")
@@ -106,13 +106,13 @@ def test_groups_of_a_users_own_folder_are_known(conf, tmp_path, flag):
     assert keys(prepared) == ["extra"]
 
 
-def test_a_config_dir_that_is_not_there_is_left_for_hydra_to_report(conf):
+def test_prepare_passes_a_missing_config_dir_to_hydra(conf):
     arguments = ["--config-dir", "/nowhere/at/all"]
     assert prepare(arguments, conf).arguments == arguments
 
 
 @pytest.mark.parametrize("argument", ["model.hidden=[1,2", "a=b=c}", "x={a:", "seed=²"])
-def test_a_syntax_error_is_reported_with_its_key_and_the_rest_goes_on(conf, argument):
+def test_prepare_reports_syntax_error_and_parses_the_others(conf, argument):
     prepared = prepare([argument, "seed=1"], conf)
     assert prepared.arguments == ["++seed=1"]
     assert keys(prepared) == [argument.partition("=")[0]]
@@ -120,6 +120,6 @@ def test_a_syntax_error_is_reported_with_its_key_and_the_rest_goes_on(conf, argu
     assert "cannot be parsed" in prepared.problems[0].text
 
 
-def test_problems_of_all_arguments_come_together(conf):
+def test_prepare_reports_problems_of_all_arguments(conf):
     prepared = prepare(["model=x", "optimizer=y", "a=[", "seed=1"], conf)
     assert keys(prepared) == ["model", "optimizer", "a"]

@@ -1,4 +1,4 @@
-"""When to save, what to keep: tables and properties."""
+"""Intervals and retention: tables and properties."""
 
 import pytest
 from hypothesis import given, settings
@@ -40,7 +40,7 @@ def test_due(every, step, epoch, ended, final, is_due):
     ({5: None, 10: 0.5, 15: None, 20: None}, 1, 3, "max", [5, 15]),
     ({5: 0.9, 10: 0.9, 15: 0.9, 20: 0.1}, 1, 1, "max", [10, 15]),  # the first that reached it
     ({5: 0.9, 10: 0.9, 15: 0.9, 20: 1.0}, 1, 1, "min", [10, 15]),
-    ({5: float("nan"), 10: 0.5, 15: 0.4, 20: 0.1}, 1, 1, "max", [5, 15]),  # not a number: no best
+    ({5: float("nan"), 10: 0.5, 15: 0.4, 20: 0.1}, 1, 1, "max", [5, 15]),  # NaN is never the best
     ({5: float("nan"), 10: 0.5, 15: 0.4, 20: 0.1}, 1, 1, "min", [5, 10, 15]),
     ({5: float("inf"), 10: 0.5, 15: 0.4}, 1, 1, "max", [10]),
 ])  # fmt: skip
@@ -57,13 +57,13 @@ def test_stale(steps, keep_last, keep_best, mode, deleted):
     mode=st.sampled_from(["max", "min"]),
 )
 @settings(max_examples=200, deadline=None)
-def test_newest_and_best_are_kept_and_no_more_than_asked(steps, keep_last, keep_best, mode):
-    gone = stale(steps, keep_last=keep_last, keep_best=keep_best, mode=mode)
-    kept = set(steps) - set(gone)
-    assert set(gone) <= set(steps)
-    assert set(sorted(steps)[-keep_last:]) <= kept
-    assert len(kept) <= keep_last + keep_best
+def test_stale_retains_newest_and_best_and_no_more(steps, keep_last, keep_best, mode):
+    deleted = stale(steps, keep_last=keep_last, keep_best=keep_best, mode=mode)
+    retained = set(steps) - set(deleted)
+    assert set(deleted) <= set(steps)
+    assert set(sorted(steps)[-keep_last:]) <= retained
+    assert len(retained) <= keep_last + keep_best
     values = [value for value in steps.values() if value is not None and value == value]
     if values and keep_best:
         best = max(values) if mode == "max" else min(values)
-        assert min(step for step, value in steps.items() if value == best) in kept
+        assert min(step for step, value in steps.items() if value == best) in retained

@@ -42,9 +42,9 @@ def test_after_restore_the_same_numbers_follow(drawn):
 @pytest.mark.parametrize("gauss", [
     lambda: random.gauss(0, 1), lambda: np.random.standard_normal(), lambda: torch.randn(1).item(),
 ])  # fmt: skip
-def test_the_second_gaussian_that_a_generator_keeps_is_captured(gauss):
+def test_capture_includes_the_cached_second_gaussian(gauss):
     rng.seed_all(3)
-    gauss()  # makes two, keeps one
+    gauss()  # draws two and caches one
     states = rng.capture()
     rest = [gauss() for _ in range(3)]
     rng.seed_all(3)
@@ -53,7 +53,7 @@ def test_the_second_gaussian_that_a_generator_keeps_is_captured(gauss):
     assert [gauss() for _ in range(3)] == rest
 
 
-def test_states_are_flat_uint8_tensors_that_do_not_move():
+def test_capture_returns_flat_uint8_tensors_that_never_change():
     states = rng.capture()
     assert {"python", "numpy", "torch"} <= set(states)
     before = {name: state.clone() for name, state in states.items()}
@@ -63,7 +63,7 @@ def test_states_are_flat_uint8_tensors_that_do_not_move():
         assert torch.equal(state, before[name])
 
 
-def test_states_through_bytes_are_the_same():
+def test_restore_accepts_copies_made_through_bytes():
     states = rng.capture()
     copies = {
         name: torch.frombuffer(bytearray(state.numpy().tobytes()), dtype=torch.uint8)
@@ -74,40 +74,40 @@ def test_states_through_bytes_are_the_same():
     assert draw() == first
 
 
-def test_a_device_that_is_not_here_is_left_out():
+def test_restore_ignores_missing_devices():
     states = rng.capture()
     first = draw()
     rng.restore({**states, "cuda9": torch.zeros(16, dtype=torch.uint8)})
     assert draw() == first
 
 
-def test_seeding_covers_every_generator():
+def test_seed_all_seeds_every_generator():
     rng.seed_all(11)
     first = draw()
     rng.seed_all(11)
     assert draw() == first
     rng.seed_all(12)
-    assert all(ours != theirs for ours, theirs in zip(draw(), first, strict=True))
+    assert all(new != old for new, old in zip(draw(), first, strict=True))
 
 
-def test_seeds_of_63_bits_are_accepted():
+def test_seed_all_accepts_63_bits():
     rng.seed_all((1 << 63) - 1)
 
 
-def test_a_forked_block_has_its_own_numbers_and_leaves_no_trace():
+def test_forked_seeds_the_block_and_restores_the_generators():
     rng.seed_all(1)
     undisturbed = [draw(), draw()]
     rng.seed_all(1)
-    seen = [draw()]
+    draws = [draw()]
     with rng.forked(7):
         inside = draw()
-    seen.append(draw())
-    assert seen == undisturbed
+    draws.append(draw())
+    assert draws == undisturbed
     with rng.forked(7):
         assert draw() == inside
 
 
-def test_a_forked_block_that_raises_leaves_no_trace():
+def test_forked_restores_the_generators_after_an_error():
     rng.seed_all(1)
     undisturbed = draw()
     rng.seed_all(1)

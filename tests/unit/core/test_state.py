@@ -1,4 +1,4 @@
-"""What moves during training, and that a checkpoint's copy of it stands still."""
+"""Training state: counters, best metric, and independent copies for checkpoints."""
 
 import json
 
@@ -8,7 +8,7 @@ from trainer.core.state import State
 from trainer.errors import CheckpointError
 
 
-def test_a_fresh_state_is_at_the_beginning():
+def test_state_new_has_zero_counters():
     state = State()
     assert (state.step, state.epoch, state.samples, state.skipped) == (0, 0, 0, 0)
     assert state.cursor == {"epoch": 0, "batch": 0}
@@ -32,7 +32,7 @@ def test_advance_counts_steps_samples_and_skipped_updates():
     ("min", [0.3, float("nan")], {"value": 0.3, "step": 1}),
     ("max", [float("nan")], None),
 ])  # fmt: skip
-def test_best_is_the_first_that_reached_the_best_value(mode, values, best):
+def test_evaluated_keeps_the_earliest_best_value(mode, values, best):
     state = State()
     for value in values:
         state.advance(state.cursor, samples=1, applied=True)
@@ -41,27 +41,27 @@ def test_best_is_the_first_that_reached_the_best_value(mode, values, best):
     assert state.last_eval_step == len(values)
 
 
-def test_without_a_metric_no_best_is_tracked_but_the_figures_are():
+def test_evaluated_without_a_metric_stores_metrics_but_no_best():
     state = State(step=3)
     state.evaluated({"loss": 1.0}, metric=None, mode="max")
     assert (state.best, state.last_eval_step, state.metrics) == (None, 3, {"loss": 1.0})
 
 
-def moved():
+def advanced_state():
     state = State()
     state.advance({"epoch": 2, "batch": 3}, samples=5, applied=False)
     state.evaluated({"loss": 0.25}, metric="loss", mode="min")
     return state
 
 
-def test_state_dict_is_plain_json_and_comes_back_whole():
+def test_state_dict_survives_a_json_round_trip():
     again = State()
-    again.load_state_dict(json.loads(json.dumps(moved().state_dict())))
-    assert again == moved() != State()
+    again.load_state_dict(json.loads(json.dumps(advanced_state().state_dict())))
+    assert again == advanced_state() != State()
 
 
-def test_state_dict_does_not_move_with_the_state():
-    state = moved()
+def test_state_dict_is_a_copy():
+    state = advanced_state()
     before = state.state_dict()
     text = json.dumps(before)
     state.cursor["batch"] = 99
@@ -70,6 +70,6 @@ def test_state_dict_does_not_move_with_the_state():
     assert json.dumps(before) == text
 
 
-def test_a_field_of_a_newer_version_is_named():
+def test_load_state_dict_names_an_unknown_field():
     with pytest.raises(CheckpointError, match="unknown fields mood"):
         State().load_state_dict({**State(step=3).state_dict(), "mood": 1})

@@ -312,7 +312,7 @@ def test_finished_shards_survive_a_kill_and_are_kept(files, whole, tmp_path):
     lines = []
     small(files, folder).prepare(lines.append)
     assert [(path.stat().st_ino, path.stat().st_mtime_ns) for path in finished] == before
-    assert [line.endswith("is there already") for line in lines[:3]] == [True, True, False]
+    assert [line.endswith("already complete") for line in lines[:3]] == [True, True, False]
     assert contents(folder) == whole  # and no temporary file is left
 
 
