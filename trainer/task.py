@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.data.source import fetch, to_device
+from trainer.data.batches import fetch, to_device
 from trainer.errors import ConfigError
 
 

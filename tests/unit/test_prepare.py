@@ -94,7 +94,7 @@ def test_prepare_after_a_signal_continues_from_finished_shards(
     (["trainer.max_epohcs=3"], 2, "did you mean 'max_epochs'?"),
     (["data.context=0"], 2, "data.context=0 is too small"),
     (["sample.classes=200"], 2, "set sample.classes=257"),
-    (["data.files=/nowhere/*.txt"], 1, "no such file"),
+    (["data.files=/nowhere/*.txt"], 1, "no such files"),
     (["data.eval_share=0.2,0.3"], 2, "data.eval_share: give one value"),
     (["--jsn"], 2, "no such argument: '--jsn' (did you mean '--json'?)"),
     (["words"], 2, "no such argument: 'words'"),

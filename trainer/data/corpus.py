@@ -1,4 +1,4 @@
-"""Documents to train on: files of a pattern, local or remote, or the library of Python itself."""
+"""Documents for training: files by pattern, local or remote, or Python's standard library."""
 
 import glob
 import os
@@ -14,16 +14,16 @@ from trainer.errors import ConfigError, DataError
 
 _NOT_IN_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created")
-_FOREIGN = ("botocore", "aiobotocore", "aiohttp", "fsspec", "s3fs", "gcsfs", "adlfs")
-"""Libraries whose exceptions are the server's or the network's, not bugs of ours."""
+_STORAGE_LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "fsspec", "s3fs", "gcsfs", "adlfs")
+"""Libraries whose exceptions come from a server or network rather than from a bug."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A file of text."""
+    """Text file."""
 
     name: str
-    """Path below the pattern's folder: the same wherever that folder is."""
+    """Path below the pattern's fixed folder, independent of its location."""
     path: str
     size_bytes: int
     stamp: str
@@ -32,7 +32,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents, and how one is read."""
+    """Documents and their read function."""
 
     documents: list[Document]
     """Sorted by name."""
@@ -44,20 +44,22 @@ def _sorted(documents: Sequence[Document]) -> list[Document]:
 
 
 @contextmanager
-def _data_errors(what: str) -> Iterator[None]:
+def _data_errors(subject: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not (isinstance(error, OSError) or type(error).__module__.split(".")[0] in _FOREIGN):
+        if not (
+            isinstance(error, OSError) or type(error).__module__.split(".")[0] in _STORAGE_LIBRARIES
+        ):
             raise
         text = getattr(error, "strerror", None) or error
         raise DataError(
-            f"{what} cannot be read: {text}; check that it is there, and the rights on it"
+            f"{subject} cannot be read: {text}; check its path and permissions"
         ) from None
 
 
 def standard_library() -> Corpus:
-    """Return the sources of the running interpreter's own library, without tests."""
+    """Return the sources of the interpreter's standard library, without tests."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = [
         path
@@ -65,20 +67,20 @@ def standard_library() -> Corpus:
         if not _NOT_IN_LIBRARY & set(path.relative_to(root).parts[:-1])
     ]
     if not paths:
-        raise DataError(f"{root} has no Python sources to train on; give data.files")
+        raise DataError(f"{root} has no Python sources to train on; set data.files")
     return _local_corpus(root, paths)
 
 
 def local_files(pattern: str) -> Corpus:
-    """Return the files that match a pattern; `**` stands for any folders.
+    """Return the files that match a pattern; `**` matches any folders.
 
     Raises:
-        DataError: it is a folder, or a file cannot be looked at.
+        DataError: the pattern is a folder, or a file cannot be read.
     """
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
         raise DataError(
-            f"data.files={pattern} is a folder; give a pattern of files: '{pattern}/**/*.txt'"
+            f"data.files={pattern} is a folder; use a pattern of files: '{pattern}/**/*.txt'"
         )
     paths = [Path(path) for path in glob.glob(pattern, recursive=True)]
     return _local_corpus(Path(_fixed_folder(pattern)), [p for p in paths if p.is_file()])
@@ -88,9 +90,9 @@ def _local_corpus(root: Path, paths: Sequence[Path]) -> Corpus:
     documents = []
     for path in paths:
         with _data_errors(str(path)):
-            found = path.stat()
+            entries = path.stat()
         name = path.relative_to(root).as_posix()
-        documents.append(Document(name, str(path), found.st_size, str(found.st_mtime_ns)))
+        documents.append(Document(name, str(path), entries.st_size, str(entries.st_mtime_ns)))
     return Corpus(_sorted(documents), _read_local)
 
 
@@ -103,8 +105,8 @@ def remote_files(url: str) -> Corpus:
     """Return the objects that match a pattern of an fsspec URL.
 
     Raises:
-        ConfigError: there is no such file system here.
-        DataError: they cannot be listed.
+        ConfigError: the file system is unknown or not installed.
+        DataError: the objects cannot be listed.
     """
     import fsspec
 
@@ -116,14 +118,14 @@ def remote_files(url: str) -> Corpus:
     except ValueError as error:
         raise ConfigError(f"data.files={url}: {error}") from None
     with _data_errors(f"data.files={url}"):
-        found = system.glob(pattern, detail=True)
+        entries = system.glob(pattern, detail=True)
     root = _fixed_folder(pattern)
     documents = []
-    for path, about in found.items():
-        if about["type"] == "file":
+    for path, info in entries.items():
+        if info["type"] == "file":
             name = PurePosixPath(path).relative_to(root).as_posix()
-            stamp = next((str(about[key]) for key in _STAMPS if about.get(key)), "")
-            documents.append(Document(name, path, int(about["size"]), stamp))
+            stamp = next((str(info[key]) for key in _STAMPS if info.get(key)), "")
+            documents.append(Document(name, path, int(info["size"]), stamp))
     return Corpus(_sorted(documents), partial(_read_remote, system))
 
 
@@ -134,7 +136,7 @@ def _read_remote(system: Any, document: Document) -> bytes:
 
 
 def _fixed_folder(pattern: str) -> str:
-    """Return the deepest folder that is in a pattern's every match."""
+    """Return the deepest folder shared by every match of a pattern."""
     folder, _, _ = pattern.rpartition("/")
     while glob.has_magic(folder):
         folder, _, _ = folder.rpartition("/")

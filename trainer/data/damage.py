@@ -1,4 +1,4 @@
-"""Samples that cannot be read: named, then refused, or left out and counted."""
+"""Samples that cannot be read: reported by name, or skipped and counted."""
 
 import traceback
 from collections.abc import Callable
@@ -8,80 +8,81 @@ from typing import Any
 from trainer.errors import DataError, PerdureError
 
 TRIES = 10
-"""So many in a row are no damaged samples: a bug, or a disk that is gone."""
-_HOW_TO_SKIP = "repair or remove it, or leave such samples out and count them: "
-_SETTING = "trainer.on_damaged=skip"
+"""Consecutive unreadable samples that indicate a bug or a lost disk instead of damaged samples."""
 
 
 def is_damage(error: Exception) -> bool:
-    """Return whether an error may be a sample's own; those of ours speak of whole files."""
+    """Return whether a single sample may have caused the error; Perdure's errors concern files."""
     return not (is_lost_worker(error) or isinstance(error, (PerdureError, MemoryError)))
 
 
 def is_lost_worker(error: BaseException) -> bool:
-    """Return whether torch says that a process of a DataLoader was killed; no sample did that."""
+    """Return whether the error is torch's report of a killed DataLoader worker."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
-def name(dataset: Any, index: int) -> str:
-    """Return which sample it is, with its path where the dataset has `describe(index)`."""
-    describe = getattr(dataset, "describe", None)
-    if describe is None:
+def describe(dataset: Any, index: int) -> str:
+    """Return the sample's number, with its path if the dataset has `describe(index)`."""
+    method = getattr(dataset, "describe", None)
+    if method is None:
         return f"sample {index:,}"
-    shown = str(describe(index)).encode(errors="backslashreplace").decode()  # a path is any bytes
-    return f"sample {index:,} ({shown})"
+    text = str(method(index)).encode(errors="backslashreplace").decode()  # paths are any bytes
+    return f"sample {index:,} ({text})"
 
 
 def reason(error: Exception) -> str:
-    """Return the type, the text and the place of an error, on one line."""
+    """Return type, text and source line of an error on one line."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500] + place
+    location = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500] + location
 
 
-def refuse(what: str, error: Exception) -> DataError:
-    """Return the error that ends a run at a sample that cannot be read."""
-    return DataError(f"{what} cannot be read: {reason(error)}; {_HOW_TO_SKIP}{_SETTING}")
+def unreadable(sample: str, error: Exception) -> DataError:
+    """Return the error that stops a run at an unreadable sample."""
+    return DataError(
+        f"{sample} cannot be read: {reason(error)}; repair or remove it, or skip and count "
+        "unreadable samples: trainer.on_damaged=skip"
+    )
 
 
-def unlike(count: int, error: Exception) -> DataError | None:
-    """Return what to say if an error is of default_collate, for samples that do not fit together.
+def too_many(sample: str, error: Exception) -> DataError:
+    """Return the error that stops a run which skips samples but cannot read any."""
+    return DataError(
+        f"{sample} and the {TRIES - 1} after it cannot be read: check the dataset code, or for "
+        f"missing files. The last error: {reason(error)}"
+    )
 
-    None: it is another one, such as a lack of memory.
+
+def mismatch(count: int, error: Exception) -> DataError | None:
+    """Return a DataError if default_collate failed on samples of different shapes or types.
+
+    Returns None for any other error, such as running out of memory.
     """
     is_size = isinstance(error, RuntimeError) and "equal size" in str(error)
     if not (is_size or isinstance(error, (TypeError, KeyError))):
         return None
     return DataError(
-        f"{count:,} samples cannot become one batch: {reason(error)}; the dataset has to give "
-        "tensors or numbers that have the same shape in every sample"
+        f"{count:,} samples cannot become one batch: {reason(error)}; the dataset must return "
+        "tensors or numbers of the same shape for every sample"
     )
 
 
-def too_many(what: str, error: Exception) -> DataError:
-    """Return the error that ends a run that skips, when there is nothing but damage."""
-    return DataError(
-        f"{what} and the {TRIES - 1} after it cannot be read, which is no damaged sample: a mistake"
-        f" in the dataset, or files that are not there. The last: {reason(error)}"
-    )
-
-
-def whole(
+def readable(
     dataset: Any, indices: list[int], read: Callable[[int], object], *, skip: bool, replace: bool
 ) -> tuple[list[int], tuple[str, ...]]:
-    """Return the samples to take for `indices`, and a text for each that cannot be read.
+    """Return the readable samples for `indices`, and one text per sample that cannot be read.
 
     Args:
-        dataset: names its samples.
-        indices: the samples that are wanted.
-        read: reads one of them, and raises what is wrong with it.
-        skip: go on; otherwise the first one is refused.
-        replace: take the next one that can be read instead; otherwise, leave it out.
+        dataset: the samples.
+        indices: requested sample numbers.
+        read: reads one sample, and raises the error of a damaged one.
+        skip: continue after a damaged sample; otherwise the first one raises.
+        replace: use the next readable sample instead; otherwise leave the damaged one out.
 
     Raises:
-        DataError: a sample cannot be read, or too many in a row cannot.
+        DataError: a sample cannot be read, or `TRIES` in a row cannot.
     """
-    chosen, texts = [], []
+    numbers, texts = [], []
     for index in indices:
         for offset in range(TRIES):
             candidate = (index + offset) % len(dataset)
@@ -91,14 +92,14 @@ def whole(
                 if not is_damage(error):
                     raise
                 if not skip:
-                    raise refuse(name(dataset, candidate), error) from error
+                    raise unreadable(describe(dataset, candidate), error) from error
                 if offset == 0:
-                    texts.append(f"{name(dataset, index)}: {reason(error)}")
+                    texts.append(f"{describe(dataset, index)}: {reason(error)}")
                 if not replace:
                     break
                 if offset == TRIES - 1:
-                    raise too_many(name(dataset, index), error) from error
+                    raise too_many(describe(dataset, index), error) from error
             else:
-                chosen.append(candidate)
+                numbers.append(candidate)
                 break
-    return chosen, tuple(texts)
+    return numbers, tuple(texts)

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 real 8x8 images that ship inside the package."""
+"""scikit-learn's handwritten digits: 1,797 real 8x8 images included in the package."""
 
 from functools import cached_property
 
@@ -15,8 +15,8 @@ class Digits:
 
     Args:
         mean: subtracted from the pixels after scaling them to 0 … 1.
-        std: then divided by; with 0.5 for both they lie in -1 … 1.
-        size: height and width; other than 8, between the pixels is interpolated.
+        std: then divided by; with 0.5 for both, values are in -1 … 1.
+        size: height and width; other sizes than 8 are interpolated.
     """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0, size: int = 8) -> None:
@@ -37,8 +37,8 @@ class Digits:
     def train(self) -> TensorDataset:
         """Four fifths of the samples."""
         images, labels = self._all
-        chosen = torch.arange(len(labels)) % 5 != 4
-        return TensorDataset(images[chosen], labels[chosen])
+        is_train = torch.arange(len(labels)) % 5 != 4
+        return TensorDataset(images[is_train], labels[is_train])
 
     @cached_property
     def eval(self) -> TensorDataset:

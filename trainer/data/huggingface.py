@@ -1,4 +1,4 @@
-"""Rows of a dataset of Hugging Face's `datasets` library, from local files, whole or streamed."""
+"""Datasets of Hugging Face's `datasets` library, from local files, loaded or streamed."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,38 +13,38 @@ from trainer.data.images import Augment, Transform
 from trainer.errors import ConfigError, DataError, closest
 
 _LOADERS = ("arrow", "csv", "imagefolder", "json", "parquet", "text")
-"""Loaders of the library that read local files of one kind."""
+"""Loaders of the library for local files."""
 _EVAL_NAMES = ("eval", "validation", "valid", "val", "test")
-"""Splits to evaluate on; the first that is there counts."""
+"""Names of the evaluation split; the first existing one is used."""
 
 
 class HuggingFace:
-    """Samples (input, label), or dicts of columns, from a dataset that lies on this machine.
+    """Samples (input, label), or dicts of columns, from a dataset on this machine.
 
-    Pictures become tensors as `data=image_folder` makes them, numbers and lists of them tensors,
-    texts stay texts. A label that is a text becomes the number of its class. What is evaluated on
-    is never streamed.
+    Images become tensors as in `data=image_folder`, numbers and lists of numbers become tensors,
+    and strings stay strings. A string label becomes its class index. Evaluation data is never
+    streamed.
 
     Args:
         path: a folder of `save_to_disk`, or a loader: arrow, csv, imagefolder, json, parquet, text.
         data_files: for a loader, a local file or pattern, a list of them, or these by split.
-        train: the split to train on.
-        eval: the split to evaluate on; None: eval, validation, valid, val or test, if there is one.
-        streaming: read training rows one after the other instead of by number.
-        shuffle_buffer: streamed rows to choose the next one from; 0: the order of the files.
+        train: the training split.
+        eval: the evaluation split; None: the first of eval, validation, valid, val and test.
+        streaming: read training rows sequentially instead of by index.
+        shuffle_buffer: size of the shuffle buffer in rows, for streaming; 0: file order.
         input: column of the inputs.
         label: column of the labels.
         columns: samples are dicts of these columns instead.
-        classes: number of classes of the model; None: it is not checked.
-        label_names: the classes of labels that are texts; None: as the data knows them.
-        transform: makes a sample of a row, a dict with decoded pictures, instead of all that.
+        classes: number of classes of the model; None: unchecked.
+        label_names: classes of string labels; None: from the data.
+        transform: converts a row (a dict with decoded images) to a sample, instead of the above.
         seed: of the shuffling.
-        cache_dir: where the library keeps what it made of the files; None: its own folder.
-        shape, mean, std, crop_share, augment, flip: of pictures, see `images.Transform`.
+        cache_dir: the library's cache folder; None: its default.
+        shape, mean, std, crop_share, augment, flip: for images, see `images.Transform`.
 
     Raises:
         ConfigError: an argument is out of range.
-        DataError: the library is not there.
+        DataError: the library is not installed.
     """
 
     def __init__(
@@ -78,62 +78,62 @@ class HuggingFace:
         self._count, self._label_names = classes, label_names
         self._transform = transform
         self._picture = (shape, mean, std, crop_share, augment, flip)
-        self.mean, self.std, self.crop_share = mean, std, crop_share  # an export tells them
+        self.mean, self.std, self.crop_share = mean, std, crop_share  # part of an export's record
         if shuffle_buffer < 0 or (shuffle_buffer and not streaming):
             raise ConfigError(
-                f"data.shuffle_buffer={shuffle_buffer} is for data.streaming=true, and at least 0; "
-                "rows that have numbers are shuffled without it"
+                f"data.shuffle_buffer={shuffle_buffer} needs data.streaming=true, and at least 0; "
+                "without streaming, rows are shuffled anyway"
             )
         if data_files is None and not Path(path).is_dir():
             raise ConfigError(
-                f"data.path={path}: there is no such folder; give one that save_to_disk wrote, or a"
+                f"data.path={path}: no such folder; use one written by save_to_disk, or a"
                 f" loader ({', '.join(_LOADERS)}) with data.data_files"
             )
         if data_files is not None and path not in _LOADERS:
             raise ConfigError(
-                f"data.path={path} is no loader of local files{closest(path, _LOADERS)}"
+                f"data.path={path} is not a loader of local files{closest(path, _LOADERS)}"
             )
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the library is imported
         try:
             import datasets
         except ImportError as error:
             raise DataError(
-                f"data=huggingface reads with the library datasets, which cannot be imported "
+                f"data=huggingface needs the library datasets, which cannot be imported "
                 f"({error}); pip install datasets, or perdure[huggingface]"
             ) from None
         datasets.disable_progress_bars()
 
     @cached_property
     def train(self) -> "Rows | RowStream":
-        """The rows to train on.
+        """Training rows.
 
         Raises:
             DataError: the files cannot be read, or have no such split or column.
-            ConfigError: there are not as many classes as the model has.
+            ConfigError: the number of classes differs from the model's.
         """
-        split = self._split(self._streamed if self._streaming else self._whole, "train")
-        made = self._sampled(split, training=True)
+        split = self._split(self._streamed if self._streaming else self._loaded, "train")
+        sampler = self._make_sampler(split, training=True)
         if not self._streaming:
-            return Rows(made.rows, made)
+            return Rows(sampler.rows, sampler)
         if self._buffer:
-            made.rows = made.rows.shuffle(seed=self._seed, buffer_size=self._buffer)
-        return RowStream(made.rows, made)
+            sampler.rows = sampler.rows.shuffle(seed=self._seed, buffer_size=self._buffer)
+        return RowStream(sampler.rows, sampler)
 
     @cached_property
     def eval(self) -> "Rows | None":
-        """The rows to evaluate on, if there are any; as `train`."""
-        if self._names["eval"] is None and not any(n in self._whole for n in _EVAL_NAMES):
+        """Evaluation rows, or None; raises as `train`."""
+        if self._names["eval"] is None and not any(n in self._loaded for n in _EVAL_NAMES):
             return None
-        made = self._sampled(self._split(self._whole, "eval"), training=False)
-        return Rows(made.rows, made)
+        sampler = self._make_sampler(self._split(self._loaded, "eval"), training=False)
+        return Rows(sampler.rows, sampler)
 
     @property
     def classes(self) -> list[str] | None:
-        """Names of the classes, where the data or `label_names` has them."""
-        return self.train.sampled.classes
+        """Class names, if the data or `label_names` has them."""
+        return self.train.sampler.classes
 
     @cached_property
-    def _whole(self) -> Mapping[str, Any]:
+    def _loaded(self) -> Mapping[str, Any]:
         return self._load(streaming=False)
 
     @cached_property
@@ -157,14 +157,14 @@ class HuggingFace:
                     loaded = {self._names["train"]: loaded}
                 if streaming:
                     loaded = {name: split.to_iterable_dataset() for name, split in loaded.items()}
-        except Exception as error:  # of any kind, a pattern without files is a StopIteration
-            given = self._path if self._data_files is None else f"{self._path} {self._data_files}"
-            text = str(error) or "there are no such files"
+        except Exception as error:  # any type; a pattern without matches is a StopIteration
+            source = self._path if self._data_files is None else f"{self._path} {self._data_files}"
+            text = str(error) or "no such files"
             raise DataError(
-                f"datasets cannot load {given}: {type(error).__name__}: {text[:500]}"
+                f"datasets cannot load {source}: {type(error).__name__}: {text[:500]}"
             ) from error
-        found: Mapping[str, Any] = loaded
-        return found
+        splits: Mapping[str, Any] = loaded
+        return splits
 
     def _split(self, loaded: Mapping[str, Any], part: str) -> Any:
         name = self._names[part] or next(n for n in _EVAL_NAMES if n in loaded)
@@ -174,47 +174,45 @@ class HuggingFace:
             )
         return loaded[name]
 
-    def _sampled(self, rows: Any, *, training: bool) -> "_Sampled":
-        """Return what makes samples of the rows; pictures in them are left to us to decode."""
+    def _make_sampler(self, rows: Any, *, training: bool) -> "_Sampler":
+        """Return the sampler of these rows, with undecoded images."""
         import datasets
 
         try:
             columns = rows.column_names or list(next(iter(rows)))
         except StopIteration:
-            raise DataError(f"{self._path}: there is no row to read") from None
-        wanted = [] if self._transform is not None else self._columns
-        for column in wanted:
+            raise DataError(f"{self._path}: no rows") from None
+        columns_used = [] if self._transform is not None else self._columns
+        for column in columns_used:
             if column not in columns:
                 key = "columns" if self._as_dict else "label" if column == self._label else "input"
-                raise DataError(
-                    f"data.{key}={column}: there is no such column{closest(column, columns)}"
-                )
+                raise DataError(f"data.{key}={column}: no such column{closest(column, columns)}")
         features = rows.features or {}
         pictures = [n for n, feature in features.items() if isinstance(feature, datasets.Image)]
         for name in pictures:
             rows = rows.cast_column(name, datasets.Image(decode=False))
         transform = None
-        if any(name in wanted for name in pictures):
+        if any(name in columns_used for name in pictures):
             transform = Transform(*self._picture)
         if pictures:
             images.need_pillow("data=huggingface")
-        classes = self._classes(rows, features) if self._label in wanted else None
-        return _Sampled(
+        classes = self._classes(rows, features) if self._label in columns_used else None
+        return _Sampler(
             rows, self._columns, self._as_dict, self._label, classes, pictures, transform,
             self._transform, training,
         )  # fmt: skip
 
     def _classes(self, rows: Any, features: Mapping[str, Any]) -> list[str] | None:
-        """Return the names of the classes, if the labels are such; refuse another number."""
+        """Return the class names if labels are classes; raise if their number is wrong."""
         feature = features.get(self._label)
         names = self._label_names or getattr(feature, "names", None)
         if names is None and getattr(feature, "dtype", "") in ("string", "large_string"):
             if self._streaming:
                 raise DataError(
-                    f"data.label={self._label} holds texts, and a stream does not tell which there "
-                    "are; name the classes: data.label_names=[…]"
+                    f"data.label={self._label} has string labels, which a stream cannot list; "
+                    "name them: data.label_names=[…]"
                 )
-            names = sorted(self._split(self._whole, "train").unique(self._label))
+            names = sorted(self._split(self._loaded, "train").unique(self._label))
         if names is None:
             return None
         if self._count is not None and len(names) != self._count:
@@ -225,8 +223,8 @@ class HuggingFace:
         return list(names)
 
 
-class _Sampled:
-    """Makes a sample of a row."""
+class _Sampler:
+    """Converts a row to a sample."""
 
     def __init__(
         self,
@@ -242,29 +240,31 @@ class _Sampled:
     ) -> None:
         self.rows, self.classes = rows, classes
         self._columns, self._as_dict, self._label = columns, as_dict, label
-        self._pictures, self._picture, self._own = pictures, picture, transform
+        self._pictures, self._picture, self._user_transform = pictures, picture, transform
         self._training = training
 
     def __call__(self, row: Mapping[str, Any]) -> Any:
-        if self._own is not None:
+        if self._user_transform is not None:
             decoded = {name: _decoded(row[name]) for name in self._pictures}
-            return self._own({**row, **decoded})
+            return self._user_transform({**row, **decoded})
         values = {name: self._value(name, row[name]) for name in self._columns}
         return values if self._as_dict else tuple(values.values())
 
     def _value(self, name: str, value: Any) -> Any:
         if name in self._pictures:
             if self._picture is None:
-                raise AssertionError  # there is one where there are pictures among the columns
+                raise AssertionError  # set if a used column has images
             return self._picture(_decoded(value), training=self._training)
         if name == self._label and self.classes is not None and isinstance(value, str):
             if value not in self.classes:
-                raise ValueError(f"the label {value!r} is no class{closest(value, self.classes)}")
+                raise ValueError(
+                    f"the label {value!r} is not a class{closest(value, self.classes)}"
+                )
             return torch.tensor(self.classes.index(value))
         return value if isinstance(value, (str, bytes)) else torch.as_tensor(value)
 
-    def where(self, row: Mapping[str, Any]) -> str:
-        """Return the file of a row's picture, where it has one."""
+    def file_of(self, row: Mapping[str, Any]) -> str:
+        """Return the file of a row's image, or an empty string."""
         files = [(row[name] or {}).get("path") for name in self._pictures]
         return ", ".join(file for file in files if file)
 
@@ -274,10 +274,10 @@ def _decoded(value: Mapping[str, Any]) -> Any:
 
 
 class Rows:
-    """Rows that have numbers."""
+    """Rows with random access."""
 
-    def __init__(self, rows: Any, sampled: _Sampled) -> None:
-        self._rows, self.sampled = rows, sampled
+    def __init__(self, rows: Any, sampler: _Sampler) -> None:
+        self._rows, self.sampler = rows, sampler
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -285,36 +285,36 @@ class Rows:
 
     def __getitem__(self, index: int) -> Any:
         """Return the sample of a row."""
-        return self.sampled(self._rows[index])
+        return self.sampler(self._rows[index])
 
     def describe(self, index: int) -> str:
-        """Return which row it is, and the file of its picture."""
-        file = self.sampled.where(self._rows[index])
+        """Return the row's number and the file of its image."""
+        file = self.sampler.file_of(self._rows[index])
         return f"row {index:,}" + (f", {file}" if file else "")
 
 
 class RowStream:
-    """Rows that come one after the other; a row that cannot be used does not end them."""
+    """Streamed rows; an unusable row does not end the stream."""
 
-    def __init__(self, rows: Any, sampled: _Sampled) -> None:
-        self._rows, self.sampled = rows, sampled
+    def __init__(self, rows: Any, sampler: _Sampler) -> None:
+        self._rows, self.sampler = rows, sampler
 
     def __iter__(self) -> Iterator[Any]:
-        return map(self.sampled, self._rows)
+        return map(self.sampler, self._rows)
 
     @property
     def _ex_iterable(self) -> Any:
-        return self._rows._ex_iterable  # where position.py looks for a shuffle buffer
+        return self._rows._ex_iterable  # read by position.py to detect a shuffle buffer
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next reading."""
+        """Set the epoch, which determines the order."""
         self._rows.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the reading is."""
+        """Return the stream's position."""
         state: dict[str, Any] = self._rows.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Have the next reading begin there."""
+        """Start the next iteration from this position."""
         self._rows.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Pictures in folders, one folder for each class, as torchvision's ImageFolder lays them out."""
+"""Images in one folder per class, the layout of torchvision's ImageFolder."""
 
 import hashlib
 import os
@@ -18,37 +18,42 @@ from trainer.errors import ConfigError, DataError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _EVAL_NAMES = ("eval", "val", "valid", "validation", "test")
-"""Folders with pictures to evaluate on, beside `train`; the first that is there counts."""
+"""Names of the evaluation folder next to `train`; the first existing one is used."""
 
 
 class Pictures:
-    """The pictures of one part: tensors (C, H, W) float32 with labels, decoded when asked for."""
+    """Images of one split: tensors (C, H, W) float32 with labels, decoded on access."""
 
     def __init__(
-        self, root: Path, found: Sequence[tuple[str, int]], transform: Transform, *, training: bool
+        self,
+        root: Path,
+        pictures: Sequence[tuple[str, int]],
+        transform: Transform,
+        *,
+        training: bool,
     ) -> None:
         self._root, self._transform, self._training = root, transform, training
-        # Arrays: a worker that counts references to a million strings would copy them all.
-        self._names = np.array([os.fsencode(name) for name, _ in found])
-        self.labels = torch.tensor([label for _, label in found])
+        # Arrays: reference counts of a million strings would make a worker copy them all.
+        self._names = np.array([os.fsencode(name) for name, _ in pictures])
+        self.labels = torch.tensor([label for _, label in pictures])
 
     def __len__(self) -> int:
-        """Return the number of pictures."""
+        """Return the number of images."""
         return len(self._names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return a picture and its label (0-dim, int64)."""
+        """Return an image and its label (0-dim, int64)."""
         picture = images.decode(Path(self.describe(index)))
         return self._transform(picture, training=self._training), self.labels[index]
 
     def describe(self, index: int) -> str:
-        """Return the path of a picture."""
+        """Return the path of an image."""
         return str(self._root / os.fsdecode(self._names[index]))
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """What lies where: classes by name, and (name under the root, label) of each picture."""
+    """Classes by name, and (path under the root, label) of each image."""
 
     classes: list[str]
     train: list[tuple[str, int]]
@@ -56,22 +61,22 @@ class _Parts:
 
 
 class ImageFolder:
-    """Pictures (C, H, W) float32 with labels (0-dim, int64): the number of their class by name.
+    """Images (C, H, W) float32 with labels (0-dim, int64): positions among the sorted class names.
 
     `dir` has `train` and one of `eval`, `val`, `valid`, `validation`, `test`, each with a folder
-    for each class; or it has the folders of the classes itself. Where there is nothing to
-    evaluate on, a share of the pictures is set aside, by a hash of their names.
+    per class; or it has the class folders itself. Without an evaluation folder, a fraction of the
+    images is used for evaluation, chosen by a hash of their names.
 
     Args:
         dir: a local folder.
         shape: C, H, W of the tensors.
-        classes: number of classes of the model; None: it is not checked.
-        eval_share: share of the pictures to set aside, about; 0: evaluate on none.
+        classes: number of classes of the model; None: unchecked.
+        eval_share: approximate fraction of the images for evaluation; 0: no evaluation.
         mean, std, crop_share, augment, flip: see `images.Transform`.
 
     Raises:
         ConfigError: an argument is out of range.
-        DataError: there is no such folder, or nothing can decode pictures.
+        DataError: `dir` does not exist, or Pillow is not installed.
     """
 
     def __init__(
@@ -90,37 +95,37 @@ class ImageFolder:
             raise ConfigError(f"data.eval_share={eval_share} must be at least 0, and below 1")
         self._dir, self._count, self._eval_share = Path(dir), classes, eval_share
         self._transform = Transform(shape, mean, std, crop_share, augment, flip)
-        self.mean, self.std, self.crop_share = mean, std, crop_share  # an export tells them
+        self.mean, self.std, self.crop_share = mean, std, crop_share  # part of an export's record
         images.need_pillow("data=image_folder")
         if not self._dir.is_dir():
-            near = self._dir.parent
-            there = _names(near) if near.is_dir() else []
-            found = f"{near} holds {_some(there)}" if there else f"nor is there anything in {near}"
+            parent_folder = self._dir.parent
+            names = _names(parent_folder) if parent_folder.is_dir() else []
+            content = f"contains {_some(names)}" if names else "is empty or missing"
             raise DataError(
-                f"data.dir={dir}: there is no such directory ({found}). It should have a folder "
-                "for each class, or train/ and eval/ with these"
+                f"data.dir={dir}: no such directory ({parent_folder} {content}). It should have a "
+                "folder per class, or train/ and eval/ with these"
             )
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes; a label is a position in it."""
+        """Class names; a label is a position in this list."""
         return self._parts.classes
 
     @cached_property
     def train(self) -> Pictures:
-        """The pictures to train on.
+        """Training images.
 
         Raises:
-            DataError: a class has no pictures, or the parts have not the same classes.
-            ConfigError: there are not as many classes as the model has.
+            DataError: a class has no images, or the splits have different classes.
+            ConfigError: the number of classes differs from the model's.
         """
         return Pictures(self._dir, self._parts.train, self._transform, training=True)
 
     @cached_property
     def eval(self) -> Pictures | None:
-        """The pictures to evaluate on, if there are to be any; as `train`."""
-        found = self._parts.eval
-        return Pictures(self._dir, found, self._transform, training=False) if found else None
+        """Evaluation images, or None; raises as `train`."""
+        pictures = self._parts.eval
+        return Pictures(self._dir, pictures, self._transform, training=False) if pictures else None
 
     @cached_property
     def _parts(self) -> _Parts:
@@ -129,15 +134,15 @@ class ImageFolder:
         classes = list(_folders(self._dir / root))
         if not classes:
             raise DataError(
-                f"data.dir={self._dir} has no folder for any class ({_held(self._dir)}); put the "
-                "pictures of each class into a folder of its name"
+                f"data.dir={self._dir} has no class folders ({_contents(self._dir)}); put the "
+                "images of each class into a folder with its name"
             )
-        where = next((name for name in _EVAL_NAMES if is_divided and self._has(name)), None)
-        if where is not None:
-            self._compare(classes, where)
+        eval_folder = next((name for name in _EVAL_NAMES if is_divided and self._has(name)), None)
+        if eval_folder is not None:
+            self._compare(classes, eval_folder)
         train = self._list(root, classes)
-        if where is not None:
-            evaluated = self._list(where, classes)
+        if eval_folder is not None:
+            evaluated = self._list(eval_folder, classes)
         else:
             train, evaluated = self._divide(train, classes)
         if self._count is not None and len(classes) != self._count:
@@ -151,47 +156,46 @@ class ImageFolder:
         return any(_folders(self._dir / part))
 
     def _compare(self, classes: list[str], part: str) -> None:
-        there = list(_folders(self._dir / part))
-        lacking = [name for name in classes if name not in there]
-        besides = [name for name in there if name not in classes]
-        if lacking or besides:
+        names = list(_folders(self._dir / part))
+        missing = [name for name in classes if name not in names]
+        unexpected = [name for name in names if name not in classes]
+        if missing or unexpected:
             raise DataError(
-                f"{self._dir / 'train'} and {self._dir / part} have not the same classes: the "
-                f"second lacks {_some(lacking)}, and has {_some(besides)} besides"
+                f"{self._dir / 'train'} and {self._dir / part} have different classes: the "
+                f"second is missing {_some(missing)}, and has unexpected {_some(unexpected)}"
             )
 
     def _list(self, part: str, classes: list[str]) -> list[tuple[str, int]]:
-        """Return the pictures of a part, class by class, in the order of their names."""
-        found = []
+        """Return the images of a split, class by class, sorted by name."""
+        entries = []
         for label, name in enumerate(classes):
             folder = self._dir / part / name
             pictures = sorted(_pictures(folder))
             if not pictures:
                 raise DataError(
-                    f"{folder} has no pictures ({_held(folder)}); a picture's name ends in "
+                    f"{folder} has no images ({_contents(folder)}); image names end in "
                     f"{', '.join(_SUFFIXES)}. Fill the folder, or remove it"
                 )
             prefix = Path(part) / name
-            found += [((prefix / picture).as_posix(), label) for picture in pictures]
-        return found
+            entries += [((prefix / picture).as_posix(), label) for picture in pictures]
+        return entries
 
     def _divide(
-        self, found: list[tuple[str, int]], classes: list[str]
+        self, pictures: list[tuple[str, int]], classes: list[str]
     ) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
         if not self._eval_share:
-            return found, []
-        is_eval = [_place(name) < self._eval_share for name, _ in found]
-        train = [each for each, chosen in zip(found, is_eval, strict=True) if not chosen]
-        evaluated = [each for each, chosen in zip(found, is_eval, strict=True) if chosen]
-        bare = sorted(set(range(len(classes))) - {label for _, label in train})
-        if bare or not evaluated:
-            what = (
-                f"to train on of {_some([classes[n] for n in bare])}" if bare else "to evaluate on"
-            )
+            return pictures, []
+        is_eval = [_position(name) < self._eval_share for name, _ in pictures]
+        train = [item for item, is_chosen in zip(pictures, is_eval, strict=True) if not is_chosen]
+        evaluated = [item for item, is_chosen in zip(pictures, is_eval, strict=True) if is_chosen]
+        empty_classes = sorted(set(range(len(classes))) - {label for _, label in train})
+        if empty_classes or not evaluated:
+            class_names = _some([classes[n] for n in empty_classes])
+            lost = f"to train on of {class_names}" if empty_classes else "to evaluate on"
             raise DataError(
-                f"data.eval_share={self._eval_share} leaves no picture {what}: {self._dir} has "
-                f"{len(found):,} pictures; {'lower' if bare else 'raise'} it, give more pictures, "
-                f"or divide them into {self._dir}/train and {self._dir}/eval yourself"
+                f"data.eval_share={self._eval_share} leaves no images {lost}: {self._dir} has "
+                f"{len(pictures):,} images; {'lower' if empty_classes else 'raise'} it, add "
+                f"images, or divide them into {self._dir}/train and {self._dir}/eval yourself"
             )
         return train, evaluated
 
@@ -203,28 +207,28 @@ def _folders(parent: Path) -> Iterator[str]:
 
 
 def _pictures(folder: Path) -> Iterator[str]:
-    """Yield the names of the pictures under a folder, at any depth."""
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
+    """Yield the names of the images under a folder, at any depth."""
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_raise_unreadable):
         folders[:] = [
             name
             for name in folders
-            if not name.startswith(".") and not _leads_back(folder, os.path.join(parent, name))
+            if not name.startswith(".") and not _is_link_loop(folder, os.path.join(parent, name))
         ]
         for name in names:
             if name.lower().endswith(_SUFFIXES) and not name.startswith("."):
                 yield (Path(parent) / name).relative_to(folder).as_posix()
 
 
-def _leads_back(top: Path, path: str) -> bool:
-    """Whether it is a link to a folder that was gone through on the way to it, from `top` on."""
+def _is_link_loop(top: Path, path: str) -> bool:
+    """Return whether a link leads to one of its parent folders below `top`."""
     if not os.path.islink(path):
         return False
     target = os.path.realpath(path)
-    way = [parent for parent in Path(path).parents if parent == top or top in parent.parents]
-    return any(os.path.commonpath([target, os.path.realpath(each)]) == target for each in way)
+    parents = [parent for parent in Path(path).parents if parent == top or top in parent.parents]
+    return any(os.path.commonpath([target, os.path.realpath(item)]) == target for item in parents)
 
 
-def _refuse(error: OSError) -> None:
+def _raise_unreadable(error: OSError) -> None:
     raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
@@ -235,16 +239,16 @@ def _names(folder: Path) -> list[str]:
         raise DataError(f"{folder} cannot be read: {error.strerror}") from None
 
 
-def _held(folder: Path) -> str:
-    there = _names(folder)
-    return f"it holds {_some(there)}" if there else "it is empty"
+def _contents(folder: Path) -> str:
+    names = _names(folder)
+    return f"it contains {_some(names)}" if names else "it is empty"
 
 
 def _some(names: list[str]) -> str:
     return listing(names, 8)
 
 
-def _place(name: str) -> float:
-    """Return where in 0 … 1 a name lies: a hash of it."""
+def _position(name: str) -> float:
+    """Return the hash of a name as a number in 0 … 1."""
     digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
     return int.from_bytes(digest, "big") / (1 << 64)

@@ -1,4 +1,4 @@
-"""MNIST and its siblings (Fashion-MNIST, KMNIST, …): IDX files from a directory, gz or not.
+"""MNIST and its variants (Fashion-MNIST, KMNIST, …): IDX files from a directory, gz or not.
 
 Format: Y. LeCun, C. Cortes, C. Burges, The MNIST database, "File formats".
 """
@@ -34,10 +34,10 @@ class Mnist:
     Args:
         dir: directory with the four IDX files, each plain or with `.gz`.
         mean: subtracted from the pixels after scaling them to 0 … 1.
-        std: then divided by.
+        std: divisor after that.
         classes: labels must be below this.
-        augment: move each training image by up to 2 pixels and mirror every second one, anew in
-            each epoch. Right for clothes, wrong for digits.
+        augment: shift each training image by up to 2 pixels and mirror half of them, anew in each
+            epoch. Suited to clothes, not to digits.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class Mnist:
                     return path
         if not self._dir.is_dir():
             raise DataError(
-                f"data.dir={self._dir}: there is no such directory; it should hold IDX files. "
+                f"data.dir={self._dir}: no such directory; it should contain IDX files. "
                 f"{_WHERE_TO_GET}"
             )
-        there = sorted(path.name for path in self._dir.iterdir())[:8]
-        found = f"it holds {', '.join(there)}" if there else "it is empty"
+        names = sorted(path.name for path in self._dir.iterdir())[:8]
+        content = f"it contains {', '.join(names)}" if names else "it is empty"
         raise DataError(
-            f"data.dir={self._dir} has neither {name} nor {name}.gz ({found}). {_WHERE_TO_GET}"
+            f"data.dir={self._dir} has neither {name} nor {name}.gz ({content}). {_WHERE_TO_GET}"
         )
 
     def _load(self, part: str) -> TensorDataset:
@@ -88,7 +88,7 @@ class Mnist:
         if len(images) != len(labels):
             raise DataError(
                 f"{images_path} has {len(images):,} images, {labels_path} {len(labels):,} labels; "
-                "they do not belong together"
+                "the files do not match"
             )
         if len(labels) and int(labels.max()) >= self._classes:
             raise DataError(
@@ -102,7 +102,7 @@ def read_idx(path: Path, *, dims: int) -> np.ndarray:
     """Read an IDX file of unsigned bytes with `dims` axes; returns a uint8 array.
 
     Raises:
-        DataError: the magic number, the axes or the length are wrong, or gzip's checksum is.
+        DataError: the magic number, the axes, the length or gzip's checksum are wrong.
     """
     try:
         data = path.read_bytes()
@@ -119,7 +119,7 @@ def read_idx(path: Path, *, dims: int) -> np.ndarray:
     shape = [int(n) for n in np.frombuffer(data, dtype=">u4", count=dims, offset=4)]
     if len(data) - header_bytes != math.prod(shape):
         raise DataError(
-            f"{path} has {len(data) - header_bytes:,} bytes of data, its header says "
-            f"{' x '.join(map(str, shape))} = {math.prod(shape):,}; it was cut short or altered"
+            f"{path} has {len(data) - header_bytes:,} bytes of data, but its header specifies "
+            f"{' x '.join(map(str, shape))} = {math.prod(shape):,}; it was truncated or altered"
         )
     return np.frombuffer(bytearray(data), dtype=np.uint8, offset=header_bytes).reshape(shape)

@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of (seed, epoch), the same on any number of ranks."""
+"""Sample order: a pure function of (seed, epoch), the same on any number of ranks."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from trainer.core.state import Cursor
 
 
 def permutation(seed: int, epoch: int, size: int) -> Tensor:
-    """Return the order of an epoch: a permutation of 0 … size-1, 1-d int64."""
+    """Return the sample order of an epoch: a permutation of 0 … size-1, 1-d int64."""
     generator = torch.Generator().manual_seed(derive("order", seed, epoch))
     return torch.randperm(size, generator=generator)
 
@@ -18,10 +18,10 @@ def permutation(seed: int, epoch: int, size: int) -> Tensor:
 def global_batches(
     cursor: Cursor, *, seed: int, size: int, global_batch_size: int
 ) -> Iterator[tuple[Tensor, Cursor]]:
-    """Yield (sample indices of one global batch, cursor after it), without end.
+    """Yield (sample indices of a global batch, cursor after it) endlessly, from `cursor`.
 
-    The last, incomplete batch of an epoch is dropped. The cursor after an epoch's last batch is
-    the next epoch's beginning.
+    The last, incomplete batch of an epoch is dropped. After the last batch of an epoch, the cursor
+    is at the start of the next one.
     """
     per_epoch = size // global_batch_size
     epoch, batch = cursor["epoch"], cursor["batch"]
@@ -30,13 +30,13 @@ def global_batches(
         while batch < per_epoch:
             indices = order[batch * global_batch_size : (batch + 1) * global_batch_size]
             batch += 1
-            ended = batch == per_epoch
-            yield indices, {"epoch": epoch + ended, "batch": 0 if ended else batch}
+            is_last = batch == per_epoch
+            yield indices, {"epoch": epoch + is_last, "batch": 0 if is_last else batch}
         epoch, batch = epoch + 1, 0
 
 
-def share(indices: Tensor, *, rank: int, world_size: int, accumulate: int) -> list[Tensor]:
-    """Return this rank's microbatches of a global batch: equal, consecutive pieces."""
+def microbatches(indices: Tensor, *, rank: int, world_size: int, accumulate: int) -> list[Tensor]:
+    """Return the indices of this rank's microbatches: equal, consecutive slices."""
     if world_size * accumulate == 1:
         return [indices]
     size = len(indices) // (world_size * accumulate)

@@ -1,4 +1,4 @@
-"""Where a stream is: its own `state_dict`, as strict JSON that a cursor can carry."""
+"""Stream position: the stream's `state_dict` as strict JSON for the cursor."""
 
 from typing import Any
 
@@ -9,34 +9,34 @@ from trainer.checkpoint import values
 from trainer.errors import CheckpointError, DataError
 
 _TENSOR = "perdure.tensor"
-_NOT_EXACT = "BufferShuffledExamplesIterable"
-"""A stream of `datasets` with a shuffle buffer: its state leaves out what is in the buffer."""
+_SHUFFLE_BUFFER = "BufferShuffledExamplesIterable"
+"""Class in `datasets` whose state does not include the samples in its shuffle buffer."""
 
 
-def of(source: Any) -> Any | None:
-    """Return the state of a stream, if it has one that is exact and made of plain values."""
+def capture(source: Any) -> Any | None:
+    """Return the state of a stream, or None if it has none that is exact and JSON-compatible."""
     if not (hasattr(source, "state_dict") and hasattr(source, "load_state_dict")):
         return None
     if _has_shuffle_buffer(source):
         return None
     try:
-        return values.encode(_without_tensors(source.state_dict()), "the stream's state")
+        return values.encode(_encode_tensors(source.state_dict()), "the stream's state")
     except CheckpointError:
         return None
 
 
 def restore(source: Any, state: Any) -> None:
-    """Give back to a stream what `of` returned; call it before `iter`.
+    """Load a captured state into a stream; call it before `iter`.
 
     Raises:
-        DataError: the stream does not take it.
+        DataError: the stream rejects the state.
     """
     try:
-        source.load_state_dict(_with_tensors(values.decode(state)))
+        source.load_state_dict(_decode_tensors(values.decode(state)))
     except Exception as error:
         raise DataError(
-            f"the stream cannot go on from the state that it gave before: {type(error).__name__}: "
-            f"{error}; is it made of the same data in the same way?"
+            f"the stream cannot load its state from the checkpoint: {type(error).__name__}: "
+            f"{error}; use the same data and the same code as before"
         ) from error
 
 
@@ -44,36 +44,35 @@ def _has_shuffle_buffer(source: Any) -> bool:
     parts = [getattr(source, "_ex_iterable", None)]
     while parts:
         part = parts.pop()
-        if type(part).__name__ == _NOT_EXACT:
+        if type(part).__name__ == _SHUFFLE_BUFFER:
             return True
         if part is not None:
             parts += [getattr(part, "ex_iterable", None), *getattr(part, "ex_iterables", ())]
     return False
 
 
-def _without_tensors(value: Any) -> Any:
-    """Return a copy in which tensors on the CPU are bytes."""
+def _encode_tensors(value: Any) -> Any:
+    """Return a copy in which CPU tensors are tuples of dtype, shape and bytes."""
     if isinstance(value, Tensor):
         data = value.detach().flatten().view(torch.uint8).numpy().tobytes()
         return (_TENSOR, str(value.dtype).removeprefix("torch."), list(value.shape), data)
     if type(value) is dict:
-        return {key: _without_tensors(item) for key, item in value.items()}
+        return {key: _encode_tensors(item) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_without_tensors(item) for item in value)
+        return type(value)(_encode_tensors(item) for item in value)
     return value
 
 
-def _with_tensors(value: Any) -> Any:
+def _decode_tensors(value: Any) -> Any:
     if type(value) is tuple and len(value) == 4 and value[0] == _TENSOR:
         _, dtype, shape, data = value
-        empty = torch.empty(shape, dtype=getattr(torch, dtype))
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
         if data:
-            empty.view(-1).view(torch.uint8).copy_(
-                torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            )
-        return empty
+            flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            tensor.view(-1).view(torch.uint8).copy_(flat)
+        return tensor
     if type(value) is dict:
-        return {key: _with_tensors(item) for key, item in value.items()}
+        return {key: _decode_tensors(item) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_with_tensors(item) for item in value)
+        return type(value)(_decode_tensors(item) for item in value)
     return value

@@ -1,7 +1,7 @@
-"""Training data that can only be read from its beginning: every rank reads all of it.
+"""Streams: training data that is read sequentially, completely by every rank.
 
-Each rank takes its own rows of each global batch, so the order does not depend on the number of
-ranks. The last, incomplete batch of an epoch is dropped: one batch is read ahead to know of it.
+Each rank takes its rows of each global batch, so the order does not depend on the number of ranks.
+The last, incomplete batch of an epoch is dropped; one batch is read ahead to detect it.
 """
 
 import gc
@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from trainer.cluster.world import World
 from trainer.core import rng
 from trainer.core.state import Cursor, State
 from trainer.data import damage, position
-from trainer.data.source import Feed, Made, begin_worker, collate, with_workers
+from trainer.data.batches import collate
+from trainer.data.feed import Feed, Item
+from trainer.data.source import TrainBatches
+from trainer.data.workers import begin_worker, start_workers
 from trainer.errors import DataError
 from trainer.protocols import Batch
 
 
 def is_stream(dataset: Any) -> bool:
-    """Return whether samples can only be had one after the other, again and again."""
+    """Return whether a dataset is a restartable stream: iterable, but without random access."""
     if isinstance(dataset, (IterableDataset, DataLoader)):
         return True
     is_spent = isinstance(dataset, Iterator)  # after one epoch
@@ -33,42 +35,34 @@ def is_stream(dataset: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Streamed:
-    """Endless training batches of one rank from a stream, as `source.TrainStream` of a dataset.
+class Streamed(TrainBatches):
+    """Endless training batches of one rank from a stream.
 
-    The stream is any iterable: an epoch is what it yields from `iter()` to its end, after
-    `set_epoch(epoch)` where there is such a method, with generators that are seeded for each
-    global batch. Of a torch DataLoader, which makes batches itself, each is a global batch.
+    The stream is any iterable. An epoch is one pass from `iter()` to the end, after
+    `set_epoch(epoch)` if that method exists, with generators seeded per global batch. A torch
+    DataLoader builds batches itself; each of them is a global batch.
 
-    Where it has `state_dict` and `load_state_dict`, the cursor carries its state after the batch,
-    if that is made of tensors and plain values; otherwise, going on reads again what was read.
+    With `state_dict` and `load_state_dict`, the cursor has the stream's state after the batch, if
+    it consists of tensors and plain values. Otherwise a resume reads the epoch again.
+
+    `workers`: with any positive number, one process reads ahead. A DataLoader uses its own workers.
     """
-
-    dataset: Any
-    world: World
-    seed: int
-    global_batch_size: int
-    accumulate: int = 1
-    workers: int = 0
-    """If not 0, one process reads ahead. A DataLoader has workers of its own instead."""
-    skip_damaged: bool = False
-    """Go on after a sample that cannot be read; otherwise, stop."""
 
     @property
     def samples(self) -> None:
-        """Nobody knows."""
+        """Unknown for a stream."""
         return
 
     @property
     def steps_per_epoch(self) -> None:
-        """Nobody knows."""
+        """Unknown for a stream."""
         return
 
     def batches(self, cursor: Cursor) -> "Feed[tuple[list[Batch], Cursor]]":
-        """Return (this rank's microbatches of a global batch, cursor after it) from `cursor` on."""
+        """Return (this rank's microbatches of a global batch, cursor after it), from `cursor`."""
         is_loader = isinstance(self.dataset, DataLoader)
         return Feed(
-            _Reading(self, cursor),
+            _StreamReader(self, cursor),
             repeat(None),
             device=self.world.device,
             workers=0 if is_loader else min(self.workers, 1),
@@ -76,43 +70,43 @@ class Streamed:
         )
 
     def first(self) -> list[Batch]:
-        """Return this rank's microbatches of the first global batch, fetched here and now."""
-        drawn_from = [
+        """Return this rank's microbatches of the first global batch, read in this process."""
+        generators = [
             generator
             for owner in (self.dataset, getattr(self.dataset, "sampler", None))
             if isinstance(generator := getattr(owner, "generator", None), torch.Generator)
         ]
-        states = [generator.get_state() for generator in drawn_from]
-        found = next(replace(self, workers=0).batches(State().cursor))[0]
-        for generator, state in zip(drawn_from, states, strict=True):
-            generator.set_state(state)  # the training begins as if nobody had looked
-        return found
+        states = [generator.get_state() for generator in generators]
+        microbatches = next(replace(self, workers=0).batches(State().cursor))[0]
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)  # training starts from the same state
+        return microbatches
 
     def rereads(self, cursor: Cursor) -> str:
-        """Return what to say of going on from `cursor`, where it takes its time or is not exact."""
+        """Return a message if resuming from `cursor` is slow or inexact, else an empty string."""
         has_workers = isinstance(self.dataset, DataLoader) and self.dataset.num_workers > 0
         if "source" in cursor and has_workers:
             return (
-                "random choices in the DataLoader's own workers are other ones than they were: no "
-                "state of theirs is kept"
+                "random choices in the DataLoader's own workers are not restored: their state is "
+                "not stored"
             )
         if not cursor["batch"] or "source" in cursor:
             return ""
         samples = cursor["batch"] * self.global_batch_size
         return (
-            f"the stream gave no state to go on from: {samples:,} samples of epoch "
+            f"the stream has no stored state to resume from: {samples:,} samples of epoch "
             f"{cursor['epoch']:,} are read again first"
         )
 
 
 def _begin_reader(number: int) -> None:
     begin_worker(number)
-    # It reads alone. A stream that divides itself by torch's worker info has nothing to divide.
+    # A single reader: streams that divide themselves by torch's worker info must not.
     torch.utils.data._utils.worker._worker_info = None
 
 
-class _Reading:
-    """One reading of a stream: called again and again, it returns the items of a feed."""
+class _StreamReader:
+    """Reads a stream from a cursor; each call returns the next item of a feed."""
 
     def __init__(self, stream: Streamed, cursor: Cursor) -> None:
         self._stream, self._cursor = stream, cursor
@@ -120,15 +114,15 @@ class _Reading:
         self._is_batched = (
             isinstance(self._source, DataLoader) and self._source.batch_sampler is not None
         )
-        self._made: Iterator[Made] | None = None  # in the process that reads
-        self._last_damaged: list[str] = []  # of the epoch's last, incomplete batch
+        self._items: Iterator[Item] | None = None  # in the reading process
+        self._last_damaged: list[str] = []  # in the epoch's last, incomplete batch
 
-    def __call__(self, _: None) -> Made:
-        if self._made is None:
-            self._made = self._read()
-        return next(self._made)
+    def __call__(self, _: None) -> Item:
+        if self._items is None:
+            self._items = self._read()
+        return next(self._items)
 
-    def _read(self) -> Iterator[Made]:
+    def _read(self) -> Iterator[Item]:
         epoch, batch = self._cursor["epoch"], self._cursor["batch"]
         self._open(epoch, batch, self._cursor.get("source"))
         while True:
@@ -136,26 +130,25 @@ class _Reading:
             if current is None:
                 raise self._too_short(epoch, batch)
             while current is not None:
-                state = position.of(self._source)
+                state = position.capture(self._source)
                 following = self._next(epoch, batch + 1)
                 after: Cursor = {"epoch": epoch, "batch": batch + 1}
                 damaged = current.damaged
                 if following is None:
-                    damaged += self._of_rank_0(self._last_damaged)
+                    damaged += self._reported(self._last_damaged)
                     after = {"epoch": epoch + 1, "batch": 0}
-                    # A loader's own generator goes on from epoch to epoch.
-                    state = (
-                        position.of(self._source) if isinstance(self._source, DataLoader) else None
-                    )
+                    # A loader's generator continues from epoch to epoch.
+                    is_loader = isinstance(self._source, DataLoader)
+                    state = position.capture(self._source) if is_loader else None
                 if state is not None:
                     after["source"] = state
-                yield Made((current.item, after), damaged)
+                yield Item((current.value, after), damaged)
                 current, batch = following, batch + 1
             epoch, batch = epoch + 1, 0
             self._open(epoch, 0, None)
 
     def _open(self, epoch: int, batch: int, state: Any | None) -> None:
-        """Begin an epoch, and go to its batch number `batch`."""
+        """Start an epoch and skip to its batch number `batch`."""
         for part in (self._source, *map(partial(_part, self._source), ("dataset", "sampler"))):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
@@ -165,27 +158,29 @@ class _Reading:
         if has_state:
             position.restore(self._source, state)
         with rng.forked(rng.derive("stream", self._stream.seed, epoch)):
-            self._rows = with_workers(lambda: iter(self._source))
-        # Asked now: an iterator that has ended forgets what it was reading.
-        self._may_die = isinstance(self._source, DataLoader) or _has_generator(self._rows)
+            self._rows = start_workers(lambda: iter(self._source))
+        # Checked now: an iterator that has ended no longer refers to what it read.
+        self._ends_on_error = isinstance(self._source, DataLoader) or _has_generator(self._rows)
         self._samples = 0
         if has_state:
             self._samples = batch * self._stream.global_batch_size
             return
         for number in range(batch):
-            if self._next(epoch, number, keep=False) is None:
+            if self._next(epoch, number, is_used=False) is None:
                 raise self._too_short(epoch, number)
 
-    def _next(self, epoch: int, batch: int, *, keep: bool = True) -> Made | None:
-        """Read a global batch; return this rank's microbatches of it, None at the epoch's end."""
+    def _next(self, epoch: int, batch: int, *, is_used: bool = True) -> Item | None:
+        """Read a global batch; return this rank's microbatches, or None at the epoch's end."""
         with rng.forked(rng.derive("stream", self._stream.seed, epoch, batch)):
-            return self._take_batch(epoch) if self._is_batched else self._take(epoch, keep)
+            if self._is_batched:
+                return self._read_batch(epoch)
+            return self._read_samples(epoch, is_used)
 
-    def _take(self, epoch: int, keep: bool) -> Made | None:
+    def _read_samples(self, epoch: int, is_used: bool) -> Item | None:
         stream, damaged = self._stream, list[str]()
         size = stream.global_batch_size // stream.world.size
-        own = range(stream.world.rank * size, (stream.world.rank + 1) * size)
-        mine = []
+        rank_rows = range(stream.world.rank * size, (stream.world.rank + 1) * size)
+        samples = []
         for row in range(stream.global_batch_size):
             try:
                 sample = self._sample(epoch, damaged)
@@ -193,44 +188,44 @@ class _Reading:
                 self._last_damaged = damaged
                 return None
             self._samples += 1
-            if keep and row in own:
-                mine.append(sample)
-        share = size // stream.accumulate
-        pieces = [collate(mine[n : n + share]) for n in range(0, len(mine), share)]
-        return Made(pieces, self._of_rank_0(damaged))
+            if is_used and row in rank_rows:
+                samples.append(sample)
+        size //= stream.accumulate
+        microbatches = [collate(samples[n : n + size]) for n in range(0, len(samples), size)]
+        return Item(microbatches, self._reported(damaged))
 
-    def _of_rank_0(self, damaged: list[str]) -> tuple[str, ...]:
-        """Return what rank 0 tells: every rank meets the same."""
+    def _reported(self, damaged: list[str]) -> tuple[str, ...]:
+        """Return the damage to report: all of it on rank 0, since every rank reads it."""
         return tuple(damaged) if self._stream.world.rank == 0 else ()
 
     def _sample(self, epoch: int, damaged: list[str]) -> Any:
-        """Return the next sample that can be read. Raises StopIteration at the end."""
+        """Return the next readable sample. Raises StopIteration at the end."""
         broken: Exception | None = None
-        what = f"sample {self._samples:,} of epoch {epoch:,} of the stream"
+        name = f"sample {self._samples:,} of epoch {epoch:,} of the stream"
         for attempt in range(damage.TRIES):
             try:
                 return next(self._rows)
             except StopIteration:
-                if broken is None or not self._may_die:
+                if broken is None or not self._ends_on_error:
                     raise
                 raise DataError(
-                    f"{what} cannot be read: {damage.reason(broken)}; the stream ended with it, as "
-                    "a generator does: catch the error in there, and go on with the next sample"
+                    f"{name} cannot be read: {damage.reason(broken)}; the stream ended with "
+                    "this error, as generators do: catch it inside and yield the next sample"
                 ) from broken
             except Exception as error:
                 if not damage.is_damage(error):
                     raise
                 if not self._stream.skip_damaged:
-                    raise damage.refuse(what, error) from error
+                    raise damage.unreadable(name, error) from error
                 if attempt == damage.TRIES - 1:
-                    raise damage.too_many(what, error) from error
-                damaged.append(f"a sample after {what}: {damage.reason(error)}")
+                    raise damage.too_many(name, error) from error
+                damaged.append(f"a sample after {name}: {damage.reason(error)}")
                 broken = error
         raise AssertionError  # the last attempt returned or raised
 
-    def _take_batch(self, epoch: int) -> Made | None:
+    def _read_batch(self, epoch: int) -> Item | None:
         stream = self._stream
-        wanted = stream.global_batch_size
+        size = stream.global_batch_size
         try:
             batch = next(self._rows)
         except StopIteration:
@@ -238,46 +233,47 @@ class _Reading:
         except Exception as error:
             if not damage.is_damage(error):
                 raise
-            what = f"a sample among those after {self._samples:,} of epoch {epoch:,}"
             raise DataError(
-                f"{what} cannot be read: {damage.reason(error)}; the DataLoader makes its batches "
-                "itself, so such samples have to be left out there"
+                f"a sample after number {self._samples:,} of epoch {epoch:,} cannot be read: "
+                f"{damage.reason(error)}; the DataLoader builds batches itself, so leave "
+                "unreadable samples out in its dataset"
             ) from error
         count = _length(batch)
-        if count < wanted and self._samples >= wanted and next(self._rows, None) is None:
-            return None  # the last one
-        if count != wanted:
+        if count < size and self._samples >= size and next(self._rows, None) is None:
+            return None  # the last, incomplete batch
+        if count != size:
             raise DataError(
-                f"the DataLoader gives batches of {count:,} samples, a global batch has "
-                f"{wanted:,}; set trainer.global_batch_size or its batch_size, and drop_last=true "
-                "where its workers end at different times"
+                f"the DataLoader returned a batch of {count:,} samples, but a global batch has "
+                f"{size:,}; set trainer.global_batch_size or its batch_size, and drop_last=true "
+                "if its workers end at different times"
             )
         self._samples += count
-        share = wanted // stream.world.size // stream.accumulate
+        size = size // stream.world.size // stream.accumulate
         first = stream.world.rank * stream.accumulate
         numbers = range(first, first + stream.accumulate)
-        return Made([_rows(batch, slice(n * share, (n + 1) * share)) for n in numbers])
+        return Item([_rows(batch, slice(n * size, (n + 1) * size)) for n in numbers])
 
     def _too_short(self, epoch: int, batch: int) -> DataError:
         if batch:
             return DataError(
-                f"epoch {epoch:,} of the stream ends after {self._samples:,} samples, and this run "
-                f"was at batch {self._cursor['batch']:,} of it already; the data has changed"
+                f"epoch {epoch:,} of the stream ends after {self._samples:,} samples, before batch "
+                f"{self._cursor['batch']:,} from which this run resumes: the data has changed. "
+                "Restore it, or start a new run with name=…"
             )
         return DataError(
             f"epoch {epoch:,} of the stream has {self._samples:,} samples, fewer than one global "
-            f"batch of {self._stream.global_batch_size:,}; is its data there, and can it be read "
-            "from the beginning again?"
+            f"batch of {self._stream.global_batch_size:,}; check that its files exist and that "
+            "iter() starts over"
         )
 
 
 def _has_generator(rows: Any, depth: int = 5) -> bool:
-    """Whether an iterator is a generator or reads one: of it, nothing comes after an error."""
+    """Return whether an iterator is or reads a generator, which ends with its first error."""
     if isinstance(rows, GeneratorType) or depth == 0:
         return isinstance(rows, GeneratorType)
-    inner = [*gc.get_referents(rows), *getattr(rows, "__dict__", {}).values()]
-    kinds = (Iterator, tuple)  # map holds what it reads in a tuple
-    return any(_has_generator(each, depth - 1) for each in inner if isinstance(each, kinds))
+    referents = [*gc.get_referents(rows), *getattr(rows, "__dict__", {}).values()]
+    kinds = (Iterator, tuple)  # map stores its source in a tuple
+    return any(_has_generator(item, depth - 1) for item in referents if isinstance(item, kinds))
 
 
 def _part(source: Any, name: str) -> Any:
@@ -285,19 +281,19 @@ def _part(source: Any, name: str) -> Any:
 
 
 def _shield(loader: "DataLoader[Any]") -> None:
-    """Have a loader's own workers end with this process, not by signals that mean to stop."""
-    if not isinstance(loader.worker_init_fn, _Begin):
-        loader.worker_init_fn = _Begin(loader.worker_init_fn)
+    """Make a loader's workers ignore stop signals and exit with this process."""
+    if not isinstance(loader.worker_init_fn, _WorkerInit):
+        loader.worker_init_fn = _WorkerInit(loader.worker_init_fn)
 
 
-class _Begin:
-    def __init__(self, then: Any | None) -> None:
-        self._then = then
+class _WorkerInit:
+    def __init__(self, user_init: Any | None) -> None:
+        self._user_init = user_init
 
     def __call__(self, number: int) -> None:
         begin_worker(number)
-        if self._then is not None:
-            self._then(number)
+        if self._user_init is not None:
+            self._user_init(number)
 
 
 def _length(batch: Batch) -> int:
@@ -309,7 +305,7 @@ def _length(batch: Batch) -> int:
 
 
 def _rows(batch: Batch, rows: slice) -> Batch:
-    """Return some samples of a collated batch."""
+    """Return rows of a collated batch."""
     if isinstance(batch, Mapping):
         return {key: _rows(value, rows) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)) and batch and not isinstance(batch[0], (str, bytes)):

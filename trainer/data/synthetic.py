@@ -1,4 +1,4 @@
-"""Data made from a seed, of any shape: each class a random pattern, each sample that plus noise."""
+"""Synthetic data of any shape: a random pattern per class, plus noise per sample."""
 
 from collections.abc import Sequence
 
@@ -14,10 +14,10 @@ class Synthetic:
     Args:
         shape: shape of one input.
         classes: number of labels.
-        train_samples: samples to train on.
-        eval_samples: samples to evaluate on.
-        noise: standard deviation of the noise; the patterns have 1.
-        seed: decides patterns, labels and noise.
+        train_samples: number of training samples.
+        eval_samples: number of evaluation samples.
+        noise: standard deviation of the noise; that of the patterns is 1.
+        seed: of patterns, labels and noise.
     """
 
     def __init__(
@@ -40,5 +40,5 @@ class Synthetic:
         noise = torch.randn(samples, *self._shape, generator=generator)
         return TensorDataset(patterns[labels] + self._noise * noise, labels)
 
-    def _generator(self, what: str) -> torch.Generator:
-        return torch.Generator().manual_seed(derive("synthetic", self._seed, what))
+    def _generator(self, purpose: str) -> torch.Generator:
+        return torch.Generator().manual_seed(derive("synthetic", self._seed, purpose))

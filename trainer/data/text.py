@@ -1,6 +1,6 @@
-"""Text as windows of tokens, from shards that are prepared once and then mapped into memory.
+"""Text as windows of tokens, from shards prepared once and memory-mapped.
 
-A file is a document. It goes whole to one part, by a hash of its name.
+A file is a document. It belongs to one split, chosen by a hash of its name.
 """
 
 import hashlib
@@ -30,11 +30,11 @@ PARTS = ("train", "eval")
 
 
 class Windows:
-    """Windows of a part: sample i has the tokens i * context … i * context + context.
+    """Windows of a split: sample i has the tokens i * context … i * context + context.
 
-    The last token of a window is the first of the next one, so every token but the first is a
-    target at most once. What is left at the end, less than a window, is not used. The files are
-    mapped when a sample is first asked for, in each process by itself.
+    The last token of a window is the first of the next one, so every token except the first is a
+    target at most once. An incomplete window at the end is unused. Each process maps the files on
+    first access.
     """
 
     def __init__(
@@ -59,47 +59,47 @@ class Windows:
         """Return samples: inputs and targets, (N, context) int64 each; targets are one later.
 
         Raises:
-            IndexError: there is no such sample.
-            DataError: a shard is gone, or has another length.
+            IndexError: an index is out of range.
+            DataError: a shard is missing or has another length.
         """
-        wanted = np.asarray(indices, dtype=np.int64)
-        if len(wanted) and not (wanted.min() >= 0 and wanted.max() < len(self)):
+        numbers = np.asarray(indices, dtype=np.int64)
+        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < len(self)):
             raise IndexError(
-                f"windows {wanted.min():,} … {wanted.max():,} were asked for, there are "
+                f"windows {numbers.min():,} … {numbers.max():,} are out of range; there are "
                 f"{len(self):,}, from 0 on"
             )
-        tokens = torch.from_numpy(self._take(wanted * self._context, self._context + 1))
+        tokens = torch.from_numpy(self._read(numbers * self._context, self._context + 1))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens; what is not in the vocabulary is left out.
+        """Return the text of tokens; those outside the vocabulary are skipped.
 
         Raises:
-            ConfigError: the tokenizer's package or file is not there.
+            ConfigError: the tokenizer's package or file is missing.
         """
         tokenizer = load_tokenizer(self._tokenizer)
         return tokenizer.decode([token for token in tokens if 0 <= token < tokenizer.vocabulary])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the mapped files out: a worker maps them itself instead of copying them."""
+        """Exclude mapped files; a worker maps them itself."""
         return {**self.__dict__, "_mapped": {}}
 
-    def _take(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
-        taken = np.empty((len(starts), length), dtype=np.int64)
+    def _read(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
+        tokens = np.empty((len(starts), length), dtype=np.int64)
         first = np.searchsorted(self._starts, starts, side="right") - 1
         last = np.searchsorted(self._starts, starts + length - 1, side="right") - 1
-        whole = first == last
-        for number in np.unique(first[whole]):
-            rows = np.flatnonzero(whole & (first == number))
+        is_in_one_shard = first == last
+        for number in np.unique(first[is_in_one_shard]):
+            rows = np.flatnonzero(is_in_one_shard & (first == number))
             windows = np.lib.stride_tricks.sliding_window_view(self._shard(number), length)
-            taken[rows] = windows[starts[rows] - self._starts[number]]
-        for row in np.flatnonzero(~whole):  # few: about one for each shard
+            tokens[rows] = windows[starts[rows] - self._starts[number]]
+        for row in np.flatnonzero(~is_in_one_shard):  # few: about one per shard
             pieces = []
             for number in range(first[row], last[row] + 1):
                 begin = starts[row] - self._starts[number]
                 pieces.append(self._shard(number)[max(begin, 0) : begin + length])
-            taken[row] = np.concatenate(pieces)
-        return taken
+            tokens[row] = np.concatenate(pieces)
+        return tokens
 
     def _shard(self, number: int) -> npt.NDArray[Any]:
         number = int(number)
@@ -109,12 +109,12 @@ class Windows:
                 mapped = np.memmap(path, dtype=self._dtype, mode="r")
             except (OSError, ValueError) as error:
                 raise DataError(
-                    f"{path} cannot be read: {error}; python -m trainer.prepare makes it again"
+                    f"{path} cannot be read: {error}; recreate it with python -m trainer.prepare"
                 ) from None
             if len(mapped) != count:
                 raise DataError(
-                    f"{path} has {len(mapped):,} tokens, {INDEX} says {count:,}; "
-                    "python -m trainer.prepare makes it again"
+                    f"{path} has {len(mapped):,} tokens, but {INDEX} lists {count:,}; "
+                    "recreate it with python -m trainer.prepare"
                 )
             self._mapped[number] = mapped
         return self._mapped[number]
@@ -123,21 +123,21 @@ class Windows:
 class Text:
     """Windows of tokens: inputs and targets (context,) int64, targets one token later.
 
-    Nothing is read before `train`, `eval` or `prepare` is asked for. What they prepare lies in a
-    folder, and is prepared again only when files, tokenizer or shares change.
+    Nothing is read before `train`, `eval` or `prepare` is used. Prepared shards are stored in a
+    folder and prepared again only if files, tokenizer or fractions change.
 
     Args:
-        files: a pattern as in a shell, with `**` for folders of any depth: local files, or
-            s3://… and other URLs of fsspec, which takes its settings from the environment. None:
-            the source of Python's own library, its tests left out.
-        context: tokens that the model sees at once.
+        files: a shell pattern, with `**` for folders of any depth: local files, or s3://… and other
+            URLs of fsspec, which reads its settings from the environment. None: the source of
+            Python's standard library, without tests.
+        context: context length in tokens.
         tokenizer: `bytes` (256 values, and 256 as the end of a document), the path of a Hugging
             Face tokenizer.json, or `tiktoken:` and an encoding whose file is in tiktoken's cache.
-            A tokenizer.json without a usual end token gets one more token.
-        eval_share: share of the documents that is evaluated on, about.
-        dir: local folder for the shards; None: one of its own in ~/.cache/perdure.
-        shard_tokens: a shard ends with the document that reaches so many.
-        classes: number of tokens of the model; None: it is not checked.
+            A tokenizer.json without a usual end token gets an additional token.
+        eval_share: approximate fraction of the documents for evaluation.
+        dir: local folder for the shards; None: a folder in ~/.cache/perdure.
+        shard_tokens: a shard ends with the document that reaches this many tokens.
+        classes: vocabulary size of the model; None: unchecked.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -159,7 +159,7 @@ class Text:
         if not 0 < eval_share < 1:
             raise ConfigError(f"data.eval_share={eval_share} must be above 0 and below 1")
         if dir is not None and local_path(dir) is None:
-            raise ConfigError(f"data.dir={dir}: shards are mapped into memory; give a local folder")
+            raise ConfigError(f"data.dir={dir}: shards are memory-mapped; use a local folder")
         if not tokenizer or files == "":
             raise ConfigError(f"data.{'files' if files == '' else 'tokenizer'} is empty")
         self._files, self._context, self._tokenizer = files, context, tokenizer
@@ -168,60 +168,60 @@ class Text:
 
     @cached_property
     def train(self) -> Windows:
-        """The windows to train on; prepares them where that was not done.
+        """Training windows; prepares the shards if needed.
 
         Raises:
             DataError: the files cannot be used, or are too few.
-            ConfigError: the tokenizer cannot be used, or has more tokens than `classes`.
+            ConfigError: the tokenizer is unusable, or has more tokens than `classes`.
         """
         return self._windows("train")
 
     @cached_property
     def eval(self) -> Windows:
-        """The windows to evaluate on; as `train`."""
+        """Evaluation windows; raises as `train`."""
         return self._windows("eval")
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens, that which ends a document among them; prepares nothing."""
+        """Vocabulary size including the end-of-document token; prepares nothing."""
         if self._tokenizer == "bytes":
             return BYTES.vocabulary
-        found = self._prepared or token_shards.read_index(self._folder, self._digest)
-        return found.vocabulary if found else self._loaded.vocabulary
+        prepared = self._prepared or token_shards.read_index(self._folder, self._digest)
+        return prepared.vocabulary if prepared else self._loaded.vocabulary
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of the documents to evaluate on, for each of their tokens."""
+        """Bytes per token of the evaluation documents."""
         part = self.prepare().parts["eval"]
         return part.bytes / part.tokens
 
     @cached_property
     def total_bytes(self) -> int:
-        """Bytes of all documents, by the listing."""
+        """Bytes of all listed documents."""
         return sum(document.size_bytes for document in self._corpus.documents)
 
     def prepare(
         self,
-        say: Callable[[str], None] | None = None,
+        log: Callable[[str], None] | None = None,
         advance: Callable[[int], object] | None = None,
     ) -> Prepared:
-        """Make the shards that are not there yet; return what is there then.
+        """Create missing shards and return all of them.
 
-        May be called by many processes at once, and killed: finished shards are kept.
+        Many processes may call it at once, and it may be killed: finished shards are reused.
 
         Args:
-            say: called with a line for each shard.
-            advance: called with the bytes of each document that is done.
+            log: called with a line per shard.
+            advance: called with the bytes of each finished document.
 
         Raises:
-            DataError: the files cannot be used, or `dir` has shards of others.
-            ConfigError: the tokenizer cannot be used, or has more tokens than `classes`.
+            DataError: the files cannot be used, or `dir` has other shards.
+            ConfigError: the tokenizer is unusable, or has more tokens than `classes`.
         """
         if self._prepared is None:
-            say, advance = say or _ignore, advance or _ignore
+            log, advance = log or _ignore, advance or _ignore
             self._prepared = token_shards.read_index(self._folder, self._digest)
             if self._prepared is None:
-                self._prepared = self._prepare(say, advance)
+                self._prepared = self._prepare(log, advance)
         if self._classes is not None and self._prepared.vocabulary > self._classes:
             vocabulary = self._prepared.vocabulary
             raise ConfigError(
@@ -239,9 +239,9 @@ class Text:
         if not len(windows):
             change = "raise" if name == "eval" else "lower"
             raise DataError(
-                f"the {name} part has {part.tokens:,} tokens, a window of "
+                f"the {name} split has {part.tokens:,} tokens, but a window of "
                 f"data.context={self._context} needs {self._context + 1:,}; lower data.context, "
-                f"{change} data.eval_share, or give more files"
+                f"{change} data.eval_share, or add files"
             )
         return windows
 
@@ -250,32 +250,32 @@ class Text:
         if self._files is None:
             return corpus.standard_library()
         path = local_path(self._files)
-        found = corpus.local_files(str(path)) if path else corpus.remote_files(self._files)
-        if not found.documents:
+        prepared = corpus.local_files(str(path)) if path else corpus.remote_files(self._files)
+        if not prepared.documents:
             raise DataError(
-                f"data.files={self._files}: there is no such file; give a pattern of files, for "
+                f"data.files={self._files}: no such files; use a pattern of files, for "
                 "example 'data/books/**/*.txt'"
             )
-        return found
+        return prepared
 
     @cached_property
     def _split(self) -> dict[str, list[Document]]:
-        places = {d.name: _place(d.name) for d in self._corpus.documents}
+        positions = {d.name: _position(d.name) for d in self._corpus.documents}
         split: dict[str, list[Document]] = {part: [] for part in PARTS}
         for document in self._corpus.documents:
-            is_eval = places[document.name] < self._eval_share
+            is_eval = positions[document.name] < self._eval_share
             split["eval" if is_eval else "train"].append(document)
         for part, word in (("train", "lower"), ("eval", "raise")):
             if not split[part]:
-                edge = max(places.values()) if part == "train" else min(places.values())
+                edge = max(positions.values()) if part == "train" else min(positions.values())
                 rounded = math.floor(edge * 1000) if part == "train" else math.ceil(edge * 1000)
-                advice = f"{word} data.eval_share (nearest: {rounded / 1000}), or give more files"
-                if len(places) == 1:
-                    advice = "a document goes whole to one part: cut the file into several"
+                advice = f"{word} data.eval_share (nearest: {rounded / 1000}), or add files"
+                if len(positions) == 1:
+                    advice = "a document belongs to one split: divide the file into several"
                 raise DataError(
                     f"data.eval_share={self._eval_share} leaves nothing to "
                     f"{'train' if part == 'train' else 'evaluate'} on: data.files has "
-                    f"{pluralize(len(places), 'document')}; {advice}"
+                    f"{pluralize(len(positions), 'document')}; {advice}"
                 )
         return split
 
@@ -285,7 +285,7 @@ class Text:
 
     @cached_property
     def _digest(self) -> str:
-        """Digest of all that decides the tokens in the shards."""
+        """Digest of everything that determines the tokens in the shards."""
         settings = [VERSION, identity(self._tokenizer), self._eval_share, self._shard_tokens]
         files = [[d.name, d.size_bytes, d.stamp] for d in self._corpus.documents]
         text = json.dumps([settings, files]).encode()
@@ -297,27 +297,27 @@ class Text:
             return path.expanduser()
         try:
             cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        except RuntimeError:  # a user whom the system does not know
-            raise ConfigError("there is no home directory for a cache; give data.dir") from None
+        except RuntimeError:  # a user without an entry in the system
+            raise ConfigError("no home directory for a cache; set data.dir") from None
         return Path(cache, "perdure", f"text-{self._digest}")
 
-    def _prepare(self, say: Callable[[str], None], advance: Callable[[int], object]) -> Prepared:
+    def _prepare(self, log: Callable[[str], None], advance: Callable[[int], object]) -> Prepared:
         folder, split = self._folder, self._split
-        token_shards.refuse_others(folder, self._digest)
+        token_shards.reject_other_shards(folder, self._digest)
         tokenizer = self._loaded
         dtype = "uint16" if tokenizer.vocabulary <= 1 << 16 else "uint32"
-        make = token_shards.Maker(
+        make = token_shards.ShardMaker(
             folder, self._digest, tokenizer, dtype, self._shard_tokens, self._corpus.read, advance
         )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with token_shards.alone(folder, say) as is_alone:
-                found = token_shards.read_index(folder, self._digest)
-                if found is not None:  # by another process, meanwhile
-                    return found
-                if is_alone:
+            with token_shards.lock(folder, log) as is_locked:
+                prepared = token_shards.read_index(folder, self._digest)
+                if prepared is not None:  # another process was faster
+                    return prepared
+                if is_locked:
                     token_shards.clear_temporaries(folder)
-                parts = {part: make.part(part, split[part], say) for part in PARTS}
+                parts = {part: make.part(part, split[part], log) for part in PARTS}
                 prepared = Prepared(folder, self._tokenizer, tokenizer.vocabulary, dtype, parts)
                 token_shards.write_index(prepared, self._digest, tokenizer.end)
         except OSError as error:
@@ -332,8 +332,8 @@ def _ignore(_: object) -> None:
     pass
 
 
-def _place(name: str) -> float:
-    """Return a number in 0 … 1 that is a pure function of a document's name."""
-    # Names are bytes to the file system; what is not UTF-8 in them cannot be encoded as it is.
+def _position(name: str) -> float:
+    """Return the hash of a document's name as a number in 0 … 1."""
+    # File names are bytes; parts that are not UTF-8 need escapes.
     text = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
     return rng.derive("text", text) / (1 << 63)

@@ -1,7 +1,7 @@
-"""Shards of tokens: made once, whole or not at all, and known by what they were made of.
+"""Token shards: created atomically and identified by a digest of their sources.
 
-The shards of a part are its documents in the order of their names, each followed by a token that
-ends it. `index.json`, written last, describes them.
+The shards of a split have its documents sorted by name, each followed by an end token.
+`index.json`, written last, describes them.
 """
 
 import fcntl
@@ -26,20 +26,20 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished file of tokens."""
+    """Finished token file."""
 
     file: str
     """Name in the folder."""
     tokens: int
-    """The ends of the documents among them."""
+    """Number of tokens, end tokens included."""
     documents: int
     bytes: int
-    """Of the documents' files."""
+    """Bytes of the documents' files."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """The shards of one part, in order, and their sums."""
+    """Shards of one split, in order, and their totals."""
 
     shards: list[Shard]
     documents: int
@@ -49,7 +49,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A folder of shards, as its `index.json` describes it."""
+    """Folder of shards, as described by its `index.json`."""
 
     folder: Path
     tokenizer: str
@@ -60,8 +60,8 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Maker:
-    """Makes the shards of a part, or finds that they are there."""
+class ShardMaker:
+    """Creates the shards of a split, reusing existing ones."""
 
     folder: Path
     digest: str
@@ -71,31 +71,31 @@ class Maker:
     read: Callable[[Document], bytes]
     advance: Callable[[int], object]
 
-    def part(self, name: str, documents: Sequence[Document], say: Callable[[str], None]) -> Part:
-        """Return the shards of a part, each of them made unless it is there."""
+    def part(self, name: str, documents: Sequence[Document], log: Callable[[str], None]) -> Part:
+        """Return the shards of a split; create missing ones."""
         shards: list[Shard] = []
-        done = 0
-        while done < len(documents):
+        documents_done = 0
+        while documents_done < len(documents):
             file = f"{name}-{len(shards):05d}.bin"
-            shard = self._finished(file, done)
+            shard = self._finished(file, documents_done)
             if shard is None:
-                shard = self._write(file, documents, done)
-                say(f"{file}: {shard.documents:,} documents, {shard.tokens:,} tokens")
+                shard = self._write(file, documents, documents_done)
+                log(f"{file}: {shard.documents:,} documents, {shard.tokens:,} tokens")
             else:
                 self.advance(shard.bytes)
-                say(f"{file}: already complete")
+                log(f"{file}: already complete")
             shards.append(shard)
-            done += shard.documents
+            documents_done += shard.documents
         tokens, count_bytes = sum(s.tokens for s in shards), sum(s.bytes for s in shards)
         return Part(shards, len(documents), tokens, count_bytes)
 
     def _finished(self, file: str, first: int) -> Shard | None:
-        """Return the record of a shard that is there whole and begins with document `first`."""
+        """Return the record of an existing complete shard that starts with document `first`."""
         record = _read_json(self._record_path(file))
         if record.get("digest") != self.digest or record.get("first") != first:
             return None
         shard = Shard(**record["shard"])
-        return shard if _is_whole(self.folder, shard, self.dtype) else None
+        return shard if _is_complete(self.folder, shard, self.dtype) else None
 
     def _write(self, file: str, documents: Sequence[Document], first: int) -> Shard:
         dtype = np.dtype(self.dtype).newbyteorder("<")
@@ -107,9 +107,9 @@ class Maker:
                 data = self.read(document)
                 if len(data) != document.size_bytes:
                     raise DataError(
-                        f"{document.path} has {len(data):,} bytes, it had "
+                        f"{document.path} has {len(data):,} bytes but had "
                         f"{document.size_bytes:,} when the files were listed; run again when "
-                        "nobody writes to it"
+                        "it is no longer written to"
                     )
                 encoded = self.tokenizer.encode(data)
                 out.write(encoded.astype(dtype).tobytes())
@@ -119,7 +119,7 @@ class Maker:
                 count += 1
                 self.advance(len(data))
         shard = Shard(file, tokens, count, count_bytes)
-        # After the shard: a record is there only where the shard is.
+        # After the shard, so that a record implies a shard.
         record = {"digest": self.digest, "first": first, "shard": asdict(shard)}
         _write_json(self._record_path(file), record)
         return shard
@@ -128,7 +128,7 @@ class Maker:
         return (self.folder / file).with_suffix(".json")
 
 
-def _is_whole(folder: Path, shard: Shard, dtype: str) -> bool:
+def _is_complete(folder: Path, shard: Shard, dtype: str) -> bool:
     try:
         return (folder / shard.file).stat().st_size == shard.tokens * np.dtype(dtype).itemsize
     except OSError:
@@ -136,28 +136,28 @@ def _is_whole(folder: Path, shard: Shard, dtype: str) -> bool:
 
 
 def clear_temporaries(folder: Path) -> None:
-    """Remove what killed processes left; only for who holds the lock, as nobody else writes."""
+    """Remove temporary files of killed processes. The caller must hold the lock."""
     for path in folder.glob(f"{TEMPORARY}*"):
         path.unlink(missing_ok=True)
 
 
 @contextmanager
-def alone(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
-    """Let one process at a time prepare; the ranks of a node would all do the same work.
+def lock(folder: Path, log: Callable[[str], None]) -> Iterator[bool]:
+    """Let one process at a time prepare, since the ranks of a node would repeat the work.
 
-    Yields whether the file system has locks. Without them all prepare, which is as right.
+    Yields whether the file system supports locks. Without locks all prepare, with the same result.
     """
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        is_alone = True
+        is_locked = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another process prepares the same text; waiting for it")
+            log("another process is preparing the same text; waiting")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError:
-            is_alone = False
-        yield is_alone
+            is_locked = False
+        yield is_locked
     finally:
         os.close(descriptor)
 
@@ -168,7 +168,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return a file's object; an empty one where it is not there or none of ours."""
+    """Return a file's JSON object; empty if it is missing or invalid."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -177,14 +177,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def write_index(prepared: Prepared, digest: str, end: int) -> None:
-    """Write what makes the shards count; durable on return."""
+    """Write the index that makes the shards valid; durable on return."""
     content = {"version": VERSION, "digest": digest, "end": end, **asdict(prepared)}
     del content["folder"]
     _write_json(prepared.folder / INDEX, content)
 
 
 def read_index(folder: Path, digest: str) -> Prepared | None:
-    """Return what was prepared; None where it was not finished, or a shard is gone."""
+    """Return the prepared shards; None if unfinished or a shard is missing."""
     content = _read_json(folder / INDEX)
     if content.get("version") != VERSION or content.get("digest") != digest:
         return None
@@ -194,17 +194,17 @@ def read_index(folder: Path, digest: str) -> Prepared | None:
     }
     dtype = content["dtype"]
     shards = [shard for part in parts.values() for shard in part.shards]
-    if not all(_is_whole(folder, shard, dtype) for shard in shards):
+    if not all(_is_complete(folder, shard, dtype) for shard in shards):
         return None
     return Prepared(folder, content["tokenizer"], content["vocabulary"], dtype, parts)
 
 
-def refuse_others(folder: Path, digest: str) -> None:
-    """Refuse a folder with shards of other files or settings: another run may be using them."""
-    found = _read_json(folder / INDEX)
-    if found and found.get("digest") != digest:
+def reject_other_shards(folder: Path, digest: str) -> None:
+    """Raise if a folder has shards of other files or settings, which another run may use."""
+    content = _read_json(folder / INDEX)
+    if content and content.get("digest") != digest:
         raise DataError(
-            f"{folder} has shards of other files, or of other versions of them, or of another "
-            "data.tokenizer, data.eval_share or data.shard_tokens; give another data.dir, or "
+            f"{folder} has shards of other files or file versions, or of another "
+            "data.tokenizer, data.eval_share or data.shard_tokens; use another data.dir, or "
             "remove the folder if no run needs it"
         )

@@ -13,17 +13,17 @@ import numpy.typing as npt
 
 from trainer.errors import ConfigError
 
-_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
-"""Tokens that end a document, of which a tokenizer.json has at most one in use."""
+_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+"""Usual end-of-document tokens; the first one in a tokenizer.json is used."""
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What makes tokens of bytes, and text of tokens."""
+    """Vocabulary and conversion between bytes, tokens and text."""
 
     vocabulary: int
     end: int
-    """Token after each document."""
+    """End-of-document token."""
     encode: Callable[[bytes], npt.NDArray[Any]]
     decode: Callable[[Sequence[int]], str]
 
@@ -40,23 +40,23 @@ BYTES = Tokenizer(vocabulary=257, end=256, encode=_encode_bytes, decode=_decode_
 
 
 def identity(name: str) -> str:
-    """Return what makes a tokenizer the same one: for a file, what is in it."""
+    """Return the identity of a tokenizer: its name, or the digest of its file."""
     if name == "bytes" or name.startswith("tiktoken:"):
         return name
     try:
         return hashlib.blake2b(Path(name).expanduser().read_bytes(), digest_size=16).hexdigest()
     except OSError as error:
         raise ConfigError(
-            f"data.tokenizer={name} cannot be read: {error.strerror}; give bytes, the path of a "
+            f"data.tokenizer={name} cannot be read: {error.strerror}; use bytes, the path of a "
             "tokenizer.json, or tiktoken:<encoding>"
         ) from None
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Return the tokenizer that `data.tokenizer` names.
+    """Return the tokenizer named by `data.tokenizer`.
 
     Raises:
-        ConfigError: its package or file is not there, or cannot be used.
+        ConfigError: its package or file is missing or unusable.
     """
     if name == "bytes":
         return BYTES
@@ -78,26 +78,28 @@ def _package(name: str, tokenizer: str) -> Any:
 def _load_json(name: str) -> Tokenizer:
     package = _package("tokenizers", name)
     try:
-        inner = package.Tokenizer.from_file(str(Path(name).expanduser()))
+        library_tokenizer = package.Tokenizer.from_file(str(Path(name).expanduser()))
     except Exception as error:  # the library raises nothing more specific
         raise ConfigError(
-            f"data.tokenizer={name} is no tokenizer.json that {package.__name__} "
+            f"data.tokenizer={name} is not a tokenizer.json that {package.__name__} "
             f"{package.__version__} can read: {error}"
         ) from None
-    inner.no_truncation()
-    inner.no_padding()
+    library_tokenizer.no_truncation()
+    library_tokenizer.no_padding()
     with suppress(AttributeError):  # older versions
-        inner.encode_special_tokens = True  # a document that names the end does not end there
-    ids = inner.get_vocab(with_added_tokens=True)
+        library_tokenizer.encode_special_tokens = True  # text that spells an end token is not one
+    ids = library_tokenizer.get_vocab(with_added_tokens=True)
     size = max(ids.values(), default=-1) + 1
-    end = next((ids[token] for token in _ENDS if token in ids), size)
+    end = next((ids[token] for token in _END_TOKENS if token in ids), size)
 
     def encode(data: bytes) -> npt.NDArray[Any]:
         text = data.decode(errors="replace")
-        return np.asarray(inner.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        return np.asarray(
+            library_tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32
+        )
 
     def decode(tokens: Sequence[int]) -> str:
-        return str(inner.decode(list(tokens), skip_special_tokens=False))
+        return str(library_tokenizer.decode(list(tokens), skip_special_tokens=False))
 
     return Tokenizer(max(size, end + 1), end, encode, decode)
 
@@ -108,32 +110,32 @@ def _load_tiktoken(name: str) -> Tokenizer:
     encoding = name.partition(":")[2]
     if encoding not in package.list_encoding_names():
         valid = ", ".join(package.list_encoding_names())
-        raise ConfigError(f"data.tokenizer={name}: there is no such encoding (valid: {valid})")
+        raise ConfigError(f"data.tokenizer={name}: no such encoding (valid: {valid})")
 
-    def refuse(place: str) -> bytes:
+    def reject_download(url: str) -> bytes:
         raise ConfigError(
-            f"data.tokenizer={name}: its file {place} is not in tiktoken's cache, and is not "
-            "downloaded here; load the encoding once where there is a network, and copy the folder "
+            f"data.tokenizer={name}: its file {url} is not in tiktoken's cache and is never "
+            "downloaded; load the encoding once on a machine with a network and copy the folder "
             "TIKTOKEN_CACHE_DIR"
         )
 
-    # The library downloads what it has not cached, and has no setting against that; every rank
-    # on every node would, in the middle of a job.
-    download, load.read_file = load.read_file, refuse
+    # The library downloads uncached files and has no setting against it; every rank on every node
+    # would do so during a job.
+    download, load.read_file = load.read_file, reject_download
     try:
-        inner = package.get_encoding(encoding)
+        library_tokenizer = package.get_encoding(encoding)
     finally:
         load.read_file = download
 
     def encode(data: bytes) -> npt.NDArray[Any]:
         text = data.decode(errors="replace")
-        return np.asarray(inner.encode_ordinary(text), dtype=np.uint32)
+        return np.asarray(library_tokenizer.encode_ordinary(text), dtype=np.uint32)
 
     def decode(tokens: Sequence[int]) -> str:
         pieces = []
         for token in tokens:
-            with suppress(KeyError):  # a number that no token has
-                pieces.append(inner.decode_single_token_bytes(token))
+            with suppress(KeyError):  # not a token
+                pieces.append(library_tokenizer.decode_single_token_bytes(token))
         return b"".join(pieces).decode(errors="replace")
 
-    return Tokenizer(inner.n_vocab, inner.eot_token, encode, decode)
+    return Tokenizer(library_tokenizer.n_vocab, library_tokenizer.eot_token, encode, decode)

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 
 from trainer.data import images
+from trainer.data.batches import fetch
 from trainer.data.images import Transform
 from trainer.data.mnist import read_idx
-from trainer.data.source import fetch
 from trainer.errors import ConfigError, DataError, closest
 from trainer.export.destination import record_path
 from trainer.protocols import DataSource

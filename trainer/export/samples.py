@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trainer.config import targets
 from trainer.config.schema import Run
 from trainer.core import rng
-from trainer.data.source import fetch, to_device
+from trainer.data.batches import fetch, to_device
 from trainer.errors import ConfigError, PerdureError
 from trainer.export.calls import Call, call_of, leaves, replace_tensors
 from trainer.protocols import DataSource

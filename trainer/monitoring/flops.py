@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.core import rng
-from trainer.data.source import to_device
+from trainer.data.batches import to_device
 from trainer.protocols import Batch
 
 _PEAKS: tuple[tuple[str, dict[str, float]], ...] = (

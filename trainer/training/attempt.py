@@ -27,7 +27,7 @@ from trainer.config import validate
 from trainer.config.schema import Run
 from trainer.core.intervals import Every
 from trainer.core.state import State
-from trainer.data.source import lost_worker
+from trainer.data.workers import lost_worker
 from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError, PerdureError
 from trainer.monitoring.profiling import Profiler
 from trainer.protocols import Tracker

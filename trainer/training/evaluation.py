@@ -10,7 +10,7 @@ from torch import Tensor
 from trainer.cluster.stop import NO_SAVES, Saves, Stop
 from trainer.core import rng
 from trainer.core.state import State
-from trainer.data.source import Feed
+from trainer.data.feed import Feed
 from trainer.protocols import Batch
 from trainer.training import parallel
 from trainer.training.job import Job, Phase

@@ -15,7 +15,7 @@ from trainer.cluster.stop import Stop
 from trainer.core import intervals
 from trainer.core.intervals import Every
 from trainer.core.state import State
-from trainer.data.source import Feed
+from trainer.data.feed import Feed
 from trainer.errors import ConfigError, closest
 from trainer.monitoring.profiling import Profiler
 from trainer.monitoring.timing import Timing

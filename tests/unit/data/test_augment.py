@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from trainer.cluster.world import World
 from trainer.core import rng
 from trainer.data.augment import ShiftedAndFlipped
+from trainer.data.batches import fetch
 from trainer.data.mnist import Mnist
-from trainer.data.source import TrainStream, fetch
+from trainer.data.source import TrainStream
 
 BEGINNING = {"epoch": 0, "batch": 0}
 IMAGES = torch.rand(40, 2, 5, 4, generator=torch.Generator().manual_seed(0)) + 1
@@ -23,10 +24,10 @@ def by_hand(image):
     """Return every picture that may be made of an image, as bytes."""
     padded = F.pad(image, (2, 2, 2, 2), value=-3.0)
     moved = [padded[:, y : y + 5, x : x + 4] for y in range(5) for x in range(5)]
-    return {each.contiguous().numpy().tobytes() for m in moved for each in (m, m.flip(-1))}
+    return {image_.contiguous().numpy().tobytes() for m in moved for image_ in (m, m.flip(-1))}
 
 
-def test_an_image_is_moved_by_at_most_two_pixels_and_perhaps_mirrored():
+def test_augment_shifts_by_two_pixels_at_most_and_mirrors():
     possible, seen = by_hand(IMAGES[7]), set()
     for epoch in range(600):
         images, labels = fetch(DATASET, torch.tensor([7]), "train", 0, epoch)
@@ -37,11 +38,11 @@ def test_an_image_is_moved_by_at_most_two_pixels_and_perhaps_mirrored():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_is_done_to_an_image_depends_on_seed_epoch_and_sample_alone(workers):
-    whole = TrainStream(DATASET, World(), seed=3, global_batch_size=12, workers=workers)
+def test_augment_depends_on_seed_epoch_and_sample_only(workers):
+    stream = TrainStream(DATASET, World(), seed=3, global_batch_size=12, workers=workers)
     torch.manual_seed(1)
     before = rng.capture()
-    expected = list(islice(whole.batches(BEGINNING), 7))
+    expected = list(islice(stream.batches(BEGINNING), 7))
     assert all(map(torch.equal, rng.capture().values(), before.values()))
     for ((images, labels),), cursor in expected:
         epoch = cursor["epoch"] - (cursor["batch"] == 0)
@@ -59,16 +60,18 @@ def test_what_is_done_to_an_image_depends_on_seed_epoch_and_sample_alone(workers
         assert torch.equal(again, images)
 
 
-def test_fashion_mnist_is_augmented_for_training_alone(folder_of_idx):
+def test_mnist_augments_training_images_only(folder_of_idx):
     plain = Mnist(folder_of_idx, mean=0.25, std=0.5)
     augmented = Mnist(folder_of_idx, mean=0.25, std=0.5, augment=True)
     assert torch.equal(augmented.eval.tensors[0], plain.eval.tensors[0])
     assert augmented.train.tensors[0].shape == plain.train.tensors[0].shape  # what build looks at
     images = fetch(augmented.train, torch.arange(5), "train", 0, 0)[0]
-    for found, image in zip(images, plain.train.tensors[0], strict=True):
+    for actual, image in zip(images, plain.train.tensors[0], strict=True):
         padded = F.pad(image, (2, 2, 2, 2), value=-0.5)  # black, as mean and std make it
         moved = [padded[:, y : y + 4, x : x + 3] for y in range(5) for x in range(5)]
-        assert any(torch.equal(found, each) or torch.equal(found, each.flip(-1)) for each in moved)
+        assert any(
+            torch.equal(actual, image_) or torch.equal(actual, image_.flip(-1)) for image_ in moved
+        )
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Samples that cannot be read: named and refused, or skipped and counted, whoever reads them."""
+"""Unreadable samples: reported by name, or skipped and counted, in any reading process."""
 
 import os
 import random
@@ -25,8 +25,10 @@ from trainer.cluster.world import World
 from trainer.core.intervals import Every
 from trainer.core.state import State
 from trainer.data import damage, order
+from trainer.data.batches import fetch, fetch_readable
 from trainer.data.image_folder import ImageFolder
-from trainer.data.source import EvalStream, TrainStream, fetch, fetch_whole, lost_worker
+from trainer.data.source import EvalStream, TrainStream
+from trainer.data.workers import lost_worker
 from trainer.errors import DataError
 from trainer.training import loop
 
@@ -51,7 +53,7 @@ class Points:
         return f"points/{index}.bin"
 
 
-class Whole(Points):
+class BatchPoints(Points):
     """The same, as batches."""
 
     def __getitems__(self, indices):
@@ -77,8 +79,8 @@ def stand_in(index, broken=BROKEN):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", [Points, Whole])
-def test_by_default_a_damaged_sample_is_named_and_ends_the_run(workers, kind):
+@pytest.mark.parametrize("kind", [Points, BatchPoints])
+def test_damaged_sample_by_default_ends_the_run_by_name(workers, kind):
     dataset = kind(broken=(17,))
     batches = TrainStream(dataset, World(), 5, 8, workers=workers).batches(BEGINNING)
     with pytest.raises(DataError) as caught:
@@ -90,25 +92,25 @@ def test_by_default_a_damaged_sample_is_named_and_ends_the_run(workers, kind):
 
 
 @pytest.mark.parametrize(("size", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2)])
-def test_skipped_samples_are_replaced_by_the_next_and_told_with_their_batch(size, workers):
+def test_skipped_samples_are_replaced_and_reported_with_their_batch(size, workers):
     feeds = [
         TrainStream(Numbers(), World(rank, size), 5, 8, 2, workers, skip_damaged=True).batches(
             BEGINNING
         )
         for rank in range(size)
     ]
-    for wanted, after in islice(order.global_batches(BEGINNING, seed=5, size=SIZE,
+    for expected, after in islice(order.global_batches(BEGINNING, seed=5, size=SIZE,
                                                      global_batch_size=8), 12):  # fmt: skip
-        found = [next(feed) for feed in feeds]
-        taken = torch.cat([torch.cat(pieces) for pieces, _ in found])
-        assert taken.tolist() == [stand_in(index) for index in wanted.tolist()]
-        assert {str(cursor) for _, cursor in found} == {str(after)}
-        told = sorted(text.split(":")[0] for feed in feeds for text in feed.take_damaged())
-        bad = [index for index in wanted.tolist() if index in BROKEN]
-        assert told == sorted(f"sample {index} (points/{index}.bin)" for index in bad)
+        items = [next(feed) for feed in feeds]
+        indices_read = torch.cat([torch.cat(pieces) for pieces, _ in items])
+        assert indices_read.tolist() == [stand_in(index) for index in expected.tolist()]
+        assert {str(cursor) for _, cursor in items} == {str(after)}
+        texts = sorted(text.split(":")[0] for feed in feeds for text in feed.take_damaged())
+        bad = [index for index in expected.tolist() if index in BROKEN]
+        assert texts == sorted(f"sample {index} (points/{index}.bin)" for index in bad)
 
 
-def test_random_choices_of_a_replacement_do_not_depend_on_who_reads():
+def test_replacement_randomness_is_independent_of_the_reader():
     def read(rank, size, workers):
         stream = TrainStream(Points(), World(rank, size), 5, 8, 1, workers, skip_damaged=True)
         return [batch[0] for (batch,), _ in islice(stream.batches(BEGINNING), 6)]
@@ -120,34 +122,34 @@ def test_random_choices_of_a_replacement_do_not_depend_on_who_reads():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_where_nothing_can_be_read_skipping_ends_too(workers):
+def test_skip_ends_if_nothing_is_readable(workers):
     dataset = Points(broken=range(20, 40))
     stream = TrainStream(dataset, World(), 5, 8, workers=workers, skip_damaged=True)
-    with pytest.raises(DataError, match="and the 9 after it cannot be read, which is no damaged"):
+    with pytest.raises(DataError, match="and the 9 after it cannot be read: check the dataset"):
         list(islice(stream.batches(BEGINNING), 5))
 
 
-def test_errors_that_are_not_a_samples_own_are_not_skipped():
+def test_errors_not_caused_by_a_sample_are_not_skipped():
     class Files(Points):
         def __getitem__(self, index):
-            raise DataError("the shard is gone") if index == 3 else MemoryError
+            raise DataError("the shard is missing") if index == 3 else MemoryError
 
     class Shapes(Points):
         def __getitem__(self, index):
             return torch.zeros(index)
 
     for dataset, indices, error, text in (
-        (Files(), [3], DataError, "^the shard is gone$"),
+        (Files(), [3], DataError, "^the shard is missing$"),
         (Files(), [4], MemoryError, None),
         (Shapes(), [4, 5], DataError, "equal size"),  # each can be read
     ):
         with pytest.raises(error, match=text):
-            fetch_whole(dataset, torch.tensor(indices), skip=True, replace=True)
+            fetch_readable(dataset, torch.tensor(indices), skip=True, replace=True)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("kind", [list, tuple])
-def test_samples_that_do_not_fit_together_are_refused_without_a_traceback(workers, kind):
+def test_samples_of_different_shapes_are_a_data_error(workers, kind):
     if kind is list:
         samples = [torch.zeros(2 + n % 2) for n in range(20)]
     else:
@@ -157,25 +159,25 @@ def test_samples_that_do_not_fit_together_are_refused_without_a_traceback(worker
         next(stream.batches(BEGINNING))
 
 
-def test_a_sample_that_is_none_is_named_and_skipped_like_any_other():
+def test_none_sample_is_named_and_skipped():
     class Nothing(Points):
         def __getitem__(self, index):
             return None if index == 3 else torch.zeros(2)
 
-    chosen = torch.tensor([2, 3])
+    indices = torch.tensor([2, 3])
     with pytest.raises(DataError, match=r"^sample 3 .* cannot be read: TypeError"):
-        fetch_whole(Nothing(), chosen, skip=False, replace=True)
-    batch, texts = fetch_whole(Nothing(), chosen, skip=True, replace=True)
+        fetch_readable(Nothing(), indices, skip=False, replace=True)
+    batch, texts = fetch_readable(Nothing(), indices, skip=True, replace=True)
     assert len(batch) == 2
     assert "sample 3 (points/3.bin): TypeError" in texts[0]
 
 
-def test_memory_that_is_short_is_not_taken_for_shapes():
+def test_out_of_memory_is_not_reported_as_a_shape_mismatch():
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory")
-    assert damage.unlike(2, error) is None
+    assert damage.mismatch(2, error) is None
 
 
-def test_rows_of_arrays_are_fetched_too():
+def test_fetch_reads_rows_of_arrays():
     class Arrays:
         tensors = (np.arange(6), torch.arange(6))
 
@@ -183,45 +185,45 @@ def test_rows_of_arrays_are_fetched_too():
     assert numbers.tolist() == same.tolist() == [4, 1]
 
 
-def test_a_name_that_is_no_text_is_told_in_one():
+def test_describe_escapes_paths_that_are_not_utf8():
     class Named(Points):
         def describe(self, index):
             return os.fsdecode(b"caf\xe9.png")
 
-    assert damage.name(Named(), 3) == r"sample 3 (caf\udce9.png)"
+    assert damage.describe(Named(), 3) == r"sample 3 (caf\udce9.png)"
 
 
-def test_a_dataset_that_says_nothing_of_its_samples_is_named_by_number():
+def test_describe_without_method_uses_the_number():
     subset = Subset(Points(), range(10, 20))
     with pytest.raises(DataError, match=r"^sample 7 cannot be read: OSError"):
-        fetch_whole(subset, torch.tensor([1, 7]), skip=False, replace=True)
+        fetch_readable(subset, torch.tensor([1, 7]), skip=False, replace=True)
 
 
 # --- evaluation --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "workers"), [(1, 0), (2, 0), (1, 1)])
-def test_an_evaluation_leaves_damaged_samples_out(size, workers):
-    left, told = [], []
+def test_evaluation_leaves_damaged_samples_out(size, workers):
+    readable_rows, texts = [], []
     for rank in range(size):
         stream = EvalStream(Numbers(), World(rank, size), 3, workers, skip_damaged=True)
         batches = stream.batches()
         for _ in range(len(stream)):
             batch = next(batches)
-            left += [] if batch is None else batch.tolist()
-        told += batches.take_damaged()
-    assert sorted(left) == [index for index in range(SIZE) if index not in BROKEN]
-    assert len(told) == len(BROKEN)
+            readable_rows += [] if batch is None else batch.tolist()
+        texts += batches.take_damaged()
+    assert sorted(readable_rows) == [index for index in range(SIZE) if index not in BROKEN]
+    assert len(texts) == len(BROKEN)
     with pytest.raises(DataError, match="sample 4 "):
         list(EvalStream(Numbers(), World(), 3).batches())
 
 
-def test_a_rank_without_samples_of_its_own_gets_one_that_can_be_read():
+def test_rank_without_samples_gets_a_readable_one():
     stream = EvalStream(Numbers(broken=(0, 1)), World(), 3, skip_damaged=True)
     assert stream.one().tolist() == [2]
 
 
-# --- a whole run -------------------------------------------------------------------------------
+# --- a complete run -----------------------------------------------------------------------------
 
 
 class Source:
@@ -239,42 +241,42 @@ def skipping(tracker=None, **changes):
     )
 
 
-class Says(Lines):
+class RecordedMessages(Lines):
     def __init__(self):
         super().__init__()
-        self.said = []
+        self.messages = []
 
     def message(self, text):
-        self.said.append(text)
+        self.messages.append(text)
 
 
 def damaged_before(step):
     """Count by hand what a run has met."""
     batches = order.global_batches(BEGINNING, seed=5, size=SIZE, global_batch_size=BATCH)
-    wanted = [index for indices, _ in islice(batches, step) for index in indices.tolist()]
-    return sum(index in BROKEN for index in wanted)
+    expected = [index for indices, _ in islice(batches, step) for index in indices.tolist()]
+    return sum(index in BROKEN for index in expected)
 
 
-def test_damaged_samples_are_counted_exactly_also_after_a_resume(tmp_path):
-    tracker = Says()
+def test_damaged_samples_are_counted_exactly_after_a_resume(tmp_path):
+    tracker = RecordedMessages()
     job = skipping(tracker)
     assert loop.train(job, state := State(), a_saver(tmp_path / "whole"), Stop(World()))
     counts = [line["damaged"] for line in tracker.of("train")]
     assert counts == [damaged_before(step) for step in range(1, 13)]
     assert state.damaged_samples == counts[-1] > 5
     assert [line["damaged"] for line in tracker.of("eval")] == [2.0, 2.0, 2.0]
-    said = [text for text in tracker.said if text.startswith("SKIPPED")]
-    assert len(said) == 5 + 2  # the first few, and those of the first evaluation
+    messages = [text for text in tracker.messages if text.startswith("SKIPPED")]
+    assert len(messages) == 5 + 2  # the first few, and those of the first evaluation
     first = skipping(max_steps=7)
     loop.train(first, State(), a_saver(tmp_path / "cut", every=Every(steps=3)), Stop(World()))
-    second = skipping(again := Says())
+    second = skipping(again := RecordedMessages())
     resumed, finished = go_on(tmp_path / "cut", second)
     assert finished
     assert everything(second, resumed) == everything(job, state)
     assert without_times(again.lines) == without_times(tracker.lines)[-len(again.lines) :]
 
 
-def test_a_run_that_stops_at_damage_logs_no_count(tmp_path):
+def test_run_that_stops_at_damage_logs_no_count(tmp_path):
     job = a_job(max_steps=2)
     loop.train(job, State(), a_saver(tmp_path), Stop(World()))
     assert all("damaged" not in line for line in job.tracker.lines)
@@ -291,15 +293,15 @@ def pictures(tmp_path):
         for n in range(12):
             pixels = np.random.default_rng(n).integers(0, 256, (9, 9, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / label / f"{n:02}.png")
-    whole = (tmp_path / "a" / "05.png").read_bytes()
-    (tmp_path / "a" / "05.png").write_bytes(whole[: len(whole) // 2])
+    data = (tmp_path / "a" / "05.png").read_bytes()
+    (tmp_path / "a" / "05.png").write_bytes(data[: len(data) // 2])
     (tmp_path / "b" / "01.png").write_text("<html>404</html>")
     (tmp_path / "b" / "07.png").write_bytes(b"")
     return tmp_path
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_damaged_pictures_are_named_by_their_paths_or_skipped(pictures, workers):
+def test_damaged_images_are_named_by_path_or_skipped(pictures, workers):
     dataset = ImageFolder(str(pictures), (3, 6, 6), eval_share=0).train
     batches = TrainStream(dataset, World(), 0, 24, workers=workers).batches(BEGINNING)
     with pytest.raises(
@@ -312,16 +314,16 @@ def test_damaged_pictures_are_named_by_their_paths_or_skipped(pictures, workers)
     assert sorted(labels.tolist()) == [0] * 12 + [1] * 12
 
 
-def test_data_in_memory_is_not_asked_twice():
+def test_in_memory_data_is_read_once():
     dataset = TensorDataset(torch.arange(9))
-    batch, texts = fetch_whole(dataset, torch.tensor([3, 1]), skip=True, replace=True)
+    batch, texts = fetch_readable(dataset, torch.tensor([3, 1]), skip=True, replace=True)
     assert (batch[0].tolist(), texts) == ([3, 1], ())
 
 
-def test_a_worker_that_was_killed_is_no_damaged_sample():
-    said = "DataLoader worker (pid(s) 7) exited unexpectedly"
-    assert not damage.is_damage(RuntimeError(said))
-    assert said in str(lost_worker(RuntimeError(said)))
+def test_killed_worker_is_not_a_damaged_sample():
+    messages = "DataLoader worker (pid(s) 7) exited unexpectedly"
+    assert not damage.is_damage(RuntimeError(messages))
+    assert messages in str(lost_worker(RuntimeError(messages)))
     assert damage.is_damage(RuntimeError("a picture of no size"))
     assert lost_worker(RuntimeError("a picture of no size")) is None
-    assert lost_worker(ValueError(said)) is None
+    assert lost_worker(ValueError(messages)) is None

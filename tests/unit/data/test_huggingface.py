@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face's library against the rows they were made of, whole and streamed."""
+"""Datasets of Hugging Face's library compared with their source rows, loaded and streamed."""
 
 import builtins
 import io
@@ -27,7 +27,7 @@ VALUES = {
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """The library, with a cache of its own, and a folder with one dataset in several forms."""
+    """Folder with a library cache and one dataset in several formats."""
     folder = tmp_path_factory.mktemp("huggingface")
     HuggingFace("json", data_files="x.json")  # imports it as we do
     import datasets
@@ -53,25 +53,25 @@ def write(folder, datasets):
         path = folder / "pictures" / f"{n % 2}" / f"{n:02}.png"
         Image.fromarray(pixels).save(path)
         pictures.append((path.read_bytes(), n % 2))
-    pictures.sort(key=lambda each: each[1])
+    pictures.sort(key=lambda pair: pair[1])
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=["zero", "one"])}
     )
-    made = {"image": [p for p, _ in pictures], "label": [n for _, n in pictures]}
-    datasets.Dataset.from_dict(made, features).to_parquet(folder / "pictures.parquet")
-    torn = [*made["image"]]
+    data = {"image": [p for p, _ in pictures], "label": [n for _, n in pictures]}
+    datasets.Dataset.from_dict(data, features).to_parquet(folder / "pictures.parquet")
+    torn = [*data["image"]]
     torn[5] = torn[5][:60]
-    datasets.Dataset.from_dict({**made, "image": torn}, features).to_parquet(
+    datasets.Dataset.from_dict({**data, "image": torn}, features).to_parquet(
         folder / "torn.parquet"
     )
     return folder
 
 
 def source(library, path="parquet", files="[ab].parquet", **settings):
-    given = {"input": "x", "cache_dir": str(library / "cache"), **settings}
+    arguments = {"input": "x", "cache_dir": str(library / "cache"), **settings}
     if files is not None:
-        return HuggingFace(path, data_files=str(library / files), **given)
-    return HuggingFace(str(library / path), **given)
+        return HuggingFace(path, data_files=str(library / files), **arguments)
+    return HuggingFace(str(library / path), **arguments)
 
 
 def rows_of(part, count=SIZE):
@@ -87,19 +87,19 @@ EXPECTED = list(zip(VALUES["x"], VALUES["label"], strict=True))
     {"path": "parts", "files": None}, {"path": "one", "files": None},
     {"path": "parts", "files": None, "streaming": True},
 ])  # fmt: skip
-def test_samples_are_the_rows_in_order(library, settings):
-    made = source(library, **settings)
-    part = made.train
+def test_huggingface_samples_are_the_rows_in_order(library, settings):
+    data = source(library, **settings)
+    part = data.train
     assert (
         rows_of(part if settings.get("streaming") else [part[n] for n in range(SIZE)]) == EXPECTED
     )
     if settings.get("path") == "parts":
-        assert [made.eval[n][0].tolist() for n in range(len(made.eval))] == VALUES["x"][:4]
+        assert [data.eval[n][0].tolist() for n in range(len(data.eval))] == VALUES["x"][:4]
     else:
-        assert made.eval is None
+        assert data.eval is None
 
 
-def test_columns_make_dicts_and_a_transform_makes_anything(library):
+def test_huggingface_columns_give_dicts_and_transform_gives_anything(library):
     part = source(library, columns=["x", "name"]).train
     assert list(part[4]) == ["x", "name"]
     assert part[4]["x"].tolist() == [4.0, -1.0]
@@ -111,13 +111,13 @@ def test_columns_make_dicts_and_a_transform_makes_anything(library):
     assert int(source(library, transform=double).train[5]) == 4
 
 
-def test_labels_that_are_texts_become_numbers(library):
-    made = source(library, label="name", classes=3)
-    assert made.classes == ["bus", "car", "tram"]
-    assert [int(made.train[n][1]) for n in range(4)] == [0, 1, 2, 0]
+def test_huggingface_string_labels_become_indices(library):
+    data = source(library, label="name", classes=3)
+    assert data.classes == ["bus", "car", "tram"]
+    assert [int(data.train[n][1]) for n in range(4)] == [0, 1, 2, 0]
     named = source(library, label="name", streaming=True, label_names=["tram", "car", "bus"])
     assert [y for _, y in rows_of(named.train, 3)] == [2, 1, 0]
-    with pytest.raises(DataError, match=r"name the classes: data\.label_names"):
+    with pytest.raises(DataError, match=r"name them: data\.label_names"):
         _ = source(library, label="name", streaming=True).train
     with pytest.raises(ConfigError, match=r"set sample\.classes=3"):
         _ = source(library, label="name", classes=10).train
@@ -126,75 +126,79 @@ def test_labels_that_are_texts_become_numbers(library):
 # --- order, resume -----------------------------------------------------------------------------
 
 
-def taken(dataset, count, cursor=BEGINNING, *, rank=0, size=1, workers=0):
+def read_batches(dataset, count, cursor=BEGINNING, *, rank=0, size=1, workers=0):
     stream = Streamed(dataset, World(rank, size), 5, 6, workers=workers)
     return [(x[:, 0].tolist(), after)
             for ((x, _),), after in islice(stream.batches(cursor), count)]  # fmt: skip
 
 
-def places(found):
-    """Return rows and cursors; what a state says beside the place may differ after a resume."""
-    return [(rows, after["epoch"], after["batch"]) for rows, after in found]
+def without_state(items):
+    """Return rows and cursors without stream states, which may differ after a resume."""
+    return [(rows, after["epoch"], after["batch"]) for rows, after in items]
 
 
 @pytest.mark.parametrize("buffer", [0, 5])
-def test_a_stream_goes_on_exactly_with_workers_and_on_ranks(library, buffer):
+def test_row_stream_resumes_exactly_with_workers_and_ranks(library, buffer):
     def train():
         return source(library, streaming=True, shuffle_buffer=buffer, seed=3).train
 
-    whole = taken(train(), 7)
-    assert (whole[0][0] == [0, 1, 2, 3, 4, 5]) == (not buffer)
-    assert all(len({n for rows, _ in whole[at : at + 3] for n in rows}) == 18 for at in (0, 3))
-    assert (whole[0][0] == whole[3][0]) == (not buffer and whole[3][0][0] == 0)
+    reference = read_batches(train(), 7)
+    assert (reference[0][0] == [0, 1, 2, 3, 4, 5]) == (not buffer)
+    assert all(len({n for rows, _ in reference[at : at + 3] for n in rows}) == 18 for at in (0, 3))
+    assert (reference[0][0] == reference[3][0]) == (not buffer and reference[3][0][0] == 0)
     for at in range(6):
-        assert places(taken(train(), 6 - at, whole[at][1])) == places(whole[at + 1 :])
-    assert ("source" in whole[0][1]) == (not buffer)  # a buffer's rows are in no state
-    assert taken(train(), 7, workers=1) == whole
-    assert places(taken(train(), 5, whole[1][1], workers=1)) == places(whole[2:])
-    for rows, *shares in zip(whole, taken(train(), 7, size=2), taken(train(), 7, rank=1, size=2),
-                             strict=True):  # fmt: skip
-        assert [n for share in shares for n in share[0]] == rows[0]
+        assert without_state(read_batches(train(), 6 - at, reference[at][1])) == without_state(
+            reference[at + 1 :]
+        )
+    assert ("source" in reference[0][1]) == (not buffer)  # a buffer's rows are in no state
+    assert read_batches(train(), 7, workers=1) == reference
+    assert without_state(read_batches(train(), 5, reference[1][1], workers=1)) == without_state(
+        reference[2:]
+    )
+    per_rank = [read_batches(train(), 7, rank=rank, size=2) for rank in range(2)]
+    for rows, *shares in zip(reference, *per_rank, strict=True):
+        assert [n for part_ in shares for n in part_[0]] == rows[0]
 
 
-def test_the_librarys_own_stream_can_be_the_data(library):
+def test_library_stream_is_accepted_as_data(library):
     import datasets
 
     def stream():
         files = str(library / "[ab].parquet")
-        made = datasets.load_dataset("parquet", data_files=files, streaming=True, split="train")
-        return made.map(lambda row: {"x": torch.tensor(row["x"])}).select_columns(["x"])
+        data = datasets.load_dataset("parquet", data_files=files, streaming=True, split="train")
+        return data.map(lambda row: {"x": torch.tensor(row["x"])}).select_columns(["x"])
 
     def first(dataset, count, cursor=BEGINNING):
         feed = Streamed(dataset, World(), 5, 6).batches(cursor)
         return [(batch["x"], after) for (batch,), after in islice(feed, count)]
 
-    whole = first(stream(), 5)
-    rest = first(stream(), 3, whole[1][1])
-    assert "source" in whole[1][1]
-    assert all(torch.equal(x, y) for (x, _), (y, _) in zip(rest, whole[2:], strict=True))
+    reference = first(stream(), 5)
+    rest = first(stream(), 3, reference[1][1])
+    assert "source" in reference[1][1]
+    assert all(torch.equal(x, y) for (x, _), (y, _) in zip(rest, reference[2:], strict=True))
 
 
 # --- pictures ----------------------------------------------------------------------------------
 
 
-def test_pictures_are_those_of_the_image_folder(library):
-    wanted = ImageFolder(str(library / "pictures"), (3, 5, 5), eval_share=0).train
+def test_huggingface_images_match_image_folder(library):
+    expected = ImageFolder(str(library / "pictures"), (3, 5, 5), eval_share=0).train
     for settings in ({}, {"streaming": True}, {"path": "imagefolder", "files": "pictures/**"}):
-        given = {"files": "pictures.parquet", "input": "image", "shape": (3, 5, 5), **settings}
-        made = source(library, **given, classes=2)
-        part = made.train
-        found = list(part) if settings.get("streaming") else [part[n] for n in range(SIZE)]
-        assert all(torch.equal(x, wanted[n][0]) for n, (x, _) in enumerate(found))
-        assert [int(y) for _, y in found] == wanted.labels.tolist()
-        assert len(made.classes) == 2
+        arguments = {"files": "pictures.parquet", "input": "image", "shape": (3, 5, 5), **settings}
+        data = source(library, **arguments, classes=2)
+        part = data.train
+        items = list(part) if settings.get("streaming") else [part[n] for n in range(SIZE)]
+        assert all(torch.equal(x, expected[n][0]) for n, (x, _) in enumerate(items))
+        assert [int(y) for _, y in items] == expected.labels.tolist()
+        assert len(data.classes) == 2
 
 
-def test_a_transform_gets_decoded_pictures(library):
-    made = source(library, files="pictures.parquet", transform=lambda row: row["image"].size)
-    assert made.train[0] == (9, 7)
+def test_huggingface_transform_gets_decoded_images(library):
+    data = source(library, files="pictures.parquet", transform=lambda row: row["image"].size)
+    assert data.train[0] == (9, 7)
 
 
-def test_damaged_pictures_are_named_or_skipped(library):
+def test_huggingface_damaged_images_are_named_or_skipped(library):
     settings = {"files": "torn.parquet", "input": "image", "shape": (3, 5, 5)}
     rows, streamed = source(library, **settings).train, source(
         library, **settings, streaming=True
@@ -212,34 +216,34 @@ def test_damaged_pictures_are_named_or_skipped(library):
     assert len(feed.take_damaged()) == 1
 
 
-# --- what is refused ---------------------------------------------------------------------------
+# --- rejected input ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("settings", "error", "text"), [
-    ({"input": "y"}, DataError, r"data\.input=y: there .* \(valid: label, name, x\)"),
+    ({"input": "y"}, DataError, r"data\.input=y: no such column \(valid: label, name, x\)"),
     ({"label": "labels"}, DataError, r"data\.label=labels: .* \(did you mean 'label'\?\)"),
     ({"columns": ["nmae"]}, DataError, r"data\.columns=nmae: .* \(did you mean 'name'\?\)"),
     ({"train": "trian"}, DataError, r"data\.train=trian: .* no such split \(did you mean 'train'"),
     ({"eval": "dev"}, DataError, r"data\.eval=dev: .* no such split \(valid: train\)"),
     ({"files": "none*.parquet"}, DataError, "datasets cannot load parquet .*none"),
     ({"files": "rows.json"}, DataError, "datasets cannot load parquet"),
-    ({"path": "praquet"}, ConfigError, r"no loader of local files \(did you mean 'parquet'\?\)"),
-    ({"path": "none", "files": None}, ConfigError, "there is no such folder"),
+    ({"path": "praquet"}, ConfigError, r"not a loader of local files \(did you mean 'parquet'\?\)"),
+    ({"path": "none", "files": None}, ConfigError, "no such folder"),
     ({"path": "cache", "files": None}, DataError, "datasets cannot load"),
-    ({"shuffle_buffer": 3}, ConfigError, r"is for data\.streaming=true"),
+    ({"shuffle_buffer": 3}, ConfigError, r"needs data\.streaming=true"),
 ])  # fmt: skip
-def test_what_is_not_there_is_named_with_what_is(library, settings, error, text):
+def test_huggingface_missing_names_are_reported_with_valid_ones(library, settings, error, text):
     (library / "cache").mkdir(exist_ok=True)
     with pytest.raises(error, match=text):
         both_parts(library, settings)
 
 
 def both_parts(library, settings):
-    made = source(library, **settings)
-    return made.train, made.eval
+    data = source(library, **settings)
+    return data.train, data.eval
 
 
-def test_without_the_library_it_is_said_what_to_install(library, monkeypatch):
+def test_huggingface_without_the_library_names_the_package(library, monkeypatch):
     real = builtins.__import__
 
     def without(name, *args):
@@ -252,7 +256,7 @@ def test_without_the_library_it_is_said_what_to_install(library, monkeypatch):
         source(library)
 
 
-def test_a_picture_in_memory_is_decoded_completely():
+def test_decode_reads_in_memory_images_completely():
     from trainer.data.images import decode
 
     data = io.BytesIO()

@@ -12,16 +12,17 @@ import torch
 from torch.utils.data import TensorDataset, default_collate
 
 from trainer.cluster.world import World
+from trainer.data.batches import fetch, to_device
 from trainer.data.digits import Digits
 from trainer.data.mnist import Mnist, read_idx
-from trainer.data.source import EvalStream, TrainStream, fetch, to_device
+from trainer.data.source import EvalStream, TrainStream
 from trainer.data.synthetic import Synthetic
 from trainer.errors import DataError
 
 # --- digits ------------------------------------------------------------------------------------
 
 
-def test_digits_are_scikit_learns_every_fifth_for_evaluation():
+def test_digits_use_every_fifth_sample_for_evaluation():
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -31,9 +32,9 @@ def test_digits_are_scikit_learns_every_fifth_for_evaluation():
     assert [tuple(t.shape) for t in evaluation] == [(359, 1, 8, 8), (359,)]
     assert [t.dtype for t in train] == [torch.float32, torch.int64]
     every_fifth = np.arange(1797) % 5 == 4
-    for (images, labels), chosen in ((train, ~every_fifth), (evaluation, every_fifth)):
-        assert np.array_equal(images.numpy()[:, 0] * 16, bunch.images[chosen])
-        assert np.array_equal(labels.numpy(), bunch.target[chosen])
+    for (images, labels), is_split in ((train, ~every_fifth), (evaluation, every_fifth)):
+        assert np.array_equal(images.numpy()[:, 0] * 16, bunch.images[is_split])
+        assert np.array_equal(labels.numpy(), bunch.target[is_split])
         assert images.min() == 0
         assert images.max() == 1
         assert set(labels.tolist()) == set(range(10))
@@ -68,13 +69,13 @@ CONTENTS = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """A directory with four whole IDX files."""
+    """A directory with four intact IDX files."""
     for name, data in CONTENTS.items():
         (tmp_path / name).write_bytes(data)
     return tmp_path
 
 
-def test_idx_files_are_read_as_images_and_labels(folder):
+def test_mnist_reads_idx_files(folder):
     source = Mnist(str(folder), mean=0.25, std=0.5)
     inputs, labels = source.train.tensors
     assert (inputs.dtype, labels.dtype) == (torch.float32, torch.int64)
@@ -85,7 +86,7 @@ def test_idx_files_are_read_as_images_and_labels(folder):
     assert source.eval.tensors[1].tolist() == [7, 0]
 
 
-def test_files_may_be_compressed_and_named_with_a_dot(folder):
+def test_mnist_accepts_gz_files_and_dotted_names(folder):
     for name, data in CONTENTS.items():
         (folder / name).unlink()
         (folder / (name.replace("-idx", ".idx") + ".gz")).write_bytes(gzip.compress(data))
@@ -123,9 +124,9 @@ def nothing(data):
 
 
 @pytest.mark.parametrize(("damage", "text"), [
-    (cut, "59 bytes of data, its header says 5 x 4 x 3 = 60; it was cut short or altered"),
-    (longer, "61 bytes of data, its header says 5 x 4 x 3 = 60"),
-    (other_count, "60 bytes of data, its header says 6 x 4 x 3 = 72"),
+    (cut, "59 bytes of data, but its header specifies 5 x 4 x 3 = 60; it was truncated or altered"),
+    (longer, "61 bytes of data, but its header specifies 5 x 4 x 3 = 60"),
+    (other_count, "60 bytes of data, but its header specifies 6 x 4 x 3 = 72"),
     (other_magic, "begins with 00 00 0d 03; an IDX file of unsigned bytes with 3 axes begins with "
                   "00 00 08 03"),
     (other_axes, "begins with 00 00 08 02"),
@@ -133,7 +134,7 @@ def nothing(data):
     (nothing, "begins with ;"),
 ])  # fmt: skip
 @pytest.mark.parametrize("compressed", [False, True])
-def test_a_damaged_file_is_named_with_what_was_found(folder, damage, text, compressed):
+def test_read_idx_reports_a_damaged_file_with_its_content(folder, damage, text, compressed):
     path = folder / NAMES[0]
     data = damage(CONTENTS[NAMES[0]])
     if compressed:
@@ -162,7 +163,7 @@ def not_gzip(data):
 
 
 @pytest.mark.parametrize("damage", [cut, flipped, not_deflated, not_gzip])
-def test_a_damaged_gzip_file_is_named_with_what_to_do(folder, damage):
+def test_read_idx_reports_a_damaged_gzip_file_with_advice(folder, damage):
     (folder / NAMES[3]).unlink()
     path = folder / (NAMES[3] + ".gz")
     path.write_bytes(damage(gzip.compress(CONTENTS[NAMES[3]])))
@@ -172,42 +173,42 @@ def test_a_damaged_gzip_file_is_named_with_what_to_do(folder, damage):
     assert "download it again" in str(caught.value)
 
 
-def test_a_header_that_asks_for_terabytes_is_refused_without_allocating_them(tmp_path):
+def test_read_idx_rejects_a_huge_header_without_allocation(tmp_path):
     path = tmp_path / "huge"
     path.write_bytes(bytes([0, 0, 8, 3]) + b"\xff" * 12)
-    with pytest.raises(DataError, match="cut short or altered"):
+    with pytest.raises(DataError, match="truncated or altered"):
         read_idx(path, dims=3)
 
 
-def test_images_and_labels_that_do_not_belong_together_are_refused(folder):
+def test_mnist_rejects_unequal_images_and_labels(folder):
     (folder / NAMES[1]).write_bytes(idx([1, 2, 3]))
-    with pytest.raises(DataError, match=r"has 5 images, .* 3 labels; they do not belong together"):
+    with pytest.raises(DataError, match=r"has 5 images, .* 3 labels; the files do not match"):
         _ = Mnist(str(folder)).train
 
 
-def test_a_label_that_is_no_class_is_refused(folder):
+def test_mnist_rejects_labels_beyond_the_classes(folder):
     assert Mnist(str(folder), classes=10).train.tensors[1].max() == 9
     with pytest.raises(DataError, match=r"has the label 9, data\.classes is 9"):
         _ = Mnist(str(folder), classes=9).train
 
 
-def test_a_missing_directory_says_where_to_get_the_files(tmp_path):
+def test_mnist_missing_directory_names_the_sources(tmp_path):
     with pytest.raises(DataError) as caught:
         Mnist(str(tmp_path / "none"))
-    assert f"data.dir={tmp_path / 'none'}: there is no such directory" in str(caught.value)
+    assert f"data.dir={tmp_path / 'none'}: no such directory" in str(caught.value)
     assert "dataset-fashion-mnist" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_missing_file_is_named_before_training_with_what_is_there(folder, name):
+def test_mnist_missing_file_is_reported_before_training(folder, name):
     (folder / name).unlink()
     with pytest.raises(DataError) as caught:
         Mnist(str(folder))
-    assert f"has neither {name} nor {name}.gz (it holds " in str(caught.value)
+    assert f"has neither {name} nor {name}.gz (it contains " in str(caught.value)
     assert "https://github.com/zalandoresearch/fashion-mnist" in str(caught.value)
 
 
-def test_an_empty_directory_is_said_to_be_empty(tmp_path):
+def test_mnist_empty_directory_is_reported(tmp_path):
     with pytest.raises(DataError, match="it is empty"):
         Mnist(str(tmp_path))
 
@@ -216,7 +217,7 @@ def test_an_empty_directory_is_said_to_be_empty(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 8, 8), [3, 4, 5, 2]])
-def test_synthetic_data_has_any_shape(shape):
+def test_synthetic_accepts_any_shape(shape):
     source = Synthetic(shape, classes=4, train_samples=30, eval_samples=9)
     inputs, labels = source.train.tensors
     assert inputs.shape == (30, *shape)
@@ -226,7 +227,7 @@ def test_synthetic_data_has_any_shape(shape):
     assert len(source.eval) == 9
 
 
-def test_synthetic_data_is_a_function_of_its_seed():
+def test_synthetic_is_a_function_of_its_seed():
     torch.manual_seed(0)
     first = Synthetic((4,), seed=3, train_samples=20)
     torch.manual_seed(1)
@@ -236,7 +237,7 @@ def test_synthetic_data_is_a_function_of_its_seed():
     assert not torch.equal(first.eval.tensors[0], other.eval.tensors[0])
 
 
-def test_both_parts_share_their_patterns_and_nothing_else():
+def test_synthetic_splits_share_only_their_patterns():
     source = Synthetic((6,), classes=3, train_samples=50, eval_samples=50, noise=0.0)
     patterns = {}
     for inputs, labels in (source.train.tensors, source.eval.tensors):
@@ -264,13 +265,13 @@ class Mappings(Plain):
         return {"x": torch.tensor([index, -index]), "y": 10 * index}
 
 
-class Whole(Plain):
+class Batched(Plain):
     """A dataset that makes a batch itself."""
 
     asked = None
 
     def __getitem__(self, index):
-        raise AssertionError("samples were asked for one by one")
+        raise AssertionError("samples are out of range one by one")
 
     def __getitems__(self, indices):
         self.asked = indices
@@ -279,7 +280,7 @@ class Whole(Plain):
 
 
 class ListOfSamples(Plain):
-    """What torch's own contract of `__getitems__` returns: a list of samples."""
+    """Dataset whose `__getitems__` returns a list of samples, as torch's contract allows."""
 
     def __getitems__(self, indices):
         return [Plain.__getitem__(self, index) for index in indices]
@@ -294,34 +295,34 @@ def in_tensors():
     return TensorDataset(torch.stack([rows, -rows], 1), 10 * rows)
 
 
-@pytest.mark.parametrize("make", [in_tensors, Plain, Whole, ListOfSamples])
-def test_every_kind_of_dataset_gives_the_same_batch(make):
+@pytest.mark.parametrize("make", [in_tensors, Plain, Batched, ListOfSamples])
+def test_fetch_gives_the_same_batch_for_every_kind_of_dataset(make):
     batch = fetch(make(), INDICES)
     assert all(map(torch.equal, batch, EXPECTED))
     assert len(batch) == 2
 
 
-def test_a_batch_of_mappings_is_a_mapping_of_batches():
+def test_fetch_collates_mappings():
     batch = fetch(Mappings(), INDICES)
     assert list(batch) == ["x", "y"]
     assert torch.equal(batch["x"], EXPECTED[0])
     assert torch.equal(batch["y"], EXPECTED[1])
 
 
-def test_a_dataset_that_makes_batches_is_asked_once_with_plain_numbers():
-    dataset = Whole()
+def test_fetch_calls_getitems_once_with_ints():
+    dataset = Batched()
     fetch(dataset, INDICES)
     assert dataset.asked == [4, 0, 7]
     assert all(type(index) is int for index in dataset.asked)
 
 
-def test_subsets_of_torch_are_fetched_whole():
-    subset = torch.utils.data.Subset(Whole(), [8, 7, 6, 5, 4])
+def test_fetch_reads_torch_subsets_in_batches():
+    subset = torch.utils.data.Subset(Batched(), [8, 7, 6, 5, 4])
     batch = fetch(subset, torch.tensor([1, 4]))
     assert torch.equal(batch[1], torch.tensor([70, 40]))
 
 
-def test_moving_a_batch_keeps_its_form():
+def test_to_device_keeps_the_nesting():
     batch = {"a": [torch.ones(1), (torch.zeros(2), "text")], "b": 3}
     moved = to_device(batch, torch.device("cpu"))
     assert moved["a"][0] is batch["a"][0]
@@ -330,7 +331,7 @@ def test_moving_a_batch_keeps_its_form():
     assert moved["b"] == 3
 
 
-def test_the_default_collation_is_torchs_own():
+def test_fetch_collates_as_torch():
     samples = [Plain()[index] for index in INDICES.tolist()]
     assert all(map(torch.equal, fetch(Plain(), INDICES), default_collate(samples)))
 
@@ -349,7 +350,7 @@ class Noisy:
 
     def __getitem__(self, index):
         if index == self.fails_at:
-            raise OSError("the file system is gone")
+            raise OSError("the file system is unavailable")
         noise = random.random() + np.random.rand() + torch.rand(3)
         return noise + index, index
 
@@ -365,7 +366,7 @@ def first(batches, count):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_batches_are_the_same_with_workers_and_without(workers):
+def test_feed_is_independent_of_workers(workers):
     beginning = {"epoch": 0, "batch": 0}
     torch.manual_seed(0)
     expected = first(stream(0).batches(beginning), 7)
@@ -380,7 +381,7 @@ def test_batches_are_the_same_with_workers_and_without(workers):
         assert torch.equal(x, other)
 
 
-def test_random_samples_are_the_same_on_any_number_of_ranks():
+def test_random_samples_are_independent_of_ranks():
     beginning = {"epoch": 0, "batch": 0}
     alone = first(stream(0).batches(beginning), 4)
     ranks = [first(stream(0, size=3, rank=rank).batches(beginning), 4) for rank in range(3)]
@@ -389,13 +390,13 @@ def test_random_samples_are_the_same_on_any_number_of_ranks():
         assert [row for rank in ranks for row in rank[step][1]] == y
 
 
-def test_an_error_in_a_worker_is_raised_where_the_batch_is_asked_for():
+def test_feed_raises_worker_errors_at_the_request():
     batches = stream(1, dataset=Noisy(fails_at=4)).batches({"epoch": 0, "batch": 0})
     with pytest.raises(DataError, match=r"^sample 4 cannot be read: OSError: the file"):
         list(islice(batches, 4))
 
 
-def test_it_is_known_whether_batches_are_there(tmp_path):
+def test_feed_has_reports_readiness(tmp_path):
     gate = tmp_path / "gate"
 
     class Waiting(Noisy):

@@ -38,14 +38,14 @@ class Numbers(IterableDataset):
     """Its samples are (epoch, number, something random); counts how many it has given."""
 
     def __init__(self, size=SIZE):
-        self.size, self.epoch, self.given = size, 0, 0
+        self.size, self.epoch, self.served = size, 0, 0
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
     def __iter__(self):
         for number in range(self.size):
-            self.given += 1
+            self.served += 1
             yield self.sample(number)
 
     def sample(self, number):
@@ -54,14 +54,14 @@ class Numbers(IterableDataset):
 
 
 class Stateful(Numbers):
-    """The same, and it can say where it is."""
+    """The same with a state dict."""
 
     at = begin = 0
 
     def __iter__(self):
         self.at, self.begin = self.begin, 0
         while self.at < self.size:
-            self.given += 1
+            self.served += 1
             self.at += 1
             yield self.sample(self.at - 1)
 
@@ -81,7 +81,9 @@ class Mute(Stateful):
         return {"at": object()}
 
 
-def taken(source, count, cursor=BEGINNING, *, rank=0, size=1, accumulate=1, workers=0, **settings):
+def read_batches(
+    source, count, cursor=BEGINNING, *, rank=0, size=1, accumulate=1, workers=0, **settings
+):
     stream = Streamed(source, World(rank, size), 5, BATCH, accumulate, workers, **settings)
     return [
         (torch.cat(pieces).tolist(), after)
@@ -101,33 +103,35 @@ def joined(ranks):
 # --- order -------------------------------------------------------------------------------------
 
 
-def test_an_epoch_is_what_the_stream_yields_without_the_incomplete_batch():
-    found = taken(Numbers(), 7)
-    assert [[int(row[1]) for row in rows] for rows, _ in found] == [
+def test_epoch_is_one_pass_without_the_incomplete_batch():
+    result = read_batches(Numbers(), 7)
+    assert [[int(row[1]) for row in rows] for rows, _ in result] == [
         list(range(6 * (n % 3), 6 * (n % 3) + 6)) for n in range(7)
     ]
-    assert [{int(row[0]) for row in rows} for rows, _ in found] == [{n // 3} for n in range(7)]
-    assert [after for _, after in found] == [
+    assert [{int(row[0]) for row in rows} for rows, _ in result] == [{n // 3} for n in range(7)]
+    assert [after for _, after in result] == [
         {"epoch": (n + 1) // 3, "batch": (n + 1) % 3} for n in range(7)
     ]
-    assert [after for _, after in taken(Numbers(size=18), 3)] == [after for _, after in found[:3]]
+    assert [after for _, after in read_batches(Numbers(size=18), 3)] == [
+        after for _, after in result[:3]
+    ]
 
 
 @pytest.mark.parametrize("kind", [Numbers, Stateful])
 @pytest.mark.parametrize(("size", "accumulate"), [(2, 1), (3, 1), (3, 2), (1, 3)])
-def test_the_global_batches_are_the_same_on_any_number_of_ranks(kind, size, accumulate):
-    ranks = [taken(kind(), 8, rank=r, size=size, accumulate=accumulate) for r in range(size)]
-    assert joined(ranks) == taken(kind(), 8)
+def test_global_batches_are_the_same_on_any_number_of_ranks(kind, size, accumulate):
+    ranks = [read_batches(kind(), 8, rank=r, size=size, accumulate=accumulate) for r in range(size)]
+    assert joined(ranks) == read_batches(kind(), 8)
 
 
 @pytest.mark.parametrize("kind", [Numbers, Stateful])
-def test_one_process_may_read_ahead(kind):
+def test_stream_with_workers_reads_ahead_in_one_process(kind):
     before = rng.capture()
-    assert taken(kind(), 8, workers=3) == taken(kind(), 8)
+    assert read_batches(kind(), 8, workers=3) == read_batches(kind(), 8)
     assert all(map(torch.equal, rng.capture().values(), before.values()))
 
 
-def test_what_is_a_stream():
+def test_is_stream_accepts_restartable_iterables_only():
     plain = TensorDataset(torch.arange(3))
     yes = (Numbers(), DataLoader(plain), StatefulDataLoader(plain), {1, 2})
     no = (plain, [1, 2], iter([1, 2]), 3, torch.utils.data.Subset(plain, [0]))
@@ -140,61 +144,59 @@ def test_what_is_a_stream():
 
 @pytest.mark.parametrize("kind", [Numbers, Stateful, Mute])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_from_any_cursor_on_the_rest_is_the_same(kind, workers):
-    whole = taken(kind(), 8)
-    for at, (_, cursor) in enumerate(whole[:-1]):
+def test_stream_from_any_cursor_continues_identically(kind, workers):
+    reference = read_batches(kind(), 8)
+    for at, (_, cursor) in enumerate(reference[:-1]):
         if workers and at not in (1, 2):
             continue
         source = kind()
-        assert taken(source, 7 - at, cursor, workers=workers) == whole[at + 1 :]
+        assert read_batches(source, 7 - at, cursor, workers=workers) == reference[at + 1 :]
 
 
-def test_a_stream_with_a_state_is_not_read_again_and_without_one_it_is_said():
+def test_stream_with_state_is_not_read_again_and_without_it_a_message_is_given():
     for kind, read_again in ((Stateful, 0), (Numbers, 2 * BATCH), (Mute, 2 * BATCH)):
         stream = Streamed(kind(), World(), 5, BATCH)
-        cursor = taken(kind(), 2)[1][1]
+        cursor = read_batches(kind(), 2)[1][1]
         next(stream.batches(cursor))
-        assert stream.dataset.given == SIZE - 2 * BATCH + read_again
+        assert stream.dataset.served == SIZE - 2 * BATCH + read_again
         text = stream.rereads(cursor)
         assert text == "" if not read_again else "12 samples of epoch 0 are read again" in text
         assert stream.rereads(BEGINNING) == ""
 
 
-def test_that_a_loaders_own_workers_choose_anew_is_said():
-    for workers, said in ((0, ""), (2, "random choices in the DataLoader's own workers")):
+def test_loader_workers_that_are_not_restored_are_reported():
+    for workers, message in ((0, ""), (2, "random choices in the DataLoader's own workers")):
         stream = Streamed(loader(num_workers=workers), World(), 5, BATCH)
-        assert stream.rereads({"epoch": 0, "batch": 2, "source": {}}).startswith(said)
-        assert bool(stream.rereads({"epoch": 0, "batch": 2, "source": {}})) == bool(said)
+        assert stream.rereads({"epoch": 0, "batch": 2, "source": {}}).startswith(message)
+        assert bool(stream.rereads({"epoch": 0, "batch": 2, "source": {}})) == bool(message)
 
 
-def test_a_state_survives_as_strict_json_with_its_types():
+def test_position_state_survives_strict_json_with_its_types():
     source = Stateful()
-    state = position.of(source)
+    state = position.capture(source)
     assert values.decode(values.encode(state, "x")) == state  # as a checkpoint stores it
     position.restore(source, state)
     tensors = {
         "a": torch.rand(2, 3), "b": torch.tensor(True), "c": torch.zeros(0, 2),
         "d": [torch.tensor(3, dtype=torch.bfloat16), (1, "x")], "e": torch.get_rng_state(),
     }  # fmt: skip
-    found = position._with_tensors(values.decode(
-        values.encode(position._without_tensors(tensors), "x")
+    result = position._decode_tensors(values.decode(
+        values.encode(position._encode_tensors(tensors), "x")
     ))  # fmt: skip
     for key in "abce":
-        assert torch.equal(found[key], tensors[key])
-        assert found[key].dtype == tensors[key].dtype
-    assert torch.equal(found["d"][0], tensors["d"][0])
-    assert found["d"][1] == (1, "x")
+        assert torch.equal(result[key], tensors[key])
+        assert result[key].dtype == tensors[key].dtype
+    assert torch.equal(result["d"][0], tensors["d"][0])
+    assert result["d"][1] == (1, "x")
 
 
-def test_a_state_that_the_stream_refuses_is_an_error_that_says_so():
-    with pytest.raises(
-        DataError, match="cannot go on from the state that it gave before: KeyError"
-    ):
-        taken(Stateful(), 1, {"epoch": 0, "batch": 1, "source": {}})
+def test_position_rejected_state_is_a_data_error():
+    with pytest.raises(DataError, match="cannot load its state from the checkpoint: KeyError"):
+        read_batches(Stateful(), 1, {"epoch": 0, "batch": 1, "source": {}})
 
 
 def a_run(folder, steps):
-    """Train on a stream up to a step, going on where the run in its folder is."""
+    """Train on a stream up to a step, resuming the run in its folder."""
     job = a_job(data=Streamed(Points(), World(), 5, 8), max_steps=steps, eval_every=Every(epochs=1))
     state, finished = go_on(folder, job, every=Every(steps=2))
     assert finished
@@ -209,47 +211,49 @@ class Points(Stateful):
         return inputs + 0.1 * torch.rand(6), labels
 
 
-def test_a_run_on_a_stream_goes_on_exactly(tmp_path):
-    whole, state = a_run(tmp_path / "whole", 8)
+def test_run_on_a_stream_resumes_exactly(tmp_path):
+    reference, state = a_run(tmp_path / "reference", 8)
     for cut in (2, 3):  # at the end of an epoch, and in the middle of one
         a_run(tmp_path / str(cut), cut)
         rest, resumed = a_run(tmp_path / str(cut), 8)
-        assert everything(rest, resumed) == everything(whole, state)
+        assert everything(rest, resumed) == everything(reference, state)
         assert without_times(rest.tracker.lines) == without_times(
-            [line for line in whole.tracker.lines if line["step"] > cut]
+            [line for line in reference.tracker.lines if line["step"] > cut]
         )
     assert (state.epoch, state.step) == (4, 8)
 
 
-def test_epochs_end_a_run_on_a_stream_too(tmp_path):
+def test_max_epochs_ends_a_run_on_a_stream(tmp_path):
     job = a_job(data=Streamed(Points(), World(), 5, 8), max_steps=100, max_epochs=2)
     assert loop.train(job, state := State(), a_saver(tmp_path), Stop(World()))
     assert state.step == 4
 
 
-# --- what is refused ---------------------------------------------------------------------------
+# --- rejected input ----------------------------------------------------------------------------
 
 
-def test_an_epoch_without_a_whole_batch_is_refused():
+def test_epoch_without_a_complete_batch_is_an_error():
     with pytest.raises(
         DataError, match="epoch 0 of the stream has 0 samples, fewer than one global"
     ):
-        taken(Numbers(size=0), 1)
+        read_batches(Numbers(size=0), 1)
     with pytest.raises(DataError, match="has 5 samples, fewer than one global batch of 6"):
-        taken(Numbers(size=5), 1, workers=1)
-    with pytest.raises(DataError, match="ends after 8 samples, and this run was at batch 2 of it"):
-        taken(Numbers(size=8), 1, {"epoch": 0, "batch": 2})
+        read_batches(Numbers(size=5), 1, workers=1)
+    with pytest.raises(
+        DataError, match="ends after 8 samples, before batch 2 from which this run resumes"
+    ):
+        read_batches(Numbers(size=8), 1, {"epoch": 0, "batch": 2})
 
     class Once(Numbers):
         def __iter__(self):
             return super().__iter__() if self.epoch == 0 else iter(())
 
     with pytest.raises(DataError, match="epoch 1 of the stream has 0 samples"):
-        taken(Once(), 4)
+        read_batches(Once(), 4)
 
 
 class Torn(IterableDataset):
-    """An iterator that can go on after an error."""
+    """Iterator that continues after an error."""
 
     def __init__(self, broken, size=SIZE):
         self.broken, self.size = broken, size
@@ -290,27 +294,27 @@ class BehindClass(TornGenerator):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_damage_in_a_stream_is_named_by_its_place_or_skipped(workers):
+def test_stream_damage_is_named_or_skipped(workers):
     with pytest.raises(
         DataError, match=r"^sample 7 of epoch 0 of the stream cannot be read: OSError"
     ):
-        taken(Torn((7, 8)), 2, workers=workers)
+        read_batches(Torn((7, 8)), 2, workers=workers)
     skipped = {"skip_damaged": True, "workers": workers}
-    found = taken(Torn((7, 8)), 4, **skipped)
-    numbers = [row[0] for rows, _ in found for row in rows]
+    result = read_batches(Torn((7, 8)), 4, **skipped)
+    numbers = [row[0] for rows, _ in result for row in rows]
     assert numbers[:18] == [n for n in range(20) if n not in (7, 8)]
-    ranks = [taken(Torn((7, 8)), 4, rank=r, size=2, **skipped) for r in range(2)]
-    assert joined(ranks) == found
+    ranks = [read_batches(Torn((7, 8)), 4, rank=r, size=2, **skipped) for r in range(2)]
+    assert joined(ranks) == result
     dead_ones = [kind((7,)) for kind in (TornGenerator, BehindMap, BehindClass)]
     for dead in (*dead_ones, DataLoader(dead_ones[0], batch_size=None)):
-        with pytest.raises(DataError, match="ended with it, as a generator does"):
-            taken(dead, 2, **skipped)
+        with pytest.raises(DataError, match="ended with this error, as generators do"):
+            read_batches(dead, 2, **skipped)
     with pytest.raises(DataError, match="and the 9 after it cannot be read"):
-        taken(Torn(range(7, 30), size=40), 2, **skipped)
+        read_batches(Torn(range(7, 30), size=40), 2, **skipped)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_damage_at_the_end_of_a_stream_is_skipped_and_told_with_the_last_batch(workers):
+def test_stream_damage_at_the_end_is_reported_with_the_last_batch(workers):
     per_epoch = (SIZE - 1) // BATCH
     for rank in range(2):
         source = Torn((SIZE - 1,))
@@ -320,20 +324,20 @@ def test_damage_at_the_end_of_a_stream_is_skipped_and_told_with_the_last_batch(w
             list(islice(feed, per_epoch - 1))
             assert feed.take_damaged() == []
             next(feed)
-            told = feed.take_damaged()
-            assert [f"sample {SIZE - 1} of epoch {epoch}" in text for text in told] == (
+            texts = feed.take_damaged()
+            assert [f"sample {SIZE - 1} of epoch {epoch}" in text for text in texts] == (
                 [True] if rank == 0 else []
             )
 
 
-def test_damage_that_every_rank_meets_is_told_once():
-    told = []
+def test_stream_damage_is_reported_by_rank_0_only():
+    texts = []
     for rank in range(2):
         stream = Streamed(Torn((7, 8)), World(rank, 2), 5, BATCH, skip_damaged=True)
         feed = stream.batches(BEGINNING)
         list(islice(feed, 2))
-        told += feed.take_damaged()
-    assert len(told) == 2
+        texts += feed.take_damaged()
+    assert len(texts) == 2
 
 
 # --- loaders that make batches themselves ------------------------------------------------------
@@ -342,8 +346,8 @@ def test_damage_that_every_rank_meets_is_told_once():
 def loader(**settings):
     rng.seed_all(0)  # as build.py does before it makes the data
     dataset = TensorDataset(torch.arange(SIZE)[:, None])
-    given = {"batch_size": BATCH, "shuffle": True, "collate_fn": flat, **settings}
-    return StatefulDataLoader(dataset, **given)
+    served = {"batch_size": BATCH, "shuffle": True, "collate_fn": flat, **settings}
+    return StatefulDataLoader(dataset, **served)
 
 
 def flat(samples):
@@ -358,49 +362,52 @@ def first_of(sample):
     {}, {"num_workers": 2}, {"drop_last": True}, {"shuffle": False},
     {"batch_size": None, "collate_fn": first_of},
 ])  # fmt: skip
-def test_a_stateful_loader_goes_on_from_any_batch(settings):
-    whole = taken(loader(**settings), 8)
-    for epoch in (whole[:3], whole[3:6]):
+def test_stateful_loader_resumes_from_any_batch(settings):
+    reference = read_batches(loader(**settings), 8)
+    for epoch in (reference[:3], reference[3:6]):
         assert len({row[0] for rows, _ in epoch for row in rows}) == 18
-    assert (whole[0][0] == whole[3][0]) == ("shuffle" in settings)  # shuffled anew
+    assert (reference[0][0] == reference[3][0]) == ("shuffle" in settings)  # shuffled anew
     for at in (1, 2) if "num_workers" in settings else (0, 1, 2, 4):
-        rest = taken(loader(**settings), 7 - at, whole[at][1])
-        assert [rows for rows, _ in rest] == [rows for rows, _ in whole[at + 1 :]]
-        assert [after["batch"] for _, after in rest] == [a["batch"] for _, a in whole[at + 1 :]]
+        rest = read_batches(loader(**settings), 7 - at, reference[at][1])
+        assert [rows for rows, _ in rest] == [rows for rows, _ in reference[at + 1 :]]
+        assert [after["batch"] for _, after in rest] == [a["batch"] for _, a in reference[at + 1 :]]
     if "num_workers" not in settings:
-        assert joined([taken(loader(**settings), 8, rank=r, size=3) for r in range(3)]) == whole
+        assert (
+            joined([read_batches(loader(**settings), 8, rank=r, size=3) for r in range(3)])
+            == reference
+        )
 
 
-def test_the_first_batch_can_be_looked_at_without_a_trace():
+def test_first_batch_leaves_generators_unchanged():
     source = loader()
     stream = Streamed(source, World(), 5, BATCH)
     first = stream.first()
-    assert taken(source, 4) == taken(loader(), 4)
-    assert torch.cat(first).tolist() == taken(loader(), 1)[0][0]
+    assert read_batches(source, 4) == read_batches(loader(), 4)
+    assert torch.cat(first).tolist() == read_batches(loader(), 1)[0][0]
 
 
-def test_a_plain_loader_is_shuffled_by_seed_and_epoch_and_read_again():
+def test_plain_loader_is_shuffled_by_seed_and_epoch_and_read_again():
     def source():
         return DataLoader(TensorDataset(torch.arange(SIZE)[:, None]), BATCH, shuffle=True,
                           collate_fn=flat)  # fmt: skip
 
-    whole = taken(source(), 8)
+    reference = read_batches(source(), 8)
     torch.manual_seed(999)
-    assert taken(source(), 5, whole[2][1]) == whole[3:]
-    assert whole[0][0] != whole[3][0]
-    assert "source" not in whole[1][1]
+    assert read_batches(source(), 5, reference[2][1]) == reference[3:]
+    assert reference[0][0] != reference[3][0]
+    assert "source" not in reference[1][1]
 
 
-def test_batches_of_another_size_than_the_global_one_are_refused():
-    with pytest.raises(DataError, match="gives batches of 4 samples, a global batch has 6"):
-        taken(loader(batch_size=4), 1)
+def test_loader_batches_of_another_size_are_rejected():
+    with pytest.raises(DataError, match="returned a batch of 4 samples, but a global batch has 6"):
+        read_batches(loader(batch_size=4), 1)
 
     batches = [[0, 1, 2, 3, 4, 5], [6], [7]]  # the incomplete one is not the last
-    with pytest.raises(DataError, match="gives batches of 1 samples"):
-        taken(DataLoader(TensorDataset(torch.arange(8)), batch_sampler=batches), 1)
+    with pytest.raises(DataError, match="returned a batch of 1 samples"):
+        read_batches(DataLoader(TensorDataset(torch.arange(8)), batch_sampler=batches), 1)
 
 
-def test_rows_of_batches_of_any_form_are_shared_out():
+def test_rows_of_any_nested_batch_are_divided():
     class Rows:
         def __len__(self):
             return SIZE
@@ -408,18 +415,18 @@ def test_rows_of_batches_of_any_form_are_shared_out():
         def __getitem__(self, index):
             return {"x": torch.tensor([index]), "pair": (index, str(index))}
 
-    found = []
+    result = []
     for rank in range(2):
         source = DataLoader(Rows(), batch_size=BATCH)
         stream = Streamed(source, World(rank, 2), 5, BATCH)
         (piece,), _ = next(stream.batches(BEGINNING))
         assert piece["x"][:, 0].tolist() == piece["pair"][0].tolist()
         assert [int(text) for text in piece["pair"][1]] == piece["x"][:, 0].tolist()
-        found += piece["x"][:, 0].tolist()
-    assert found == list(range(6))
+        result += piece["x"][:, 0].tolist()
+    assert result == list(range(6))
 
 
-def test_a_signal_that_means_to_stop_does_not_reach_a_loaders_own_workers():
+def test_stop_signals_do_not_end_loader_workers():
     feed = Streamed(loader(num_workers=1), World(), 5, BATCH).batches(BEGINNING)
     next(feed)
     for child in active_children():
@@ -444,7 +451,7 @@ print([next(feed)[1] for feed in feeds])
 """
 
 
-def test_a_process_ends_although_its_workers_ignore_signals():
+def test_process_exits_although_its_workers_ignore_signals():
     done = subprocess.run(
         [sys.executable, "-c", ENDS], cwd=ROOT, capture_output=True, text=True, timeout=60
     )

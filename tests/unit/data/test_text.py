@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 
 from trainer.cluster.world import World
 from trainer.data import corpus
-from trainer.data.source import EvalStream, TrainStream, fetch
+from trainer.data.batches import fetch
+from trainer.data.source import EvalStream, TrainStream
 from trainer.data.text import Text, Windows
 from trainer.data.token_shards import Part, Shard
 from trainer.errors import ConfigError, DataError
@@ -69,11 +70,11 @@ def tokens_of(prepared, part):
 
 def documents_of(prepared, part):
     """Return the documents that the tokens of a part spell."""
-    found = [[]]
+    result = [[]]
     for token in tokens_of(prepared, part):
-        found[-1].append(token) if token != END else found.append([])
-    assert found.pop() == []
-    return [bytes(document) for document in found]
+        result[-1].append(token) if token != END else result.append([])
+    assert result.pop() == []
+    return [bytes(document) for document in result]
 
 
 def contents(folder):
@@ -84,11 +85,11 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 100, 1 << 25])
-def test_the_tokens_are_the_documents_bytes_each_with_its_end(files, shard_tokens):
+def test_tokens_are_document_bytes_with_end_tokens(files, shard_tokens):
     prepared = small(files, shard_tokens=shard_tokens).prepare()
-    found = {part: documents_of(prepared, part) for part in ("train", "eval")}
-    assert sorted(found["train"] + found["eval"]) == sorted(DOCUMENTS.values())
-    for part, documents in found.items():
+    result = {part: documents_of(prepared, part) for part in ("train", "eval")}
+    assert sorted(result["train"] + result["eval"]) == sorted(DOCUMENTS.values())
+    for part, documents in result.items():
         names = [name for name in sorted(DOCUMENTS) if DOCUMENTS[name] in documents]
         assert documents == [DOCUMENTS[name] for name in names]
         about = prepared.parts[part]
@@ -100,7 +101,7 @@ def test_the_tokens_are_the_documents_bytes_each_with_its_end(files, shard_token
         )
 
 
-def test_the_index_says_what_is_there(files):
+def test_index_describes_the_shards(files):
     source = small(files)
     prepared = source.prepare()
     index = json.loads((prepared.folder / "index.json").read_bytes())
@@ -114,17 +115,17 @@ def test_the_index_says_what_is_there(files):
     assert prepared.folder.parent.name == "perdure"
 
 
-def test_what_was_prepared_is_not_made_again(files, monkeypatch):
+def test_prepared_shards_are_reused(files, monkeypatch):
     prepared = small(files).prepare()
     monkeypatch.setattr(corpus, "_read_local", None)
     assert small(files).prepare() == prepared
 
 
-def test_making_the_object_reads_nothing():
+def test_text_constructor_reads_nothing():
     Text("/nowhere/*.txt", tokenizer="/nowhere/tokenizer.json")
 
 
-def test_progress_is_told_in_bytes_and_lines(files):
+def test_prepare_reports_progress_in_bytes_and_lines(files):
     done, lines = [], []
     source = small(files)
     prepared = source.prepare(lines.append, done.append)
@@ -134,17 +135,17 @@ def test_progress_is_told_in_bytes_and_lines(files):
     assert lines[0].startswith("train-00000.bin: ")
 
 
-def test_the_standard_library_is_text():
+def test_standard_library_is_usable_text():
     library = sysconfig.get_path("stdlib")
     source = Text(f"{library}/json/*.py", context=64, eval_share=0.4)
     prepared = source.prepare()
-    found = documents_of(prepared, "train") + documents_of(prepared, "eval")
-    assert sorted(found) == sorted(p.read_bytes() for p in Path(library, "json").glob("*.py"))
+    result = documents_of(prepared, "train") + documents_of(prepared, "eval")
+    assert sorted(result) == sorted(p.read_bytes() for p in Path(library, "json").glob("*.py"))
     inputs, targets = source.train[0]
     assert inputs[1:].tolist() == targets[:-1].tolist()
 
 
-def test_by_default_it_is_the_standard_library_without_tests_and_packages():
+def test_standard_library_excludes_tests_and_packages():
     library = Path(sysconfig.get_path("stdlib"))
     left_out = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
     total = 0
@@ -158,16 +159,16 @@ def test_by_default_it_is_the_standard_library_without_tests_and_packages():
 # --- the split ---------------------------------------------------------------------------------
 
 
-def test_the_split_does_not_depend_on_the_order_of_the_files(files, tmp_path, monkeypatch):
+def test_split_is_independent_of_file_order(files, tmp_path, monkeypatch):
     first = small(files).prepare()
-    found = corpus.glob.glob(files, recursive=True)
-    random.Random(0).shuffle(found)
-    monkeypatch.setattr(corpus.glob, "glob", lambda pattern, recursive: found)
+    result = corpus.glob.glob(files, recursive=True)
+    random.Random(0).shuffle(result)
+    monkeypatch.setattr(corpus.glob, "glob", lambda pattern, recursive: result)
     second = small(files, tmp_path / "other").prepare()
     assert contents(first.folder) == contents(second.folder)
 
 
-def test_a_document_stays_in_its_part_when_others_come_and_the_folder_moves(files, tmp_path):
+def test_document_stays_in_its_split_when_files_are_added_or_moved(files, tmp_path):
     before = documents_of(small(files).prepare(), "eval")
     more = {f"new{number}.txt": b"new%d" % number for number in range(20)}
     moved = write(tmp_path / "elsewhere" / "moved", {**DOCUMENTS, **more})
@@ -176,10 +177,10 @@ def test_a_document_stays_in_its_part_when_others_come_and_the_folder_moves(file
     assert len(after) > len(before)
 
 
-@pytest.mark.parametrize(("share", "word"), [(1e-9, "evaluate on"), (1 - 1e-9, "train on")])
-def test_a_part_without_documents_is_refused_and_the_nearest_share_is_right(files, share, word):
+@pytest.mark.parametrize(("fraction", "word"), [(1e-9, "evaluate on"), (1 - 1e-9, "train on")])
+def test_empty_split_is_rejected_with_the_nearest_valid_share(files, fraction, word):
     with pytest.raises(DataError, match=f"leaves nothing to {word}: .* 24 documents") as error:
-        small(files, eval_share=share).prepare()
+        small(files, eval_share=fraction).prepare()
     nearest = float(str(error.value).partition("nearest: ")[2].partition(")")[0])
     prepared = small(files, eval_share=nearest).prepare()
     assert all(part.documents for part in prepared.parts.values())
@@ -195,7 +196,7 @@ def test_a_part_without_documents_is_refused_and_the_nearest_share_is_right(file
     dtype=st.sampled_from(["uint16", "uint32"]),
     data=st.data(),
 )
-def test_windows_are_slices_of_all_tokens_also_across_shards(lengths, context, dtype, data):
+def test_windows_are_token_slices_also_across_shards(lengths, context, dtype, data):
     with tempfile.TemporaryDirectory() as folder:
         limit = np.iinfo(dtype).max
         everything = np.random.default_rng(0).integers(0, limit, sum(lengths), endpoint=True)
@@ -213,16 +214,16 @@ def test_windows_are_slices_of_all_tokens_also_across_shards(lengths, context, d
         assert len(windows) == len(slices)
         if not slices:
             return
-        wanted = data.draw(st.lists(st.integers(0, len(slices) - 1), min_size=1, max_size=12))
-        inputs, targets = windows.__getitems__(wanted)
+        numbers = data.draw(st.lists(st.integers(0, len(slices) - 1), min_size=1, max_size=12))
+        inputs, targets = windows.__getitems__(numbers)
         assert (inputs.dtype, targets.dtype) == (torch.int64, torch.int64)
-        assert inputs.tolist() == [slices[index][:-1] for index in wanted]
-        assert targets.tolist() == [slices[index][1:] for index in wanted]
-        one = windows[wanted[0]]
-        assert [t.tolist() for t in one] == [slices[wanted[0]][:-1], slices[wanted[0]][1:]]
+        assert inputs.tolist() == [slices[index][:-1] for index in numbers]
+        assert targets.tolist() == [slices[index][1:] for index in numbers]
+        one = windows[numbers[0]]
+        assert [t.tolist() for t in one] == [slices[numbers[0]][:-1], slices[numbers[0]][1:]]
 
 
-def test_a_window_that_is_not_there_is_an_index_error(files):
+def test_window_out_of_range_is_an_index_error(files):
     windows = small(files).train
     for index in (-1, len(windows)):
         with pytest.raises(IndexError, match="from 0 on"):
@@ -230,7 +231,7 @@ def test_a_window_that_is_not_there_is_an_index_error(files):
     assert len(list(windows)) == len(windows)
 
 
-def test_windows_travel_to_workers_without_their_files(files):
+def test_windows_are_pickled_without_mapped_files(files):
     windows = small(files).train
     expected = fetch(windows, torch.arange(len(windows)))
     data = pickle.dumps(windows)
@@ -239,7 +240,7 @@ def test_windows_travel_to_workers_without_their_files(files):
     assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
 
 
-def test_streams_take_windows_as_batches(files):
+def test_train_stream_reads_windows_in_batches(files):
     source = small(files)
     world = World()
     stream = TrainStream(source.train, world, seed=0, global_batch_size=4)
@@ -254,9 +255,9 @@ def test_streams_take_windows_as_batches(files):
 
 
 def forked(function):
-    """Run a function in a process of its own; return its id. It ends with 0, or with 1."""
+    """Run a function in a separate process; return its pid. Its exit code is 0 or 1."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # other threads: it needs none of them
+        warnings.simplefilter("ignore", DeprecationWarning)  # the child needs no other threads
         pid = os.fork()
     if pid:
         return pid
@@ -282,13 +283,13 @@ def wait_for(is_so, pid):
 
 
 @pytest.fixture
-def whole(files, tmp_path):
+def reference(files, tmp_path):
     """The contents of a folder that was prepared without a break."""
     small(files, tmp_path / "whole").prepare()
     return contents(tmp_path / "whole")
 
 
-def test_finished_shards_survive_a_kill_and_are_kept(files, whole, tmp_path):
+def test_finished_shards_survive_a_kill(files, reference, tmp_path):
     folder = tmp_path / "shards"
     finished = [folder / f"train-0000{number}.bin" for number in range(2)]
     read = corpus._read_local
@@ -313,10 +314,10 @@ def test_finished_shards_survive_a_kill_and_are_kept(files, whole, tmp_path):
     small(files, folder).prepare(lines.append)
     assert [(path.stat().st_ino, path.stat().st_mtime_ns) for path in finished] == before
     assert [line.endswith("already complete") for line in lines[:3]] == [True, True, False]
-    assert contents(folder) == whole  # and no temporary file is left
+    assert contents(folder) == reference  # and no temporary file is left
 
 
-def test_killed_at_every_fsync_it_still_ends_right(files, tmp_path):
+def test_prepare_killed_at_every_fsync_completes(files, tmp_path):
     folder, fsync = tmp_path / "shards", os.fsync
 
     def prepares(at):
@@ -340,7 +341,7 @@ def test_killed_at_every_fsync_it_still_ends_right(files, tmp_path):
 
 
 @pytest.mark.parametrize("has_locks", [True, False])
-def test_two_processes_at_once_both_end_right(files, whole, tmp_path, has_locks):
+def test_prepare_in_two_processes_gives_the_same_shards(files, reference, tmp_path, has_locks):
     folder, read = tmp_path / "shards", corpus._read_local
     (there, arrived), (go, start) = os.pipe(), os.pipe()
 
@@ -374,13 +375,13 @@ def test_two_processes_at_once_both_end_right(files, whole, tmp_path, has_locks)
     assert [status_of(pid) for pid in pids] == [0, 0]
     for descriptor in (there, arrived, go, start):
         os.close(descriptor)
-    assert contents(folder) == whole
+    assert contents(folder) == reference
 
 
 # --- what changes and what is damaged ----------------------------------------------------------
 
 
-def test_a_changed_source_another_tokenizer_and_share_get_another_folder(files, tmp_path):
+def test_changed_inputs_get_another_folder(files, tmp_path):
     folders = [small(files).prepare().folder, small(files, eval_share=0.5).prepare().folder]
     path = tmp_path / "corpus" / "03.txt"
     data = path.read_bytes()
@@ -395,12 +396,12 @@ def test_a_changed_source_another_tokenizer_and_share_get_another_folder(files, 
     assert small(files).prepare().folder == folders[-1]
 
 
-def test_a_folder_with_shards_of_other_files_is_refused(files, tmp_path):
+def test_folder_with_other_shards_is_rejected(files, tmp_path):
     folder = tmp_path / "shards"
     small(files, folder).prepare()
     before = contents(folder)
     (tmp_path / "corpus" / "03.txt").write_bytes(b"changed")
-    with pytest.raises(DataError, match=r"shards of other files.*give another data.dir"):
+    with pytest.raises(DataError, match=r"shards of other files.*use another data.dir"):
         small(files, folder).prepare()
     assert contents(folder) == before
 
@@ -409,39 +410,39 @@ def test_a_folder_with_shards_of_other_files_is_refused(files, tmp_path):
     ["train-00001.bin"], ["index.json"], ["train-00001.json", "index.json"],
     ["train-00001.bin", "train-00001.json"],
 ])  # fmt: skip
-def test_what_is_gone_or_cut_is_made_again_and_no_shard_beside_it(files, whole, tmp_path, damaged):
+def test_missing_or_truncated_shard_is_recreated_alone(files, reference, tmp_path, damaged):
     folder = tmp_path / "shards"
     small(files, folder).prepare()
-    kept = (folder / "train-00000.bin").stat().st_ino
+    inode = (folder / "train-00000.bin").stat().st_ino
     for name in damaged:
         (folder / name).write_bytes((folder / name).read_bytes()[:-2])
     small(files, folder).prepare()
-    assert contents(folder) == whole
+    assert contents(folder) == reference
     for name in damaged:
         (folder / name).unlink()
     small(files, folder).prepare()
-    assert contents(folder) == whole
-    assert (folder / "train-00000.bin").stat().st_ino == kept
+    assert contents(folder) == reference
+    assert (folder / "train-00000.bin").stat().st_ino == inode
 
 
-def test_a_shard_that_changes_under_a_run_is_a_data_error(files, tmp_path):
+def test_changed_shard_is_a_data_error(files, tmp_path):
     source = small(files, tmp_path / "shards")
     windows = source.train
     (tmp_path / "shards" / "train-00000.bin").write_bytes(b"12")
-    with pytest.raises(DataError, match=r"train-00000.bin has 1 tokens, index.json says"):
+    with pytest.raises(DataError, match=r"train-00000.bin has 1 tokens, but index.json lists"):
         windows[0]
     (tmp_path / "shards" / "train-00000.bin").unlink()
     with pytest.raises(DataError, match="cannot be read"):
         windows[0]
 
 
-def test_a_file_that_grows_meanwhile_is_a_data_error(files, monkeypatch):
+def test_growing_file_is_a_data_error(files, monkeypatch):
     monkeypatch.setattr(corpus, "_read_local", lambda document: b"longer" * 50)
-    with pytest.raises(DataError, match=r"300 bytes, it had .* when the files were listed"):
+    with pytest.raises(DataError, match=r"300 bytes but had .* when the files were listed"):
         small(files).prepare()
 
 
-def test_a_full_disk_is_a_data_error_that_says_where(files, tmp_path, monkeypatch):
+def test_full_disk_is_a_data_error_with_the_path(files, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -454,7 +455,7 @@ def test_a_full_disk_is_a_data_error_that_says_where(files, tmp_path, monkeypatc
 # --- arguments ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     ({"context": 0}, r"data.context=0 is too small"),
     ({"shard_tokens": 0}, r"data.shard_tokens=0 is too small"),
     ({"eval_share": 0.0}, r"data.eval_share=0.0 must be above 0"),
@@ -463,27 +464,27 @@ def test_a_full_disk_is_a_data_error_that_says_where(files, tmp_path, monkeypatc
     ({"tokenizer": ""}, r"data.tokenizer is empty"),
     ({"files": ""}, r"data.files is empty"),
 ])  # fmt: skip
-def test_arguments_out_of_range_are_refused_at_once(arguments, said):
-    with pytest.raises(ConfigError, match=said):
+def test_text_rejects_arguments_out_of_range(arguments, message):
+    with pytest.raises(ConfigError, match=message):
         Text(**arguments)
 
 
-def test_errors_of_files_say_what_was_asked(tmp_path, files):
-    with pytest.raises(DataError, match=r"data.files=.*\*.md: there is no such file"):
+def test_file_errors_name_the_setting(tmp_path, files):
+    with pytest.raises(DataError, match=r"data.files=.*\*.md: no such files"):
         small(f"{tmp_path}/*.md").prepare()
-    with pytest.raises(DataError, match=r"is a folder; give a pattern"):
+    with pytest.raises(DataError, match=r"is a folder; use a pattern"):
         small(str(tmp_path)).prepare()
-    with pytest.raises(DataError, match=r"1 document; .*cut the file into several"):
+    with pytest.raises(DataError, match=r"1 document; .*divide the file into several"):
         small(f"{tmp_path}/corpus/03.txt").prepare()
     with pytest.raises(ConfigError, match=r"nosuch://x/\*: Protocol not known"):
         small("nosuch://x/*").prepare()
     with pytest.raises(ConfigError, match=r"absent.json cannot be read: No such file"):
         small(files, tokenizer="absent.json").prepare()
-    with pytest.raises(DataError, match=r"tokens, a window of data.context=5000 needs 5,001"):
+    with pytest.raises(DataError, match=r"tokens, but a window of data.context=5000 needs 5,001"):
         _ = small(files, context=5000).train
 
 
-def test_a_vocabulary_that_the_model_has_not_is_refused(files):
+def test_vocabulary_larger_than_the_model_is_rejected(files):
     with pytest.raises(ConfigError, match=r"257 tokens, data.classes is 256; set sample.classes"):
         small(files, classes=256).prepare()
     small(files, classes=300).prepare()
@@ -492,7 +493,7 @@ def test_a_vocabulary_that_the_model_has_not_is_refused(files):
 # --- other places and tokenizers ---------------------------------------------------------------
 
 
-def test_files_of_fsspec_give_the_same_shards(files, tmp_path):
+def test_fsspec_files_give_the_same_shards(files, tmp_path):
     import fsspec
 
     memory = fsspec.filesystem("memory")
@@ -537,7 +538,7 @@ class Words:
     ({"a": 0, "b": 7, "\ufffd": 2, "</s>": 5}, 5, 8, "uint16"),
     ({"a": 0, "b": 70000, "\ufffd": 2, "<|endoftext|>": 1}, 1, 70001, "uint32"),
 ])  # fmt: skip
-def test_a_tokenizer_json_has_its_end_or_gets_one(
+def test_tokenizer_json_uses_or_gets_an_end_token(
     tmp_path, monkeypatch, vocabulary, end, size, dtype
 ):
     module = types.ModuleType("tokenizers")
@@ -558,12 +559,12 @@ def test_a_tokenizer_json_has_its_end_or_gets_one(
     assert small(f"{tmp_path}/words/*.txt", tokenizer=str(path)).prepare() != prepared
 
 
-def test_tokens_are_text_again(files, tmp_path):
+def test_decode_restores_the_text(files, tmp_path):
     windows = small(files).train
     tokens = [token for index in range(len(windows)) for token in windows[index][0].tolist()]
-    known = b"".join(DOCUMENTS.values()).decode(errors="replace")
+    text = b"".join(DOCUMENTS.values()).decode(errors="replace")
     assert windows.decode([*b"caf\xc3\xa9", 256, 999, *b"\xff"]) == "café\ufffd"
-    assert all(line in known for line in windows.decode(tokens).splitlines()[1:3])
+    assert all(line in text for line in windows.decode(tokens).splitlines()[1:3])
     library = pytest.importorskip("tokenizers")
     words = library.Tokenizer(library.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     words.pre_tokenizer = library.pre_tokenizers.Whitespace()
@@ -572,11 +573,11 @@ def test_tokens_are_text_again(files, tmp_path):
     source = small(
         write(tmp_path / "some", documents), tokenizer=str(tmp_path / "words.json"), context=4
     )
-    assert source.train.decode([0, 1, 2, 3, 9]) == "a b ?"  # 3 ends a document, 9 is no token
+    assert source.train.decode([0, 1, 2, 3, 9]) == "a b ?"  # 3 ends a document, 9 is not a token
 
 
 @pytest.mark.parametrize("name", ["tokenizers", "tiktoken"])
-def test_a_missing_package_is_named(files, tmp_path, monkeypatch, name):
+def test_missing_tokenizer_package_is_named(files, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
@@ -585,7 +586,7 @@ def test_a_missing_package_is_named(files, tmp_path, monkeypatch, name):
         small(files, tokenizer=tokenizer).prepare()
 
 
-def test_tiktoken_is_asked_for_local_files_only(files, monkeypatch):
+def test_tiktoken_reads_local_files_only(files, monkeypatch):
     module, load = types.ModuleType("tiktoken"), types.ModuleType("tiktoken.load")
     encoding = types.SimpleNamespace(
         n_vocab=300, eot_token=299, encode_ordinary=lambda words: [len(words)]

@@ -15,7 +15,8 @@ from trainer.cluster.stop import Stop
 from trainer.cluster.world import World
 from trainer.core.intervals import Every
 from trainer.core.state import State
-from trainer.data.source import Feed, TrainStream
+from trainer.data.feed import Feed
+from trainer.data.source import TrainStream
 from trainer.errors import TrainingError
 from trainer.monitoring.stragglers import StragglerDetector
 from trainer.monitoring.timing import Timing, _histogram_quantile, _quantile, peak_bytes
