@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from trainer.data.batches import to_device
-from trainer.data.workers import begin_worker, kill_at_exit, start_workers
+from trainer.data.workers import begin_worker, register_shutdown, start_workers
 from trainer.errors import PerdureError, WorkerLostError
 
 T = TypeVar("T")
@@ -119,7 +119,7 @@ class _Prefetcher:
         self.queue: queue.SimpleQueue[Item | BaseException] = queue.SimpleQueue()
         self.is_exhausted = False
         _prefetchers.add(self)
-        kill_at_exit(_close_all)  # before the workers are killed
+        register_shutdown(_close_all)
         self._thread = threading.Thread(target=self._run, name="data", daemon=True)
         self._thread.start()
 

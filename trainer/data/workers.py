@@ -15,6 +15,7 @@ from trainer.errors import WorkerLostError
 
 T = TypeVar("T")
 _workers: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
+_closers: set[Callable[[], None]] = set()
 
 
 def start_workers(start: Callable[[], T]) -> T:
@@ -28,18 +29,25 @@ def start_workers(start: Callable[[], T]) -> T:
     result = start()
     if signal.getsignal(signal.SIGCHLD) is not handler:  # only the main thread can have set it
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-    kill_at_exit(_kill_all)
+    register_shutdown()
     _workers.update(child for child in active_children() if child not in existing)
     return result
 
 
-def kill_at_exit(shutdown: Callable[[], None]) -> None:
-    """Run `shutdown` at exit before multiprocessing's own handler: the newest handler is first."""
-    atexit.unregister(shutdown)
-    atexit.register(shutdown)
+def register_shutdown(close: Callable[[], None] | None = None) -> None:
+    """Close readers with `close`, then kill all workers, when this process exits.
+
+    Registered anew each time: the newest handler is first, before multiprocessing's own.
+    """
+    if close is not None:
+        _closers.add(close)
+    atexit.unregister(_shut_down)
+    atexit.register(_shut_down)
 
 
-def _kill_all() -> None:
+def _shut_down() -> None:
+    for close in _closers:
+        close()
     for worker in list(_workers):
         with suppress(ValueError):  # already closed
             worker.kill()
