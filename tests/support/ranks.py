@@ -1,4 +1,4 @@
-"""Functions that run on several gloo ranks, each in a process of its own."""
+"""Functions that run on several gloo ranks, one process per rank."""
 
 import multiprocessing
 import os
@@ -85,10 +85,10 @@ def on_ranks():
             answers[rank] = answer
         for process in processes:
             process.join(timeout=60)
-        standing = [rank for rank, process in enumerate(processes) if process.is_alive()]
-        for rank in standing:
+        alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        for rank in alive:
             processes[rank].kill()  # or this process would wait for it at its own end
-        assert standing == []
+        assert alive == []
         return [answers.get(rank) for rank in range(size)]
 
     return call

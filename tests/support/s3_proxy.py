@@ -16,7 +16,7 @@ _ERROR = (
 
 @dataclass
 class Fault:
-    """What happens to the next requests that match.
+    """Fault applied to the next matching requests.
 
     Args:
         how: `answer` with an error; `reset` or `delay` before the answer; `cut` or `alter` the
@@ -39,7 +39,7 @@ class Fault:
 
 
 class Proxy:
-    """Listens on a port of its own."""
+    """Listen on a free port."""
 
     def __init__(self, endpoint: str) -> None:
         self.faults: list[Fault] = []

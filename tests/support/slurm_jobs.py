@@ -47,9 +47,9 @@ def steps(command, name):
 def undisturbed(tmp_path_factory):
     """The folder of FRAGILE, run on four ranks without anything in its way."""
     command = in_folder(tmp_path_factory.mktemp("undisturbed"))
-    done = command(*FRAGILE, "name=whole", "launch.nproc=4")
+    done = command(*FRAGILE, "name=uninterrupted", "launch.nproc=4")
     assert done.returncode == 0, done.stderr
-    return command.folder / "runs/whole"
+    return command.folder / "runs/uninterrupted"
 
 
 def same(run, command, name):

@@ -1,4 +1,4 @@
-"""The contract of a store, for every kind of store: import all of it beside a fixture `store`."""
+"""Contract tests for every kind of store: import all of them next to a fixture `store`."""
 
 import os
 import time
@@ -33,13 +33,13 @@ def in_threads(count: int, do: Callable[[int], object]) -> list[object]:
         return list(pool.map(one, range(count)))
 
 
-def test_what_is_written_is_read_back(store):
+def test_store_reads_back_written_bytes(store):
     put(store, "a/b/c.bin", b"onetwothree")
     assert store.read("a/b/c.bin") == b"onetwothree"
     assert store.size("a/b/c.bin") == 11
 
 
-def test_an_empty_key_and_an_empty_value_are_told_apart_from_nothing(store):
+def test_store_distinguishes_empty_value_from_missing_key(store):
     put(store, "empty", b"")
     assert store.read("empty") == b""
     assert store.size("empty") == 0
@@ -47,13 +47,13 @@ def test_an_empty_key_and_an_empty_value_are_told_apart_from_nothing(store):
         store.read("absent")
 
 
-def test_a_value_of_many_parts_is_written_whole(store):
+def test_open_new_writes_all_parts(store):
     data = os.urandom(1 << 20) * 17 + b"end"
     put(store, "big", data)
     assert store.read("big") == data
 
 
-def test_a_new_key_is_never_written_over_an_old_one(store):
+def test_open_new_for_existing_key_raises(store):
     put(store, "a", b"old")
     with pytest.raises(AlreadyExists, match="a"):
         put(store, "a", b"new")
@@ -82,7 +82,7 @@ def test_create_is_a_success_where_its_own_bytes_are_there_already(store):
     assert store.read("a") == b"mine"
 
 
-def test_of_many_that_create_one_key_exactly_one_succeeds(store):
+def test_create_concurrently_succeeds_once(store):
     for round_ in range(5):
         key = f"race/{round_}"
         outcomes = in_threads(8, lambda i, key=key: store.create(key, f"by {i}".encode() * 500))
@@ -101,7 +101,7 @@ def test_replace_sets_a_key_whether_it_is_there_or_not(store):
     assert store.list("") == ["a/b"]
 
 
-def test_a_reader_never_sees_half_of_a_replacement(store):
+def test_replace_is_atomic_for_readers(store):
     values = [bytes([i]) * 300_000 for i in range(4)]
     store.replace("a", values[0])
 
@@ -125,7 +125,7 @@ def test_entries_are_what_lies_right_below_a_folder(store):
     assert store.entries("absent") == store.entries("e") == store.entries("a/b/c/d") == []
 
 
-def test_a_key_knows_when_it_was_last_written(store):
+def test_modified_s_returns_time_of_last_write(store):
     before = time.time()
     store.replace("a", b"1")
     store.replace("b", b"1")
@@ -163,7 +163,7 @@ def test_read_into_reads_ranges_at_both_ends(store):
 
 
 @pytest.mark.parametrize("method", ["read", "size"])
-def test_a_missing_key_is_told_apart_from_a_failure(store, method):
+def test_read_methods_for_missing_key_raise_file_not_found(store, method):
     for key in ("absent", "absent/folder/key"):
         with pytest.raises(FileNotFoundError):
             getattr(store, method)(key)
@@ -181,13 +181,13 @@ def test_list_gives_the_sorted_keys_below_a_folder(store):
     assert store.list("nowhere") == []
 
 
-def test_an_empty_store_lists_nothing_and_comes_to_be_by_no_read(store):
+def test_reads_of_missing_store_do_not_create_it(store):
     assert store.list("") == []
     assert store.list("checkpoints") == []
     assert is_untouched(store)
 
 
-def test_deleted_keys_are_gone_and_the_others_stay(store):
+def test_delete_removes_only_its_keys(store):
     for key in ("a/1", "a/2", "b/1"):
         put(store, key, b"x")
     store.delete(["a/1", "b/1"])
@@ -196,15 +196,15 @@ def test_deleted_keys_are_gone_and_the_others_stay(store):
         store.read("a/1")
 
 
-def test_deleting_what_is_not_there_is_no_error(store):
+def test_delete_ignores_missing_keys(store):
     store.delete([])
-    store.delete(["absent", "no/such/folder/key"])
+    store.delete(["absent", "missing/folder/key"])
     put(store, "a", b"x")
     store.delete(["a", "a"])
     assert store.list("") == []
 
 
-def test_a_key_can_be_made_anew_after_it_was_deleted(store):
+def test_create_after_delete_succeeds(store):
     store.create("a/b", b"one")
     store.delete(["a/b"])
     store.create("a/b", b"two")
@@ -215,7 +215,7 @@ OUTSIDE = ["../x", "/etc/passwd", "a/../../x", "..", "a/..", "/", "../x/y"]
 
 
 @pytest.mark.parametrize("key", OUTSIDE)
-def test_a_key_that_leaves_the_store_is_refused_by_every_method(store, key):
+def test_every_method_rejects_key_outside_the_store(store, key):
     for call in (
         lambda: put(store, key, b"x"),
         lambda: store.create(key, b"x"),
@@ -231,7 +231,7 @@ def test_a_key_that_leaves_the_store_is_refused_by_every_method(store, key):
     assert is_untouched(store)
 
 
-def test_a_probe_leaves_nothing(store):
+def test_probe_leaves_store_empty(store):
     store.probe()
     store.probe()
     assert store.list("") == []

@@ -1,6 +1,6 @@
-"""HTTP requests whose bodies go from memory, or into it, without a copy between.
+"""HTTP/1.1 requests (RFC 9112) that send and receive bodies without a copy.
 
-HTTP/1.1: RFC 9112. Links that are signed beforehand stand for the credentials.
+Presigned URLs carry the credentials.
 """
 
 import http.client
@@ -30,23 +30,23 @@ class RefusedError(OSError):
 
 
 class CutShortError(OSError):
-    """An answer ended before its end."""
+    """A response ended before its announced length."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a request came to."""
+    """Response to a request."""
 
     headers: http.client.HTTPMessage
     nbytes: int
-    """Bytes of the body that were put into memory."""
+    """Bytes of the body that were received."""
 
 
 class Direct:
-    """Keeps connections to one server, for requests from any thread.
+    """Connections to one server, for requests from any thread.
 
     Args:
-        timeout_s: a request without an answer for so long fails.
+        timeout_s: seconds without a response until a request fails.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -55,19 +55,19 @@ class Direct:
         weakref.finalize(self, _close, self._idle)
 
     def put(self, url: str, body: memoryview, headers: Mapping[str, str]) -> Answer:
-        """Send `body` as it lies in memory.
+        """Send `body` from memory.
 
         Raises:
             RefusedError: the server answered with an error.
-            OSError: there was no answer.
+            OSError: no response.
         """
         return self._request("PUT", url, body, headers, memoryview(bytearray()))
 
     def get_into(self, url: str, into: memoryview, headers: Mapping[str, str]) -> Answer:
-        """Receive the answer's body, of at most the size of `into`, where it is to lie.
+        """Receive the response's body, of at most the size of `into`, into that buffer.
 
         Raises:
-            CutShortError: the body ended before its end.
+            CutShortError: the body is shorter than announced.
             RefusedError, OSError: as above.
         """
         return self._request("GET", url, None, headers, into)
@@ -81,50 +81,50 @@ class Direct:
         into: memoryview,
     ) -> Answer:
         parts = urlsplit(url)
-        place = f"{parts.scheme}://{parts.netloc}"
+        server = f"{parts.scheme}://{parts.netloc}"
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
         while True:
-            is_used, connection = self._connection(place)
+            is_used, connection = self._connection(server)
             try:
                 answer = _exchange(connection, method, target, body, headers, into)
             except RefusedError:
-                connection.close()  # the rest of what was sent may be on its way
+                connection.close()  # the rest of the body may still be in flight
                 raise
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
                 if is_used and not isinstance(error, TimeoutError | CutShortError):
-                    continue  # the server had closed it in the meantime; there are fewer now
+                    continue  # a reused connection that the server has closed: try the next
                 if isinstance(error, OSError):
                     raise
                 raise OSError(f"{type(error).__name__}: {error}") from None
             except BaseException:
                 connection.close()
                 raise
-            self._idle.append((place, connection))
+            self._idle.append((server, connection))
             return answer
 
-    def _connection(self, place: str) -> tuple[bool, http.client.HTTPConnection]:
-        """Return whether it was used before, and a connection that nobody else has."""
+    def _connection(self, server: str) -> tuple[bool, http.client.HTTPConnection]:
+        """Return whether the connection is reused, and a connection no other thread uses."""
         while self._idle:
             try:
-                known, connection = self._idle.pop()
+                address, idle = self._idle.pop()
             except IndexError:  # another thread was faster
                 break
-            if known == place:
-                return True, connection
-            connection.close()
-        scheme, _, host = place.partition("://")
-        made: http.client.HTTPConnection
+            if address == server:
+                return True, idle
+            idle.close()
+        scheme, _, host = server.partition("://")
+        connection: http.client.HTTPConnection
         if scheme == "https":
             bundle = os.environ.get("AWS_CA_BUNDLE")
             context = ssl.create_default_context(cafile=bundle)
-            made = http.client.HTTPSConnection(host, timeout=_CONNECT_S, context=context)
+            connection = http.client.HTTPSConnection(host, timeout=_CONNECT_S, context=context)
         else:
-            made = http.client.HTTPConnection(host, timeout=_CONNECT_S)
-        made.connect()
-        made.sock.settimeout(self._timeout_s)
-        made.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return False, made
+            connection = http.client.HTTPConnection(host, timeout=_CONNECT_S)
+        connection.connect()
+        connection.sock.settimeout(self._timeout_s)
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return False, connection
 
 
 def _close(idle: deque[tuple[str, http.client.HTTPConnection]]) -> None:
@@ -150,7 +150,10 @@ def _exchange(
 ) -> Answer:
     try:
         connection.request(method, target, body=body, headers=dict(headers))
-    except (BrokenPipeError, ConnectionResetError):  # it may have answered before it had all
+    except (
+        BrokenPipeError,
+        ConnectionResetError,
+    ):  # the server may have rejected the request early
         try:
             answer = connection.getresponse()
         except (OSError, http.client.HTTPException):
@@ -164,17 +167,19 @@ def _exchange(
     count = 0
     if body is None:
         count = _receive(answer, into)
-    answer.read()  # nothing is left, and the connection is free
+    answer.read()  # empty, so that the connection can be reused
     return Answer(answer.headers, count)
 
 
 def _receive(answer: http.client.HTTPResponse, into: memoryview) -> int:
-    """Put the body where it is to lie; return its bytes, which are as many as were promised."""
-    expected = answer.length  # None where it comes in chunks
-    if found := re.fullmatch(r"bytes (\d+)-(\d+)/.*", answer.headers.get("Content-Range", "")):
-        expected = int(found[2]) + 1 - int(found[1])
+    """Receive the body into `into`; return its length, which matches the announced one."""
+    expected = answer.length  # None for a chunked body
+    if content_range := re.fullmatch(
+        r"bytes (\d+)-(\d+)/.*", answer.headers.get("Content-Range", "")
+    ):
+        expected = int(content_range[2]) + 1 - int(content_range[1])
     if expected is not None and expected > len(into):
-        raise CutShortError(f"{expected:,} bytes come, {len(into):,} were asked for")
+        raise CutShortError(f"the server sends {expected:,} bytes, {len(into):,} were requested")
     count = 0
     while count < len(into) and (received := answer.readinto(into[count:])):
         count += received
@@ -184,8 +189,8 @@ def _receive(answer: http.client.HTTPResponse, into: memoryview) -> int:
 
 
 def _refused(answer: http.client.HTTPResponse) -> RefusedError:
-    """Return the error that an S3 server describes in XML."""
+    """Return the error in an S3 server's XML response."""
     text = answer.read(100_000).decode("utf-8", "replace")
-    found = dict(re.findall(r"<(Code|Message)>([^<]*)<", text))
-    code = found.get("Code") or str(answer.status)
-    return RefusedError(answer.status, code, found.get("Message") or answer.reason)
+    fields = dict(re.findall(r"<(Code|Message)>([^<]*)<", text))
+    code = fields.get("Code") or str(answer.status)
+    return RefusedError(answer.status, code, fields.get("Message") or answer.reason)

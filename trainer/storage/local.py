@@ -1,7 +1,7 @@
-"""A directory as a store: direct I/O, fsync of files and folders, publication by link and rename.
+"""Store in a directory: direct I/O, fsync of files and folders, publication by link and rename.
 
-Large parts go past the page cache (open(2), O_DIRECT) where the file system has that: the cache
-would cost a copy, and push out what the training reads.
+Large parts bypass the page cache (open(2), O_DIRECT) if the file system supports it: the cache
+would cost a copy, and evict the training data.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ class LocalStore:
         self._root = Path(root)
 
     def open_new(self, key: str, total_bytes: int) -> "_NewFile":
-        """Create the file and allocate its blocks, so that a full disk shows at once."""
+        """Create the file and allocate its blocks, so that a full disk is detected at once."""
         path = self._path(key)
         with _store_errors("write", path):
             self._make_folder(path.parent)
@@ -78,7 +78,7 @@ class LocalStore:
             sync(path.parent)
 
     def read(self, key: str) -> bytes:
-        """Return the whole file."""
+        """Return the file's content."""
         path = self._path(key)
         with _store_errors("read", path, may_be_missing=True):
             return path.read_bytes()
@@ -86,7 +86,7 @@ class LocalStore:
     def read_into(
         self, key: str, start: int, buffer: memoryview, *, is_shared: bool = False
     ) -> int:
-        """Read one range, directly where it lies on page boundaries; short only at the end."""
+        """Read one range, with direct I/O if aligned to pages; short only at the file's end."""
         path = self._path(key)
         with _store_errors("read", path, may_be_missing=True):
             done = 0
@@ -95,7 +95,7 @@ class LocalStore:
                 done = _read_directly(path, start, buffer)
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                if is_large and done == 0:  # ask for all of it at once, not window by window
+                if is_large and done == 0:  # read ahead the entire range, not window by window
                     os.posix_fadvise(descriptor, start, len(buffer), os.POSIX_FADV_WILLNEED)
                 while done < len(buffer):
                     count = os.preadv(descriptor, [buffer[done:]], start + done)
@@ -118,22 +118,22 @@ class LocalStore:
         with _store_errors("list", path):
             if not path.is_dir():
                 return []
-            with os.scandir(path) as found:
-                names = [entry.name + "/" * os.path.isdir(entry.path) for entry in found]
+            with os.scandir(path) as items:
+                names = [entry.name + "/" * os.path.isdir(entry.path) for entry in items]
         return sorted(name for name in names if not name.startswith(TEMPORARY))
 
     def list(self, prefix: str, *, unfinished: bool = False) -> list[str]:
         """Walk the folder; files that `create` and `replace` have not published are left out.
 
-        Shards that are being written have their names from the beginning.
+        Shards that are being written are listed.
         """
-        found = []
+        keys: list[str] = []
         top = self._path(prefix)
         with _store_errors("list", top):
             for folder, _, names in os.walk(top, onerror=_raise_unless_missing):
                 relative = Path(folder).relative_to(self._root)
-                found += [str(relative / n) for n in names if not n.startswith(TEMPORARY)]
-        return sorted(found)
+                keys += [str(relative / n) for n in names if not n.startswith(TEMPORARY)]
+        return sorted(keys)
 
     def modified_s(self, key: str) -> float:
         """Return the file's time of modification."""
@@ -144,18 +144,18 @@ class LocalStore:
     def delete(self, keys: Iterable[str]) -> None:
         """Unlink, fsync the folder after each run of keys in it, and remove it when empty.
 
-        What a killed process had not yet published there counts as nothing, and goes too.
+        Unpublished temporary files of killed processes are deleted with the folder.
         """
         folder: Path | None = None
         with _store_errors("delete in", self._root):
             for key in keys:
                 path = self._path(key)
                 if folder is not None and path.parent != folder:
-                    self._leave(folder)
+                    self._sync_or_remove(folder)
                 folder = path.parent
                 path.unlink(missing_ok=True)
             if folder is not None:
-                self._leave(folder)
+                self._sync_or_remove(folder)
 
     def probe(self) -> str:
         """Create the directory, write a small file, delete it."""
@@ -170,7 +170,7 @@ class LocalStore:
         return self._root / key
 
     def _make_folder(self, folder: Path) -> None:
-        """Create a folder with its parents, each made durable in its own parent."""
+        """Create a folder and its parents, each durable in its parent."""
         if folder.is_dir():
             return
         self._make_folder(folder.parent)
@@ -192,20 +192,20 @@ class LocalStore:
             raise
         return temporary
 
-    def _leave(self, folder: Path) -> None:
+    def _sync_or_remove(self, folder: Path) -> None:
         if folder == self._root or not folder.is_dir():
             return
         sync(folder)
-        left = list(folder.iterdir())
-        if all(path.name.startswith(TEMPORARY) for path in left):
-            for path in left:
+        paths = list(folder.iterdir())
+        if all(path.name.startswith(TEMPORARY) for path in paths):
+            for path in paths:
                 path.unlink(missing_ok=True)
             folder.rmdir()
             sync(folder.parent)
 
 
 class _NewFile:
-    """A file with two descriptors: one for whole pages, past the cache, and one for the rest."""
+    """A file with two descriptors: direct I/O for full pages, buffered I/O for the rest."""
 
     part_bytes = _PART_BYTES
 
@@ -216,7 +216,7 @@ class _NewFile:
         self._plain = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             _allocate(self._plain, total_bytes)
-            with suppress(OSError):  # a file system without direct I/O says EINVAL
+            with suppress(OSError):  # EINVAL: no direct I/O on this file system
                 self._direct = os.open(path, flags | os.O_DIRECT)
         except BaseException:
             self.abort()
@@ -226,13 +226,13 @@ class _NewFile:
     def put(self, start: int, data: memoryview) -> None:
         with _store_errors("write", self._path):
             view, end = data.cast("B"), start + len(data)
-            whole_bytes = len(view) // _PAGE_BYTES * _PAGE_BYTES
-            if self._use_direct and whole_bytes and _on_pages(start, view[:whole_bytes]):
-                start += self._put_directly(start, view[:whole_bytes])
+            page_bytes = len(view) // _PAGE_BYTES * _PAGE_BYTES
+            if self._use_direct and page_bytes and _on_pages(start, view[:page_bytes]):
+                start += self._put_directly(start, view[:page_bytes])
             _write_all(self._plain, view[len(view) - (end - start) :], start)
 
     def _put_directly(self, start: int, view: memoryview) -> int:
-        """Write past the cache; return how many bytes. What is left belongs to `_plain`."""
+        """Write with direct I/O; return the number of bytes. The rest goes to `_plain`."""
         assert self._direct is not None  # noqa: S101 (for the type checker)
         done = 0
         try:
@@ -241,7 +241,7 @@ class _NewFile:
         except OSError as error:
             if error.errno not in _NO_DIRECT:
                 raise
-            self._use_direct = False  # it took the flag and refuses the write
+            self._use_direct = False  # the file system accepts the flag but not the write
         return done
 
     def finish(self) -> None:
@@ -266,9 +266,9 @@ class _NewFile:
 
 
 def _allocate(descriptor: int, total_bytes: int) -> None:
-    """Reserve the blocks of a file; where the file system cannot, only its size is set.
+    """Reserve the blocks of a file; if the file system cannot, set its size.
 
-    fallocate(2) itself: posix_fallocate(3) would write to every block where it is not supported.
+    fallocate(2) itself: posix_fallocate(3) would write to every block instead.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     long_long = ctypes.c_longlong
@@ -280,13 +280,13 @@ def _allocate(descriptor: int, total_bytes: int) -> None:
 
 
 def _on_pages(start: int, view: memoryview) -> bool:
-    """Return whether a piece of a file and its memory both consist of whole pages."""
+    """Return whether a range of a file and its buffer are both aligned to pages."""
     address = np.frombuffer(view, np.uint8).ctypes.data
     return (start | address | len(view)) % _PAGE_BYTES == 0
 
 
 def _read_directly(path: Path, start: int, buffer: memoryview) -> int:
-    """Read past the cache; return how many bytes, fewer at the end or where that is refused."""
+    """Read with direct I/O; return the number of bytes, 0 if it is not supported."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     except OSError as error:
@@ -322,7 +322,7 @@ def _raise_unless_missing(error: OSError) -> None:
 
 @contextmanager
 def _store_errors(verb: str, path: Path, *, may_be_missing: bool = False) -> Iterator[None]:
-    """Turn an OSError into a StoreError with the path; where one reads, a missing file stays so."""
+    """Turn an OSError into a StoreError with the path; a read keeps FileNotFoundError."""
     try:
         yield
     except OSError as error:
@@ -335,6 +335,6 @@ def _store_errors(verb: str, path: Path, *, may_be_missing: bool = False) -> Ite
             "EACCES": "check who owns it and its rights",
             "EPERM": "check who owns it and its rights",
             "EROFS": "choose a run_dir that is not mounted read-only",
-            "ENOTDIR": "a file stands where a folder is needed; choose another run_dir",
+            "ENOTDIR": "a file is in the way of a folder; choose another run_dir",
         }.get(name, "check the file system, then run the same command again")
         raise StoreError(f"cannot {verb} {path}: {error.strerror} ({name}); {advice}") from error

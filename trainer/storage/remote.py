@@ -1,4 +1,4 @@
-"""Objects as a store, through fsspec: every request is repeated that may succeed the next time."""
+"""Object stores through fsspec, with retries of requests that may succeed later."""
 
 import os
 import random
@@ -23,12 +23,12 @@ _READ_BYTES = 16 << 20
 CONNECTIONS = 32
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 20.0
 _FOREIGN = ("botocore", "aiobotocore", "aiohttp", "fsspec", "s3fs", "gcsfs", "adlfs")
-"""Libraries whose exceptions are the server's or the network's, not bugs of ours."""
+"""Libraries whose exceptions are caused by the server or the network, not by bugs."""
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
-_EXPIRED |= {"400"}  # all that the answer to a HEAD says of it
+_EXPIRED |= {"400"}  # the only code in the response to a HEAD
 _ADVICE = {
-    "AccessDenied": "check the rights of these credentials on the bucket",
-    "403": "check the credentials and their rights on the bucket",
+    "AccessDenied": "check the permissions of these credentials on the bucket",
+    "403": "check the credentials and their permissions on the bucket",
     "InvalidAccessKeyId": "check the credentials in the environment or the profile",
     "SignatureDoesNotMatch": "check the credentials in the environment or the profile",
     "NoCredentials": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
@@ -42,8 +42,8 @@ _ADVICE = {
 class FsspecStore:
     """Keys as objects below a URL of any fsspec file system.
 
-    Without more knowledge of the file system than fsspec has: a new key is held in memory until it
-    is finished, and `create` is as atomic as `pipe_file(mode="create")` there.
+    Uses only what every fsspec file system has: a new key is held in memory until it is finished,
+    and `create` is as atomic as `pipe_file(mode="create")` is there.
     """
 
     read_bytes = _READ_BYTES
@@ -64,7 +64,7 @@ class FsspecStore:
             extra = "; pip install 'perdure[s3]'" if protocol.startswith("s3") else ""
             raise ConfigError(f"{self.url}: {error}{extra}") from None
         except ValueError:
-            raise ConfigError(f"{self.url}: fsspec knows no protocol {protocol!r}") from None
+            raise ConfigError(f"{self.url}: {protocol!r} is not a protocol of fsspec") from None
         self._fs = kind(**self._options())
         self._root = kind._strip_protocol(self.url).rstrip("/")
 
@@ -74,12 +74,12 @@ class FsspecStore:
     # --- the contract ----------------------------------------------------------------------------
 
     def open_new(self, key: str, total_bytes: int) -> NewFile:
-        """Refuse a key that is taken; nothing is sent before the file is finished."""
-        self._refuse_taken(key)
+        """Raise if the key exists; send nothing before the file is finished."""
+        self._check_absent(key)
         return HeldFile(self, key, total_bytes)
 
     def create(self, key: str, data: bytes) -> None:
-        """Put it with the condition that nothing is there."""
+        """Put it on the condition that the key does not exist."""
         path = self._path(key)
         try:
             with _CREATING:
@@ -88,12 +88,12 @@ class FsspecStore:
             self._accept_own(key, data)
 
     def replace(self, key: str, data: bytes) -> None:
-        """Put it, whatever is there."""
+        """Put it unconditionally."""
         path = self._path(key)
         self._try("replace", key, lambda: self._fs.pipe_file(path, data))
 
     def read(self, key: str) -> bytes:
-        """Get the whole object."""
+        """Get the object."""
         path = self._path(key)
         data: bytes = self._try("read", key, lambda: self._fs.cat_file(path), may_be_missing=True)
         return data
@@ -101,7 +101,7 @@ class FsspecStore:
     def read_into(
         self, key: str, start: int, buffer: memoryview, *, is_shared: bool = False
     ) -> int:
-        """Get one range. An answer that is cut short is asked for again."""
+        """Get one range; retry a truncated response."""
         if not len(buffer):
             return 0
         view = buffer.cast("B")
@@ -125,27 +125,27 @@ class FsspecStore:
         path = self._path(folder)
         ask = partial(self._fs.ls, path, detail=True)
         try:
-            found: list[Any] = self._try("list", folder, ask, may_be_missing=True)
+            items: list[Any] = self._try("list", folder, ask, may_be_missing=True)
         except FileNotFoundError:
             return []
         top = path.strip("/")
         return sorted(
             item["name"].rstrip("/").rpartition("/")[2] + "/" * (item["type"] == "directory")
-            for item in found
+            for item in items
             if item["name"].strip("/") != top
         )
 
     def list(self, prefix: str, *, unfinished: bool = False) -> list[str]:
         """List by prefix, with no cache."""
         path = self._path(prefix)
-        found = self._try("list", prefix, lambda: list(self._fs.find(path)))
-        return sorted(name.removeprefix(self._root).lstrip("/") for name in found)
+        paths = self._try("list", prefix, lambda: list(self._fs.find(path)))
+        return sorted(name.removeprefix(self._root).lstrip("/") for name in paths)
 
     def modified_s(self, key: str) -> float:
         """Ask for the object's time of modification."""
         ask = partial(self._fs.modified, self._path(key))
-        found: datetime = self._try("look at", key, ask, may_be_missing=True)
-        return found.timestamp()
+        modified: datetime = self._try("look at", key, ask, may_be_missing=True)
+        return modified.timestamp()
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete one after another."""
@@ -155,25 +155,25 @@ class FsspecStore:
                 self._try("delete", key, remove, may_be_missing=True)
 
     def probe(self) -> str:
-        """Create a small object and delete it; find out whether a second creation is refused."""
+        """Create and delete a small object; check that a second creation fails."""
         key = f".tmp-probe-{secrets.token_hex(4)}"
         self.create(key, b"probe")
         try:
-            is_safe = self._keeps_conditions(key)
+            is_safe = self._has_conditional_create(key)
         finally:
             self.delete([key])
         if is_safe:
             return ""
         return (
-            f"{self.url} lets a key be created that is there already. Two jobs that start on one "
-            "run at the same moment could commit over each other; take care that only one does"
+            f"{self.url} does not support conditional create: two jobs started on the same run at "
+            "once could overwrite each other's commits; start only one"
         )
 
-    def _keeps_conditions(self, key: str) -> bool:
-        """Return whether creating this key, which exists, is refused by the store itself."""
+    def _has_conditional_create(self, key: str) -> bool:
+        """Return whether the store itself rejects creating this existing key."""
         return False
 
-    # --- beneath it ------------------------------------------------------------------------------
+    # --- requests ------------------------------------------------------------------------------
 
     def _path(self, key: str) -> str:
         if key.startswith("/") or ".." in key.split("/"):
@@ -184,20 +184,20 @@ class FsspecStore:
         data: bytes = self._fs.cat_file(self._path(key), start=start, end=stop)
         return data
 
-    def _refuse_taken(self, key: str) -> None:
+    def _check_absent(self, key: str) -> None:
         with suppress(FileNotFoundError):
             self.size(key)
             raise AlreadyExists(f"{self.url}/{key} exists already")
 
     def _accept_own(self, key: str, data: bytes) -> None:
-        """After a refused creation: one's own bytes are there if only the answer was lost."""
+        """Succeed if the key has our bytes, because only the response was lost; else raise."""
         with suppress(FileNotFoundError):
             if self.read(key) == data:
                 return
         raise AlreadyExists(f"{self.url}/{key} exists already")
 
     def _try(self, verb: str, key: str, do: Callable[[], T], *, may_be_missing: bool = False) -> T:
-        """Call `do`, again and again while it may succeed; equal jitter between (Brooker 2015)."""
+        """Call `do` with retries and equal jitter (Brooker 2015)."""
         began, tries = time.monotonic(), self._settings.retries + 1
         for number in range(tries):
             try:
@@ -210,41 +210,39 @@ class FsspecStore:
                 )
                 if missing and may_be_missing:
                     raise FileNotFoundError(f"{self.url}/{key}") from None
-                is_known = isinstance(error, OSError | TimeoutError) or type(
+                is_external = isinstance(error, OSError | TimeoutError) or type(
                     error
                 ).__module__.startswith(_FOREIGN)
-                if not is_known:
+                if not is_external:
                     raise
                 if missing or not _may_succeed(error) or number + 1 == tries:
-                    self._give_up(verb, key, error, number + 1, time.monotonic() - began)
+                    self._raise(verb, key, error, number + 1, time.monotonic() - began)
                 if error_code(error) in _EXPIRED:
                     with self._connecting:
-                        self._connect()  # the environment or a profile may have new credentials
+                        self._connect()  # the environment or profile may have new credentials
             longest_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**number)
             time.sleep(_JITTER.uniform(longest_s / 2, longest_s))
         raise AssertionError
 
-    def _give_up(
-        self, verb: str, key: str, error: Exception, tries: int, seconds: float
-    ) -> NoReturn:
+    def _raise(self, verb: str, key: str, error: Exception, tries: int, seconds: float) -> NoReturn:
         code = error_code(error)
         advice = _ADVICE.get(code, "check the server and the network, then run the command again")
         often = f" ({tries} tries in {seconds:.0f} s)" if tries > 1 else ""
-        what = self._without_secrets(f"{type(error).__name__}: {error}"[:500])
-        where = f"{self.url}/{key}" if key else self.url
-        raise StoreError(f"cannot {verb} {where}: {what}{often}; {advice}") from None
+        message = self._without_secrets(f"{type(error).__name__}: {error}"[:500])
+        location = f"{self.url}/{key}" if key else self.url
+        raise StoreError(f"cannot {verb} {location}: {message}{often}; {advice}") from None
 
     def _without_secrets(self, text: str) -> str:
-        known = {os.environ.get(name) for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")}
-        known |= set(_strings(self._settings.options))
-        for secret in known:
+        secrets_ = {os.environ.get(name) for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")}
+        secrets_ |= set(_strings(self._settings.options))
+        for secret in secrets_:
             if secret and len(secret) > 3:
                 text = text.replace(secret, "***")
         return text
 
 
 class HeldFile:
-    """A new key that is held in memory until it is finished, and put in one piece."""
+    """A new key in memory, put in one request when it is finished."""
 
     part_bytes = PART_BYTES
 
@@ -253,22 +251,22 @@ class HeldFile:
         self._data = bytearray(total_bytes)
 
     def put(self, start: int, data: memoryview) -> None:
-        """Keep a part."""
+        """Copy a part into memory."""
         self._data[start : start + len(data)] = data
 
     def finish(self) -> None:
-        """Put the whole; durable on return."""
+        """Put the object; durable on return."""
         self._store.replace(self._key, bytes(self._data))
 
     def abort(self) -> None:
-        """Forget it."""
+        """Free the memory."""
         self._data = bytearray()
 
 
 _JITTER = random.SystemRandom()
-"""The generator of the module is the training's, and its state is in every checkpoint."""
+"""Own generator: the global one belongs to the training, and is in every checkpoint."""
 _CREATING = threading.Lock()
-"""File systems without conditional creation look first: at least not two threads at a time."""
+"""Lock for file systems without conditional create, which check first and then write."""
 
 
 def error_code(error: BaseException | None) -> str:
@@ -293,16 +291,16 @@ def _status(error: BaseException | None) -> int:
 
 
 def _may_succeed(error: Exception) -> bool:
-    """Return whether it may succeed later: RFC 9110's 5xx, 408, 409 and 429, and no answer."""
+    """Return whether a retry may succeed: RFC 9110's 5xx, 408, 409, 429, or no response."""
     code, status = error_code(error), _status(error)
     if code in _EXPIRED:
         return True
     if code in ("NoCredentials", "RequestTimeTooSkewed", "NotImplemented"):
         return False
     if status:
-        wrong_on_the_way = code in ("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch")
-        passing = status >= 500 or status in (408, 409, 429) or code == "RequestTimeout"
-        return passing or wrong_on_the_way
+        is_corrupted = code in ("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch")
+        is_temporary = status >= 500 or status in (408, 409, 429) or code == "RequestTimeout"
+        return is_temporary or is_corrupted
     return not isinstance(error, PermissionError | FileNotFoundError)
 
 
@@ -310,5 +308,5 @@ def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _strings(each)
+        for item in value.values():
+            yield from _strings(item)

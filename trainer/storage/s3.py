@@ -1,4 +1,4 @@
-"""An S3 bucket as a store, through s3fs: parts with checksums, conditional creation, ranges.
+"""Store in an S3 bucket, through s3fs: checksummed parts, conditional create, ranges.
 
 Amazon S3 API: PutObject with If-None-Match, CreateMultipartUpload, UploadPart, ListObjectsV2.
 """
@@ -20,31 +20,31 @@ from trainer.storage.store import AlreadyExists, NewFile
 _MAX_PARTS = 10_000
 _CONNECT_S = 10.0
 _Uploads = list[tuple[str, str]]
-"""Keys in the bucket, and what S3 calls the upload."""
+"""Pairs of key in the bucket and upload id."""
 
 
 class S3Store(FsspecStore):
     """Keys as objects of an S3 bucket, through s3fs."""
 
     def _options(self) -> dict[str, Any]:
-        wanted = self._settings
-        client = {"region_name": wanted.region} if wanted.region else {}
+        settings = self._settings
+        client = {"region_name": settings.region} if settings.region else {}
         config: dict[str, Any] = {
             "connect_timeout": _CONNECT_S,
-            "read_timeout": wanted.timeout_s,
+            "read_timeout": settings.timeout_s,
             "max_pool_connections": CONNECTIONS,
-            "retries": {"total_max_attempts": 1},  # `_try` repeats, nobody beneath it
-            "signature_version": "s3v4",  # also in links
+            "retries": {"total_max_attempts": 1},  # only `_try` retries
+            "signature_version": "s3v4",  # also for presigned URLs
         }
-        if wanted.path_style:
+        if settings.path_style:
             config["s3"] = {"addressing_style": "path"}
         return {
             "skip_instance_cache": True,
             "use_listings_cache": False,
-            "endpoint_url": wanted.endpoint_url,
+            "endpoint_url": settings.endpoint_url,
             "client_kwargs": client,
             "config_kwargs": config,
-            **wanted.options,
+            **settings.options,
         }
 
     def _connect(self) -> None:
@@ -60,22 +60,22 @@ class S3Store(FsspecStore):
         return self._fs.call_s3(method, Bucket=self._bucket, **arguments)
 
     def open_new(self, key: str, total_bytes: int) -> NewFile:
-        """Begin an upload in parts; what fits into one part is put at once."""
+        """Start a multipart upload; an object of one part is put in one request."""
         self._path(key)
-        self._refuse_taken(key)
+        self._check_absent(key)
         if total_bytes <= PART_BYTES:
             return HeldFile(self, key, total_bytes)
         return _Upload(self, key, total_bytes)
 
     def create(self, key: str, data: bytes) -> None:
-        """Put it with `If-None-Match: *`, in one request whatever its size.
+        """Put it with `If-None-Match: *`, in one request of any size.
 
-        For servers that do not know the condition, it is looked for first. Between the look and
-        the creation another one may come, on such a server.
+        The key is looked up first, for servers without conditional create. On those, another
+        process may create it in between.
         """
         self._path(key)
         try:
-            self._refuse_taken(key)
+            self._check_absent(key)
             self._try("create", key, lambda: self._create(key, data))
         except (AlreadyExists, FileExistsError):
             self._accept_own(key, data)
@@ -90,7 +90,7 @@ class S3Store(FsspecStore):
                 raise
             self.call("put_object", key, Body=data)
 
-    def _keeps_conditions(self, key: str) -> bool:
+    def _has_conditional_create(self, key: str) -> bool:
         try:
             self._try("create", key, lambda: self._create(key, b"another"))
         except FileExistsError:
@@ -98,37 +98,39 @@ class S3Store(FsspecStore):
         return False
 
     def replace(self, key: str, data: bytes) -> None:
-        """Put it, whatever is there, in one request."""
+        """Put it unconditionally, in one request."""
         self._path(key)
         self._try("replace", key, lambda: self.call("put_object", key, Body=data))
 
     def size(self, key: str) -> int:
         """Ask for the object's size."""
         self._path(key)
-        found = self._try("look at", key, lambda: self._head(key), may_be_missing=True)
-        return int(found["ContentLength"])
+        head = self._try("look at", key, lambda: self._head(key), may_be_missing=True)
+        return int(head["ContentLength"])
 
     def _head(self, key: str) -> Mapping[str, Any]:
         try:
-            found: Mapping[str, Any] = self.call("head_object", key)
+            head: Mapping[str, Any] = self.call("head_object", key)
         except (FileNotFoundError, PermissionError):
-            self.call("list_objects_v2", Prefix=self._prefix, MaxKeys=1)  # a HEAD says not why
+            self.call(
+                "list_objects_v2", Prefix=self._prefix, MaxKeys=1
+            )  # its error has a code, unlike that of a HEAD
             raise
-        return found
+        return head
 
     def read_into(
         self, key: str, start: int, buffer: memoryview, *, is_shared: bool = False
     ) -> int:
-        """Get one range, straight into `buffer` where no proxy is between."""
+        """Get one range, directly into `buffer` unless a proxy is set."""
         view = buffer.cast("B")
         if not len(view) or not self._is_direct():
             return super().read_into(key, start, view)
 
         def get() -> int:
             url = self._link("get_object", key)
-            wanted = {"Range": f"bytes={start}-{start + len(view) - 1}"}
+            headers = {"Range": f"bytes={start}-{start + len(view) - 1}"}
             try:
-                answer = self._direct.get_into(url, view, wanted)
+                answer = self._direct.get_into(url, view, headers)
             except RefusedError as error:
                 if error_code(error) in ("InvalidRange", "416"):
                     return 0
@@ -136,20 +138,20 @@ class S3Store(FsspecStore):
                     raise FileNotFoundError(key) from error
                 raise
             if start and not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-                raise OSError("the server does not answer with the range that was asked for")
+                raise OSError("the server did not return the requested range")
             return answer.nbytes
 
         return self._try("read", key, get, may_be_missing=True)
 
     def _is_direct(self) -> bool:
-        """Return whether bodies may pass by the client library, whose settings are the usual."""
+        """Return whether bodies may bypass the client library: default settings and no proxy."""
         changed = {"client_kwargs", "config_kwargs", "session"} & self._settings.options.keys()
         address = self._settings.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3")
         address = address or os.environ.get("AWS_ENDPOINT_URL") or "https://"
         return not changed and not has_proxy(address)
 
     def _link(self, method: str, key: str, **arguments: Any) -> str:
-        """Return a URL that is signed for one request about a key."""
+        """Return a presigned URL for one request about a key."""
         from fsspec.asyn import sync
 
         name = self._path(key).partition("/")[2]
@@ -166,7 +168,7 @@ class S3Store(FsspecStore):
         return url
 
     def send_part(self, key: str, number: int, upload: str, body: memoryview) -> dict[str, Any]:
-        """Send one part of an upload; return what its completion says of it."""
+        """Send one part of an upload; return its entry in the completion request."""
         crc = base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
         facts = {"PartNumber": number, "UploadId": upload, "ChecksumCRC32": crc}
 
@@ -182,7 +184,7 @@ class S3Store(FsspecStore):
         return {"PartNumber": number, "ETag": etag, "ChecksumCRC32": crc}
 
     def read(self, key: str) -> bytes:
-        """Get the whole object, in one request."""
+        """Get the object in one request."""
         self._path(key)
         return self._try("read", key, lambda: self._get(key), may_be_missing=True)
 
@@ -214,27 +216,27 @@ class S3Store(FsspecStore):
         """List one level by prefix and delimiter."""
         prefix = f"{self._path(folder)}/".partition("/")[2]
         pages = self._try("list", folder, lambda: list(self._pages(Prefix=prefix, Delimiter="/")))
-        found = [item["Key"] for page in pages for item in page.get("Contents", ())]
-        found += [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
-        return sorted(name.removeprefix(prefix) for name in found if name != prefix)
+        names = [item["Key"] for page in pages for item in page.get("Contents", ())]
+        names += [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
+        return sorted(name.removeprefix(prefix) for name in names if name != prefix)
 
     def list(self, prefix: str, *, unfinished: bool = False) -> list[str]:
-        """List by prefix; uploads in parts that were not completed are asked for apart."""
+        """List by prefix; incomplete multipart uploads need a separate request."""
         folder = f"{self._path(prefix)}/".partition("/")[2]
-        found = set(self._try("list", prefix, lambda: set(self._objects(folder))))
+        names = set(self._try("list", prefix, lambda: set(self._objects(folder))))
         if unfinished:
-            found |= {key for key, _ in self._uploads(folder)}
+            names |= {key for key, _ in self._uploads(folder)}
         cut = len(self._prefix) + 1 if self._prefix else 0
-        return sorted(name[cut:] for name in found)
+        return sorted(name[cut:] for name in names)
 
     def _objects(self, folder: str) -> Iterator[str]:
         for page in self._pages(Prefix=folder):
             yield from (item["Key"] for item in page.get("Contents", ()))
 
-    def _pages(self, **what: str) -> Iterator[Mapping[str, Any]]:
+    def _pages(self, **arguments: str) -> Iterator[Mapping[str, Any]]:
         more: dict[str, str] = {}
         while True:
-            page = self.call("list_objects_v2", **what, **more)
+            page = self.call("list_objects_v2", **arguments, **more)
             yield page
             if not page.get("IsTruncated"):
                 return
@@ -243,18 +245,18 @@ class S3Store(FsspecStore):
     def modified_s(self, key: str) -> float:
         """Ask for the object's time of modification."""
         self._path(key)
-        found = self._try("look at", key, lambda: self._head(key), may_be_missing=True)
-        modified: datetime = found["LastModified"]
+        head = self._try("look at", key, lambda: self._head(key), may_be_missing=True)
+        modified: datetime = head["LastModified"]
         return modified.timestamp()
 
     def _uploads(self, prefix: str) -> _Uploads:
-        found: _Uploads = []
+        uploads: _Uploads = []
         more: dict[str, str] = {}
         while True:
             page = self._try("list the uploads below", prefix, partial(self._page, prefix, more))
-            found += [(upload["Key"], upload["UploadId"]) for upload in page.get("Uploads", ())]
+            uploads += [(upload["Key"], upload["UploadId"]) for upload in page.get("Uploads", ())]
             if not page.get("IsTruncated"):
-                return found
+                return uploads
             more = {
                 "KeyMarker": page["NextKeyMarker"],
                 "UploadIdMarker": page["NextUploadIdMarker"],
@@ -263,25 +265,25 @@ class S3Store(FsspecStore):
     def _page(self, prefix: str, more: Mapping[str, str]) -> Mapping[str, Any]:
         try:
             page: Mapping[str, Any] = self.call("list_multipart_uploads", Prefix=prefix, **more)
-        except (PermissionError, NotImplementedError):  # then they stay, and nothing else
+        except (PermissionError, NotImplementedError):  # then incomplete uploads remain
             return {}
         return page
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Delete one after another, and what was begun of them and not completed."""
-        wanted = list(keys)
-        for key in wanted:
+        """Delete one after another, with their incomplete uploads."""
+        deleted = list(keys)
+        for key in deleted:
             self._path(key)
             self._try("delete", key, partial(self.call, "delete_object", key))
-        if wanted:
-            names = {self._path(key).partition("/")[2] for key in wanted}
+        if deleted:
+            names = {self._path(key).partition("/")[2] for key in deleted}
             folder = os.path.commonpath(names) if len(names) > 1 else min(names)
             for name, upload in self._uploads(folder):
                 if name in names:
                     self.end_upload(name.removeprefix(self._prefix).lstrip("/"), upload)
 
     def end_upload(self, key: str, upload: str) -> None:
-        """Give up an upload, so that its parts are not kept."""
+        """Abort an upload, so that its parts are deleted."""
         with suppress(FileNotFoundError):
             self._try(
                 "end the upload of", key,
@@ -291,10 +293,9 @@ class S3Store(FsspecStore):
 
 
 class _Upload:
-    """An upload in parts, several in flight; each is sent with a checksum that the server checks.
+    """Multipart upload with several parts in flight, each with a checksum for the server.
 
-    Parts go from the caller's memory. Where a proxy is between, the client library sends them,
-    which takes a copy of each.
+    Parts are sent from the caller's memory. With a proxy, the client library sends a copy.
     """
 
     def __init__(self, store: S3Store, key: str, total_bytes: int) -> None:
@@ -302,10 +303,10 @@ class _Upload:
         even = -(-total_bytes // _MAX_PARTS)
         self.part_bytes = -(-even // PART_BYTES) * PART_BYTES
         self._parts: dict[int, dict[str, Any]] = {}
-        begun = store._try("write", key, self._begin)
-        self._upload = begun["UploadId"]
+        response = store._try("write", key, self._start)
+        self._upload = response["UploadId"]
 
-    def _begin(self) -> Any:
+    def _start(self) -> Any:
         return self._store.call("create_multipart_upload", self._key, ChecksumAlgorithm="CRC32")
 
     def put(self, start: int, data: memoryview) -> None:
@@ -323,7 +324,9 @@ class _Upload:
                 "complete_multipart_upload", self._key,
                 UploadId=self._upload, MultipartUpload={"Parts": parts},
             )  # fmt: skip
-        except FileNotFoundError:  # of the upload: the answer to its completion was lost, perhaps
+        except (
+            FileNotFoundError
+        ):  # no such upload: the response to its completion may have been lost
             if self._store.size(self._key) != self._total_bytes:
                 raise
 

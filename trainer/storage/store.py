@@ -10,11 +10,11 @@ T = TypeVar("T")
 
 
 class AlreadyExists(StoreError):
-    """`write` or `create` found the key taken; nothing was changed."""
+    """The key exists with other content; nothing was changed."""
 
 
 class NewFile(Protocol):
-    """A key that is being written, part by part. Either `finish` or `abort` has to follow."""
+    """A key that is being written part by part; end it with `finish` or `abort`."""
 
     part_bytes: int
     """Size of every part but the last."""
@@ -22,27 +22,27 @@ class NewFile(Protocol):
     def put(self, start: int, data: memoryview) -> None:
         """Write the part that begins at byte `start`, a multiple of `part_bytes`.
 
-        Parts may come in any order, each once, from any thread. Fastest where `data` lies on a
+        Parts may come in any order, each once, from any thread. Fastest if `data` starts on a
         page boundary.
         """
 
     def finish(self) -> None:
-        """Make the key durable with everything that was put, its name included."""
+        """Make the key durable, with its name and all parts."""
 
     def abort(self) -> None:
-        """Leave nothing behind. Never raises."""
+        """Discard the parts. Never raises."""
 
 
 class Readable(Protocol):
-    """What keys are read from.
+    """Read access to keys.
 
-    Every method may be called from any rank and thread. Failures of the medium raise StoreError;
-    a key that does not exist raises FileNotFoundError.
+    Every method may be called from any rank and thread. Failures of the disk or server raise
+    StoreError; a missing key raises FileNotFoundError.
     """
 
     url: str
     read_bytes: int
-    """Size of a piece that is read well at a time."""
+    """Efficient read size."""
 
     def read(self, key: str) -> bytes:
         """Return all bytes of `key`."""
@@ -50,11 +50,11 @@ class Readable(Protocol):
     def read_into(
         self, key: str, start: int, buffer: memoryview, *, is_shared: bool = False
     ) -> int:
-        """Fill `buffer` from byte `start` of `key`; return how many bytes there were.
+        """Fill `buffer` from byte `start` of `key`; return the number of bytes read.
 
         Fastest in pieces of some MiB from several threads, with `start`, the buffer's address and
-        its length on page boundaries. `is_shared` says that other processes of this machine read
-        the same bytes at about this time, so that a cache between them pays.
+        its length on page boundaries. With `is_shared`, other processes of this machine read
+        the same bytes at about this time, so the page cache is used.
         """
 
     def size(self, key: str) -> int:
@@ -62,37 +62,37 @@ class Readable(Protocol):
 
 
 class Store(Readable, Protocol):
-    """Where the keys of one run live."""
+    """Read and write access to the keys of one run."""
 
     def open_new(self, key: str, total_bytes: int) -> NewFile:
-        """Begin a new key of exactly `total_bytes`; nobody should read it before `finish`.
+        """Start a new key of exactly `total_bytes`; do not read it before `finish`.
 
         Raises:
-            AlreadyExists: the key is taken.
-            StoreError: there is not enough space for it, found before anything is written.
+            AlreadyExists: the key exists.
+            StoreError: not enough space, detected before anything is written.
         """
 
     def create(self, key: str, data: bytes) -> None:
         """Create `key` with exactly `data`, atomically and durably, only if it does not exist.
 
         Raises:
-            AlreadyExists: somebody else's bytes are there. Finding one's own is a success.
+            AlreadyExists: the key has other bytes. The same bytes are a success.
         """
 
     def replace(self, key: str, data: bytes) -> None:
         """Set `key` to exactly `data`, atomically and durably."""
 
     def entries(self, folder: str) -> list[str]:
-        """Return the sorted names right below `folder`, those of folders with a `/` at the end.
+        """Return the sorted names directly in `folder`; names of folders end with `/`.
 
-        Looks no deeper, so that a large tree costs nothing; empty where there is no such folder.
+        Not recursive, so that a large tree costs nothing; empty for a missing folder.
         """
 
     def list(self, prefix: str, *, unfinished: bool = False) -> list[str]:
-        """Return the sorted keys below the folder `prefix`; empty where there is none.
+        """Return the sorted keys below the folder `prefix`; empty for a missing folder.
 
-        `unfinished` asks for those too that are being written, or were given up, where a store
-        would not show them by itself.
+        `unfinished` includes keys that are being written or were abandoned, in stores that do not
+        list them otherwise.
         """
 
     def modified_s(self, key: str) -> float:
@@ -102,9 +102,9 @@ class Store(Readable, Protocol):
         """Delete keys, durably, in this order; a missing one is not an error."""
 
     def probe(self) -> str:
-        """Write and delete a small key, so that a store which refuses writing is found early.
+        """Write and delete a small key, to detect a read-only store early.
 
-        Returns what a person should know of this store's promises, or nothing.
+        Returns a warning about guarantees that this store does not give, or an empty text.
         """
 
 
@@ -112,7 +112,7 @@ class Fallback:
     """Reads each key from the first of several stores that has it.
 
     Args:
-        stores: in the order in which they are asked; at least one.
+        stores: in reading order; at least one.
     """
 
     def __init__(self, stores: Sequence[Store]) -> None:
@@ -127,7 +127,7 @@ class Fallback:
     def read_into(
         self, key: str, start: int, buffer: memoryview, *, is_shared: bool = False
     ) -> int:
-        """Fill `buffer` from byte `start` of `key`; return how many bytes there were."""
+        """Fill `buffer` from byte `start` of `key`; return the number of bytes read."""
         return self._ask(lambda store: store.read_into(key, start, buffer, is_shared=is_shared))
 
     def size(self, key: str) -> int:

@@ -1,4 +1,4 @@
-"""What is particular to a directory as a store."""
+"""Behaviour specific to LocalStore."""
 
 import resource
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from trainer.errors import RUN_AGAIN, StoreError
 from trainer.storage import AlreadyExists, LocalStore, Store, open_store
 
 
-def test_a_directory_is_opened_by_its_path_or_as_a_file_url(tmp_path):
+def test_open_store_accepts_path_and_file_url(tmp_path):
     put(open_store(str(tmp_path)), "a", b"x")
     assert open_store(f"file://{tmp_path}").read("a") == b"x"
     assert (tmp_path / "a").read_bytes() == b"x"
 
 
-def test_a_file_that_is_not_published_yet_is_not_listed(tmp_path):
+def test_list_omits_unpublished_files(tmp_path):
     store = LocalStore(tmp_path)
     store.create("checkpoints/a", b"x")
     (tmp_path / "checkpoints" / ".tmp-0123").write_bytes(b"half")
@@ -35,7 +35,7 @@ def test_no_temporary_file_stays_behind(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "x"]
 
 
-def test_an_emptied_folder_goes_and_the_root_stays(tmp_path):
+def test_delete_removes_empty_folder_but_not_root(tmp_path):
     store = LocalStore(tmp_path / "run")
     put(store, "checkpoints/step/a", b"x")
     put(store, "b", b"x")
@@ -43,7 +43,7 @@ def test_an_emptied_folder_goes_and_the_root_stays(tmp_path):
     assert [path.name for path in (tmp_path / "run").rglob("*")] == ["checkpoints"]
 
 
-def test_a_folder_goes_with_what_a_killed_process_had_not_published(tmp_path):
+def test_delete_removes_folder_with_temporary_files(tmp_path):
     store = LocalStore(tmp_path)
     put(store, "step/a", b"x")
     put(store, "step/b", b"x")
@@ -66,40 +66,40 @@ def fails(store: Store, *, key: str = "folder/key") -> Iterator[StoreError]:
         yield caught.value
 
 
-def test_a_file_in_the_place_of_a_folder_is_named_with_advice(tmp_path):
+def test_file_in_the_way_of_a_folder_raises_store_error(tmp_path):
     (tmp_path / "folder").write_text("a file")
     for error in fails(LocalStore(tmp_path)):
         assert str(tmp_path / "folder" / "key") in str(error)
-        assert "a file stands where a folder is needed" in str(error)
+        assert "a file is in the way of a folder" in str(error)
         assert error.exit_code == RUN_AGAIN
-    with pytest.raises(StoreError, match="a file stands where a folder is needed"):
+    with pytest.raises(StoreError, match="a file is in the way of a folder"):
         LocalStore(tmp_path).read("folder/key")
-    with pytest.raises(StoreError, match="a file stands where a folder is needed"):
+    with pytest.raises(StoreError, match="a file is in the way of a folder"):
         LocalStore(tmp_path).list("folder")
     assert (tmp_path / "folder").read_text() == "a file"
 
 
-def test_a_run_dir_that_is_a_file_is_named_with_advice(tmp_path):
+def test_run_dir_that_is_a_file_raises_store_error(tmp_path):
     (tmp_path / "run").write_text("a file")
     store = LocalStore(tmp_path / "run")
     for error in fails(store):
         assert str(tmp_path / "run") in str(error)
-        assert "a file stands where a folder is needed" in str(error)
-    with pytest.raises(StoreError, match="a file stands where a folder is needed"):
+        assert "a file is in the way of a folder" in str(error)
+    with pytest.raises(StoreError, match="a file is in the way of a folder"):
         store.probe()
 
 
-@pytest.mark.parametrize("place", ["/proc/perdure", "/sys/perdure"])
-def test_a_file_system_that_takes_no_files_is_named_with_advice(place):
-    store = LocalStore(place)
+@pytest.mark.parametrize("folder", ["/proc/perdure", "/sys/perdure"])
+def test_file_system_without_new_files_raises_store_error(folder):
+    store = LocalStore(folder)
     for error in fails(store):
-        assert place in str(error)
+        assert folder in str(error)
         assert str(error).rpartition(";")[2].strip()
-    with pytest.raises(StoreError, match=place):
+    with pytest.raises(StoreError, match=folder):
         store.probe()
 
 
-def test_a_folder_in_the_place_of_a_file_is_a_store_error(tmp_path):
+def test_folder_in_place_of_a_file_raises_store_error(tmp_path):
     (tmp_path / "folder" / "key").mkdir(parents=True)
     store = LocalStore(tmp_path)
     for error in fails(store):
@@ -113,7 +113,7 @@ def test_a_folder_in_the_place_of_a_file_is_a_store_error(tmp_path):
 
 @contextmanager
 def files_limited_to(nbytes: int) -> Iterator[None]:
-    """Let the kernel refuse larger files; so a write fails in the middle, as on a full disk."""
+    """Limit the file size, so that a write fails midway, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
     try:
@@ -122,7 +122,7 @@ def files_limited_to(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_publication_that_fails_in_the_middle_publishes_and_leaves_nothing(tmp_path):
+def test_create_that_fails_midway_leaves_nothing(tmp_path):
     store = LocalStore(tmp_path)
     store.create("a/old", b"old")
     with files_limited_to(4096), pytest.raises(StoreError, match="EFBIG"):
@@ -133,7 +133,7 @@ def test_a_publication_that_fails_in_the_middle_publishes_and_leaves_nothing(tmp
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["old"]
 
 
-def test_a_write_that_fails_in_the_middle_is_reported_and_can_be_deleted(tmp_path):
+def test_put_that_fails_midway_raises_and_can_be_deleted(tmp_path):
     store = LocalStore(tmp_path)
     with files_limited_to(4096), pytest.raises(StoreError, match="EFBIG"):
         put(store, "a/shard", bytes(6000))
@@ -141,7 +141,7 @@ def test_a_write_that_fails_in_the_middle_is_reported_and_can_be_deleted(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_link_that_leads_nowhere_is_an_entry_and_no_folder(tmp_path):
+def test_entries_lists_dangling_link_as_file(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "there").symlink_to("folder")
     (tmp_path / "itself").symlink_to("itself")
