@@ -1,9 +1,9 @@
-"""Checkpoints against the disk and against their rivals: in turn, in one run, medians of ratios.
+"""Checkpoint speed against the raw disk and other libraries: alternating runs, median ratios.
 
 python scripts/bench_checkpoint.py [--rounds 5] [--folder DIR] [--only save,load,stall,plan,scale]
 
 The state has the shapes of GPT-2 small with AdamW: 124 M parameters, fp32, 1.5 GB. World sizes 1
-and 2 (gloo), replicated as under DDP. The disk's own limit is measured by fio in the same rounds
+and 2 (gloo), replicated as under DDP. fio measures the disk's limit in the same rounds
 (Debian: fio), 4 MiB, queue depth 8, direct. Memory is touched before anything is timed.
 """
 
@@ -60,7 +60,7 @@ def gpt2_small_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 class Job:
-    """A model and its optimizer, with state, and what a step costs."""
+    """A model and an optimizer with state, and a synthetic training step."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -74,14 +74,14 @@ class Job:
         self.square = torch.randn(700, 700)
 
     def content(self) -> checkpoint.Content:
-        """What our own save is given: the walk over model and optimizer."""
+        """Return the content of a Perdure checkpoint: model and optimizer state."""
         content = checkpoint.Content(objects={"run": {"step": 1}})
         state_tree.add_model(content, self.model, with_buffers=True)
         state_tree.add_optimizers(content, self.model, [self.optimizer])
         return content
 
     def state_dict(self) -> dict[str, Any]:
-        """What rivals are given: plain nested dicts of the same tensors."""
+        """Return the state for the other libraries: nested dicts of the same tensors."""
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -93,13 +93,13 @@ class Job:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def compute(self, seconds: float) -> None:
-        """Do a forward and backward's worth of arithmetic on one core."""
+        """Emulate a forward and backward pass: matrix products on one core for `seconds`."""
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             torch.mm(self.square, self.square)
 
 
-# --- the rivals ---
+# --- other libraries and the raw disk ---
 
 
 def fsync_tree(folder: Path) -> None:
@@ -119,7 +119,7 @@ def drop_caches(folder: Path) -> None:
 
 
 def fio(folder: Path, nbytes: int, direction: str, *, direct: bool) -> float:
-    """Return seconds that fio takes for `nbytes` at its fastest here."""
+    """Return the seconds fio needs to transfer `nbytes`."""
     file = folder / "fio"
     command = [
         "fio", "--name=raw", f"--filename={file}", f"--size={nbytes // 4096 * 4096}",
@@ -133,7 +133,7 @@ def fio(folder: Path, nbytes: int, direction: str, *, direct: bool) -> float:
 
 
 def store_alone(folder: Path, buffer: HostBuffer, direction: str) -> float:
-    """Return seconds of our store's own calls for the bytes of `buffer`: a harder limit than fio.
+    """Return the seconds of bare store calls for the bytes of `buffer`: a tighter limit than fio.
 
     Huge pages, eight threads, nothing copied and nothing checked.
     """
@@ -166,20 +166,20 @@ def barrier(world: World) -> None:
         dist.barrier(group=world.control)
 
 
-# --- what is measured ---
+# --- benchmarks ---
 
 
 def bench_save(  # noqa: C901 (one closure for each rival)
     job: Job, world: World, folder: Path, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of durable saves, everybody in turn."""
-    run = folder / "ours"
+    """Measure durable saves of all libraries alternately, in seconds."""
+    run = folder / "perdure"
     store = LocalStore(run)
     writer = checkpoint.Writer(store, world, world.run_on_rank0(lambda: lineage.begin(store, {})))
     first = world.rank == 0
     step = 0
 
-    def ours() -> None:
+    def save_perdure() -> None:
         nonlocal step
         step += 1
         checkpoint.save(writer, job.content(), step=step)
@@ -202,11 +202,11 @@ def bench_save(  # noqa: C901 (one closure for each rival)
             fsync_tree(folder / "safetensors")
 
     ways: dict[str, Callable[[], None]] = {
-        "ours": ours, "dcp.save": by_dcp, "torch.save+fsync": by_torch,
+        "perdure": save_perdure, "dcp.save": by_dcp, "torch.save+fsync": by_torch,
         "safetensors+fsync": by_safetensors,
     }  # fmt: skip
     places = {
-        "ours": run / "checkpoints", "dcp.save": folder / "dcp",
+        "perdure": run / "checkpoints", "dcp.save": folder / "dcp",
         "torch.save+fsync": folder / "torch", "safetensors+fsync": folder / "safetensors",
     }  # fmt: skip
     seconds: dict[str, list[float]] = {
@@ -238,10 +238,10 @@ def bench_save(  # noqa: C901 (one closure for each rival)
 
 
 def bench_load(job: Job, world: World, folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds of loading into live tensors from a cold cache, everybody in turn."""
-    store = LocalStore(folder / "ours")
+    """Measure loads into live tensors from a cold cache, alternately, in seconds."""
+    store = LocalStore(folder / "perdure")
     writer = checkpoint.Writer(store, world, world.run_on_rank0(lambda: lineage.begin(store, {})))
-    made = checkpoint.save(writer, job.content(), step=1)
+    manifest = checkpoint.save(writer, job.content(), step=1)
     dcp.save(job.state_dict(), checkpoint_id=folder / "dcp", no_dist=world.size == 1)
     targets = job.tensors()
     first = world.rank == 0
@@ -250,13 +250,13 @@ def bench_load(job: Job, world: World, folder: Path, rounds: int) -> dict[str, l
         fio(folder, job.nbytes(), "write", direct=True)
         store_alone(folder, buffer, "write")
 
-    def ours() -> None:
-        checkpoint.load(store, made, targets, peers=world.size)
+    def load_perdure() -> None:
+        checkpoint.load(store, manifest, targets, peers=world.size)
 
     def by_dcp() -> None:
         dcp.load(job.state_dict(), checkpoint_id=folder / "dcp", no_dist=world.size == 1)
 
-    seconds: dict[str, list[float]] = {"raw": [], "store alone": [], "ours": [], "dcp.load": []}
+    seconds: dict[str, list[float]] = {"raw": [], "store alone": [], "perdure": [], "dcp.load": []}
     for number in range(rounds + 1):
         if first:
             drop_caches(folder)
@@ -267,7 +267,7 @@ def bench_load(job: Job, world: World, folder: Path, rounds: int) -> dict[str, l
             if number:
                 seconds["raw"].append(min(direct, ahead))
                 seconds["store alone"].append(alone)
-        for name, way in {"ours": ours, "dcp.load": by_dcp}.items():
+        for name, way in {"perdure": load_perdure, "dcp.load": by_dcp}.items():
             if first:
                 drop_caches(folder)
             took = timed(way, world)
@@ -277,11 +277,11 @@ def bench_load(job: Job, world: World, folder: Path, rounds: int) -> dict[str, l
 
 
 def bench_stall(job: Job, world: World, folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds that training loses to a save: what its thread waits, and what steps take longer."""
+    """Measure the seconds a save costs training: blocked time and slower steps."""
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     torch.set_num_threads(1)
-    store = LocalStore(folder / "ours")
+    store = LocalStore(folder / "perdure")
     marks: dict[str, float] = {}
     register_optimizer_step_pre_hook(lambda *_: marks.update(before=time.perf_counter()))
     writer = checkpoint.Writer(store, world, world.run_on_rank0(lambda: lineage.begin(store, {})))
@@ -290,7 +290,7 @@ def bench_stall(job: Job, world: World, folder: Path, rounds: int) -> dict[str, 
     flights: list[Any] = []
     number = 1
 
-    def ours() -> None:
+    def save_perdure() -> None:
         nonlocal number
         number += 1
         flights.append(writer.start_save(job.content(), step=number))
@@ -302,7 +302,7 @@ def bench_stall(job: Job, world: World, folder: Path, rounds: int) -> dict[str, 
         )  # fmt: skip
 
     def steps(save: Callable[[], None] | None) -> tuple[float, float]:
-        """Take steps, the save after the second; return all seconds, and those it blocked."""
+        """Run training steps with a save after the third; return total and blocked seconds."""
         barrier(world)
         began, blocked = time.perf_counter(), 0.0
         for at in range(STEPS):
@@ -319,7 +319,7 @@ def bench_stall(job: Job, world: World, folder: Path, rounds: int) -> dict[str, 
             flight.result()
         flights.clear()
         if world.rank == 0:
-            shutil.rmtree(folder / "ours" / "checkpoints", ignore_errors=True)
+            shutil.rmtree(folder / "perdure" / "checkpoints", ignore_errors=True)
             for old in folder.glob("dcp-*"):
                 shutil.rmtree(old)
             os.sync()
@@ -327,17 +327,17 @@ def bench_stall(job: Job, world: World, folder: Path, rounds: int) -> dict[str, 
         return took, blocked
 
     seconds: dict[str, list[float]] = {
-        "plain": [], "ours": [], "dcp": [], "ours blocked": [], "dcp blocked": [],
+        "plain": [], "perdure": [], "dcp": [], "perdure blocked": [], "dcp blocked": [],
     }  # fmt: skip
     for turn in range(rounds + 1):
         plain, _ = steps(None)
-        with_ours, ours_blocked = steps(ours)
+        with_perdure, perdure_blocked = steps(save_perdure)
         with_dcp, dcp_blocked = steps(by_dcp)
         if turn:
             seconds["plain"].append(plain)
-            seconds["ours"].append(with_ours - plain)
+            seconds["perdure"].append(with_perdure - plain)
             seconds["dcp"].append(with_dcp - plain)
-            seconds["ours blocked"].append(ours_blocked)
+            seconds["perdure blocked"].append(perdure_blocked)
             seconds["dcp blocked"].append(dcp_blocked)
     return seconds
 
@@ -348,8 +348,8 @@ def resident_bytes(field: str) -> int:
 
 
 def bench_plan(job: Job, world: World, folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds of the pieces that come before the snapshot; bytes of memory that a save adds."""
-    store = LocalStore(folder / "ours")
+    """Measure the seconds before the snapshot, and the memory a save adds, in bytes."""
+    store = LocalStore(folder / "perdure")
     writer = checkpoint.Writer(store, world, world.run_on_rank0(lambda: lineage.begin(store, {})))
     content = job.content()
     began = time.perf_counter()
@@ -372,7 +372,7 @@ def bench_plan(job: Job, world: World, folder: Path, rounds: int) -> dict[str, l
 
 
 def bench_scale(ranks: int, count: int) -> dict[str, float]:
-    """Plan and manifest of rank 0 of many ranks with sharded tensors; no other rank exists."""
+    """Measure plan and manifest on rank 0 of `ranks` simulated ranks with sharded tensors."""
     from torch.distributed.tensor import DTensor, Shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -392,39 +392,39 @@ def bench_scale(ranks: int, count: int) -> dict[str, float]:
     world = _Alone(0, ranks)
     before = resident_bytes("VmRSS")
     began = time.perf_counter()
-    made = plan.make(content, world)
+    division = plan.make(content, world)
     first_s = time.perf_counter() - began
     began = time.perf_counter()
-    assert plan.make(content, world, made) is made
+    assert plan.make(content, world, division) is division
     second_s = time.perf_counter() - began
     files = {
         manifest.shard_name(rank=rank, world_size=ranks, token="0" * 8, save=1): manifest.ShardFile(
-            made.layout.total_bytes, made.layout.header_bytes, "0" * 16
+            division.layout.total_bytes, division.layout.header_bytes, "0" * 16
         )
         for rank in range(ranks)
     }
-    whole = manifest.Manifest(
+    record = manifest.Manifest(
         step=1, epoch=0, samples=0, attempt=1, token="0" * 8, save=1, world_size=ranks,
-        versions={}, tensors=made.entries, files=files, objects={},
+        versions={}, tensors=division.entries, files=files, objects={},
     )  # fmt: skip
     began = time.perf_counter()
-    data = manifest.to_bytes(whole)
+    data = manifest.to_bytes(record)
     dump_s = time.perf_counter() - began
     began = time.perf_counter()
-    assert manifest.from_bytes(data, "x") == whole
+    assert manifest.from_bytes(data, "x") == record
     parse_s = time.perf_counter() - began
     memory_bytes = resident_bytes("VmHWM") - before
     dist.destroy_process_group()
     return {
         "first plan, s": first_s, "second plan, s": second_s, "manifest, MB": len(data) / 1e6,
         "write manifest, s": dump_s, "parse manifest, s": parse_s,
-        "header of a shard, MB": made.layout.header_bytes / 1e6,
+        "header of a shard, MB": division.layout.header_bytes / 1e6,
         "memory, MB": memory_bytes / 1e6,
     }  # fmt: skip
 
 
 class _Alone(World):
-    """Rank 0 of many, whose peers all say what it says."""
+    """Rank 0 of a simulated world in which all ranks contribute the same values."""
 
     def gather(self, value: Any) -> list[Any]:
         return [value] * self.size
@@ -436,11 +436,11 @@ class _Alone(World):
 BENCHES = {"save": bench_save, "load": bench_load, "stall": bench_stall, "plan": bench_plan}
 
 
-# --- running and showing ---
+# --- launcher and output ---
 
 
 def run_ranks(name: str, ranks: int, arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Run a benchmark on processes of their own; return rank 0's figures."""
+    """Run a benchmark in new processes; return the measurements of rank 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -464,39 +464,41 @@ def run_ranks(name: str, ranks: int, arguments: argparse.Namespace) -> dict[str,
 
 
 def ratio(one: list[float], other: list[float]) -> str:
-    """Return the median of pairs, and their range."""
+    """Return the median of the pairwise ratios, and their range."""
     pairs = [a / b for a, b in zip(one, other, strict=True)]
     return f"{statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
 
 
-def show(name: str, ranks: int, found: dict[str, list[float]], nbytes: int) -> None:
-    """Print one benchmark's rows."""
-    middle = {key: statistics.median(each) for key, each in found.items()}
+def show(name: str, ranks: int, seconds: dict[str, list[float]], nbytes: int) -> None:
+    """Print the rows of one benchmark."""
+    middle = {key: statistics.median(value) for key, value in seconds.items()}
     print(f"\n{name}, world size {ranks}")
     if name in ("save", "load"):
-        for key, each in middle.items():
-            print(f"  {key:<22} {each:6.2f} s  {nbytes / each / 1e9:5.2f} GB/s")
-        print(f"  share of raw           {ratio(found['raw'], found['ours'])}   target 0.90")
-        print(f"  share of store alone   {ratio(found['store alone'], found['ours'])}")
-        for key in found:
-            if key not in ("raw", "store alone", "ours"):
-                print(f"  times faster than {key:<18} {ratio(found[key], found['ours'])}")
+        for key, value in middle.items():
+            print(f"  {key:<22} {value:6.2f} s  {nbytes / value / 1e9:5.2f} GB/s")
+        print(f"  fraction of raw        {ratio(seconds['raw'], seconds['perdure'])}   target 0.90")
+        print(f"  fraction of store alone {ratio(seconds['store alone'], seconds['perdure'])}")
+        for key in seconds:
+            if key not in ("raw", "store alone", "perdure"):
+                print(f"  times faster than {key:<18} {ratio(seconds[key], seconds['perdure'])}")
     elif name == "stall":
-        for key, each in middle.items():
-            print(f"  {key:<22} {1e3 * each:8.1f} ms")
-        print(f"  blocked, of dcp's      {ratio(found['ours blocked'], found['dcp blocked'])}")
-        print(f"  stall, of dcp's        {middle['ours'] / middle['dcp']:.2f}   target 0.25")
+        for key, value in middle.items():
+            print(f"  {key:<22} {1e3 * value:8.1f} ms")
+        print(
+            f"  blocked, of dcp's      {ratio(seconds['perdure blocked'], seconds['dcp blocked'])}"
+        )
+        print(f"  stall, of dcp's        {middle['perdure'] / middle['dcp']:.2f}   target 0.25")
     else:
-        for key, each in middle.items():
+        for key, value in middle.items():
             unit = "" if "memory" in key else " s"
-            print(f"  {key:<40} {each:8.5f}{unit}")
+            print(f"  {key:<40} {value:8.5f}{unit}")
 
 
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", default="/var/tmp", help="on the disk to be measured")
+    parser.add_argument("--folder", default="/var/tmp", help="folder on the disk to measure")
     parser.add_argument("--only", default="save,load,stall,plan,scale")
     parser.add_argument("--ranks", default="1,2")
     parser.add_argument("--rank", choices=BENCHES, help=argparse.SUPPRESS)
@@ -504,19 +506,19 @@ def main() -> None:
     if arguments.rank:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         world = connect(torch.device("cpu"), timeout_s=600)
-        found = BENCHES[arguments.rank](Job(), world, Path(arguments.folder), arguments.rounds)
+        seconds = BENCHES[arguments.rank](Job(), world, Path(arguments.folder), arguments.rounds)
         if world.rank == 0:
-            print(json.dumps(found))
+            print(json.dumps(seconds))
         world.close()
         return
     if shutil.which("fio") is None:
-        raise SystemExit("the disk's own limit is measured by fio: apt install fio")
+        raise SystemExit("fio is required to measure the disk: apt install fio")
     nbytes = sum(t * 3 for t in (prod(s) * 4 for _, s in gpt2_small_shapes()))
     for name in arguments.only.split(","):
         if name == "scale":
             print("\nscale: 512 ranks x 10,000 sharded tensors with Adam, rank 0's part")
-            for key, figure in bench_scale(512, 10_000).items():
-                print(f"  {key:<40} {figure:8.2f}")
+            for label, value in bench_scale(512, 10_000).items():
+                print(f"  {label:<40} {value:8.2f}")
             continue
         for ranks in map(int, arguments.ranks.split(",")):
             show(name, ranks, run_ranks(name, ranks, arguments), nbytes)

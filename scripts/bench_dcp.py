@@ -1,9 +1,9 @@
-"""torch.distributed.checkpoint through our storage beside its own, in turn, in one process.
+"""torch.distributed.checkpoint with Perdure's storage and its own, alternately, in one process.
 
     python scripts/bench_dcp.py [--gigabytes 1.0] [--rounds 5]
 
-The state is GPT-2-like: tensors of many sizes and AdamW's two moments. Both are durable when they
-return (the rival with its sync_files, the default). Medians, and the ratio round by round.
+The state resembles GPT-2: tensors of many sizes and AdamW's two moments. Both saves are durable on
+return (torch's through sync_files, its default). Prints medians and the ratios of all rounds.
 """
 
 import argparse
@@ -25,7 +25,7 @@ WIDTH = 768
 
 
 def state_of(nbytes: int) -> dict[str, Any]:
-    """Return blocks of a transformer, with their moments, of about this size."""
+    """Return transformer blocks and their AdamW moments, `nbytes` bytes or slightly less."""
     shapes = {"qkv": (3 * WIDTH, WIDTH), "out": (WIDTH, WIDTH), "up": (4 * WIDTH, WIDTH)}
     shapes |= {"down": (WIDTH, 4 * WIDTH), "norm": (WIDTH,), "bias": (4 * WIDTH,)}
     block = 4 * 3 * sum(torch.Size(shape).numel() for shape in shapes.values())
@@ -46,34 +46,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", default=None, help="where to write; default: a temporary one")
-    given = parser.parse_args()
+    parser.add_argument(
+        "--folder", default=None, help="folder for the checkpoints; default: a temporary folder"
+    )
+    arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    state = state_of(int(given.gigabytes * 1e9))
+    state = state_of(int(arguments.gigabytes * 1e9))
     nbytes = sum(tensor.nbytes for tensor in state.values())
     kinds = {
-        "ours": (PerdureStorageWriter, PerdureStorageReader),
+        "perdure": (PerdureStorageWriter, PerdureStorageReader),
         "torch": (dcp.FileSystemWriter, dcp.FileSystemReader),
     }
-    took: dict[str, list[float]] = {
+    durations: dict[str, list[float]] = {
         f"{verb} {kind}": [] for verb in ("save", "load") for kind in kinds
     }
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        for number in range(given.rounds + 1):
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        for number in range(arguments.rounds + 1):
             for kind, (writer, reader) in kinds.items():
-                place = Path(folder, kind)
-                shutil.rmtree(place, ignore_errors=True)
-                save_s = timed(lambda: dcp.save(state, storage_writer=writer(place)))  # noqa: B023
-                load_s = timed(lambda: dcp.load(state, storage_reader=reader(place)))  # noqa: B023
-                if number:  # the first one warms up
-                    took[f"save {kind}"].append(save_s)
-                    took[f"load {kind}"].append(load_s)
-    print(f"{nbytes / 1e9:.2f} GB in {len(state)} tensors, {given.rounds} rounds")
-    for name, seconds in took.items():
-        print(f"{name:<12} {nbytes / 1e9 / statistics.median(seconds):.2f} GB/s")
+                path = Path(folder, kind)
+                shutil.rmtree(path, ignore_errors=True)
+                save_s = timed(lambda: dcp.save(state, storage_writer=writer(path)))  # noqa: B023
+                load_s = timed(lambda: dcp.load(state, storage_reader=reader(path)))  # noqa: B023
+                if number:  # the first round warms up
+                    durations[f"save {kind}"].append(save_s)
+                    durations[f"load {kind}"].append(load_s)
+    print(f"{nbytes / 1e9:.2f} GB in {len(state)} tensors, {arguments.rounds} rounds")
+    for name, seconds in durations.items():
+        print(f"{name:<14} {nbytes / 1e9 / statistics.median(seconds):.2f} GB/s")
     for verb in ("save", "load"):
-        pairs = zip(took[f"{verb} torch"], took[f"{verb} ours"], strict=True)
-        ratios = sorted(theirs / ours for theirs, ours in pairs)
+        pairs = zip(durations[f"{verb} torch"], durations[f"{verb} perdure"], strict=True)
+        ratios = sorted(reference / perdure for reference, perdure in pairs)
         middle = statistics.median(ratios)
         print(f"{verb}: {middle:.2f} times torch's ({ratios[0]:.2f} to {ratios[-1]:.2f})")
 

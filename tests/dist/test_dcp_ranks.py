@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint over our format on several ranks, in and out of FSDP2."""
+"""torch.distributed.checkpoint on Perdure's storage, on several ranks, with and without FSDP2."""
 
 import io
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from support.sharded_models import make, parallelise, whole
+from support.sharded_models import make, parallelise, full_tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -28,13 +28,15 @@ def step(model, optimizer):
 
 
 def values(model, optimizer):
-    """All values of model and optimizer, whole, by name; as arrays, which cross processes."""
+    """Return all values of model and optimizer by name, unsharded, as NumPy arrays."""
     state, optimizer_state = get_state_dict(model, optimizer)
-    found = {f"model.{name}": whole(tensor).clone().numpy() for name, tensor in state.items()}
+    arrays = {
+        f"model.{name}": full_tensor(tensor).clone().numpy() for name, tensor in state.items()
+    }
     for name, entries in optimizer_state["state"].items():
         for key, tensor in entries.items():
-            found[f"optimizer.{name}.{key}"] = whole(tensor).clone().numpy()
-    return found
+            arrays[f"optimizer.{name}.{key}"] = full_tensor(tensor).clone().numpy()
+    return arrays
 
 
 def save(world: World, folder: str, how: str, writer: type):
@@ -56,16 +58,20 @@ def load(world: World, folder: str, how: str, reader: type):
     model, optimizer = fresh(world, how, seed=1)
     step(model, optimizer)
     state, optimizer_state = get_state_dict(model, optimizer)
-    wanted = {"model": state, "optimizer": optimizer_state, "train": {"step": 0, "rates": ()}}
+    state_dict = {"model": state, "optimizer": optimizer_state, "train": {"step": 0, "rates": ()}}
     for rank in range(2):
-        wanted |= {f"loader.{rank}": b"", f"file.{rank}": None}
-    dcp.load(wanted, storage_reader=reader(folder), no_dist=world.size == 1)
+        state_dict |= {f"loader.{rank}": b"", f"file.{rank}": None}
+    dcp.load(state_dict, storage_reader=reader(folder), no_dist=world.size == 1)
     set_state_dict(
         model, optimizer,
-        model_state_dict=wanted["model"], optim_state_dict=wanted["optimizer"],
+        model_state_dict=state_dict["model"], optim_state_dict=state_dict["optimizer"],
     )  # fmt: skip
-    others = [wanted["train"], *(wanted[f"loader.{rank}"] for rank in range(2))]
-    return values(model, optimizer), others, [wanted[f"file.{rank}"].getvalue() for rank in (0, 1)]
+    others = [state_dict["train"], *(state_dict[f"loader.{rank}"] for rank in range(2))]
+    return (
+        values(model, optimizer),
+        others,
+        [state_dict[f"file.{rank}"].getvalue() for rank in (0, 1)],
+    )
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -79,18 +85,18 @@ def test_checkpoint_of_two_ranks_loads_on_one_or_three(tmp_path, on_ranks):
                 assert np.array_equal(after[name], value), name
             assert others == [{"step": 3, "rates": (0.1, 0.2)}, b"rank 0", b"rank 1"]
             assert files == [b"\x80", b"\x80\x80"]
-    place = location.open_location(folder)
-    (commit,) = place.survey().commits
-    made = place.manifest(commit)
-    assert (commit.step, made.world_size, len(made.files)) == (3, 2, 2)
-    assert made.tensors["model.2.weight"].grid == (2, 1)  # even: said in few words
+    run = location.open_location(folder)
+    (commit,) = run.survey().commits
+    manifest = run.manifest(commit)
+    assert (commit.step, manifest.world_size, len(manifest.files)) == (3, 2, 2)
+    assert manifest.tensors["model.2.weight"].grid == (2, 1)  # stored compactly as a grid
     for name in before:  # one at a time, without a process group
         if name.startswith("model."):
-            assert np.array_equal(place.reader(commit).fetch(name).numpy(), before[name])
+            assert np.array_equal(run.reader(commit).fetch(name).numpy(), before[name])
 
 
-def saved_again_and_again(world: World, folder: str):
-    """Rank 1 fails in the first save; the next ones are whole, from plans that torch keeps."""
+def save_repeatedly(world: World, folder: str):
+    """Fail the first save on rank 1, then save repeatedly with cached plans."""
     writer = PerdureStorageWriter(f"{folder}/step-0")
     state = {"x": torch.zeros(6), f"own.{world.rank}": object() if world.rank == 1 else 1}
     with pytest.raises(CheckpointException, match=r"own\.1"):
@@ -104,9 +110,9 @@ def saved_again_and_again(world: World, folder: str):
 
 
 def test_failing_rank_aborts_save_and_cached_plans_stay_valid(tmp_path, on_ranks):
-    assert on_ranks(2, saved_again_and_again, str(tmp_path)) == [True, True]
-    place = location.open_location(str(tmp_path))
-    for number, commit in enumerate(place.survey().commits):
-        assert place.reader(commit).fetch("x").unique().tolist() == [float(number)]
+    assert on_ranks(2, save_repeatedly, str(tmp_path)) == [True, True]
+    run = location.open_location(str(tmp_path))
+    for number, commit in enumerate(run.survey().commits):
+        assert run.reader(commit).fetch("x").unique().tolist() == [float(number)]
         shards = list((tmp_path / commit.folder).glob("*.safetensors"))
-        assert len(shards) == len(place.manifest(commit).files)  # what failed left nothing
+        assert len(shards) == len(run.manifest(commit).files)  # the failed save left no files

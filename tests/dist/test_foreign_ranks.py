@@ -1,9 +1,9 @@
-"""A DCP folder that several ranks wrote, read whole by one process that has no group."""
+"""A DCP folder written by several ranks, read by one process without a process group."""
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from support.sharded_models import make, parallelise, whole
+from support.sharded_models import make, parallelise, full_tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -46,10 +46,10 @@ def save_fsdp(world: World, folder: str):
     optimizer.step()
     state, optimizer_state = get_state_dict(model, optimizer)
     dcp.save({"model": state, "optimizer": optimizer_state}, checkpoint_id=folder)
-    return {name: whole(value).clone().numpy() for name, value in state.items()}
+    return {name: full_tensor(value).clone().numpy() for name, value in state.items()}
 
 
-def test_parts_of_two_ranks_are_put_together(tmp_path, on_ranks):
+def test_parts_of_two_ranks_are_assembled(tmp_path, on_ranks):
     on_ranks(2, save_tensors, str(tmp_path / "a"))
     source = open_external(str(tmp_path / "a"))
     assert len(list((tmp_path / "a").glob("*.distcp"))) == 2
@@ -62,7 +62,7 @@ def test_parts_of_two_ranks_are_put_together(tmp_path, on_ranks):
 
 
 @pytest.mark.slow
-def test_parts_of_a_grid_of_ranks_are_put_together(tmp_path, on_ranks):
+def test_parts_of_rank_grid_are_assembled(tmp_path, on_ranks):
     on_ranks(4, save_grid, str(tmp_path / "a"))
     source = open_external(str(tmp_path / "a"))
     assert len(source.tensors) == 4
@@ -71,7 +71,7 @@ def test_parts_of_a_grid_of_ranks_are_put_together(tmp_path, on_ranks):
 
 
 @pytest.mark.slow
-def test_weights_of_an_fsdp_model_are_whole_again(tmp_path, on_ranks):
+def test_fsdp_weights_are_assembled(tmp_path, on_ranks):
     expected = on_ranks(2, save_fsdp, str(tmp_path / "a"))[0]
     source = open_external(str(tmp_path / "a"))
     assert {n for n in source.tensors if n.startswith("model.")} == {f"model.{n}" for n in expected}

@@ -1,4 +1,4 @@
-"""FSDP2 as a strategy: a step equals the plain model's, whatever is gathered, clipped, summed."""
+"""FSDP2 strategy: training steps equal those of the unsharded model under all options."""
 
 import numpy as np
 import pytest
@@ -52,24 +52,26 @@ def steps(world: World, options: Parallel | None):
         norms.append(parallel.clip(wrapped.parameters(), 0.5).item())
         optimizer.step()
         optimizer.zero_grad()
-    whole = {
+    weights = {
         name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().numpy().copy()
         for name, t in wrapped.state_dict().items()
     }
-    return norms, whole
+    return norms, weights
 
 
-def test_three_steps_are_those_of_the_plain_model(on_ranks):
+def test_three_steps_match_plain_model(on_ranks):
     norms, weights = steps(World(), None)
     for options in (
         Parallel(strategy="fsdp", min_parameters=50),
         Parallel(strategy="fsdp", blocks=["BatchNorm1d"], reshard_after_forward=False),
     ):
-        for found, theirs in on_ranks(2, steps, options):
-            np.testing.assert_allclose(found, norms, rtol=1e-5)
-            assert theirs.keys() == weights.keys()
+        for rank_norms, rank_weights in on_ranks(2, steps, options):
+            np.testing.assert_allclose(rank_norms, norms, rtol=1e-5)
+            assert rank_weights.keys() == weights.keys()
             for name, value in weights.items():
-                np.testing.assert_allclose(theirs[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+                np.testing.assert_allclose(
+                    rank_weights[name], value, rtol=1e-4, atol=1e-6, err_msg=name
+                )
 
 
 def halved(world: World):
@@ -89,7 +91,7 @@ def halved(world: World):
 
 
 def buffers(world: World):
-    """Rank 0's are everybody's before each forward of the training."""
+    """Broadcast buffers: every rank has rank 0's before each forward pass in training."""
     model = parallel.wrap(Tied(), world, Parallel(strategy="fsdp"))
     model.norm.running_mean.fill_(float(world.rank))
     model(batch(world.rank)[0])
@@ -108,16 +110,16 @@ def test_mixed_precision_and_buffers(on_ranks):
     for dtypes, _ in answers:
         assert dtypes == ("torch.bfloat16", "torch.float32", "torch.float32")
     (_, (_, zero)), (_, (_, one)) = answers
-    assert zero == one  # rank 1 has taken rank 0's
+    assert zero == one  # rank 1 received rank 0's buffers
 
 
-# --- what is gathered at once ------------------------------------------------------------------
+# --- sharded blocks ------------------------------------------------------------------------------
 
 
 def names(model: nn.Module, **options) -> list[str]:
-    found = parallel._blocks(model, Parallel(strategy="fsdp", **options))
+    blocks = parallel._blocks(model, Parallel(strategy="fsdp", **options))
     by_id = {id(module): name for name, module in model.named_modules()}
-    return [by_id[id(module)] for module in found]
+    return [by_id[id(module)] for module in blocks]
 
 
 def test_blocks_are_chosen_by_size_or_by_class():

@@ -1,6 +1,6 @@
-"""Any sharding in, any other out: FSDP2, two-dimensional meshes, plain tensors, any world sizes."""
+"""Resharding on load: FSDP2, two-dimensional meshes, plain tensors, any world sizes."""
 
-from support.sharded_models import make, parallelise, whole
+from support.sharded_models import make, parallelise, full_tensor
 import json
 import random
 import tempfile
@@ -30,13 +30,7 @@ def raw(tensor: torch.Tensor) -> bytes:
     return bytes(plain.copy_(tensor.detach().reshape(-1)).view(torch.uint8).numpy())
 
 
-# --- a model and its optimizer -----------------------------------------------------------------
-
-
-
-
-
-
+# --- a model and its optimizer -------------------------------------------------------------------
 
 
 def train_and_save(world: World, folder: str, how: str):
@@ -51,7 +45,7 @@ def train_and_save(world: World, folder: str, how: str):
     state_tree.add_model(content, model, with_buffers=world.rank == 0)
     state_tree.add_optimizers(content, model, [optimizer])
     checkpoint.save(begin(world, folder), content, step=3)
-    return {name: raw(whole(value)) for name, value in state_of(model, optimizer).items()}
+    return {name: raw(full_tensor(value)) for name, value in state_of(model, optimizer).items()}
 
 
 def state_of(model, optimizer):
@@ -75,13 +69,15 @@ def load(world: World, folder: str, how: str):
     }
     slots = state_tree.optimizer_slots(model, [optimizer], stored)
     reader.read({name: slot.tensor for name, slot in slots.items()})
-    state_tree.load_optimizers(model, [optimizer], manifest.objects["optimizer"], slots, reader.fetch)
+    state_tree.load_optimizers(
+        model, [optimizer], manifest.objects["optimizer"], slots, reader.fetch
+    )
     shardings = {isinstance(p, DTensor) for p in model.parameters()}
     assert shardings == {how != "plain"}
     assert isinstance(optimizer.state[next(model.parameters())]["exp_avg"], DTensor) == (
         how != "plain"
     )
-    return {name: raw(whole(value)) for name, value in state_of(model, optimizer).items()}
+    return {name: raw(full_tensor(value)) for name, value in state_of(model, optimizer).items()}
 
 
 @pytest.mark.slow
@@ -124,7 +120,7 @@ def random_tensor(rng: random.Random) -> torch.Tensor:
 
 
 def random_layout(rng: random.Random, tensor: torch.Tensor, meshes: list[DeviceMesh]):
-    """Choose how a tensor lies over the ranks: None for a plain one."""
+    """Return a random mesh and placements for a tensor, or None for a plain tensor."""
     mesh = rng.choice(meshes)
     if tensor.ndim == 0 or rng.random() < 0.4:
         return None
@@ -136,12 +132,12 @@ def random_layout(rng: random.Random, tensor: torch.Tensor, meshes: list[DeviceM
 
 
 def spread(tensor, layout, rng):
-    """Lay a tensor out; a plain one sometimes as a view that is not contiguous."""
+    """Distribute a tensor; a plain one sometimes becomes a non-contiguous view."""
     if layout is None:
         if tensor.ndim >= 2 and rng.random() < 0.5:
             return tensor.transpose(0, 1).contiguous().transpose(0, 1)
         return tensor.clone()
-    # bytes travel as integers: gloo knows few dtypes
+    # send bytes as integers: gloo supports few dtypes
     carrier = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     item_bytes = tensor.element_size()
     if item_bytes == 16 or not tensor.numel():
@@ -170,7 +166,7 @@ def meshes_of(size: int) -> list[DeviceMesh]:
 
 
 def round_trips(world: World, folder: str, seed: int, examples: int):
-    """Save on m of 8 ranks and load on n, for random trees of tensors; the seed is everybody's."""
+    """Save random tensors on m of 8 ranks and load on n; all ranks use the same seed."""
     rng = random.Random(seed)
     worlds = {size: sub_world(world, size) for size in range(1, world.size + 1)}
     meshes = {size: meshes_of(size) for size in worlds}
@@ -188,10 +184,10 @@ def round_trips(world: World, folder: str, seed: int, examples: int):
         store = LocalStore(where)
         size, layouts = shapes["save"]
         if (here := worlds[size]) is not None:
-            own = {f"own.{here.rank}": torch.arange(here.rank + 1)}
+            local = {f"own.{here.rank}": torch.arange(here.rank + 1)}
             content = checkpoint.Content(
                 {name: spread(t, layouts[name], rng) for name, t in tensors.items()},
-                own,
+                local,
                 objects={"example": example, "seed": [seed, None, 1.5, "é"]},
             )
             checkpoint.save(begin(here, where), content, step=1)
@@ -209,10 +205,10 @@ def round_trips(world: World, folder: str, seed: int, examples: int):
             }
             checkpoint.load(store, manifest, targets)
             for name, target in targets.items():
-                found, wanted = (
+                actual, reference = (
                     t.to_local() if isinstance(t, DTensor) else t for t in (target, expected[name])
                 )
-                assert raw(found) == raw(wanted), (example, name, shapes)
+                assert raw(actual) == raw(reference), (example, name, shapes)
                 compared += 1
         rng.seed(f"{seed} {example} next")
         dist.barrier(group=world.control)

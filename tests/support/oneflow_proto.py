@@ -1,4 +1,4 @@
-"""OneFlow's VariableMetaInfo as protobuf itself knows it, made of a descriptor."""
+"""OneFlow's VariableMetaInfo message, built with protobuf from a descriptor."""
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
@@ -6,7 +6,7 @@ from trainer.importing import oneflow
 
 
 def message():
-    """Return the class of OneFlow's VariableMetaInfo, made as its .proto file says."""
+    """Return OneFlow's VariableMetaInfo class, as its .proto file defines it."""
     file = descriptor_pb2.FileDescriptorProto(name="variable.proto", package="oneflow")
     kinds = file.enum_type.add(name="DataType")
     kinds.value.add(name="kInvalidDataType", number=0)

@@ -28,5 +28,5 @@ def parallelise(model: nn.Module, how: str, world: World) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()

@@ -55,7 +55,7 @@ def a_state():
 
 def save_dcp(folder, state, **options):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no process group
+        warnings.simplefilter("ignore")  # about the missing process group
         writer = dcp.FileSystemWriter(str(folder), **options)
         dcp.save(state, storage_writer=writer, no_dist=True)
     return str(folder)
@@ -90,33 +90,33 @@ def to_memory(path):
 
 
 def nested(source):
-    """Put a source together again; None stands where a list lacks an item."""
+    """Return the nested state of a source; missing list items are None."""
     top = {}
     for name, path in source.paths.items():
         is_tensor = name in source.tensors or name in source.aliases
-        inner = top
+        node = top
         for key in path[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[path[-1]] = source.fetch(name) if is_tensor else source.objects[name]
+            node = node.setdefault(key, {})
+        node[path[-1]] = source.fetch(name) if is_tensor else source.objects[name]
     return top
 
 
-def same(found, expected):
+def same(actual, expected):
     """Compare two nests; lists that hold tensors or dicts come back as dicts of their indexes."""
     if isinstance(expected, torch.Tensor):
-        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-        assert found.is_contiguous()
-        assert torch.equal(found, expected)
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+        assert actual.is_contiguous()
+        assert torch.equal(actual, expected)
     elif isinstance(expected, dict) and expected:
-        assert list(found) == list(map(str, expected))
+        assert list(actual) == list(map(str, expected))
         for key, value in expected.items():
-            same(found[str(key)], value)
-    elif isinstance(found, dict) and isinstance(expected, (list, tuple)):
-        assert list(found) == list(range(len(expected)))
+            same(actual[str(key)], value)
+    elif isinstance(actual, dict) and isinstance(expected, (list, tuple)):
+        assert list(actual) == list(range(len(expected)))
         for index, value in enumerate(expected):
-            same(found[index], value)
+            same(actual[index], value)
     else:
-        assert (type(found), found) == (type(expected), expected)
+        assert (type(actual), actual) == (type(expected), expected)
 
 
 class Bomb:

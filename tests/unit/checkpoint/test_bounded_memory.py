@@ -1,4 +1,4 @@
-"""Checkpoints larger than the memory that is allowed: read, verified, copied, compared, written."""
+"""Read, verify, copy, compare and write checkpoints larger than the memory limit."""
 
 import resource
 import subprocess
@@ -17,7 +17,7 @@ from trainer.storage import LocalStore
 
 ROOT = Path(__file__).resolve().parents[3]
 ALLOWED_BYTES = 256 << 20
-"""Beside what Python and torch need to be there; stacks of threads count too."""
+"""Memory limit in addition to the imports of Python and torch; includes thread stacks."""
 LARGE = 100 << 20
 """Elements of the largest tensor, of 4 bytes each."""
 
@@ -30,8 +30,8 @@ from trainer.checkpoint import dcp
 from trainer.checkpoint import location, select
 from trainer.importing import formats
 torch.set_num_threads(1)
-held = int(re.search(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
-resource.setrlimit(resource.RLIMIT_DATA, (held + ALLOWED, held + ALLOWED))
+base = int(re.search(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+resource.setrlimit(resource.RLIMIT_DATA, (base + ALLOWED, base + ALLOWED))
 """
 
 
@@ -58,12 +58,12 @@ def write(folder: Path, change: float = 0.0) -> None:
     layout = shard.lay_out((key, *size) for key, size in sizes.items())
     name = manifest.shard_name(rank=0, world_size=1, token="0" * 8, save=1)
     file = store.open_new(f"{folder.name}/{name}", layout.total_bytes)
-    made = Manifest(
+    record = Manifest(
         step=1, epoch=0, samples=0, attempt=0, token="0" * 8, save=1, world_size=1, versions={},
         tensors={key: TensorEntry(*size, file=0) for key, size in sizes.items()},
         files={name: write_shard(file, layout, LiveTensors(layout, tensor_of))}, objects={},
     )  # fmt: skip
-    store.create(f"{folder.name}/{lineage.MANIFEST}", manifest.to_bytes(made))
+    store.create(f"{folder.name}/{lineage.MANIFEST}", manifest.to_bytes(record))
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +95,11 @@ def test_reading_entire_tensor_exceeds_limit(large):
     ],
 )
 def test_command_needs_memory_for_few_parts(large, arguments, code, text):
-    verb, *places = arguments
+    verb, *folders = arguments
     done = limited(
-        "sys.exit(checkpoints.main(sys.argv[1:]))", verb, *(large / place for place in places)
+        "sys.exit(checkpoints.main(sys.argv[1:]))",
+        verb,
+        *(large / location for location in folders),
     )
     assert (done.returncode, done.stderr) == (code, "")
     assert text in done.stdout
@@ -118,7 +120,7 @@ print(part[0, -1].item())
 
 
 def test_torch_save_file_is_imported_tensor_by_tensor(tmp_path):
-    """torch maps the file, which counts as data of the process; so the peak is looked at."""
+    """The limit would include the file that torch maps, so the test measures peak memory."""
     torch.save({f"x.{number}": torch.full((10 << 20,), number) for number in range(10)},
                tmp_path / "all.pt")  # fmt: skip
     script = """
@@ -145,12 +147,12 @@ sys.exit(code)
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert 0 < int(done.stdout.split()[-1]) < 200 << 20  # of 400 MiB
-    place = open_location(str(tmp_path / "out"))
-    assert place.reader(pick(place, "latest")).fetch("x.7").unique().tolist() == [7]
+    location = open_location(str(tmp_path / "out"))
+    assert location.reader(pick(location, "latest")).fetch("x.7").unique().tolist() == [7]
 
 
 def test_dcp_save_makes_no_second_copy(tmp_path):
-    """Of a state that fills more than half of what is allowed, on the way to the file."""
+    """The state fills more than half of the memory limit."""
     script = """
 import torch.distributed.checkpoint as d
 import warnings
@@ -160,38 +162,38 @@ d.save(state, storage_writer=dcp.PerdureStorageWriter(sys.argv[1]))
 """
     done = limited(script, tmp_path / "a")
     assert (done.returncode, done.stderr) == (0, "")
-    place = open_location(str(tmp_path / "a"))
-    place.reader(pick(place, "latest")).verify()
+    location = open_location(str(tmp_path / "a"))
+    location.reader(pick(location, "latest")).verify()
 
 
-# --- many shards -------------------------------------------------------------------------------
+# --- many shards ---------------------------------------------------------------------------------
 
 
 def test_reader_handles_thousand_shards_without_process_group(tmp_path):
-    """One tensor cut over all of them, and one in each; with no more files open than usual."""
+    """Every shard holds a part of one tensor and a tensor of its rank; 256 open files suffice."""
     store, count = LocalStore(tmp_path), 1000
     files, tensors = {}, {}
-    whole = torch.arange(count * 6.0).reshape(count * 2, 3)
+    tensor = torch.arange(count * 6.0).reshape(count * 2, 3)
     for rank in range(count):
-        part = {f"cut@{rank * 2},0": whole[rank * 2 : rank * 2 + 2], f"own.{rank}": whole[rank]}
+        part = {f"cut@{rank * 2},0": tensor[rank * 2 : rank * 2 + 2], f"own.{rank}": tensor[rank]}
         layout = shard.lay_out((key, "F32", tuple(t.shape)) for key, t in part.items())
         name = manifest.shard_name(rank=rank, world_size=count, token="0" * 8, save=1)
         file = store.open_new(f"step-5/{name}", layout.total_bytes)
         files[name] = write_shard(file, layout, LiveTensors(layout, part.__getitem__), threads=1)
         tensors[f"own.{rank}"] = TensorEntry("F32", (3,), file=rank)
     tensors["cut"] = TensorEntry("F32", (count * 2, 3), grid=(count, 1))
-    made = Manifest(
+    record = Manifest(
         step=5, epoch=0, samples=0, attempt=0, token="0" * 8, save=1, world_size=count,
         versions={}, tensors=tensors, files=files, objects={},
     )  # fmt: skip
-    store.create("step-5/manifest.json", manifest.to_bytes(made))
+    store.create("step-5/manifest.json", manifest.to_bytes(record))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
     try:
-        place = open_location(str(tmp_path / "step-5"))
-        reader = place.reader(pick(place, "latest"))
-        assert torch.equal(reader.fetch("cut"), whole)
-        assert torch.equal(reader.fetch("own.777"), whole[777])
+        location = open_location(str(tmp_path / "step-5"))
+        reader = location.reader(pick(location, "latest"))
+        assert torch.equal(reader.fetch("cut"), tensor)
+        assert torch.equal(reader.fetch("own.777"), tensor[777])
         reader.verify()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

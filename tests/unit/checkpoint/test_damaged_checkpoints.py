@@ -31,24 +31,24 @@ from trainer.storage import LocalStore, Store
 
 
 class Stored:
-    """A run of two checkpoints of equal size, to be damaged and healed."""
+    """A run with two checkpoints of equal size, which tests damage and repair."""
 
     def __init__(self, root: Path) -> None:
         self.store = LocalStore(root)
         writer = writer_on(self.store)
         self.older = save(writer, {name: value + 1 for name, value in VALUES.items()}, 1)
-        self.made = save(writer, VALUES, 2)
-        (self.name,) = self.made.files
-        self.path = root / "checkpoints" / self.made.folder / self.name
+        self.manifest = save(writer, VALUES, 2)
+        (self.name,) = self.manifest.files
+        self.path = root / "checkpoints" / self.manifest.folder / self.name
         self.older_path = root / "checkpoints" / self.older.folder / next(iter(self.older.files))
 
-    def assert_whole(self) -> None:
+    def assert_intact(self) -> None:
         assert_equal(load_all(self.store, VALUES), VALUES)
         assert_equal(load_all(self.store, VALUES, peers=2), VALUES)
-        checkpoint.verify(self.store, self.made)
+        checkpoint.verify(self.store, self.manifest)
 
-    def assert_found(self, *about: str) -> None:
-        """Both `load` and `verify` name the file and say what is wrong."""
+    def assert_detected(self, *about: str) -> None:
+        """Assert that `load` and `verify` raise an error with the file and `about`."""
         for find in (
             lambda: load_all(self.store, VALUES),
             lambda: load_all(self.store, VALUES, peers=2),
@@ -60,7 +60,7 @@ class Stored:
                 assert text in str(caught.value)
 
     def verify(self) -> None:
-        checkpoint.verify(self.store, self.made)
+        checkpoint.verify(self.store, self.manifest)
 
     def flip(self, position: int, bit: int = 0) -> None:
         with open(self.path, "r+b") as file:
@@ -72,23 +72,23 @@ class Stored:
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stored]:
-    made = Stored(tmp_path_factory.mktemp("damage"))
-    made.assert_whole()
-    yield made
-    made.assert_whole()  # every test has healed what it broke
+    run = Stored(tmp_path_factory.mktemp("damage"))
+    run.assert_intact()
+    yield run
+    run.assert_intact()  # every test has repaired its damage
 
 
 def positions(stored: Stored) -> dict[str, tuple[int, str]]:
-    """Return one place of each kind, with what the error must say besides."""
-    record = stored.made.files[stored.name]
+    """Return byte positions in every part of a shard, each with the expected error text."""
+    record = stored.manifest.files[stored.name]
     data = stored.path.read_bytes()
     chunks, _ = shard.parse_header(
         data[: record.header_bytes], total_bytes=record.bytes, where="test"
     )
     end_of_json = len(data[: record.header_bytes].rstrip(b" "))
-    found = {
-        f"header {what}": (place, "header")
-        for what, place in {
+    cases = {
+        f"header {label}": (position, "header")
+        for label, position in {
             "length": 0, "length, high byte": 7, "first brace": 8, "middle": end_of_json // 2,
             "last brace": end_of_json - 1, "padding": end_of_json, "end": record.header_bytes - 1,
         }.items()
@@ -97,69 +97,69 @@ def positions(stored: Stored) -> dict[str, tuple[int, str]]:
         for number, start in enumerate(range(chunk.start, chunk.stop, MIB)):
             stop = min(start + MIB, chunk.stop)
             about = f"'{chunk.key}': bytes {start - chunk.start:,} to {stop - chunk.start:,}"
-            for what, place in {
+            for label, position in {
                 "first": start,
                 "middle": (start + stop) // 2,
                 "last": stop - 1,
             }.items():
-                found[f"{chunk.key}, block {number}, {what} byte"] = (place, about)
-    return found
+                cases[f"{chunk.key}, block {number}, {label} byte"] = (position, about)
+    return cases
 
 
 def test_flipped_bit_in_any_block_or_header_part_is_detected(stored):
-    places = positions(stored)
-    assert len(places) == 7 + 3 * (6 + 1 + 1 + 2)
-    for bit, (place, about) in enumerate(places.values()):
-        stored.flip(place, bit % 8)
-        stored.assert_found(about)
-        stored.flip(place, bit % 8)
+    targets = positions(stored)
+    assert len(targets) == 7 + 3 * (6 + 1 + 1 + 2)
+    for bit, (position, about) in enumerate(targets.values()):
+        stored.flip(position, bit % 8)
+        stored.assert_detected(about)
+        stored.flip(position, bit % 8)
 
 
 @settings(max_examples=25, deadline=None)
 @given(fraction=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_flipped_bit_anywhere_is_detected(stored, fraction, bit):
-    place = int(fraction * stored.path.stat().st_size)
-    stored.flip(place, bit)
-    stored.assert_found()
-    stored.flip(place, bit)
+    position = int(fraction * stored.path.stat().st_size)
+    stored.flip(position, bit)
+    stored.assert_detected()
+    stored.flip(position, bit)
 
 
 @pytest.mark.parametrize("change", [-1, +1, -4096])
 def test_changed_file_length_is_detected(stored, change):
     data = stored.path.read_bytes()
     stored.path.write_bytes(data[:change] if change < 0 else data + b"\0" * change)
-    stored.assert_found("bytes but its manifest records")
+    stored.assert_detected("bytes but its manifest records")
     stored.path.write_bytes(data)
 
 
 def test_empty_file_is_detected(stored):
     data = stored.path.read_bytes()
     stored.path.write_bytes(b"")
-    stored.assert_found("0 bytes")
+    stored.assert_detected("0 bytes")
     stored.path.write_bytes(data)
 
 
 def test_missing_file_is_detected(stored):
     moved = stored.path.with_suffix(".away")
     stored.path.rename(moved)
-    stored.assert_found("missing")
+    stored.assert_detected("missing")
     moved.rename(stored.path)
 
 
 def test_file_replaced_by_shard_of_equal_size_is_detected(stored):
-    kept = stored.path.with_suffix(".away")
+    moved = stored.path.with_suffix(".away")
     assert stored.path.stat().st_size == stored.older_path.stat().st_size
-    stored.path.rename(kept)
+    stored.path.rename(moved)
     shutil.copy(stored.older_path, stored.path)
-    stored.assert_found("header")
-    kept.rename(stored.path)
+    stored.assert_detected("header")
+    moved.rename(stored.path)
 
 
 def test_header_with_data_of_another_save_is_detected(stored):
     data, other = stored.path.read_bytes(), stored.older_path.read_bytes()
-    length = stored.made.files[stored.name].header_bytes
+    length = stored.manifest.files[stored.name].header_bytes
     stored.path.write_bytes(data[:length] + other[length:])
-    stored.assert_found("checksum mismatch")
+    stored.assert_detected("checksum mismatch")
     stored.path.write_bytes(data)
 
 
@@ -168,20 +168,22 @@ def test_swapped_blocks_are_detected(stored):
     start = positions(stored)["a, block 0, first byte"][0]
     one, two = data[start : start + MIB], data[start + MIB : start + 2 * MIB]
     stored.path.write_bytes(data[:start] + two + one + data[start + 2 * MIB :])
-    stored.assert_found("'a': bytes 0 to")
+    stored.assert_detected("'a': bytes 0 to")
     stored.path.write_bytes(data)
 
 
 def test_latest_rejects_manifest_in_folder_of_another_step(tmp_path):
     store = LocalStore(tmp_path)
-    made = save(writer_on(store), SMALL, 1)
-    os.rename(tmp_path / "checkpoints" / made.folder, tmp_path / "checkpoints/step-00000002.0001")
+    committed = save(writer_on(store), SMALL, 1)
+    os.rename(
+        tmp_path / "checkpoints" / committed.folder, tmp_path / "checkpoints/step-00000002.0001"
+    )
     with pytest.raises(CheckpointError, match="manifest of step 1, attempt 1"):
         checkpoint.latest(store)
 
 
-class LyingOnce(LocalStore):
-    """A disk whose first answers are wrong, and whose second ones are right."""
+class CorruptOnce(LocalStore):
+    """A store whose first read of each range returns a flipped bit."""
 
     def __init__(self, root: str) -> None:
         super().__init__(root)
@@ -196,8 +198,8 @@ class LyingOnce(LocalStore):
 
 
 def test_checksum_mismatch_is_read_again_before_error(stored):
-    assert_equal(load_all(LyingOnce(stored.store.url), VALUES), VALUES)
-    checkpoint.verify(LyingOnce(stored.store.url), stored.made)
+    assert_equal(load_all(CorruptOnce(stored.store.url), VALUES), VALUES)
+    checkpoint.verify(CorruptOnce(stored.store.url), stored.manifest)
 
 
 def in_parts(store: Store) -> tuple[manifest.Manifest, dict[str, Tensor]]:
@@ -221,7 +223,7 @@ def in_parts(store: Store) -> tuple[manifest.Manifest, dict[str, Tensor]]:
     for rank, parts in enumerate(files):
         name = manifest.shard_name(rank=rank, world_size=3, token=attempt.token, save=1)
         _, records[name] = write_tensors(store, f"{folder}/{name}", parts)
-    made = manifest.Manifest(
+    committed = manifest.Manifest(
         step=1, epoch=0, samples=0, attempt=attempt.number, token=attempt.token, save=1,
         world_size=3, versions={}, files=records, objects={},
         tensors={
@@ -235,22 +237,24 @@ def in_parts(store: Store) -> tuple[manifest.Manifest, dict[str, Tensor]]:
             "tied": manifest.TensorEntry(alias="grid"),
         },
     )  # fmt: skip
-    store.create(f"{folder}/manifest.json", manifest.to_bytes(made))
-    return made, {**values, "tied": values["grid"]}
+    store.create(f"{folder}/manifest.json", manifest.to_bytes(committed))
+    return committed, {**values, "tied": values["grid"]}
 
 
 def test_tensors_split_over_files_are_assembled(tmp_path):
     store = LocalStore(tmp_path)
-    made, values = in_parts(store)
-    assert checkpoint.latest(store) == made
+    committed, values = in_parts(store)
+    assert checkpoint.latest(store) == committed
     assert_equal(load_all(store, values), values)
-    checkpoint.verify(store, made)
+    checkpoint.verify(store, committed)
 
 
 def test_swapped_files_are_detected(tmp_path):
     store = LocalStore(tmp_path)
-    made, _ = in_parts(store)
-    one, two = (tmp_path / "checkpoints" / made.folder / name for name in list(made.files)[:2])
+    committed, _ = in_parts(store)
+    one, two = (
+        tmp_path / "checkpoints" / committed.folder / name for name in list(committed.files)[:2]
+    )
     size = max(one.stat().st_size, two.stat().st_size)
     one.rename(one.with_suffix(".away"))
     two.rename(one)
@@ -258,7 +262,7 @@ def test_swapped_files_are_detected(tmp_path):
     for path in (one, two):
         os.truncate(path, size)
     with pytest.raises(DamagedError, match=one.name):
-        checkpoint.verify(store, made)
+        checkpoint.verify(store, committed)
 
 
 @pytest.mark.parametrize(
@@ -276,8 +280,8 @@ def test_fetch_rejects_manifest_that_contradicts_headers(tmp_path, name, entry):
     import json
 
     store = LocalStore(tmp_path)
-    made, _ = in_parts(store)
-    path = tmp_path / "checkpoints" / made.folder / "manifest.json"
+    committed, _ = in_parts(store)
+    path = tmp_path / "checkpoints" / committed.folder / "manifest.json"
     top = json.loads(path.read_bytes())
     del top["checksum"]
     top["tensors"][name] = entry
@@ -286,4 +290,4 @@ def test_fetch_rejects_manifest_that_contradicts_headers(tmp_path, name, entry):
     path.write_bytes(body + tail)
     hostile = checkpoint.latest(store)
     with pytest.raises(CheckpointError, match=name):
-        Reader(store, f"checkpoints/{made.folder}", hostile).fetch(name)
+        Reader(store, f"checkpoints/{committed.folder}", hostile).fetch(name)

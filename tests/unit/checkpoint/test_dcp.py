@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint over our format, in one process, beside its own storage."""
+"""torch.distributed.checkpoint on Perdure's storage, in one process, compared with its own."""
 
 import dataclasses
 import io
@@ -41,7 +41,7 @@ def load(state, folder, **how):
 
 
 def blank(value):
-    """The same shape of a state, with nothing of its content."""
+    """Return a state of the same structure with zeros for values."""
     if isinstance(value, torch.Tensor):
         return torch.zeros_like(value)
     if isinstance(value, dict):
@@ -81,21 +81,21 @@ STATE = {
     "turned": torch.randn(6, 9).T,
     "conjugate": torch.randn(3, dtype=torch.complex64).conj(),
     "nested": {"tuple": (1, "a", 2.5), "list": [1, [2]], "inf": float("inf"), "none": None},
-    "opaque": b"\x80\x04not a pickle of ours",
+    "opaque": b"\x80\x04not a pickle",
     "nothing": b"",
     "buffer": io.BytesIO(b"dataloader"),
 }
 
 
-# --- round trips -------------------------------------------------------------------------------
+# --- round trips ---------------------------------------------------------------------------------
 
 
-def test_what_is_saved_is_loaded_equal_in_value_and_type(tmp_path):
+def test_load_restores_values_and_types(tmp_path):
     save(STATE, tmp_path / "step-7")
     assert equal(load(blank(STATE), tmp_path / "step-7"), STATE)
 
 
-def test_model_and_optimizer_go_on_as_under_torchs_own_storage(tmp_path):
+def test_resumed_model_and_optimizer_match_torch_storage(tmp_path):
     states = []
     for reader, writer in (
         (dcp.FileSystemReader, dcp.FileSystemWriter),
@@ -108,11 +108,11 @@ def test_model_and_optimizer_go_on_as_under_torchs_own_storage(tmp_path):
         dcp.save(state, storage_writer=writer(folder))
         fresh = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
         other = torch.optim.AdamW(fresh.parameters(), lr=0.5)
-        wanted = dict(zip(("model", "optimizer"), get_state_dict(fresh, other), strict=True))
-        dcp.load(wanted, storage_reader=reader(folder))
+        targets = dict(zip(("model", "optimizer"), get_state_dict(fresh, other), strict=True))
+        dcp.load(targets, storage_reader=reader(folder))
         set_state_dict(
             fresh, other,
-            model_state_dict=wanted["model"], optim_state_dict=wanted["optimizer"],
+            model_state_dict=targets["model"], optim_state_dict=targets["optimizer"],
         )  # fmt: skip
         fresh(torch.ones(4, 6)).sum().backward()
         other.step()
@@ -120,7 +120,7 @@ def test_model_and_optimizer_go_on_as_under_torchs_own_storage(tmp_path):
     assert equal(states[0], states[1])
 
 
-def test_an_asynchronous_save_is_committed_when_its_future_is_done(tmp_path):
+def test_async_save_is_committed_when_its_future_completes(tmp_path):
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
@@ -132,17 +132,17 @@ def test_an_asynchronous_save_is_committed_when_its_future_is_done(tmp_path):
     assert equal(load({"x": torch.zeros(9)}, tmp_path / "a"), {"x": torch.arange(9.0)})
 
 
-def test_one_writer_serves_many_folders(tmp_path):
+def test_writer_saves_into_several_folders(tmp_path):
     writer = PerdureStorageWriter()
     for step in (10, 20):
         state = {"x": torch.full((4,), float(step))}
         dcp.save(state, storage_writer=writer, checkpoint_id=tmp_path / f"step-{step}")
-    place = location.open_location(str(tmp_path))
-    commits = place.survey().commits
+    run = location.open_location(str(tmp_path))
+    commits = run.survey().commits
     assert [commit.step for commit in commits] == [10, 20]
-    assert not place.is_run
+    assert not run.is_run
     for commit in commits:
-        assert place.reader(commit).fetch("x").unique().tolist() == [commit.step]
+        assert run.reader(commit).fetch("x").unique().tolist() == [commit.step]
 
 
 @given(
@@ -152,24 +152,26 @@ def test_one_writer_serves_many_folders(tmp_path):
             st.binary(max_size=9), st.none(), st.tuples(st.integers(), st.text()),
             st.integers(0, 12).map(lambda n: torch.arange(float(n))),
         ),
-        lambda inner: st.dictionaries(st.text("abcde.", min_size=1, max_size=3), inner, max_size=4),
+        lambda children: st.dictionaries(
+            st.text("abcde.", min_size=1, max_size=3), children, max_size=4
+        ),
         max_leaves=12,
     ).filter(lambda state: isinstance(state, dict))
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
-def test_any_nesting_comes_back_as_torchs_own_storage_gives_it(tmp_path_factory, state):
+def test_any_nesting_loads_as_with_torch_storage(tmp_path_factory, state):
     folder = tmp_path_factory.mktemp("any")
     try:
         dcp.save(state, storage_writer=dcp.FileSystemWriter(folder / "torch"))
     except (AssertionError, ValueError, CheckpointException):
-        return  # two names that become one, for example
-    theirs, ours = blank(state), blank(state)
-    dcp.load(theirs, storage_reader=dcp.FileSystemReader(folder / "torch"))
-    save(state, folder / "ours")
-    assert equal(load(ours, folder / "ours"), theirs)
+        return  # for example two names that flatten to the same one
+    expected, loaded = blank(state), blank(state)
+    dcp.load(expected, storage_reader=dcp.FileSystemReader(folder / "torch"))
+    save(state, folder / "perdure")
+    assert equal(load(loaded, folder / "perdure"), expected)
 
 
-def test_another_dtype_in_memory_is_converted_as_torch_does(tmp_path):
+def test_load_converts_to_target_dtype(tmp_path):
     save({"x": torch.randn(70, 3)}, tmp_path / "a")
     half, single = {"x": torch.zeros(70, 3).bfloat16()}, {"x": torch.zeros(70, 3)}
     load(half, tmp_path / "a")
@@ -177,7 +179,7 @@ def test_another_dtype_in_memory_is_converted_as_torch_does(tmp_path):
     assert torch.equal(half["x"], single["x"].bfloat16())
 
 
-# --- what lies there ---------------------------------------------------------------------------
+# --- stored files --------------------------------------------------------------------------------
 
 
 def test_shards_are_ordinary_safetensors_files(tmp_path):
@@ -198,37 +200,37 @@ def test_no_pickle_is_stored(tmp_path):
         assert b"PK\x03\x04" not in file.read_bytes()
 
 
-def test_a_tensor_of_many_parts_is_written_right(tmp_path):
-    """Larger than a part of the file and than a block, beside small ones, header in the way."""
+def test_tensor_of_several_parts_is_written_correctly(tmp_path):
+    """The large tensor spans several parts and blocks; small tensors share some of them."""
     torch.manual_seed(1)
     state = {f"small{i}": torch.randn(i + 1) for i in range(50)}
     state |= {"large": torch.randn(3_000_001), "turned": torch.randn(1100, 1300).T}
     save(state, tmp_path / "a")
     assert equal(load(blank(state), tmp_path / "a"), state)
-    place = location.open_location(str(tmp_path / "a"))
-    place.reader(pick(place, "latest")).verify()
+    run = location.open_location(str(tmp_path / "a"))
+    run.reader(pick(run, "latest")).verify()
     (file,) = (tmp_path / "a").glob("*.safetensors")
     (length,) = struct.unpack("<Q", file.read_bytes()[:8])
     assert (length + 8) % 4096 == 0
 
 
-# --- torch's own tools through it --------------------------------------------------------------
+# --- torch's own tools through it ----------------------------------------------------------------
 
 
 @pytest.fixture
-def through_ours(monkeypatch):
+def with_perdure_storage(monkeypatch):
     monkeypatch.setattr(format_utils, "FileSystemReader", PerdureStorageReader)
     monkeypatch.setattr(format_utils, "FileSystemWriter", PerdureStorageWriter)
 
 
-def test_dcp_to_torch_save_keeps_the_nesting(tmp_path, through_ours):
+def test_dcp_to_torch_save_keeps_nesting(tmp_path, with_perdure_storage):
     state = {**STATE, "model": {"a.b": torch.ones(2)}}
     save(state, tmp_path / "a")
     format_utils.dcp_to_torch_save(tmp_path / "a", tmp_path / "one.pt")
     assert equal(torch.load(tmp_path / "one.pt", weights_only=False), state)
 
 
-def test_torch_save_to_dcp_writes_our_format(tmp_path, through_ours):
+def test_torch_save_to_dcp_writes_perdure_format(tmp_path, with_perdure_storage):
     model, optimizer = trained()
     state = {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
     torch.save(state, tmp_path / "one.pt")
@@ -241,7 +243,7 @@ def test_torch_save_to_dcp_writes_our_format(tmp_path, through_ours):
 
 
 class Signed(DefaultSavePlanner):
-    """A planner with a form of its own for what is no tensor."""
+    """A planner with a custom encoding of strings."""
 
     def transform_object(self, write_item, object):
         if isinstance(object, str):
@@ -254,45 +256,45 @@ class Checked(dcp.DefaultLoadPlanner):
         self.original_state_dict[read_item.dest_index.fqn] = value.read().removeprefix(b"signed:")
 
 
-def test_what_a_planner_writes_itself_is_handed_back_to_it_untouched(tmp_path):
+def test_custom_planner_reads_its_bytes_unchanged(tmp_path):
     save({"word": "hello"}, tmp_path / "a", planner=Signed())
     assert load({"word": ""}, tmp_path / "a", planner=Checked()) == {"word": b"hello"}
 
 
-def test_what_another_planner_wrote_is_never_unpickled_by_torchs(tmp_path):
+def test_load_rejects_custom_planner_bytes_without_unpickling(tmp_path):
     save({"word": "hello"}, tmp_path / "a", planner=Signed())
     with pytest.raises(CheckpointException) as error:
         load({"word": ""}, tmp_path / "a")
-    assert "could run arbitrary code" in refusal(error)
+    assert "could run arbitrary code" in cause_of(error)
 
 
-# --- refusals ----------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
-def refusal(error):
-    (cause,) = {str(found[0]) for found in error.value.failures.values()}
+def cause_of(error):
+    (cause,) = {str(failure[0]) for failure in error.value.failures.values()}
     return cause
 
 
-def test_a_checkpoint_is_never_written_over(tmp_path):
+def test_save_rejects_folder_with_checkpoint(tmp_path):
     save({"x": torch.ones(3)}, tmp_path / "a")
     before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
     with pytest.raises(CheckpointException) as error:
         save({"x": torch.zeros(3)}, tmp_path / "a")
-    assert "already holds a checkpoint" in refusal(error)
+    assert "already holds a checkpoint" in cause_of(error)
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
 
 
 @pytest.mark.parametrize("value", [object(), len, (torch.ones(1), 2), OrderedDict(a=object())])
-def test_what_is_neither_tensor_nor_json_is_refused_by_name(tmp_path, value):
+def test_save_rejects_unsupported_value_by_name(tmp_path, value):
     with pytest.raises(CheckpointException) as error:
         save({"x": torch.ones(3), "odd": value}, tmp_path / "a")
-    assert "odd" in refusal(error)
-    assert "never pickles" in refusal(error)
+    assert "odd" in cause_of(error)
+    assert "never pickles" in cause_of(error)
     assert not list((tmp_path / "a").glob("*")) if (tmp_path / "a").exists() else True
 
 
-def test_a_flipped_bit_is_found_where_torchs_storage_would_load_it(tmp_path):
+def test_load_detects_flipped_bit(tmp_path):
     save({"x": torch.ones(3000)}, tmp_path / "a")
     (file,) = (tmp_path / "a").glob("*.safetensors")
     data = bytearray(file.read_bytes())
@@ -300,31 +302,31 @@ def test_a_flipped_bit_is_found_where_torchs_storage_would_load_it(tmp_path):
     file.write_bytes(data)
     with pytest.raises(CheckpointException) as error:
         load({"x": torch.zeros(3000)}, tmp_path / "a")
-    assert "tensor 'x'" in refusal(error)
+    assert "tensor 'x'" in cause_of(error)
 
 
-def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
+def test_save_removes_orphaned_files_of_killed_save(tmp_path):
     folder = tmp_path / "a"
     folder.mkdir()
-    litter = folder / "r00000-of-00001-00000000-1.safetensors"
-    litter.write_bytes(b"half")
-    (folder / "notes.txt").write_text("not ours")
+    orphan = folder / "r00000-of-00001-00000000-1.safetensors"
+    orphan.write_bytes(b"half")
+    (folder / "notes.txt").write_text("notes")
     save({"x": torch.ones(3)}, folder)
-    assert not litter.exists()
+    assert not orphan.exists()
     assert (folder / "notes.txt").exists()
 
 
-def test_loading_where_there_is_no_checkpoint_says_so(tmp_path):
+def test_load_from_missing_folder_raises(tmp_path):
     with pytest.raises(CheckpointException) as error:
         load({"x": torch.ones(1)}, tmp_path / "absent")
-    assert "does not exist" in refusal(error)
+    assert "does not exist" in cause_of(error)
     with pytest.raises(ConfigError, match="checkpoint_id"):
         PerdureStorageReader().read_metadata()
 
 
-def test_two_tensors_that_would_be_one_are_refused(tmp_path):
+def test_save_rejects_name_equal_to_part_key(tmp_path):
     class Cut(DefaultSavePlanner):
-        """Plans the first tensor as a part of a larger one, as a rank of two would."""
+        """Plan the first tensor as part of a larger one, as on one of two ranks."""
 
         def create_local_plan(self):
             plan = super().create_local_plan()
@@ -338,31 +340,31 @@ def test_two_tensors_that_would_be_one_are_refused(tmp_path):
 
     with pytest.raises(CheckpointException) as error:
         save({"w": torch.ones(4), "w@0": torch.ones(3)}, tmp_path / "a", planner=Cut())
-    assert "would be stored as 'w@0'" in refusal(error)
+    assert "would be stored as 'w@0'" in cause_of(error)
 
 
-def test_a_folder_that_is_the_home_of_others_is_no_checkpoints(tmp_path):
+def test_save_rejects_folder_that_holds_checkpoints(tmp_path):
     save({"x": torch.ones(3)}, tmp_path / "home/step-1")
     with pytest.raises(CheckpointException) as error:
         save({"x": torch.ones(3)}, tmp_path / "home")
-    assert "holds other checkpoints" in refusal(error)
+    assert "holds other checkpoints" in cause_of(error)
 
 
-def test_a_step_that_is_no_number_is_refused_at_once(tmp_path):
+def test_writer_rejects_invalid_step(tmp_path):
     for step in (-1, "x", True):
         with pytest.raises(ConfigError, match="is not an integer between"):
             PerdureStorageWriter(tmp_path, step=step)
 
 
-def test_ranks_that_do_not_speak_with_each_other_cannot_commit(tmp_path):
+def test_writer_requires_collectives(tmp_path):
     with pytest.raises(CheckpointError, match="use_collectives"):
         PerdureStorageWriter(tmp_path).set_up_storage_writer(True, use_collectives=False)
 
 
-# --- a run's checkpoints -----------------------------------------------------------------------
+# --- a run's checkpoints -------------------------------------------------------------------------
 
 
-def test_a_runs_own_checkpoint_is_read_by_anybodys_loop(tmp_path):
+def test_dcp_load_reads_checkpoint_of_run(tmp_path):
     from trainer.checkpoint import lineage, state_tree
     from trainer.cluster.world import World
     from trainer.storage import LocalStore

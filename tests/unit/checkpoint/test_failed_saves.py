@@ -55,13 +55,13 @@ def test_failed_save_call_keeps_previous_step_loadable(tmp_path, forever, how, e
         faulty = FaultyStore(tmp_path / f"{n}", n, how, forever=forever, error=error)
         with pytest.raises(error, match="the disk failed"):
             save(Writer(faulty, World(), attempt), newer(SMALL), 2)
-        made = checkpoint.latest(store)
-        if made.step == 2:  # only where the failure came after everything was done
+        newest = checkpoint.latest(store)
+        if newest.step == 2:  # the last call failed after the commit
             assert (how, n) == ("torn", count)
             continue
-        checkpoint.verify(store, made)
+        checkpoint.verify(store, newest)
         assert_equal(load_all(store, SMALL), SMALL)
-        save(writer_on(store), newer(SMALL), 2)  # the next attempt is not disturbed by the litter
+        save(writer_on(store), newer(SMALL), 2)  # orphaned files do not disturb the next attempt
         assert_equal(load_all(store, SMALL), newer(SMALL))
 
 
@@ -77,12 +77,12 @@ def test_lost_reply_of_save_call_keeps_latest_intact(tmp_path, error):
         faulty = FaultyStore(tmp_path / f"{n}", n, "after", error=error)
         with pytest.raises(error, match="the disk failed"):
             save(Writer(faulty, World(), attempt), newer(SMALL), 2)
-        found = checkpoint.latest(store)
-        checkpoint.verify(store, found)
-        expected = {1: SMALL, 2: newer(SMALL)}[found.step]
+        newest = checkpoint.latest(store)
+        checkpoint.verify(store, newest)
+        expected = {1: SMALL, 2: newer(SMALL)}[newest.step]
         assert_equal(load_all(store, SMALL), expected)
-        steps.append(found.step)
-    assert steps == [1] * (count - 1) + [2]  # only the manifest's own creation commits
+        steps.append(newest.step)
+    assert steps == [1] * (count - 1) + [2]  # only creating the manifest commits
 
 
 def test_repeated_save_accepts_commit_with_lost_reply(tmp_path):
@@ -99,7 +99,7 @@ def test_repeated_save_accepts_commit_with_lost_reply(tmp_path):
     assert keys_on(store) == before
     assert checkpoint.latest(store).step == 3
     with pytest.raises(CheckpointError, match="already has a manifest"):
-        save(writer, SMALL, 2)  # of that one nothing was unclear
+        save(writer, SMALL, 2)  # the commit of step 2 was confirmed
 
 
 def test_next_save_succeeds_after_each_failure(tmp_path):
@@ -135,17 +135,17 @@ def test_save_error_is_reported_when_cleanup_fails_too(tmp_path):
 
 def test_failed_read_is_not_reported_as_damage(tmp_path):
     store, _ = prepared(tmp_path)
-    made = checkpoint.latest(store)
+    newest = checkpoint.latest(store)
 
     def load(faulty: FaultyStore) -> None:
-        checkpoint.load(faulty, made, {name: blank(value) for name, value in SMALL.items()})
+        checkpoint.load(faulty, newest, {name: blank(value) for name, value in SMALL.items()})
 
     for n in range(1, calls_of(tmp_path, load) + 1):
         with pytest.raises(StoreError, match="the disk failed"):
             load(FaultyStore(tmp_path, n))
         with pytest.raises(StoreError, match="the disk failed"):
             load(FaultyStore(tmp_path, n, forever=True))
-    checkpoint.verify(store, made)
+    checkpoint.verify(store, newest)
 
 
 def test_save_rejects_committed_step(tmp_path):
@@ -178,11 +178,11 @@ def test_failing_before_commit_callback_commits_nothing(tmp_path):
     def flush() -> None:
         raise CheckpointError("the tracker's disk is full")
 
-    begun = Writer(store, World(), attempt).start_save(
+    pending = Writer(store, World(), attempt).start_save(
         Content(tensors=SMALL), step=2, before_commit=flush
     )
     with pytest.raises(CheckpointError, match="tracker"):
-        begun.result()
+        pending.result()
     assert checkpoint.latest(store).step == 1
     assert keys_on(store) == before
 
@@ -190,10 +190,10 @@ def test_failing_before_commit_callback_commits_nothing(tmp_path):
 def test_before_commit_runs_with_shards_and_without_manifest(tmp_path):
     store = LocalStore(tmp_path)
     seen: list[str] = []
-    begun = writer_on(store).start_save(
+    pending = writer_on(store).start_save(
         Content(tensors=SMALL),
         step=2,
         before_commit=lambda: seen.extend(store.list("checkpoints")),
     )
-    made = begun.result()
-    assert seen == [f"checkpoints/{made.folder}/{name}" for name in made.files]
+    manifest = pending.result()
+    assert seen == [f"checkpoints/{manifest.folder}/{name}" for name in manifest.files]

@@ -1,4 +1,4 @@
-"""Disks that are full, read-only, slow, dead or lying: the training goes on, nothing is lost."""
+"""Full, read-only, slow, hanging or failing disks: training continues and nothing is lost."""
 
 import errno
 import gc
@@ -35,15 +35,15 @@ def content_of(step: int) -> Content:
 
 
 class Job:
-    """Passes step boundaries as the loop does, on one rank, and saves at each that it can."""
+    """Step boundaries of one rank, as in the training loop, with a save at each one."""
 
     def __init__(self, store: LocalStore, keep_last: int = 2, **settings: Any) -> None:
         attempt = lineage.begin(store, {})
         lineage.amend(store, attempt, {"resumed_from": None})
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.now_s = 0.0
         self.saver = a_saver_for(
-            store, attempt, log=self.said.append,
+            store, attempt, log=self.messages.append,
             clock=lambda: self.now_s, retention=Retention(store, attempt, keep_last=keep_last),
             **settings,
         )  # fmt: skip
@@ -57,20 +57,20 @@ class Job:
         return self.saver.save(State(step=step), partial(content_of, step))
 
 
-def assert_whole(root: Path, *steps: int) -> None:
-    """Assert that these checkpoints count, and that every one of them has its own values."""
+def assert_intact(root: Path, *steps: int) -> None:
+    """Assert that exactly these steps are committed and load their values."""
     store = LocalStore(root)
     assert [commit.step for commit in checkpoint.steps(store)] == list(steps)
     for commit in checkpoint.steps(store):
-        made = lineage.read_manifest(store, commit)
-        checkpoint.verify(store, made)
+        manifest = lineage.read_manifest(store, commit)
+        checkpoint.verify(store, manifest)
         loaded = {"w": torch.zeros(WORDS)}
-        checkpoint.load(store, made, loaded)
+        checkpoint.load(store, manifest, loaded)
         assert loaded["w"].unique().tolist() == [float(commit.step)]
 
 
-def ended() -> None:
-    """Wait for the threads of saves that were let go."""
+def join_save_threads() -> None:
+    """Wait for the threads of abandoned saves."""
     for thread in threading.enumerate():
         if thread.name.startswith("checkpoint-"):
             thread.join(60)
@@ -81,15 +81,15 @@ def ended() -> None:
 
 
 @pytest.mark.parametrize("call", ["open_new", "put", "finish", "list", "create", "delete"])
-def test_a_store_that_hangs_never_stops_the_training_until_its_time_is_up(tmp_path, call):
+def test_hanging_store_blocks_training_only_after_timeout(tmp_path, call):
     store = FaultyStore(tmp_path)
     job = Job(store, keep_last=1, timeout_s=100.0)
     assert job.save(1)
     store.hanging = (call,)
     for step in range(2, 50):
-        job.boundary(step)  # were one to wait for the save, this would take minutes
+        job.boundary(step)  # waiting for the save would take minutes
     assert store.hangs.wait(60)
-    committed = 2 if call == "delete" else 1  # hanging in the pruning, it is committed
+    committed = 2 if call == "delete" else 1  # pruning runs after the commit
     assert checkpoint.latest(LocalStore(tmp_path)).step == committed
     job.now_s += 100.0
     job.boundary(50)
@@ -97,56 +97,56 @@ def test_a_store_that_hangs_never_stops_the_training_until_its_time_is_up(tmp_pa
     with pytest.raises(SaveHangsError, match=r"step 2 has not ended after 100 s "):
         job.boundary(51)
     store.released.set()
-    ended()
-    assert_whole(tmp_path, 2)  # a hand from the grave commits a whole one, or none
+    join_save_threads()
+    assert_intact(tmp_path, 2)  # an abandoned save commits a complete checkpoint or none
 
 
-def test_a_slow_store_gets_the_save_that_became_due_meanwhile_and_no_others(tmp_path):
+def test_slow_store_receives_only_newest_due_save(tmp_path):
     store = FaultyStore(tmp_path)
     job = Job(store, keep_last=100)
     store.hanging = ("put",)
     for step in range(1, 30):
         job.boundary(step)
     store.released.set()
-    ended()
+    join_save_threads()
     job.boundary(30, due=False)
-    ended()
+    join_save_threads()
     job.boundary(31, due=False)
-    ended()
-    assert_whole(tmp_path, 1, 30)
-    assert job.said == []
+    join_save_threads()
+    assert_intact(tmp_path, 1, 30)
+    assert job.messages == []
 
 
-def test_a_save_that_cannot_end_in_time_is_left_and_one_that_will_not_is_not_begun(tmp_path):
+def test_save_without_enough_time_is_skipped_or_abandoned(tmp_path):
     store = FaultyStore(tmp_path)
     job = Job(store)
     assert job.save(1)
     job.saver.save_s = 5.0
     step_2 = partial(content_of, 2)
     assert not job.saver.save(State(step=2), step_2, within_s=4.9)
-    assert job.said.pop() == ("warning: step 2 is not saved: 5 s remain, but a save takes 5 s")
+    assert job.messages.pop() == ("warning: step 2 is not saved: 5 s remain, but a save takes 5 s")
     assert "put" not in store.calls[store.calls.index("finish") + 1 :]
     store.hanging = ("put",)
-    assert not job.saver.save(State(step=2), step_2, within_s=5.1)  # by a clock that stands still
-    assert "step 2 is not saved: the save has not ended" in job.said.pop()
+    assert not job.saver.save(State(step=2), step_2, within_s=5.1)  # the clock is frozen
+    assert "step 2 is not saved: the save has not ended" in job.messages.pop()
     store.released.set()
-    ended()
-    assert_whole(tmp_path, 1, 2)  # it came to its end all the same
+    join_save_threads()
+    assert_intact(tmp_path, 1, 2)  # the abandoned save completed
 
 
-def test_with_enough_time_a_save_is_done(tmp_path):
+def test_save_with_enough_time_succeeds(tmp_path):
     job = Job(LocalStore(tmp_path))
     assert job.saver.save(State(step=1), partial(content_of, 1), within_s=60.0)
     assert 0 < job.saver.save_s < 60
-    assert job.said == []
+    assert job.messages == []
 
 
-def test_it_is_said_once_when_a_save_no_longer_fits_into_the_grace_time(tmp_path):
+def test_save_longer_than_grace_time_warns_once(tmp_path):
     job = Job(LocalStore(tmp_path), grace_s=20.0)
     for save_s in (None, 19.0, 21.0, 25.0, 3.0, 22.0):
         job.saver.save_s = save_s
         job.saver.compare_with_grace()
-    assert [text[:26] for text in job.said] == [
+    assert [text[:26] for text in job.messages] == [
         "warning: a save takes 21 s",
         "warning: a save takes 22 s",
     ]
@@ -157,12 +157,12 @@ def test_it_is_said_once_when_a_save_no_longer_fits_into_the_grace_time(tmp_path
 
 def resources() -> tuple[int, int, int]:
     gc.collect()
-    buffers = sum(type(found) is HostBuffer for found in gc.get_objects())
+    buffers = sum(type(item) is HostBuffer for item in gc.get_objects())
     return threading.active_count(), len(os.listdir("/proc/self/fd")), buffers
 
 
 @pytest.mark.parametrize("how", ["before", "torn", "after"])
-def test_failures_leave_no_thread_descriptor_buffer_or_file_behind(tmp_path, how):
+def test_failed_saves_leak_no_thread_descriptor_buffer_or_file(tmp_path, how):
     store = FaultyStore(tmp_path, how=how)
     job = Job(store, keep_last=1)
     assert job.save(1)
@@ -170,13 +170,13 @@ def test_failures_leave_no_thread_descriptor_buffer_or_file_behind(tmp_path, how
     for step in range(2, 32):
         store.broken = (("open_new", "put", "finish", "list")[step % 4],)
         assert not job.save(step)
-        assert len(job.said) == step - 1  # once for each
-        job.saver._failures = 0  # three in a row would end it
+        assert len(job.messages) == step - 1  # one message per failure
+        job.saver._failures = 0  # three consecutive failures would end the run
     assert resources() == before
     assert LocalStore(tmp_path).list("") == files
     store.broken = ()
     assert job.save(32)
-    assert_whole(tmp_path, 32)
+    assert_intact(tmp_path, 32)
 
 
 def fails_once(do: Callable[..., Any], number: int) -> Callable[..., Any]:
@@ -193,34 +193,32 @@ def fails_once(do: Callable[..., Any], number: int) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("name", ["pwrite", "fsync", "link", "open"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EDQUOT])
-def test_an_error_of_the_kernel_is_named_and_the_next_save_is_whole(
-    tmp_path, monkeypatch, name, number
-):
+def test_os_error_is_reported_and_next_save_succeeds(tmp_path, monkeypatch, name, number):
     job = Job(LocalStore(tmp_path))
     assert job.save(1)
     with monkeypatch.context() as patched:
         patched.setattr(os, name, fails_once(getattr(os, name), number))
         assert not job.save(2)
-    assert len(job.said) == 1
-    assert "saving step 2 failed" in job.said[0]
-    assert errno.errorcode[number] in job.said[0]
-    assert str(tmp_path) in job.said[0]
-    assert_whole(tmp_path, 1)
+    assert len(job.messages) == 1
+    assert "saving step 2 failed" in job.messages[0]
+    assert errno.errorcode[number] in job.messages[0]
+    assert str(tmp_path) in job.messages[0]
+    assert_intact(tmp_path, 1)
     assert job.save(3)
-    assert_whole(tmp_path, 1, 3)
+    assert_intact(tmp_path, 1, 3)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_writes_and_reads_that_the_kernel_cuts_short_are_carried_on(tmp_path_factory, data):
+def test_short_writes_and_reads_are_continued(tmp_path_factory, data):
     root = tmp_path_factory.mktemp("cut")
-    most = st.sampled_from([1, 511, 4096, 8192, 5000, 1 << 20])
+    sizes = st.sampled_from([1, 511, 4096, 8192, 5000, 1 << 20])
     content = os.urandom(data.draw(st.integers(1, 40_000)))
     pwrite, preadv, lock = os.pwrite, os.preadv, threading.Lock()
 
     def limit() -> int:
         with lock:
-            return data.draw(most)
+            return data.draw(sizes)
 
     def write_less(descriptor: int, view: Any, start: int) -> int:
         return pwrite(descriptor, view[: limit()], start)
@@ -250,35 +248,37 @@ def test_writes_and_reads_that_the_kernel_cuts_short_are_carried_on(tmp_path_fac
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Yield a mounted file system of one MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
+    folder = tmp_path / "disk"
+    folder.mkdir()
     mounted = os.geteuid() == 0 and not subprocess.call(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place]
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
     )
     if not mounted:
         pytest.skip("only root can mount a small file system")
-    yield place
-    subprocess.check_call(["umount", place])
+    yield folder
+    subprocess.check_call(["umount", folder])
 
 
-def test_a_full_disk_is_found_before_anything_is_written_and_the_training_goes_on(small_disk):
+def test_full_disk_is_detected_before_writing(small_disk):
     job = Job(LocalStore(small_disk))
     assert job.save(1)
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(800_000))
     files = LocalStore(small_disk).list("")
     assert not job.save(2)
-    assert len(job.said) == 1
-    assert "it needs 16" in job.said[0]
-    assert "bytes, 69,632 are free; free some space, or lower checkpoint.keep_last" in job.said[0]
+    assert len(job.messages) == 1
+    assert "it needs 16" in job.messages[0]
+    assert (
+        "bytes, 69,632 are free; free some space, or lower checkpoint.keep_last" in job.messages[0]
+    )
     assert LocalStore(small_disk).list("") == files
-    assert_whole(small_disk, 1)
+    assert_intact(small_disk, 1)
     ballast.unlink()
     assert job.save(3)
-    assert_whole(small_disk, 1, 3)
+    assert_intact(small_disk, 1, 3)
 
 
-def test_a_disk_that_fills_up_after_it_was_asked_shows_at_the_allocation(small_disk, monkeypatch):
+def test_disk_filling_after_space_check_fails_at_allocation(small_disk, monkeypatch):
     job = Job(LocalStore(small_disk))
     assert job.save(1)
     (small_disk / "ballast").write_bytes(bytes(800_000))
@@ -287,38 +287,38 @@ def test_a_disk_that_fills_up_after_it_was_asked_shows_at_the_allocation(small_d
     monkeypatch.setattr(os, "statvfs", lambda path: roomy)
     monkeypatch.setattr(os, "pwrite", lambda *_: pytest.fail("something was written"))
     assert not job.save(2)
-    assert "ENOSPC" in job.said[0]
-    assert_whole(small_disk, 1)
+    assert "ENOSPC" in job.messages[0]
+    assert_intact(small_disk, 1)
 
 
-def test_a_disk_that_becomes_read_only_is_named_and_loses_nothing(small_disk):
+def test_read_only_disk_is_reported_and_loses_nothing(small_disk):
     job = Job(LocalStore(small_disk))
     assert job.save(1)
     subprocess.check_call(["mount", "-o", "remount,ro", small_disk])
     try:
         assert not job.save(2)
-        assert_whole(small_disk, 1)
+        assert_intact(small_disk, 1)
     finally:
         subprocess.check_call(["mount", "-o", "remount,rw", small_disk])
-    assert "EROFS" in job.said[0]
-    assert "choose a run_dir that is not mounted read-only" in job.said[0]
+    assert "EROFS" in job.messages[0]
+    assert "choose a run_dir that is not mounted read-only" in job.messages[0]
     assert job.save(3)
-    assert_whole(small_disk, 1, 3)
+    assert_intact(small_disk, 1, 3)
 
 
-def test_without_direct_io_everything_is_as_with_it(small_disk, monkeypatch):
-    def refuse(path: Any, flags: int, *mode: int) -> int:
+def test_save_without_direct_io_succeeds(small_disk, monkeypatch):
+    def open_buffered(path: Any, flags: int, *mode: int) -> int:
         if flags & os.O_DIRECT:
             raise OSError(errno.EINVAL, "no direct I/O here")
-        return opened(path, flags, *mode)
+        return real_open(path, flags, *mode)
 
-    opened = os.open
-    monkeypatch.setattr(os, "open", refuse)
+    real_open = os.open
+    monkeypatch.setattr(os, "open", open_buffered)
     assert Job(LocalStore(small_disk)).save(1)
-    assert_whole(small_disk, 1)
+    assert_intact(small_disk, 1)
 
 
-def test_the_third_failure_in_a_row_ends_the_run_with_its_cause(small_disk):
+def test_third_consecutive_failure_ends_run_with_cause(small_disk):
     job = Job(LocalStore(small_disk))
     assert job.save(1)
     put(LocalStore(small_disk), "ballast", bytes(800_000))
@@ -326,4 +326,4 @@ def test_the_third_failure_in_a_row_ends_the_run_with_its_cause(small_disk):
     assert not job.save(3)
     with pytest.raises(StoreError, match="are free"):
         job.save(4)
-    assert_whole(small_disk, 1)
+    assert_intact(small_disk, 1)

@@ -1,4 +1,4 @@
-"""Which checkpoints count, while several attempts of one run live and die at once."""
+"""Selection of valid checkpoints while several attempts of one run start, save and crash."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -28,7 +28,7 @@ def store(tmp_path: Path) -> LocalStore:
 
 
 def start(store: Store, step: int = 0) -> Attempt:
-    """Begin an attempt that goes on from `step`."""
+    """Begin an attempt that resumes from `step`."""
     attempt = lineage.begin(store, {})
     lineage.amend(store, attempt, {"resumed_from": {"step": step}})
     return attempt
@@ -36,12 +36,12 @@ def start(store: Store, step: int = 0) -> Attempt:
 
 def save(store: Store, attempt: Attempt, step: int) -> Commit:
     content = Content(tensors={"w": torch.full((50,), float(step))})
-    made = Writer(store, World(), attempt).start_save(content, step=step).result()
-    return Commit(step, attempt.number, f"checkpoints/{made.folder}")
+    saved = Writer(store, World(), attempt).start_save(content, step=step).result()
+    return Commit(step, attempt.number, f"checkpoints/{saved.folder}")
 
 
 def commit_late(store: Store, attempt: Attempt, step: int) -> Commit:
-    """Commit as a writer does that looked for newer attempts just before there was one."""
+    """Commit as a writer that checked for newer attempts just before one started."""
     behind = LocalStore(store.url)
     behind.list = lambda prefix: (  # type: ignore[method-assign]
         [f"attempts/{attempt.number:04d}.json"] if prefix == "attempts" else store.list(prefix)
@@ -57,10 +57,10 @@ def surviving(store: Store) -> list[tuple[int, int]]:
     return step_of(lineage.commits(store))
 
 
-# --- attempts ----------------------------------------------------------------------------------
+# --- attempts ------------------------------------------------------------------------------------
 
 
-def test_attempts_are_numbered_from_one_and_have_tokens_of_their_own(store):
+def test_begin_numbers_attempts_from_one_with_distinct_tokens(store):
     attempts = [lineage.begin(store, {"host": "here"}) for _ in range(12)]
     assert [attempt.number for attempt in attempts] == list(range(1, 13))
     assert len({attempt.token for attempt in attempts}) == 12
@@ -72,13 +72,13 @@ def test_attempts_are_numbered_from_one_and_have_tokens_of_their_own(store):
         assert manifest.shard_name(rank=0, world_size=1, token=attempt.token, save=1)
 
 
-def test_attempts_that_start_at_the_same_moment_get_distinct_numbers(tmp_path):
+def test_begin_in_parallel_gives_distinct_numbers(tmp_path):
     barrier = Barrier(8)
 
     def begin(number: int) -> Attempt:
-        own = LocalStore(tmp_path)
+        store = LocalStore(tmp_path)
         barrier.wait()
-        return lineage.begin(own, {"thread": number})
+        return lineage.begin(store, {"thread": number})
 
     with ThreadPoolExecutor(8) as pool:
         attempts = list(pool.map(begin, range(8)))
@@ -96,7 +96,7 @@ def test_more_than_9999_attempts_keep_their_order(store):
     assert [record["attempt"] for record in lineage.records(store)] == [9999, 10000, 10001]
 
 
-def test_amending_adds_facts_and_keeps_the_others(store):
+def test_amend_adds_fields_and_keeps_others(store):
     attempt = lineage.begin(store, {"host": "here"})
     lineage.amend(store, attempt, {"outcome": "done", "resumed_from": {"step": 3}})
     (record,) = lineage.records(store)
@@ -108,24 +108,24 @@ def test_amending_adds_facts_and_keeps_the_others(store):
 
 
 @pytest.mark.parametrize("content", [b"", b"{half", b"[]", b"null", b"\xff"])
-def test_a_record_that_cannot_be_read_is_named_with_advice(store, content):
+def test_commits_reports_invalid_attempt_record(store, content):
     start(store)
     store.replace("attempts/0001.json", content)
     with pytest.raises(StoreError, match=r"0001\.json is not a valid attempt record.*Restore it"):
         lineage.commits(store)
 
 
-def test_other_files_beside_the_attempts_do_not_disturb(store):
+def test_begin_ignores_other_files(store):
     store.create("attempts/notes.txt", b"x")
     store.create("attempts/old/0007.json", b"x")
     store.create("attempts/².json", b"x")
     assert lineage.begin(store, {}).number == 1
 
 
-# --- the timeline ------------------------------------------------------------------------------
+# --- the timeline --------------------------------------------------------------------------------
 
 
-def test_commits_come_in_the_order_of_their_steps(store):
+def test_commits_are_sorted_by_step(store):
     attempt = start(store)
     for step in (10, 9, 100_000_000, 99_999_999):
         save(store, attempt, step)
@@ -133,7 +133,7 @@ def test_commits_come_in_the_order_of_their_steps(store):
     assert checkpoint.latest(store).step == 100_000_000
 
 
-def test_what_an_older_attempt_committed_after_the_resumed_step_does_not_count(store):
+def test_commits_of_older_attempt_after_resumed_step_are_ignored(store):
     first = start(store)
     for step in (10, 20, 30):
         save(store, first, step)
@@ -144,7 +144,7 @@ def test_what_an_older_attempt_committed_after_the_resumed_step_does_not_count(s
     assert checkpoint.latest(store).attempt == 2
 
 
-def test_a_manifest_that_appears_too_late_does_not_count(store):
+def test_late_manifest_is_ignored(store):
     first = start(store)
     save(store, first, 10)
     second = start(store, 10)
@@ -155,21 +155,21 @@ def test_a_manifest_that_appears_too_late_does_not_count(store):
     assert surviving(store) == [(10, 1), (15, 2)]
 
 
-def test_a_late_manifest_does_not_count_where_the_newer_attempt_began_anew(store):
+def test_late_manifest_is_ignored_after_newer_attempt_started_over(store):
     first = start(store)
     start(store, 0)
     commit_late(store, first, 10)
     assert surviving(store) == []
 
 
-def test_an_attempt_that_has_not_resumed_yet_orphans_nothing(store):
+def test_attempt_before_resume_abandons_nothing(store):
     first = start(store)
     save(store, first, 10)
     lineage.begin(store, {})
     assert surviving(store) == [(10, 1)]
 
 
-def test_folders_without_a_manifest_and_strange_ones_do_not_count(store):
+def test_commits_ignores_other_and_incomplete_folders(store):
     start(store)
     store.create(f"checkpoints/{folder_name(5, 1)}/r0.safetensors", b"x")
     store.create("checkpoints/step-5.1/manifest.json", b"x" * 100)
@@ -179,7 +179,7 @@ def test_folders_without_a_manifest_and_strange_ones_do_not_count(store):
     assert surviving(store) == []
 
 
-def test_a_void_manifest_does_not_count(store):
+def test_void_manifest_is_ignored(store):
     attempt = start(store)
     save(store, attempt, 10)
     store.create(f"checkpoints/{folder_name(20, 1)}/manifest.json", void_bytes(2))
@@ -187,7 +187,7 @@ def test_a_void_manifest_does_not_count(store):
     assert checkpoint.latest(store).step == 10
 
 
-def test_a_checkpoint_that_is_deleted_while_one_lists_is_no_failure(tmp_path, store):
+def test_commits_tolerates_concurrent_deletion(tmp_path, store):
     attempt = start(store)
     old = save(store, attempt, 10)
     save(store, attempt, 20)
@@ -200,7 +200,7 @@ def test_a_checkpoint_that_is_deleted_while_one_lists_is_no_failure(tmp_path, st
     assert surviving(Pruned(tmp_path)) == [(20, 1)]
 
 
-def test_a_checkpoint_that_is_deleted_while_one_opens_it_is_refused(store):
+def test_read_manifest_of_deleted_checkpoint_raises(store):
     commit = save(store, start(store), 10)
     lineage.delete(store, commit.folder)
     with pytest.raises(CheckpointError, match="deleted in the meantime"):
@@ -214,26 +214,24 @@ ATTEMPTS = st.lists(
 
 @settings(max_examples=40, deadline=None)
 @given(ATTEMPTS)
-def test_what_counts_is_what_following_the_attempts_one_after_the_other_gives(
-    tmp_path_factory, attempts
-):
-    """Each attempt cuts the timeline where it resumed, then goes on with its own steps."""
+def test_commits_equal_replay_of_attempts(tmp_path_factory, attempts):
+    """Each attempt truncates the timeline at its resumed step, then appends its steps."""
     store = LocalStore(tmp_path_factory.mktemp("run"))
     expected: set[tuple[int, int]] = set()
     for number, (resumed, steps) in enumerate(attempts, start=1):
         record = {"attempt": number, "resumed_from": {"step": resumed}}
         store.create(f"attempts/{number:04d}.json", json.dumps(record).encode())
-        own = {(resumed + step, number) for step in steps}
-        expected = {one for one in expected if one[0] <= resumed} | own
-        for step, _ in own:
+        commits = {(resumed + step, number) for step in steps}
+        expected = {one for one in expected if one[0] <= resumed} | commits
+        for step, _ in commits:
             store.create(f"checkpoints/{folder_name(step, number)}/manifest.json", b"x" * 64)
     assert surviving(store) == sorted(expected)
 
 
-# --- superseded --------------------------------------------------------------------------------
+# --- superseded ----------------------------------------------------------------------------------
 
 
-def test_an_attempt_that_was_superseded_commits_nothing_more(store):
+def test_superseded_attempt_commits_nothing(store):
     first = start(store)
     save(store, first, 10)
     second = lineage.begin(store, {"host": "node7", "pid": 4321})
@@ -247,22 +245,22 @@ def test_an_attempt_that_was_superseded_commits_nothing_more(store):
     assert surviving(store) == [(10, 1), (20, 2)]
 
 
-def test_superseded_means_never_start_again():
+def test_superseded_error_prevents_requeue():
     assert SupersededError("x").exit_code == NEVER_REQUEUE == 76
 
 
-def test_the_newest_attempt_is_not_superseded(store):
+def test_newest_attempt_is_not_superseded(store):
     first, second = start(store), start(store)
     lineage.check_not_superseded(store, second)
     with pytest.raises(SupersededError):
         lineage.check_not_superseded(store, first)
 
 
-# --- deleting ----------------------------------------------------------------------------------
+# --- deleting ------------------------------------------------------------------------------------
 
 
 class Recording(LocalStore):
-    """A real directory that notes the keys it deletes, in order."""
+    """A local store that records deleted keys in order."""
 
     def __init__(self, root: str | Path) -> None:
         super().__init__(root)
@@ -274,7 +272,7 @@ class Recording(LocalStore):
             super().delete([key])
 
 
-def test_a_manifest_is_deleted_before_its_shards(tmp_path, store):
+def test_delete_removes_manifest_before_shards(tmp_path, store):
     commit = save(store, start(store), 10)
     store.create(f"{commit.folder}/r00000-of-00001-00000000-9.safetensors", b"x")
     lineage.mark_damaged(store, commit, "test")
@@ -285,18 +283,18 @@ def test_a_manifest_is_deleted_before_its_shards(tmp_path, store):
     assert store.list("checkpoints") == []
 
 
-def test_a_deletion_that_ends_at_any_point_never_leaves_half_a_checkpoint(tmp_path):
+def test_interrupted_delete_leaves_no_partial_checkpoint(tmp_path):
     class Killed(BaseException):
         pass
 
     class Dying(LocalStore):
-        left = 0
+        remaining = 0
 
         def delete(self, keys: Iterable[str]) -> None:
             for key in keys:
-                if self.left == 0:
+                if self.remaining == 0:
                     raise Killed
-                self.left -= 1
+                self.remaining -= 1
                 super().delete([key])
 
     for calls in range(2):
@@ -304,7 +302,7 @@ def test_a_deletion_that_ends_at_any_point_never_leaves_half_a_checkpoint(tmp_pa
         attempt = start(store)
         old, new = save(store, attempt, 10), save(store, attempt, 20)
         dying = Dying(store.url)
-        dying.left = calls
+        dying.remaining = calls
         with pytest.raises(Killed):
             lineage.delete(dying, old.folder)
         assert surviving(store) == ([(10, 1), (20, 1)] if calls == 0 else [(20, 1)])
@@ -314,10 +312,10 @@ def test_a_deletion_that_ends_at_any_point_never_leaves_half_a_checkpoint(tmp_pa
         assert surviving(store)[-1] == (20, 1)
 
 
-# --- damaged -----------------------------------------------------------------------------------
+# --- damaged -------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_that_is_marked_damaged_is_skipped_and_kept(store):
+def test_damaged_checkpoint_is_skipped_and_retained(store):
     attempt = start(store)
     save(store, attempt, 10)
     damaged = save(store, attempt, 20)
@@ -328,26 +326,26 @@ def test_a_checkpoint_that_is_marked_damaged_is_skipped_and_kept(store):
     assert checkpoint.latest(store).step == 10
     mark = json.loads(store.read(f"{damaged.folder}/damaged.json"))
     assert mark["why"] == "bytes 0 to 5"
-    second = start(store, 10)  # so the damaged one is of an abandoned timeline, besides
+    second = start(store, 10)  # so the damaged checkpoint is also abandoned
     newest = save(store, second, 30)
     lineage.clean(store, second, newest)
     assert set(keys) < set(store.list(damaged.folder))
     assert surviving(store) == [(10, 1), (30, 2)]
 
 
-# --- cleaning ----------------------------------------------------------------------------------
+# --- cleaning ------------------------------------------------------------------------------------
 
 
-def test_clean_deletes_what_no_attempt_will_ever_read_and_nothing_else(store):
+def test_clean_deletes_only_unreachable_files(store):
     first = start(store)
     save(store, first, 10)
     save(store, first, 20)
     store.create(f"checkpoints/{folder_name(30, 1)}/r0.safetensors", b"unfinished")
     second = start(store, 10)
     store.create(f"checkpoints/{folder_name(40, 2)}/r0.safetensors", b"being written")
-    store.create("checkpoints/notes/x", b"somebody's")
+    store.create("checkpoints/notes/x", b"notes")
     newest = save(store, second, 25)
-    kept = {
+    expected = {
         f"checkpoints/{folder_name(40, 2)}/r0.safetensors",
         "checkpoints/notes/x",
         *store.list(f"checkpoints/{folder_name(10, 1)}"),
@@ -355,15 +353,15 @@ def test_clean_deletes_what_no_attempt_will_ever_read_and_nothing_else(store):
     }
     void = f"checkpoints/{folder_name(30, 1)}/manifest.json"
     lineage.clean(store, second, newest)
-    assert set(store.list("checkpoints")) == {*kept, void}
+    assert set(store.list("checkpoints")) == {*expected, void}
     assert store.read(void) == void_bytes(2)
     lineage.clean(store, second, newest)
-    assert set(store.list("checkpoints")) == {*kept, void}
+    assert set(store.list("checkpoints")) == {*expected, void}
     lineage.clean(store, second, save(store, second, 30))
-    assert void not in store.list("checkpoints")  # its step has passed: lineage is enough
+    assert void not in store.list("checkpoints")  # lineage alone excludes a past step
 
 
-def test_an_abandoned_checkpoint_stays_until_the_new_timeline_has_come_as_far(store):
+def test_abandoned_checkpoint_stays_until_new_timeline_reaches_its_step(store):
     first = start(store)
     for step in (10, 30):
         save(store, first, step)
@@ -376,7 +374,7 @@ def test_an_abandoned_checkpoint_stays_until_the_new_timeline_has_come_as_far(st
 
 
 class AtCreation(LocalStore):
-    """A real directory on which something happens just before a manifest is created."""
+    """A local store that runs a callback just before a manifest is created."""
 
     def __init__(self, root: Path, happens: Callable[[], object]) -> None:
         super().__init__(root)
@@ -388,12 +386,12 @@ class AtCreation(LocalStore):
         super().create(key, data)
 
 
-def test_a_writer_whose_folder_was_voided_cannot_commit(tmp_path, store):
+def test_writer_of_voided_folder_cannot_commit(tmp_path, store):
     first = start(store)
     save(store, first, 10)
 
     def successor() -> None:
-        """Live a whole life between the last look of the old writer and its commit."""
+        """Run a complete attempt between the old writer's last check and its commit."""
         second = start(store, 10)
         lineage.clean(store, second, save(store, second, 15))
 
@@ -407,7 +405,7 @@ def test_a_writer_whose_folder_was_voided_cannot_commit(tmp_path, store):
         checkpoint.verify(store, lineage.read_manifest(store, commit))
 
 
-def test_a_writer_that_commits_while_it_is_cleaned_away_keeps_its_shards(tmp_path, store):
+def test_clean_keeps_shards_of_concurrent_commit(tmp_path, store):
     first = start(store)
     save(store, first, 10)
     unfinished = f"checkpoints/{folder_name(20, 1)}"
@@ -419,14 +417,14 @@ def test_a_writer_that_commits_while_it_is_cleaned_away_keeps_its_shards(tmp_pat
     )
     lineage.clean(cleaning, second, newest)
     assert len(store.list(unfinished)) == 2
-    assert surviving(store) == [(10, 1), (15, 2)]  # and yet it does not count
+    assert surviving(store) == [(10, 1), (15, 2)]  # the concurrent commit is ignored
 
 
-# --- a list that lags --------------------------------------------------------------------------
+# --- stale listings ------------------------------------------------------------------------------
 
 
-class Lagging(LocalStore):
-    """A store that does not list the newest keys yet, though they can be read."""
+class LaggingList(LocalStore):
+    """A store whose listing omits new keys that can already be read."""
 
     def __init__(self, url: str, unseen: str) -> None:
         super().__init__(url)
@@ -438,28 +436,28 @@ class Lagging(LocalStore):
         ]
 
 
-def test_a_commit_that_is_listed_late_leaves_one_timeline(store):
+def test_commit_listed_late_leaves_one_timeline(store):
     first = start(store)
     for step in (5, 10):
         save(store, first, step)
-    behind = Lagging(store.url, "step-00000010")
+    behind = LaggingList(store.url, "step-00000010")
     assert surviving(behind) == [(5, 1)]
     second = start(behind, 5)
     save(behind, second, 7)
-    assert surviving(store) == [(5, 1), (7, 2)]  # now everybody sees step 10, and that it is void
+    assert surviving(store) == [(5, 1), (7, 2)]  # step 10 is listed now, but void
 
 
-def test_a_manifest_that_is_listed_late_is_never_voided(store):
+def test_clean_never_voids_manifest_listed_late(store):
     first = start(store)
     commit = save(store, first, 5)
     second = start(store, 5)
     newest = save(store, second, 7)
-    behind = Lagging(store.url, "00005.0001/manifest.json")
+    behind = LaggingList(store.url, "00005.0001/manifest.json")
     lineage.clean(behind, second, newest)
     assert surviving(store) == [(5, 1), (7, 2)]
     checkpoint.verify(store, lineage.read_manifest(store, commit))
 
 
-def test_an_attempt_that_is_listed_late_keeps_its_number(store):
+def test_begin_skips_number_of_attempt_listed_late(store):
     start(store)
-    assert lineage.begin(Lagging(store.url, "0001.json"), {}).number == 2
+    assert lineage.begin(LaggingList(store.url, "0001.json"), {}).number == 2

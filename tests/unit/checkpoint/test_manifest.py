@@ -1,4 +1,4 @@
-"""The commit record: golden bytes, round trips, and everything hostile refused."""
+"""Checkpoint manifest: golden bytes, round trips, and rejection of hostile content."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def sample() -> Manifest:
 
 
 def sealed(top: dict[str, Any] | str) -> bytes:
-    """Write a manifest as docs say, with a right checksum, from any content."""
+    """Serialize any content as a manifest with a correct checksum, as documented."""
     lines = top if isinstance(top, str) else ",\n".join(
         f"{json.dumps(key)}:{json.dumps(value)}" for key, value in top.items()
     )  # fmt: skip
@@ -78,18 +78,18 @@ def parsed_golden() -> dict[str, Any]:
     return top
 
 
-# --- the format --------------------------------------------------------------------------------
+# --- the format ----------------------------------------------------------------------------------
 
 
-def test_the_bytes_of_a_manifest_never_change():
+def test_to_bytes_matches_golden_manifest():
     assert manifest.to_bytes(sample()) == GOLDEN.read_bytes()
 
 
-def test_the_golden_manifest_is_read_back_equal():
+def test_from_bytes_reads_golden_manifest():
     assert manifest.from_bytes(GOLDEN.read_bytes(), "golden") == sample()
 
 
-def test_the_golden_manifest_is_ordinary_json_with_its_checksum_last():
+def test_golden_manifest_is_json_with_checksum_last():
     data = GOLDEN.read_bytes()
     body = data[: data.index(b',\n"checksum"')]
     top = json.loads(data)
@@ -102,7 +102,7 @@ def test_the_golden_manifest_is_ordinary_json_with_its_checksum_last():
     )
 
 
-def test_a_manifest_sealed_by_hand_is_read():
+def test_from_bytes_reads_manifest_written_by_hand():
     assert manifest.from_bytes(sealed(parsed_golden()), "golden") == sample()
 
 
@@ -112,27 +112,27 @@ def test_a_manifest_sealed_by_hand_is_read():
     objects=st.dictionaries(st.text(), st.integers() | st.text() | st.floats(allow_nan=False)),
     names=st.lists(st.text(), unique=True, max_size=4),
 )
-def test_any_numbers_names_and_values_survive_the_round_trip(numbers, objects, names):
+def test_round_trip_preserves_numbers_names_and_values(numbers, objects, names):
     keys = ("step", "epoch", "samples", "attempt", "save", "world_size")
     entry = TensorEntry(dtype="F32", shape=(2,), file=0)
-    made = replace(
+    original = replace(
         sample(),
         **dict(zip(keys, numbers, strict=True)),
         objects=objects,
         tensors=dict.fromkeys(names, entry),
     )
-    assert manifest.from_bytes(manifest.to_bytes(made), "x") == made
+    assert manifest.from_bytes(manifest.to_bytes(original), "x") == original
 
 
-def test_text_that_is_not_unicode_survives_as_it_is_in_memory():
+def test_round_trip_preserves_surrogate_escapes():
     name = b"/data/\xff".decode("utf-8", "surrogateescape")  # a path, as Python gives it
-    made = replace(sample(), config={"data": {"dir": name}})
-    assert manifest.from_bytes(manifest.to_bytes(made), "x") == made
+    original = replace(sample(), config={"data": {"dir": name}})
+    assert manifest.from_bytes(manifest.to_bytes(original), "x") == original
 
 
 @given(step=st.integers(0, 10**12), attempt=st.integers(1, 10**6))
 @settings(max_examples=50, deadline=None)
-def test_folder_names_are_parsed_back_and_sort_as_their_steps_do(step, attempt):
+def test_parse_folder_inverts_folder_name(step, attempt):
     assert manifest.parse_folder(manifest.folder_name(step, attempt)) == (step, attempt)
 
 
@@ -145,85 +145,85 @@ def test_other_folder_names_are_not_checkpoints(name):
     assert manifest.parse_folder(name) is None
 
 
-# --- damage ------------------------------------------------------------------------------------
+# --- damage --------------------------------------------------------------------------------------
 
 
-def refused(data: bytes) -> CheckpointError:
+def rejection(data: bytes) -> CheckpointError:
     with pytest.raises(CheckpointError) as caught:
         manifest.from_bytes(data, "here/manifest.json")
     assert str(caught.value).startswith("here/manifest.json: ")
     return caught.value
 
 
-def test_every_single_flipped_bit_is_found():
+def test_from_bytes_rejects_every_flipped_bit():
     data = GOLDEN.read_bytes()
     for position in range(len(data)):
         for bit in range(8):
             altered = bytearray(data)
             altered[position] ^= 1 << bit
-            refused(bytes(altered))
+            rejection(bytes(altered))
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_every_replaced_byte_is_found(data):
+def test_from_bytes_rejects_every_replaced_byte(data):
     golden = GOLDEN.read_bytes()
     position = data.draw(st.integers(0, len(golden) - 1) | st.integers(len(golden) - 40, 99999))
     position = min(position, len(golden) - 1)
     altered = bytearray(golden)
     altered[position] ^= data.draw(st.integers(1, 255))
-    refused(bytes(altered))
+    rejection(bytes(altered))
 
 
-def test_every_truncation_is_found():
+def test_from_bytes_rejects_every_truncation():
     data = GOLDEN.read_bytes()
     for length in range(len(data)):
-        refused(data[:length])
+        rejection(data[:length])
 
 
 @pytest.mark.parametrize("extra", [b"\n", b" ", b"\0", b"{}", GOLDEN.read_bytes()])
-def test_bytes_after_the_end_and_before_the_start_are_found(extra):
-    refused(GOLDEN.read_bytes() + extra)
-    refused(extra + GOLDEN.read_bytes())
+def test_from_bytes_rejects_extra_bytes(extra):
+    rejection(GOLDEN.read_bytes() + extra)
+    rejection(extra + GOLDEN.read_bytes())
 
 
 @given(st.binary(max_size=200))
 @settings(max_examples=200, deadline=None)
-def test_arbitrary_bytes_are_refused(data):
-    refused(data)
+def test_from_bytes_rejects_arbitrary_bytes(data):
+    rejection(data)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "utf-8-sig"])
-def test_another_encoding_of_the_same_text_is_refused(encoding):
-    refused(GOLDEN.read_text("utf-8").encode(encoding))
+def test_from_bytes_rejects_other_encodings(encoding):
+    rejection(GOLDEN.read_text("utf-8").encode(encoding))
 
 
-def test_a_void_manifest_is_no_checkpoint():
+def test_from_bytes_rejects_void_manifest():
     for data in (manifest.void_bytes(7), manifest.void_bytes(7) + b"\n"):
         assert manifest.is_void(data)
-        assert "abandoned" in str(refused(data))
+        assert "abandoned" in str(rejection(data))
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b'{"void":-1}', b'{"void":1,"a":2}', b'{"void":""}'])
 def test_other_small_objects_are_not_void(data):
     assert not manifest.is_void(data)
-    refused(data)
+    rejection(data)
 
 
-def test_a_manifest_larger_than_any_can_be_is_refused_unread():
+def test_from_bytes_rejects_oversized_manifest():
     data = memoryview(bytes(manifest.MAX_MANIFEST_BYTES + 1))
-    assert "exceed the maximum" in str(refused(data))
+    assert "exceed the maximum" in str(rejection(data))
 
 
 @pytest.mark.parametrize("brackets", [b"[", b'{"a":', b'[{"a":'])
-def test_deep_nesting_is_refused(brackets):
-    refused(brackets * 100_000)
+def test_from_bytes_rejects_deep_nesting(brackets):
+    rejection(brackets * 100_000)
 
 
-# --- hostile content under a right checksum ----------------------------------------------------
+# --- hostile content with a correct checksum -----------------------------------------------------
 
 
-def test_deep_nesting_inside_of_a_sealed_manifest_is_refused():
+def test_from_bytes_rejects_deep_nesting_with_correct_checksum():
     lines = ",\n".join(
         f"{json.dumps(key)}:{json.dumps(value)}"
         for key, value in parsed_golden().items()
@@ -232,27 +232,27 @@ def test_deep_nesting_inside_of_a_sealed_manifest_is_refused():
     for depth in (500, 990, 100_000):
         for opening, closing in (("[", "]"), ('{"$tuple":[', "]}"), ('{"a":', "}")):
             nested = opening * depth + ("1" if "a" in opening else "") + closing * depth
-            refused(sealed(f'{lines},\n"objects":{nested}'))
+            rejection(sealed(f'{lines},\n"objects":{nested}'))
 
 
 @pytest.mark.parametrize("key", ["step", "checksum", "objects"])
-def test_a_key_that_stands_twice_is_refused(key):
+def test_from_bytes_rejects_duplicate_key(key):
     text = ",\n".join(f"{json.dumps(k)}:{json.dumps(v)}" for k, v in parsed_golden().items())
-    assert "duplicate key" in str(refused(sealed(f'{text},\n"{key}":1,\n"{key}":1')))
+    assert "duplicate key" in str(rejection(sealed(f'{text},\n"{key}":1,\n"{key}":1')))
 
 
-def test_a_tensor_or_file_that_stands_twice_is_refused():
+def test_from_bytes_rejects_duplicate_tensor_or_file():
     text = sealed(parsed_golden()).decode().partition(',\n"checksum"')[0].removeprefix("{\n")
     for name in ('"empty":', '"r00000-of-00004-9f2c41aa-7.safetensors":'):
         start = text.index(name)
         entry = text[start : text.index("}", start) + 1]
-        refused(sealed(text.replace(entry, f"{entry}, {entry}")))
+        rejection(sealed(text.replace(entry, f"{entry}, {entry}")))
 
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity", "1" * 5000])
-def test_numbers_that_are_not_json_are_refused(constant):
+def test_from_bytes_rejects_non_json_numbers(constant):
     text = ",\n".join(f"{json.dumps(k)}:{json.dumps(v)}" for k, v in parsed_golden().items())
-    refused(sealed(text.replace('"step":1200', f'"step":{constant}')))
+    rejection(sealed(text.replace('"step":1200', f'"step":{constant}')))
 
 
 Edit = Callable[[dict[str, Any]], Any]
@@ -260,10 +260,10 @@ Edit = Callable[[dict[str, Any]], Any]
 
 def set_at(*path: str | int, to: Any) -> Edit:
     def edit(top: dict[str, Any]) -> None:
-        place: Any = top
+        node: Any = top
         for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = to
+            node = node[key]
+        node[path[-1]] = to
 
     return edit
 
@@ -356,16 +356,16 @@ HOSTILE: dict[str, Edit] = {
 
 
 @pytest.mark.parametrize("edit", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_content_is_refused(edit):
+def test_from_bytes_rejects_hostile_content(edit):
     top = parsed_golden()
     edit(top)
-    text = str(refused(sealed(top)))
-    assert "checksum does not match" not in text  # it is the content that was refused
+    text = str(rejection(sealed(top)))
+    assert "checksum does not match" not in text  # rejected for its content
 
 
-def test_another_version_is_told_before_anything_else_is_judged():
+def test_from_bytes_checks_version_first():
     top = {"format": "perdure-checkpoint", "version": 2, "everything": "else"}
-    assert "reads version 1" in str(refused(sealed(top)))
+    assert "reads version 1" in str(rejection(sealed(top)))
 
 
 JSON_VALUES = st.recursive(
@@ -374,14 +374,14 @@ JSON_VALUES = st.recursive(
     | st.integers(-(1 << 64), 1 << 64)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.sampled_from(["", "a", "F32", "../x", FILE, "model.weight"]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
+    lambda children: (
+        st.lists(children, max_size=3)
         | st.dictionaries(
             st.sampled_from(
                 ["a", "alias", "file", "grid", "columns", "shape", "dtype", "$dict", "$tuple",
                  "$set", "$float", "$complex", "$numpy", "$bytes", "$Counter", "$OrderedDict"]
             ),
-            inner,
+            children,
             max_size=3,
         )
     ),
@@ -389,36 +389,36 @@ JSON_VALUES = st.recursive(
 )  # fmt: skip
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def paths_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     if isinstance(value, list):
         value = dict(enumerate(value))
-    children = value.items() if isinstance(value, dict) else ()
-    inner = [found for key, item in children for found in places(item, (*path, key))]
-    return [path, *inner] if path else inner
+    items = value.items() if isinstance(value, dict) else ()
+    below = [leaf for key, item in items for leaf in paths_in(item, (*path, key))]
+    return [path, *below] if path else below
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.sampled_from(places(parsed_golden())), JSON_VALUES)
-def test_whatever_stands_at_any_place_it_is_refused_or_makes_sense(path, value):
+@given(st.sampled_from(paths_in(parsed_golden())), JSON_VALUES)
+def test_from_bytes_rejects_or_normalizes_any_edit(path, value):
     top = parsed_golden()
     set_at(*path, to=value)(top)
     try:
-        found = manifest.from_bytes(sealed(top), "x")
+        parsed = manifest.from_bytes(sealed(top), "x")
     except CheckpointError:
         return
-    files = list(found.files)
+    files = list(parsed.files)
     assert all(re.fullmatch(r"[0-9a-z.-]+\.safetensors", name) for name in files)
-    for name in found.tensors:
-        entry = found.resolve(name)
+    for name in parsed.tensors:
+        entry = parsed.resolve(name)
         for file, box in all_boxes(entry, files):
             ends = [o + n for o, n in zip(box.offsets, box.lengths, strict=True)]
             assert file in files
             assert all(0 <= end <= size for end, size in zip(ends, entry.shape, strict=True))
-    assert isinstance(found.objects, dict)
-    assert isinstance(found.config, dict)
+    assert isinstance(parsed.objects, dict)
+    assert isinstance(parsed.config, dict)
 
 
-# --- how tensors are cut -----------------------------------------------------------------------
+# --- division of tensors -------------------------------------------------------------------------
 
 
 def all_boxes(entry, files):
@@ -430,7 +430,7 @@ SHAPES_AND_GRIDS = st.lists(st.tuples(st.integers(0, 7), st.integers(1, 4)), max
 
 @settings(max_examples=200, deadline=None)
 @given(SHAPES_AND_GRIDS, st.data())
-def test_a_grid_covers_every_element_once_and_a_box_finds_the_cells_it_touches(pairs, data):
+def test_grid_covers_each_element_once_and_boxes_selects_overlapping_cells(pairs, data):
     shape, grid = tuple(n for n, _ in pairs), tuple(g for _, g in pairs)
     entry = TensorEntry(dtype="F32", shape=shape, grid=grid)
     owner = np.full(shape, -1)
@@ -454,7 +454,7 @@ def test_a_grid_covers_every_element_once_and_a_box_finds_the_cells_it_touches(p
 
 @settings(max_examples=100, deadline=None)
 @given(n=st.integers(0, 50), pieces=st.integers(1, 12))
-def test_a_grid_cuts_as_torch_chunks_do(n, pieces):
+def test_grid_matches_torch_chunk(n, pieces):
     import torch
 
     entry = TensorEntry(dtype="F32", shape=(n,), grid=(pieces,))
@@ -463,7 +463,7 @@ def test_a_grid_cuts_as_torch_chunks_do(n, pieces):
     assert lengths == chunks + [0] * (pieces - len(chunks))
 
 
-def test_the_pieces_of_a_grid_lie_in_c_order():
+def test_grid_cells_are_in_c_order():
     cells = all_boxes(TensorEntry(dtype="F32", shape=(3, 4), grid=(2, 2)), ["a", "b", "c", "d"])
     assert [(file, box.offsets, box.lengths) for file, box in cells] == [
         ("a", (0, 0), (2, 2)),
@@ -473,7 +473,7 @@ def test_the_pieces_of_a_grid_lie_in_c_order():
     ]
 
 
-def test_a_whole_tensor_and_columns_give_their_parts():
+def test_boxes_of_unsplit_tensor_and_columns():
     files = list(sample().files)
     weight = sample().tensors["model.weight"]
     assert all_boxes(weight, files) == [(files[2], Box((0, 0), (4, 3)))]
@@ -483,5 +483,5 @@ def test_a_whole_tensor_and_columns_give_their_parts():
     ]
 
 
-def test_an_alias_is_resolved_to_the_entry_that_it_names():
+def test_resolve_follows_alias():
     assert sample().resolve("model.tied") == sample().tensors["model.weight"]

@@ -1,4 +1,4 @@
-"""The second tier: what is copied, what is not, and what a broken copy means."""
+"""Mirror store: copied checkpoints, skipped checkpoints and interrupted copies."""
 
 import os
 import threading
@@ -29,7 +29,7 @@ from trainer.storage import LocalStore
 
 
 class Gated(LocalStore):
-    """A store whose uploads wait for a gate, and fail where they are told to."""
+    """A store whose uploads wait for a gate and fail while `is_down` is set."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder))
@@ -46,7 +46,7 @@ class Gated(LocalStore):
 
 
 class Run:
-    """One attempt with two stores, on one rank."""
+    """Single-rank attempt with a run store and a mirror."""
 
     def __init__(self, folder: Path, keep_last: int = 9, mirror_keep_last: int = 9) -> None:
         self.source, self.target = LocalStore(str(folder / "run")), Gated(folder / "mirror")
@@ -73,11 +73,11 @@ class Run:
         return checkpoint.save(self.writer, content, step=step)
 
     def copied(self) -> list[int]:
-        """The steps in the mirror, each of them whole."""
-        found = lineage.commits(self.target)
-        for commit in found:
+        """Return the steps in the mirror, after verifying each."""
+        commits = lineage.commits(self.target)
+        for commit in commits:
             checkpoint.verify(self.target, lineage.read_manifest(self.target, commit))
-        return [commit.step for commit in found]
+        return [commit.step for commit in commits]
 
 
 @pytest.fixture
@@ -85,11 +85,11 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path)
 
 
-def shard(store: LocalStore, made: Manifest) -> Path:
-    return Path(store.url, "checkpoints", made.folder, next(iter(made.files)))
+def shard(store: LocalStore, manifest: Manifest) -> Path:
+    return Path(store.url, "checkpoints", manifest.folder, next(iter(manifest.files)))
 
 
-def test_the_mirror_has_the_same_bytes_under_the_same_keys(run):
+def test_mirror_copies_same_bytes_under_same_keys(run):
     run.mirror.submit(run.save(3))
     assert run.mirror.wait(None)
     keys = run.target.list("checkpoints")
@@ -99,7 +99,7 @@ def test_the_mirror_has_the_same_bytes_under_the_same_keys(run):
     assert run.mirror.copied_step == 3
 
 
-def test_where_checkpoints_come_faster_the_newest_is_next(run):
+def test_slow_mirror_copies_newest_checkpoint_next(run):
     run.target.gate.clear()
     run.mirror.submit(run.save(1))
     assert run.target.reached.wait(60)
@@ -111,8 +111,8 @@ def test_where_checkpoints_come_faster_the_newest_is_next(run):
     assert run.copied() == [1, 6]
 
 
-def test_commits_that_come_while_the_ranks_agree_change_nothing(run, monkeypatch):
-    """Two more than are kept waiting, between a rank's answer and the end of the agreement."""
+def test_submit_during_agreement_changes_nothing(run, monkeypatch):
+    """Submit more checkpoints than the queue holds while the ranks agree."""
     first, *more = [run.save(step) for step in (1, 2, 3, 4)]
     agree = World.gather
 
@@ -129,7 +129,7 @@ def test_commits_that_come_while_the_ranks_agree_change_nothing(run, monkeypatch
     assert run.mirror.notes == []
 
 
-def test_the_mirror_keeps_what_its_own_retention_says(tmp_path):
+def test_mirror_applies_its_retention(tmp_path):
     run = Run(tmp_path, mirror_keep_last=2)
     for step in range(1, 6):
         run.mirror.submit(run.save(step))
@@ -138,7 +138,7 @@ def test_the_mirror_keeps_what_its_own_retention_says(tmp_path):
     assert len(lineage.commits(run.source)) == 5
 
 
-def test_a_failure_is_said_once_and_its_end_too(run):
+def test_failure_and_recovery_are_reported_once(run):
     run.target.is_down = True
     for step in (1, 2):
         run.mirror.submit(run.save(step))
@@ -152,62 +152,62 @@ def test_a_failure_is_said_once_and_its_end_too(run):
     assert run.mirror.notes[1:] == ["the mirror has step 2; it is no longer behind"]
 
 
-def test_a_whole_shard_that_a_broken_copy_left_is_not_written_again(run):
-    made = run.save(1)
-    left = shard(run.target, made)
-    left.parent.mkdir(parents=True)
-    left.write_bytes(shard(run.source, made).read_bytes())
-    before = os.stat(left)
-    run.mirror.submit(made)
+def test_complete_shard_of_interrupted_copy_is_reused(run):
+    manifest = run.save(1)
+    partial = shard(run.target, manifest)
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(shard(run.source, manifest).read_bytes())
+    before = os.stat(partial)
+    run.mirror.submit(manifest)
     assert run.mirror.wait(None)
-    assert os.stat(left).st_ino == before.st_ino
-    assert os.stat(left).st_mtime_ns == before.st_mtime_ns
+    assert os.stat(partial).st_ino == before.st_ino
+    assert os.stat(partial).st_mtime_ns == before.st_mtime_ns
     assert run.copied() == [1]
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:-1] + b"?"])
-def test_a_part_of_a_shard_that_a_broken_copy_left_is_replaced(run, damage):
-    made = run.save(1)
-    left = shard(run.target, made)
-    left.parent.mkdir(parents=True)
-    left.write_bytes(damage(shard(run.source, made).read_bytes()))
-    run.mirror.submit(made)
+def test_partial_shard_of_interrupted_copy_is_replaced(run, damage):
+    manifest = run.save(1)
+    partial = shard(run.target, manifest)
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(damage(shard(run.source, manifest).read_bytes()))
+    run.mirror.submit(manifest)
     assert run.mirror.wait(None)
     assert run.copied() == [1]
 
 
-def test_bytes_that_are_wrong_in_the_source_never_reach_the_mirror(run):
-    made = run.save(1)
-    file = shard(run.source, made)
+def test_damaged_source_is_not_copied(run):
+    manifest = run.save(1)
+    file = shard(run.source, manifest)
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
-    run.mirror.submit(made)
+    run.mirror.submit(manifest)
     assert not run.mirror.wait(None)
     assert "checksum mismatch" in run.mirror.notes[0]
     assert run.target.list("checkpoints") == []
 
 
-def test_what_is_in_the_mirror_already_is_not_read_again(run):
-    made = run.save(1)
-    run.mirror.submit(made)
+def test_checkpoint_in_mirror_is_not_copied_again(run):
+    manifest = run.save(1)
+    run.mirror.submit(manifest)
     assert run.mirror.wait(None)
     run.target.is_down = True
     again = run.new_mirror()
-    again.submit(made)
+    again.submit(manifest)
     assert again.wait(None)
 
 
-def test_a_folder_that_a_later_attempt_gave_up_stays_given_up(run):
-    made = run.save(1)
-    key = f"checkpoints/{made.folder}/manifest.json"
+def test_void_folder_in_mirror_stays_void(run):
+    manifest = run.save(1)
+    key = f"checkpoints/{manifest.folder}/manifest.json"
     run.target.create(key, b'{"void": 2}')
-    run.mirror.submit(made)
+    run.mirror.submit(manifest)
     assert not run.mirror.wait(None)
     assert run.target.read(key) == b'{"void": 2}'
 
 
-# --- with the saver ----------------------------------------------------------------------------
+# --- with the saver ------------------------------------------------------------------------------
 
 
 def saver_of(run: Run) -> Saver:
@@ -231,7 +231,7 @@ def pass_boundary(saver: Saver, step: int) -> None:
     saver._flight.save.result(60)
 
 
-def test_what_waits_to_be_copied_is_not_deleted(tmp_path):
+def test_retention_keeps_checkpoints_waiting_for_copy(tmp_path):
     run = Run(tmp_path, keep_last=1)
     saver = saver_of(run)
     run.target.gate.clear()
@@ -239,7 +239,7 @@ def test_what_waits_to_be_copied_is_not_deleted(tmp_path):
     assert run.target.reached.wait(60)
     for step in (2, 3, 4, 5):
         pass_boundary(saver, step)
-    assert [c.step for c in lineage.commits(run.source)] == [1, 4, 5]  # 2 and 3 never will be
+    assert [c.step for c in lineage.commits(run.source)] == [1, 4, 5]  # 2 and 3 are never copied
     run.target.gate.set()
     assert run.mirror.wait(None)
     pass_boundary(saver, 6)
@@ -252,7 +252,7 @@ def test_what_waits_to_be_copied_is_not_deleted(tmp_path):
     assert {5, 6, 7} <= set(run.copied())
 
 
-def test_a_newer_attempt_in_the_mirror_stops_this_one(run):
+def test_newer_attempt_in_mirror_supersedes_run(run):
     saver = saver_of(run)
     newer = lineage.begin(run.target, {"host": "node9", "pid": 7})
     pass_boundary(saver, 1)
@@ -264,7 +264,7 @@ def test_a_newer_attempt_in_the_mirror_stops_this_one(run):
     assert [c.step for c in lineage.commits(run.source)] == [1]
 
 
-def test_at_the_end_the_newest_is_copied_in_the_time_that_is_left(run, capsys):
+def test_final_save_copies_newest_within_remaining_time(run, capsys):
     saver = saver_of(run)
     run.target.gate.clear()
     assert saver.save(State(step=1), lambda: content_of(1), within_s=0.2)
@@ -274,7 +274,7 @@ def test_at_the_end_the_newest_is_copied_in_the_time_that_is_left(run, capsys):
     assert run.copied()[-1] == 2
 
 
-# --- copying a file ----------------------------------------------------------------------------
+# --- copying a file ------------------------------------------------------------------------------
 
 
 class Parts:
@@ -293,15 +293,15 @@ class Parts:
     part_bytes=st.sampled_from([4096, 5000, 100_000, 1 << 20, 8 << 20]),
 )
 @settings(max_examples=25, deadline=None)
-def test_a_file_is_copied_as_it_is_whatever_the_parts(tmp_path_factory, sizes, part_bytes):
+def test_copy_file_is_exact_for_any_part_size(tmp_path_factory, sizes, part_bytes):
     store = LocalStore(str(tmp_path_factory.mktemp("copy")))
     tensors = {
         f"t{n}": torch.randint(0, 255, (size,), dtype=torch.uint8) for n, size in enumerate(sizes)
     }
     attempt: Attempt = lineage.begin(store, {})
-    made = checkpoint.save(Writer(store, World(), attempt), Content(tensors=tensors), step=1)
-    name, record = next(iter(made.files.items()))
+    manifest = checkpoint.save(Writer(store, World(), attempt), Content(tensors=tensors), step=1)
+    name, record = next(iter(manifest.files.items()))
     new = Parts(part_bytes, record.bytes)
-    Reader(store, f"checkpoints/{made.folder}", made).copy_file(name, new)
-    assert bytes(new.data) == store.read(f"checkpoints/{made.folder}/{name}")
+    Reader(store, f"checkpoints/{manifest.folder}", manifest).copy_file(name, new)
+    assert bytes(new.data) == store.read(f"checkpoints/{manifest.folder}/{name}")
     assert sorted(new.starts) == list(range(0, record.bytes, part_bytes))

@@ -1,4 +1,4 @@
-"""Division of the state: every element written once, about equal bytes per rank."""
+"""Division of the state: each element is written once, with balanced bytes per rank."""
 
 import numpy as np
 from hypothesis import example, given, settings
@@ -39,8 +39,8 @@ def test_every_element_is_written_once_and_in_order(tensors, already):
     for item, parts in zip(items, division, strict=True):
         count = np.zeros(item.shape, dtype=int)
         for _, box in parts:
-            place = tuple(slice(o, o + n) for o, n in zip(box.offsets, box.lengths, strict=True))
-            count[place] += 1
+            index = tuple(slice(o, o + n) for o, n in zip(box.offsets, box.lengths, strict=True))
+            count[index] += 1
         assert (count == 1).all()
     in_order = [holder for parts in division for holder, _ in parts]
     assert in_order == sorted(in_order)
@@ -68,9 +68,9 @@ def test_bytes_are_balanced_within_two_percent_with_few_cuts(tensors, holders):
     items = items_of(tensors)
     division = divide(items, [0] * holders)
     sizes = bytes_of(division, items, holders)
-    share = sum(sizes) / holders
-    slack = max(0.02 * share, 2 << 12) + 1  # a quota is a whole number of bytes
-    assert all(abs(size - share) <= slack for size in sizes)
+    average = sum(sizes) / holders
+    slack = max(0.02 * average, 2 << 12) + 1  # quotas are integers
+    assert all(abs(size - average) <= slack for size in sizes)
     cuts = sum(len(parts) - 1 for parts in division if parts)
     assert cuts <= (holders - 1) * 5  # a cut in three dimensions leaves up to five pieces
 

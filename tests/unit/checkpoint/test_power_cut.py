@@ -1,9 +1,9 @@
-"""The power fails at any moment: what the disk may then hold, and what is made of it.
+"""Simulated power cuts at any moment of saving, and recovery from the resulting disks.
 
-Every operation on the file system is recorded. For each moment, disks are made that POSIX allows
-after a power cut: data that was not fsynced is there, torn, zero or gone; names that were not
-fsynced with their folder are there or not, each for itself. On each such disk the newest
-checkpoint has to be whole, and no older than the newest save that returned.
+Every file system operation is recorded. For each moment, the test builds disks that POSIX allows
+after a power cut: data without fsync is complete, torn, zero or missing; names whose folder was
+not fsynced exist or not, independently. On each disk the newest checkpoint must be intact, and no
+older than the newest save that returned.
 """
 
 import os
@@ -37,7 +37,7 @@ WORDS = 4500
 
 @dataclass(frozen=True)
 class Wrote:
-    """Bytes of a file; on the disk at its next `Synced`, or at any time before."""
+    """Bytes written to a file; durable at its next `Synced`, possibly earlier."""
 
     file: int
     start: int
@@ -46,14 +46,14 @@ class Wrote:
 
 @dataclass(frozen=True)
 class Synced:
-    """fsync of a file's data, or of a folder's names."""
+    """fsync of a file's data or of a folder's names."""
 
     of: int | str
 
 
 @dataclass(frozen=True)
 class Named:
-    """A change of a folder's names, as one: name to file, `FOLDER` or None."""
+    """Atomic change of a folder's names: each maps to a file number, `FOLDER` or None."""
 
     folder: str
     names: dict[str, int | str | None]
@@ -61,7 +61,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Returned:
-    """A save of this step was reported as committed."""
+    """Return of a save: this step was reported as committed."""
 
     step: int
 
@@ -70,23 +70,23 @@ FOLDER = "folder"
 
 
 class Recorder:
-    """Does what the operating system is asked below `root`, one call at a time, and notes it."""
+    """Serializes and records all file system calls below `root`."""
 
     def __init__(self, root: Path) -> None:
         self.log: list[Wrote | Synced | Named | Returned] = []
         self._root = str(root)
-        self._files: dict[int, int] = {}  # inode to number; inodes are used again, numbers not
+        self._files: dict[int, int] = {}  # inode to number; unlike inodes, numbers are unique
         self._count = 0
         self._lock = threading.RLock()
 
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("open", "pwrite", "fsync", "link", "rename", "unlink", "mkdir", "rmdir"):
             monkeypatch.setattr(
-                os, name, self._noting(getattr(self, f"_{name}"), getattr(os, name))
+                os, name, self._recording(getattr(self, f"_{name}"), getattr(os, name))
             )
         monkeypatch.setattr(local, "open", self._open_file, raising=False)
 
-    def _noting(self, note: Callable[..., None], do: Callable[..., Any]) -> Callable[..., Any]:
+    def _recording(self, note: Callable[..., None], do: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **more: Any) -> Any:
             with self._lock:
                 result = do(*arguments, **more)
@@ -95,16 +95,16 @@ class Recorder:
 
         return call
 
-    def _place(self, path: Any) -> tuple[str, str] | None:
+    def _relative(self, path: Any) -> tuple[str, str] | None:
         folder, name = os.path.split(os.path.abspath(path))
         below = folder == self._root or folder.startswith(self._root + "/")
         return (os.path.relpath(folder, self._root), name) if below else None
 
     def _new_file(self, path: Any) -> None:
-        if place := self._place(path):
+        if location := self._relative(path):
             self._count += 1
             self._files[os.stat(path).st_ino] = self._count
-            self.log.append(Named(place[0], {place[1]: self._count}))
+            self.log.append(Named(location[0], {location[1]: self._count}))
 
     def _open_file(self, path: Any, mode: str = "r", **more: Any) -> Any:
         with self._lock:
@@ -125,16 +125,16 @@ class Recorder:
         path = os.readlink(f"/proc/self/fd/{descriptor}")
         if path == self._root:
             self.log.append(Synced("."))
-        elif place := self._place(path):
+        elif location := self._relative(path):
             is_folder = os.path.isdir(path)
             number = self._files.get(os.fstat(descriptor).st_ino, 0)
-            self.log.append(Synced(os.path.normpath("/".join(place)) if is_folder else number))
+            self.log.append(Synced(os.path.normpath("/".join(location)) if is_folder else number))
 
     def _link(self, result: None, source: Any, target: Any) -> None:
         self._name(target, self._files[os.stat(target).st_ino])
 
     def _rename(self, result: None, source: Any, target: Any) -> None:
-        old, new = self._place(source), self._place(target)
+        old, new = self._relative(source), self._relative(target)
         assert old
         assert new
         assert old[0] == new[0]
@@ -150,80 +150,82 @@ class Recorder:
     def _rmdir(self, result: None, path: Any) -> None:
         self._name(path, None)
 
-    def _name(self, path: Any, what: int | str | None) -> None:
-        if place := self._place(path):
-            self.log.append(Named(place[0], {place[1]: what}))
+    def _name(self, path: Any, target: int | str | None) -> None:
+        if location := self._relative(path):
+            self.log.append(Named(location[0], {location[1]: target}))
 
 
-# --- what may be left of it ----------------------------------------------------------------------
+# --- disks after a power cut ---------------------------------------------------------------------
 
 
 @dataclass
 class Disk:
-    """What is durable, and what is on its way to the disk."""
+    """Durable and pending file data and names."""
 
     data: dict[int, list[Wrote]] = field(default_factory=dict)
-    on_way: dict[int, list[Wrote]] = field(default_factory=dict)
+    pending_data: dict[int, list[Wrote]] = field(default_factory=dict)
     names: dict[str, dict[str, int | str]] = field(default_factory=dict)
-    names_on_way: dict[str, list[Named]] = field(default_factory=dict)
+    pending_names: dict[str, list[Named]] = field(default_factory=dict)
     returned: int | None = None
 
     def apply(self, entry: Wrote | Synced | Named | Returned) -> None:
         match entry:
             case Wrote(file):
-                self.on_way.setdefault(file, []).append(entry)
+                self.pending_data.setdefault(file, []).append(entry)
             case Named(folder):
-                self.names_on_way.setdefault(folder, []).append(entry)
+                self.pending_names.setdefault(folder, []).append(entry)
             case Synced(str(folder)):
-                for change in self.names_on_way.pop(folder, []):
+                for change in self.pending_names.pop(folder, []):
                     _rename_in(self.names.setdefault(folder, {}), change)
             case Synced(int(file)):
-                self.data.setdefault(file, []).extend(self.on_way.pop(file, []))
+                self.data.setdefault(file, []).extend(self.pending_data.pop(file, []))
             case Returned(step):
                 self.returned = step
 
     def after_a_cut(self, root: Path, data_survives: "Fate", name_survives: "Fate") -> None:
-        """Make the directory that is found when the power is back."""
+        """Create the directory as it exists after the power cut."""
         self._make(root, ".", data_survives, name_survives)
 
     def _make(self, path: Path, folder: str, data: "Fate", name: "Fate") -> None:
         path.mkdir()
         names = dict(self.names.get(folder, {}))
-        for change in self.names_on_way.get(folder, []):
+        for change in self.pending_names.get(folder, []):
             if name():
                 _rename_in(names, change)
-        for entry, what in names.items():
-            if isinstance(what, str):
+        for entry, target in names.items():
+            if isinstance(target, str):
                 self._make(path / entry, os.path.normpath(f"{folder}/{entry}"), data, name)
             else:
-                (path / entry).write_bytes(self._content(what, data))
+                (path / entry).write_bytes(self._content(target, data))
 
     def _content(self, file: int, survives: "Fate") -> bytes:
         content = bytearray()
-        for durable, writes in ((True, self.data), (False, self.on_way)):
+        for durable, writes in ((True, self.data), (False, self.pending_data)):
             for write in writes.get(file, []):
-                share = 1.0 if durable else survives()
-                kept = write.data[: int(len(write.data) * share)]
-                stop = write.start + (len(write.data) if share else 0)  # the size comes first
+                fraction = 1.0 if durable else survives()
+                survived = write.data[: int(len(write.data) * fraction)]
+                stop = write.start + (
+                    len(write.data) if fraction else 0
+                )  # the size is written before the data
                 content.extend(bytes(max(stop - len(content), 0)))
-                content[write.start : write.start + len(kept)] = kept
+                content[write.start : write.start + len(survived)] = survived
         return bytes(content)
 
 
 Fate = Callable[[], float]
-"""Which share of something survives; names survive when it is not 0."""
+"""Returns the surviving fraction of a write; a name survives if it is not 0."""
 
 
 def _rename_in(names: dict[str, int | str], change: Named) -> None:
-    for name, what in change.names.items():
-        if what is None:
+    for name, target in change.names.items():
+        if target is None:
             names.pop(name, None)
         else:
-            names[name] = what
+            names[name] = target
 
 
 def fates() -> Iterator[tuple[Fate, Fate]]:
-    """Yield how a disk may fare with data and with names: the extremes, then by lot."""
+    """Yield survival functions for data and names: all or nothing, then random."""
     for data in (0.0, 1.0):
         for name in (0.0, 1.0):
             yield lambda data=data: data, lambda name=name: name
@@ -232,7 +234,7 @@ def fates() -> Iterator[tuple[Fate, Fate]]:
         yield lambda lot=lot: lot.choice([0.0, 0.4, 1.0]), lambda lot=lot: lot.choice([0.0, 1.0])
 
 
-# --- the story that is recorded ------------------------------------------------------------------
+# --- the recorded scenario -----------------------------------------------------------------------
 
 
 def content_of(step: int) -> Content:
@@ -241,7 +243,7 @@ def content_of(step: int) -> Content:
 
 
 def saves_with_pruning(root: Path, returned: Callable[[int], None]) -> None:
-    """An attempt saves and prunes; the next one finds its litter, resumes, saves, cleans."""
+    """Save and prune in one attempt, then resume, save and clean up orphaned files in the next."""
     store = LocalStore(root)
     first = lineage.begin(store, {"host": "a"})
     lineage.amend(store, first, {"resumed_from": None})
@@ -249,8 +251,8 @@ def saves_with_pruning(root: Path, returned: Callable[[int], None]) -> None:
     for step in (1, 2):
         assert saver.save(State(step=step), partial(content_of, step))
         returned(step)
-    litter = store.open_new("checkpoints/step-00000003.0001/shard.safetensors", PART_BYTES)
-    litter.put(0, memoryview(bytes(PART_BYTES)))
+    orphan = store.open_new("checkpoints/step-00000003.0001/shard.safetensors", PART_BYTES)
+    orphan.put(0, memoryview(bytes(PART_BYTES)))
     second = lineage.begin(store, {"host": "b"})
     lineage.amend(store, second, {"resumed_from": {"step": 2, "attempt": 1}})
     saver = saver_on(store, second)
@@ -265,17 +267,17 @@ def saver_on(store: LocalStore, attempt: lineage.Attempt) -> Saver:
 
 
 def problems(root: Path, disk: Disk) -> str | None:
-    """Return what is wrong with the checkpoints of a disk, if anything is."""
+    """Return the first problem with the checkpoints on a disk, or None."""
     store, newest = LocalStore(root), None
     try:
         for commit in checkpoint.steps(store):
-            found = lineage.read_manifest(store, commit)
-            checkpoint.verify(store, found)
+            manifest = lineage.read_manifest(store, commit)
+            checkpoint.verify(store, manifest)
             loaded = {"w": torch.zeros(WORDS)}
-            checkpoint.load(store, found, loaded)
-            if not torch.equal(loaded["w"], content_of(found.step).tensors["w"]):
-                return f"step {found.step} holds other values"
-            newest = found.step
+            checkpoint.load(store, manifest, loaded)
+            if not torch.equal(loaded["w"], content_of(manifest.step).tensors["w"]):
+                return f"step {manifest.step} holds other values"
+            newest = manifest.step
     except (PerdureError, FileNotFoundError) as error:
         return f"{type(error).__name__}: {error}"
     if disk.returned and (newest is None or newest < disk.returned):
@@ -284,8 +286,8 @@ def problems(root: Path, disk: Disk) -> str | None:
 
 
 def all_problems(log: list[Any], folder: Path) -> list[str]:
-    """Return what goes wrong on any disk that a power cut at any moment may leave."""
-    met, disk, count = [], Disk(), 0
+    """Return the problems on all disks after a power cut at any moment."""
+    failures, disk, count = [], Disk(), 0
     for moment in range(len(log) + 1):
         for number, (data, name) in enumerate(fates()):
             count += 1
@@ -293,10 +295,12 @@ def all_problems(log: list[Any], folder: Path) -> list[str]:
             disk.after_a_cut(root, data, name)
             if problem := problems(root, disk):
                 last = log[moment - 1] if moment else None
-                met.append(f"moment {moment} ({type(last).__name__}), fate {number}: {problem}")
+                failures.append(
+                    f"moment {moment} ({type(last).__name__}), fate {number}: {problem}"
+                )
         if moment < len(log):
             disk.apply(log[moment])
-    return met
+    return failures
 
 
 def recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -310,25 +314,25 @@ def recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return recorder.log
 
 
-def test_whenever_the_power_fails_the_newest_checkpoint_is_whole(tmp_path, monkeypatch):
+def test_power_cut_at_any_moment_keeps_newest_checkpoint_intact(tmp_path, monkeypatch):
     log = recorded(tmp_path, monkeypatch)
     assert sum(isinstance(entry, Wrote) for entry in log) > 20
     assert sum(isinstance(entry, Returned) for entry in log) == 3
     assert all_problems(log, tmp_path) == []
 
 
-# --- whether the model would notice --------------------------------------------------------------
+# --- sensitivity of the simulation ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [int, str])
-def test_the_model_notices_that_files_or_folders_are_not_synced(tmp_path, monkeypatch, kind):
+def test_simulation_detects_missing_fsync(tmp_path, monkeypatch, kind):
     log = recorded(tmp_path, monkeypatch)
     broken = [e for e in log if not (isinstance(e, Synced) and isinstance(e.of, kind))]
     assert len(broken) < len(log)
     assert all_problems(broken, tmp_path)
 
 
-def test_the_model_notices_a_manifest_that_is_deleted_last(tmp_path, monkeypatch):
+def test_simulation_detects_manifest_deleted_last(tmp_path, monkeypatch):
     def delete(store: Store, folder: str) -> None:
         keys = store.list(folder)
         store.delete(sorted(keys, key=lambda key: key.endswith(lineage.MANIFEST)))

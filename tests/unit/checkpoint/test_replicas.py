@@ -1,4 +1,4 @@
-"""A run in two places: which attempts there were, and which checkpoints count."""
+"""A run in two stores: merged attempt records and selection of checkpoints."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def replicas_of(folder: Path, node: str = "node1") -> Replicas:
-    """The stores as they are seen from a node with a disk of its own."""
+    """Return the stores as a node with a local disk sees them."""
     return Replicas(LocalStore(str(folder / node)), LocalStore(str(folder / "mirror")))
 
 
@@ -35,40 +35,40 @@ def start(replicas: Replicas, step: int = 0) -> Attempt:
 
 def save(replicas: Replicas, attempt: Attempt, step: int, *, copied: bool = True) -> Commit:
     content = Content(tensors={"w": torch.full((50,), float(step))})
-    made = checkpoint.save(Writer(replicas.run, World(), attempt), content, step=step)
+    manifest = checkpoint.save(Writer(replicas.run, World(), attempt), content, step=step)
     if copied and replicas.mirror is not None:
-        for key in replicas.run.list(f"checkpoints/{made.folder}"):
+        for key in replicas.run.list(f"checkpoints/{manifest.folder}"):
             replicas.mirror.create(key, replicas.run.read(key))
-    return Commit(step, attempt.number, f"checkpoints/{made.folder}")
+    return Commit(step, attempt.number, f"checkpoints/{manifest.folder}")
 
 
 def steps(replicas: Replicas) -> list[tuple[int, int]]:
     return [(commit.step, commit.attempt) for commit in replicas.survey().commits]
 
 
-def test_a_number_is_given_once_whichever_node_an_attempt_starts_on(folder):
+def test_begin_numbers_attempts_across_nodes(folder):
     nodes = ["node1", "node2", "node1", "node3"]
     numbers = [start(replicas_of(folder, node)).number for node in nodes]
     assert numbers == [1, 2, 3, 4]
 
 
-def test_records_that_one_store_lost_come_back_from_the_other(folder):
+def test_lost_records_are_restored_from_other_store(folder):
     replicas = replicas_of(folder)
     first = start(replicas)
     lineage.amend(replicas.run, first, {"ended": "now", "outcome": "preempted"})
     for store in replicas.stores:
-        known = lineage.records(store)
-        other = next(each for each in replicas.stores if each is not store)
+        records = lineage.records(store)
+        other = next(candidate for candidate in replicas.stores if candidate is not store)
         assert replicas.records()[0]["outcome"] == "preempted"
         start(replicas, 5)
-        assert len(lineage.records(store)) == len(known) + 1
+        assert len(lineage.records(store)) == len(records) + 1
         assert lineage.records(other)[0]["outcome"] == "preempted"
     empty = replicas_of(folder, "node2")
     assert start(empty, 7).number == 4
     assert [r["attempt"] for r in lineage.records(empty.run)] == [1, 2, 3, 4]
 
 
-def test_a_run_that_gets_a_mirror_later_brings_its_records_there(folder):
+def test_mirror_added_later_receives_records(folder):
     alone = Replicas(LocalStore(str(folder / "node1")))
     save(alone, start(alone), 5)
     replicas = replicas_of(folder)
@@ -76,7 +76,7 @@ def test_a_run_that_gets_a_mirror_later_brings_its_records_there(folder):
     assert [r["attempt"] for r in lineage.records(replicas.mirror)] == [1, 2]
 
 
-def test_a_mirror_of_another_run_is_refused(folder):
+def test_survey_rejects_mirror_of_another_run(folder):
     start(replicas_of(folder))
     other = Replicas(LocalStore(str(folder / "another")))
     start(other)
@@ -86,7 +86,7 @@ def test_a_mirror_of_another_run_is_refused(folder):
 
 
 @pytest.mark.parametrize("lost", ["run", "mirror"])
-def test_losing_one_store_loses_nothing_that_the_other_holds(folder, lost):
+def test_survey_after_losing_one_store_uses_other(folder, lost):
     replicas = replicas_of(folder)
     attempt = start(replicas)
     for step in (5, 10):
@@ -100,8 +100,8 @@ def test_losing_one_store_loses_nothing_that_the_other_holds(folder, lost):
     assert lineage.read_manifest(view, replicas.survey().commits[-1]).step == 10
 
 
-def test_lineage_decides_not_the_higher_step(folder):
-    """A node comes back with step 1,400 of a timeline that was abandoned at 1,000."""
+def test_lineage_takes_precedence_over_higher_step(folder):
+    """A node returns with step 1,400 of a timeline abandoned at step 1,000."""
     node1, node2 = replicas_of(folder), replicas_of(folder, "node2")
     first = start(node1)
     save(node1, first, 1000)
@@ -110,10 +110,12 @@ def test_lineage_decides_not_the_higher_step(folder):
     save(node2, second, 1100)
     assert steps(node1) == [(1000, 1), (1100, 2)]
     start(node1, 1100)
-    assert [c.step for c in lineage.commits(node1.run)] == [1000]  # the record is here by now
+    assert [c.step for c in lineage.commits(node1.run)] == [
+        1000
+    ]  # the record has been copied by now
 
 
-def test_what_is_here_alone_is_taken_and_what_is_not_here_comes_from_the_mirror(folder):
+def test_views_prefer_run_store_and_fall_back_to_mirror(folder):
     replicas = replicas_of(folder)
     attempt = start(replicas)
     save(replicas, attempt, 5)
@@ -128,7 +130,7 @@ def test_what_is_here_alone_is_taken_and_what_is_not_here_comes_from_the_mirror(
     )
 
 
-def test_what_was_proven_wrong_here_is_read_from_the_mirror(folder):
+def test_views_of_damaged_checkpoint_use_mirror(folder):
     replicas = replicas_of(folder)
     commit = save(replicas, start(replicas), 5)
     lineage.mark_damaged(replicas.run, commit, "bytes 1 to 2 do not match")

@@ -46,12 +46,12 @@ def tensors(draw: st.DrawFn) -> Tensor:
     seed = draw(st.integers(0, 255))
     generator = torch.Generator().manual_seed(seed)
     if dtype == torch.bool:
-        made = torch.randint(0, 2, shape, generator=generator).bool()
+        manifest = torch.randint(0, 2, shape, generator=generator).bool()
     else:
         size = count * dtype.itemsize
         noise = torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8)
-        made = noise.view(dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
-    return SHAPE_CHANGES[draw(st.sampled_from(sorted(SHAPE_CHANGES)))](made)
+        manifest = noise.view(dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
+    return SHAPE_CHANGES[draw(st.sampled_from(sorted(SHAPE_CHANGES)))](manifest)
 
 
 NAMES = st.text(max_size=8).filter(lambda n: n != "__metadata__" and not re.search("@[0-9,]+$", n))
@@ -68,12 +68,12 @@ NAMES = st.text(max_size=8).filter(lambda n: n != "__metadata__" and not re.sear
 def test_load_returns_saved_tensors(tmp_path_factory, values):
     store = LocalStore(tmp_path_factory.mktemp("run"))
     expected = {name: value.clone() for name, value in values.items()}
-    made = save(writer_on(store), values)
-    assert checkpoint.latest(store) == made
+    manifest = save(writer_on(store), values)
+    assert checkpoint.latest(store) == manifest
     assert_equal(load_all(store, values), expected)
-    assert_equal({name: Reader(store, f"checkpoints/{made.folder}", made).fetch(name)
+    assert_equal({name: Reader(store, f"checkpoints/{manifest.folder}", manifest).fetch(name)
                   for name in values}, expected)  # fmt: skip
-    checkpoint.verify(store, made)
+    checkpoint.verify(store, manifest)
 
 
 def test_save_rejects_name_equal_to_part_key(tmp_path):
@@ -100,16 +100,16 @@ def test_load_fills_only_the_view_of_noncontiguous_target(tmp_path):
         "c": torch.tensor([7.0]),
     }
     save(writer_on(store), values)
-    found = checkpoint.latest(store)
-    whole = torch.full((4, 8), -1.0)
+    newest = checkpoint.latest(store)
+    matrix = torch.full((4, 8), -1.0)
     pairs = torch.full((3, 2), -1.0).to(torch.complex64)
     single = torch.full((4,), -1.0)
     checkpoint.load(
-        store, found, {"a": whole.t()[1:7:2, :], "b": pairs[:, 1], "c": single[1::3][:1]}
+        store, newest, {"a": matrix.t()[1:7:2, :], "b": pairs[:, 1], "c": single[1::3][:1]}
     )
     expected = torch.full((4, 8), -1.0)
     expected.t()[1:7:2, :] = values["a"]
-    assert torch.equal(whole, expected)
+    assert torch.equal(matrix, expected)
     assert single.tolist() == [-1, 7, -1, -1]
     assert torch.equal(pairs[:, 1], values["b"])
     assert torch.equal(pairs[:, 0], torch.full((3,), -1.0).to(torch.complex64))
@@ -129,7 +129,7 @@ def test_load_into_parameters_records_no_gradient(tmp_path):
 def test_load_restores_numbers_objects_and_config(tmp_path):
     store = LocalStore(tmp_path)
     objects = {"run": {"cursor": {"epoch": 1}, "milestones": {3: 1}}, "x": (1, float("inf"))}
-    made = checkpoint.save(
+    manifest = checkpoint.save(
         writer_on(store),
         Content(objects=objects),
         step=12,
@@ -137,10 +137,10 @@ def test_load_restores_numbers_objects_and_config(tmp_path):
         samples=4567,
         config={"optimizer": {"lr": 0.1}},
     )
-    found = checkpoint.latest(store)
-    assert found == made
-    assert (found.step, found.epoch, found.samples, found.attempt) == (12, 3, 4567, 1)
-    assert (found.objects, found.config) == (objects, {"optimizer": {"lr": 0.1}})
+    newest = checkpoint.latest(store)
+    assert newest == manifest
+    assert (newest.step, newest.epoch, newest.samples, newest.attempt) == (12, 3, 4567, 1)
+    assert (newest.objects, newest.config) == (objects, {"optimizer": {"lr": 0.1}})
 
 
 def test_consecutive_saves_share_buffer_and_keep_content(tmp_path):
@@ -152,9 +152,9 @@ def test_consecutive_saves_share_buffer_and_keep_content(tmp_path):
         save(writer, history[step], step)
     assert [commit.step for commit in checkpoint.steps(store)] == [1, 2, 3, 4, 5]
     for commit in checkpoint.steps(store):
-        made = lineage.read_manifest(store, commit)
+        manifest = lineage.read_manifest(store, commit)
         targets = {name: blank(value) for name, value in history[commit.step].items()}
-        checkpoint.load(store, made, targets)
+        checkpoint.load(store, manifest, targets)
         assert_equal(targets, history[commit.step])
 
 
@@ -174,7 +174,7 @@ def test_delete_makes_previous_checkpoint_latest(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tensor", "what"),
+    ("tensor", "reason"),
     [
         (torch.zeros(2, dtype=torch.float8_e4m3fnuz), "float8_e4m3fnuz"),
         (torch.zeros(2).to_sparse(), "sparse"),
@@ -182,12 +182,12 @@ def test_delete_makes_previous_checkpoint_latest(tmp_path):
     ],
     ids=["float8_e4m3fnuz", "sparse", "float8_e8m0fnu"],
 )
-def test_save_rejects_unsupported_tensor_by_name(tmp_path, tensor, what):
+def test_save_rejects_unsupported_tensor_by_name(tmp_path, tensor, reason):
     store = LocalStore(tmp_path)
     writer = writer_on(store)
     with pytest.raises(CheckpointError, match="'odd'") as caught:
         save(writer, {"fine": torch.ones(1), "odd": tensor})
-    assert what in str(caught.value)
+    assert reason in str(caught.value)
     assert keys_on(store) == set()
     save(writer, {"fine": torch.ones(1)})
     assert checkpoint.latest(store).step == 1
@@ -206,7 +206,7 @@ def test_save_rejects_unsupported_object_before_writing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "target", "what"),
+    ("name", "target", "reason"),
     [
         ("absent", torch.zeros(2, 3), "no tensor 'absent'"),
         ("w", torch.zeros(3, 2), r"F32 \[2, 3\], this model needs F32 \[3, 2\]"),
@@ -218,19 +218,19 @@ def test_save_rejects_unsupported_object_before_writing(tmp_path):
         ("c", torch.zeros(2, 2, dtype=torch.float64), r"C128 \[2\]"),
     ],
 )
-def test_load_rejects_mismatched_target_unchanged(tmp_path, name, target, what):
+def test_load_rejects_mismatched_target_unchanged(tmp_path, name, target, reason):
     store = LocalStore(tmp_path)
-    made = save(
+    manifest = save(
         writer_on(store), {"w": torch.ones(2, 3), "c": torch.ones(2, dtype=torch.complex128)}
     )
-    with pytest.raises(CheckpointError, match=what) as caught:
-        checkpoint.load(store, made, {name: target})
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        checkpoint.load(store, manifest, {name: target})
     assert not isinstance(caught.value, DamagedError)
     assert raw_bytes(target) == raw_bytes(torch.zeros_like(target))
 
 
 def test_fetch_rejects_missing_name(tmp_path):
     store = LocalStore(tmp_path)
-    made = save(writer_on(store), {"w": torch.ones(1)})
+    manifest = save(writer_on(store), {"w": torch.ones(1)})
     with pytest.raises(CheckpointError, match="no tensor 'absent'"):
-        Reader(store, f"checkpoints/{made.folder}", made).fetch("absent")
+        Reader(store, f"checkpoints/{manifest.folder}", manifest).fetch("absent")

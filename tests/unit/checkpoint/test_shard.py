@@ -1,4 +1,4 @@
-"""A shard is an ordinary safetensors file; safetensors itself is the judge."""
+"""Shards are valid safetensors files, as read by safetensors itself."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def digest(data: bytes) -> str:
     return xxhash.xxh3_64_hexdigest(data)
 
 
-# --- the format --------------------------------------------------------------------------------
+# --- the format ----------------------------------------------------------------------------------
 
 SAMPLE = {
     "model.weight": np.arange(6, dtype="<f4").reshape(2, 3),
@@ -60,21 +60,21 @@ def sample_bytes() -> bytes:
     return shard.header(layout, [digest(part) for part in parts if part]) + b"".join(parts)
 
 
-def test_the_bytes_of_a_shard_never_change():
+def test_shard_bytes_match_golden_file():
     assert sample_bytes() == GOLDEN.read_bytes()
 
 
-def test_the_golden_shard_is_read_by_safetensors_and_by_us():
+def test_golden_shard_is_read_by_safetensors_and_parse_header():
     data = GOLDEN.read_bytes()
-    found = safetensors.numpy.load(data)
+    loaded = safetensors.numpy.load(data)
     chunks, digests = shard.parse_header(data[:4096], total_bytes=len(data), where="golden")
-    assert set(found) == set(chunks) == set(SAMPLE)
+    assert set(loaded) == set(chunks) == set(SAMPLE)
     for key, expected in SAMPLE.items():
         is_complex = expected.dtype.kind == "c"
         stored = expected.view("<f8").reshape(*expected.shape, 2) if is_complex else expected
-        assert found[key].dtype == stored.dtype
-        assert chunks[key].shape == found[key].shape == stored.shape
-        assert np.array_equal(found[key], stored)
+        assert loaded[key].dtype == stored.dtype
+        assert chunks[key].shape == loaded[key].shape == stored.shape
+        assert np.array_equal(loaded[key], stored)
         raw = data[chunks[key].start : chunks[key].stop]
         assert raw == expected.tobytes()
         assert not raw or digests[chunks[key].block] == digest(raw)
@@ -90,18 +90,18 @@ def test_tensors_lie_by_falling_item_size_then_name():
 
 @given(st.permutations(sorted(SAMPLE)))
 @settings(max_examples=10, deadline=None)
-def test_the_order_in_which_tensors_are_named_does_not_matter(keys):
+def test_lay_out_ignores_input_order(keys):
     triples = {key: (key, "F32", SAMPLE[key].shape) for key in SAMPLE}
     assert shard.lay_out(triples[key] for key in keys) == shard.lay_out(triples.values())
 
 
-def test_a_part_is_keyed_by_its_offsets():
+def test_part_key_contains_offsets():
     assert shard.part_key("w", None) == "w"
     assert shard.part_key("w", (0, 12)) == "w@0,12"
     assert shard.part_key("w", ()) == "w@"
 
 
-# --- safetensors reads every file that we lay out ----------------------------------------------
+# --- safetensors reads every layout --------------------------------------------------------------
 
 
 def written(
@@ -152,12 +152,12 @@ def test_safetensors_reads_equal_tensors(tmp_path_factory, tensors):
         assert set(file.keys()) == set(tensors)
         assert file.metadata()["algorithm"] == "xxh3_64"
         for key, tensor in tensors.items():
-            found = file.get_tensor(key)
+            loaded = file.get_tensor(key)
             if tensor.dtype == torch.complex128:
-                found = torch.view_as_complex(found)
-            assert found.dtype == tensor.dtype
-            assert found.shape == tensor.shape
-            assert raw_bytes(found) == raw_bytes(tensor)
+                loaded = torch.view_as_complex(loaded)
+            assert loaded.dtype == tensor.dtype
+            assert loaded.shape == tensor.shape
+            assert raw_bytes(loaded) == raw_bytes(tensor)
     assert set(safetensors.torch.load_file(path)) == set(tensors)
     assert layout.header_bytes == record.header_bytes == int.from_bytes(data[:8], "little") + 8
     assert layout.header_bytes % 4096 == 0
@@ -168,36 +168,36 @@ def test_safetensors_reads_equal_tensors(tmp_path_factory, tensors):
 @settings(max_examples=40, deadline=None)
 @given(FILES)
 def test_safetensors_for_numpy_reads_equal_arrays(tensors):
-    known = {
+    supported = {
         key: tensor
         for key, tensor in tensors.items()
         if tensor.dtype != torch.bfloat16 and "float8" not in str(tensor.dtype)
     }
-    _, data, _ = written(known)
-    found = safetensors.numpy.load(data)
-    assert {key: array.tobytes() for key, array in found.items()} == {
-        key: raw_bytes(tensor) for key, tensor in known.items()
+    _, data, _ = written(supported)
+    loaded = safetensors.numpy.load(data)
+    assert {key: array.tobytes() for key, array in loaded.items()} == {
+        key: raw_bytes(tensor) for key, tensor in supported.items()
     }
 
 
 @settings(max_examples=60, deadline=None)
 @given(FILES)
-def test_our_own_header_is_parsed_back(tensors):
+def test_parse_header_inverts_lay_out(tensors):
     layout, data, record = written(tensors)
     chunks, digests = shard.parse_header(
         data[: record.header_bytes], total_bytes=len(data), where="x"
     )
     assert list(chunks) == [chunk.key for chunk in layout.chunks]
     for chunk in layout.chunks:
-        found = chunks[chunk.key]
-        raw = data[found.start : found.stop]
-        assert (found.start, found.stop, found.block) == (chunk.start, chunk.stop, chunk.block)
+        loaded = chunks[chunk.key]
+        raw = data[loaded.start : loaded.stop]
+        assert (loaded.start, loaded.stop, loaded.block) == (chunk.start, chunk.stop, chunk.block)
         assert raw == raw_bytes(tensors[chunk.key])
-        assert digests[found.block : found.block + 1] == [digest(raw)] or not raw
+        assert digests[loaded.block : loaded.block + 1] == [digest(raw)] or not raw
     assert len(digests) == sum(1 for tensor in tensors.values() if tensor.numel())
 
 
-def test_data_starts_at_a_multiple_of_4096_whatever_the_headers_length():
+def test_data_starts_at_multiple_of_4096():
     for count in range(0, 120, 3):
         _, data, record = written({f"tensor{i}": torch.ones(1) for i in range(count)})
         end_of_json = data[: record.header_bytes].rstrip(b" ")
@@ -223,18 +223,18 @@ def test_blocks_have_at_most_1_mib_and_start_anew_at_every_tensor(size):
     assert chunks["b"].block == len(expected) - 2
 
 
-def test_a_buffer_that_is_used_again_leaves_nothing_of_the_save_before():
+def test_reused_buffer_keeps_no_bytes_of_previous_save():
     snapshot = Snapshot()
     files = [{"a": torch.full((n,), float(n))} for n in (9000, 10, 5000)]
     for tensors in files:
         assert written(tensors, snapshot)[1:] == written(tensors)[1:]
 
 
-def test_every_dtype_has_one_name_and_the_item_size_of_torch():
+def test_dtypes_match_item_sizes_of_torch():
     assert {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()} == dict(shard.DTYPES)
 
 
-# --- hostile headers ---------------------------------------------------------------------------
+# --- hostile headers -----------------------------------------------------------------------------
 
 
 def hostile(content: Any, *, length: int | None = None) -> bytes:
@@ -242,7 +242,7 @@ def hostile(content: Any, *, length: int | None = None) -> bytes:
     return (len(text) if length is None else length).to_bytes(8, "little") + text
 
 
-def refused(header: bytes, data_bytes: int) -> str:
+def rejection(header: bytes, data_bytes: int) -> str:
     with pytest.raises(CheckpointError) as caught:
         shard.parse_header(header, total_bytes=len(header) + data_bytes, where="here/x")
     assert str(caught.value).startswith("here/x: not a checkpoint shard: ")
@@ -257,7 +257,7 @@ def good() -> dict[str, Any]:
     }
 
 
-def test_the_header_that_the_hostile_ones_differ_from_is_accepted():
+def test_parse_header_accepts_valid_header():
     chunks, digests = shard.parse_header(
         hostile(good()), total_bytes=len(hostile(good())) + 32, where="x"
     )
@@ -313,32 +313,32 @@ HOSTILE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
-def test_a_header_that_contradicts_itself_is_refused(change):
-    refused(hostile({**good(), **change}), 32)
+def test_parse_header_rejects_inconsistent_header(change):
+    rejection(hostile({**good(), **change}), 32)
 
 
-def test_a_header_without_metadata_is_refused():
+def test_parse_header_rejects_missing_metadata():
     content = good()
     del content["__metadata__"]
-    refused(hostile(content), 32)
+    rejection(hostile(content), 32)
 
 
 @pytest.mark.parametrize("length", [0, 1, 1 << 20, (1 << 63) - 1, (1 << 64) - 1])
-def test_a_header_of_another_length_is_refused(length):
-    assert "length" in refused(hostile(good(), length=length), 32)
+def test_parse_header_rejects_wrong_length(length):
+    assert "length" in rejection(hostile(good(), length=length), 32)
 
 
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"null", b"[]", b'"x"', b"5", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000],
 )
-def test_a_header_that_is_no_json_object_is_refused(content):
-    refused(hostile(content), 0)
+def test_parse_header_rejects_non_object(content):
+    rejection(hostile(content), 0)
 
 
 @pytest.mark.parametrize("length", range(9))
-def test_a_header_cut_short_is_refused(length):
-    refused(hostile(good())[:length], 32)
+def test_parse_header_rejects_truncated_header(length):
+    rejection(hostile(good())[:length], 32)
 
 
 JSON_VALUES = st.recursive(
@@ -347,7 +347,7 @@ JSON_VALUES = st.recursive(
     | st.integers(-(1 << 70), 1 << 70)
     | st.floats()
     | st.sampled_from(["", "F32", "C128", "0123456789abcdef"]),
-    lambda inner: st.lists(inner, max_size=3),
+    lambda children: st.lists(children, max_size=3),
     max_leaves=4,
 )
 
@@ -358,7 +358,7 @@ JSON_VALUES = st.recursive(
     st.sampled_from(["dtype", "shape", "data_offsets", "blocks", None]),
     JSON_VALUES,
 )
-def test_whatever_stands_in_a_header_it_is_refused_or_tiles_the_file(name, key, value):
+def test_parse_header_rejects_any_edit_that_does_not_tile_file(name, key, value):
     content = good()
     content[name] = value if key is None else {**content.get(name, {}), key: value}
     header = hostile(content)

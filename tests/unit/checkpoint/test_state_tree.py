@@ -21,7 +21,7 @@ class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(5, 3)
-        self.inner = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        self.layers = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
         self.head = nn.Linear(3, 5, bias=False)
         self.head.weight = self.embedding.weight
 
@@ -30,17 +30,17 @@ def test_tied_weights_are_stored_once_under_two_names(tmp_path):
     store = LocalStore(tmp_path)
     model, content = Tied(), Content()
     state_tree.add_model(content, model, with_buffers=True)
-    made = checkpoint.save(writer_on(store), content, step=1)
-    assert made.tensors["model.head.weight"].alias == "model.embedding.weight"
-    (name,) = made.files
-    folder = f"checkpoints/{made.folder}"
+    manifest = checkpoint.save(writer_on(store), content, step=1)
+    assert manifest.tensors["model.head.weight"].alias == "model.embedding.weight"
+    (name,) = manifest.files
+    folder = f"checkpoints/{manifest.folder}"
     stored = Path(store.url, folder, name).read_bytes()
     assert stored.count(raw_bytes(model.embedding.weight)) == 1
     expected = {f"model.{key}": value for key, value in model.state_dict().items()}
-    assert_equal({key: Reader(store, folder, made).fetch(key) for key in expected}, expected)
+    assert_equal({key: Reader(store, folder, manifest).fetch(key) for key in expected}, expected)
 
     other = Tied()
-    checkpoint.load(store, made, state_tree.model_targets(other))
+    checkpoint.load(store, manifest, state_tree.model_targets(other))
     assert other.head.weight is other.embedding.weight
     assert_equal({f"model.{key}": value for key, value in other.state_dict().items()}, expected)
 
@@ -53,7 +53,7 @@ def test_buffers_are_omitted_on_other_ranks():
 
 
 class Remembering(nn.Linear):
-    """A module with a state of its own beside its parameters."""
+    """A module with extra state in addition to its parameters."""
 
     def __init__(self) -> None:
         super().__init__(2, 2)
@@ -71,25 +71,27 @@ def test_extra_state_with_tensors_is_restored(tmp_path):
     model, content = nn.Sequential(Remembering()), Content()
     model[0].memory = {"scale": [torch.tensor(2.5), (1, "a")], "count": {3: 4}}
     state_tree.add_model(content, model, with_buffers=True)
-    made = checkpoint.save(writer_on(store), content, step=1)
+    manifest = checkpoint.save(writer_on(store), content, step=1)
     other = nn.Sequential(Remembering())
-    reader = Reader(store, f"checkpoints/{made.folder}", made)
+    reader = Reader(store, f"checkpoints/{manifest.folder}", manifest)
     reader.read(state_tree.model_targets(other))
     state_tree.load_model(other, checkpoint.latest(store).objects, reader.fetch)
     assert other[0].memory == model[0].memory
     assert torch.equal(other[0].weight, model[0].weight)
 
 
-def fetch_optimizer(store: Store, made: Any, model: nn.Module, optimizer: Any) -> None:
-    reader = Reader(store, f"checkpoints/{made.folder}", made)
+def fetch_optimizer(store: Store, manifest: Any, model: nn.Module, optimizer: Any) -> None:
+    reader = Reader(store, f"checkpoints/{manifest.folder}", manifest)
     stored = {
         name: (next(d for d, n in DTYPE_NAMES.items() if n == entry.dtype), entry.shape)
-        for name, entry in made.tensors.items()
+        for name, entry in manifest.tensors.items()
         if name.startswith("optimizer.")
     }
     slots = state_tree.optimizer_slots(model, [optimizer], stored)
     reader.read({name: slot.tensor for name, slot in slots.items()})
-    state_tree.load_optimizers(model, [optimizer], made.objects["optimizer"], slots, reader.fetch)
+    state_tree.load_optimizers(
+        model, [optimizer], manifest.objects["optimizer"], slots, reader.fetch
+    )
 
 
 def test_save_of_new_optimizer_takes_no_step(tmp_path):
@@ -108,9 +110,9 @@ def test_save_of_new_optimizer_takes_no_step(tmp_path):
 
     other = nn.Linear(3, 2)
     fresh = torch.optim.AdamW(other.parameters(), lr=0.1)
-    found = checkpoint.latest(store)
-    checkpoint.load(store, found, state_tree.model_targets(other))
-    fetch_optimizer(store, found, other, fresh)
+    restored = checkpoint.latest(store)
+    checkpoint.load(store, restored, state_tree.model_targets(other))
+    fetch_optimizer(store, restored, other, fresh)
     assert len(fresh.state) == 0
     assert fresh.param_groups[0]["lr"] == 0.5
     assert {name: raw_bytes(value) for name, value in other.named_parameters()} == before
@@ -136,12 +138,12 @@ def test_optimizer_with_two_groups_is_restored_exactly(tmp_path):
     checkpoint.save(writer_on(store), content, step=1)
     other, fresh = make()
     fetch_optimizer(store, checkpoint.latest(store), other, fresh)
-    expected, found = optimizer.state_dict(), fresh.state_dict()
-    assert found["param_groups"] == expected["param_groups"]
-    assert type(found["param_groups"][0]["betas"]) is tuple
-    assert set(found["state"]) == set(expected["state"])
+    expected, restored = optimizer.state_dict(), fresh.state_dict()
+    assert restored["param_groups"] == expected["param_groups"]
+    assert type(restored["param_groups"][0]["betas"]) is tuple
+    assert set(restored["state"]) == set(expected["state"])
     for index, state in expected["state"].items():
-        assert_equal(found["state"][index], state)
+        assert_equal(restored["state"][index], state)
 
 
 def test_load_rejects_optimizer_with_other_groups(tmp_path):
@@ -149,10 +151,10 @@ def test_load_rejects_optimizer_with_other_groups(tmp_path):
     model = nn.Linear(3, 2)
     content = Content()
     state_tree.add_optimizers(content, model, [torch.optim.SGD(model.parameters())])
-    made = checkpoint.save(writer_on(store), content, step=1)
+    manifest = checkpoint.save(writer_on(store), content, step=1)
     other = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias]}])
     with pytest.raises(CheckpointError, match="2 groups"):
-        fetch_optimizer(store, made, model, other)
+        fetch_optimizer(store, manifest, model, other)
 
 
 def test_save_rejects_optimizer_parameter_outside_model():

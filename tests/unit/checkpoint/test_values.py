@@ -1,4 +1,4 @@
-"""Values through JSON and back: equal in value and type, or refused by name."""
+"""Encoding of values as JSON: equal after decoding, or rejected by name."""
 
 import enum
 import inspect
@@ -79,19 +79,21 @@ SCALARS = st.one_of(
 )
 HASHABLE = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=3).map(tuple) | st.frozensets(inner, max_size=3),
+    lambda children: (
+        st.lists(children, max_size=3).map(tuple) | st.frozensets(children, max_size=3)
+    ),
     max_leaves=3,
 )
 KEYS = st.text(max_size=4) | st.integers(-3, 99) | HASHABLE
 
 
-def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    dicts = st.dictionaries(KEYS, inner, max_size=4)
+def containers(children: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    dicts = st.dictionaries(KEYS, children, max_size=4)
     return st.one_of(
-        st.lists(inner, max_size=4),
-        st.lists(inner, max_size=4).map(tuple),
+        st.lists(children, max_size=4),
+        st.lists(children, max_size=4).map(tuple),
         dicts,
-        st.dictionaries(st.text(max_size=4).map("${}".format), inner, max_size=2),
+        st.dictionaries(st.text(max_size=4).map("${}".format), children, max_size=2),
         dicts.map(OrderedDict),
         dicts.map(Counter),
         st.sets(HASHABLE, max_size=4),
@@ -152,11 +154,11 @@ def test_encode_rejects_unsupported_keys_and_set_elements():
         encode({Path("a")}, "x")
 
 
-# --- schedulers --------------------------------------------------------------------------------
+# --- schedulers ----------------------------------------------------------------------------------
 
 
 class Halving:
-    """A rule with a state of its own, which the scheduler stores."""
+    """A stateful rule that the scheduler stores."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -196,8 +198,8 @@ SCHEDULERS = {
 
 
 def concrete_classes(module: Any, base: type) -> set[str]:
-    found = {n: c for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, base)}
-    return {name for name in found if name not in ("LRScheduler", "_LRScheduler", "Optimizer")}
+    classes = {n: c for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, base)}
+    return {name for name in classes if name not in ("LRScheduler", "_LRScheduler", "Optimizer")}
 
 
 def test_every_scheduler_of_torch_is_tested_here():
@@ -247,7 +249,7 @@ def test_multi_step_lr_still_decays_after_a_reload():
     assert restored.milestones == Counter({6: 2, 2: 1})
 
 
-# --- optimizers --------------------------------------------------------------------------------
+# --- optimizers ----------------------------------------------------------------------------------
 
 
 def dense() -> nn.Module:
@@ -333,16 +335,18 @@ def test_restored_optimizer_continues_exactly(name):
     slots = state_tree.optimizer_slots(other_model, [other], stored)
     for key, slot in slots.items():
         slot.tensor.copy_(content.tensors[key])
-    kept = {key: tensor.clone() for key, tensor in content.tensors.items()}
-    state_tree.load_optimizers(other_model, [other], restored["optimizer"], slots, kept.__getitem__)
+    copies = {key: tensor.clone() for key, tensor in content.tensors.items()}
+    state_tree.load_optimizers(
+        other_model, [other], restored["optimizer"], slots, copies.__getitem__
+    )
 
     take_step(model, optimizer, 3)
     take_step(other_model, other, 3)
-    for expected, found in zip(model.parameters(), other_model.parameters(), strict=True):
-        assert torch.equal(expected, found)
+    for expected, actual in zip(model.parameters(), other_model.parameters(), strict=True):
+        assert torch.equal(expected, actual)
 
 
-# --- tensors inside of values ------------------------------------------------------------------
+# --- tensors inside of values --------------------------------------------------------------------
 
 
 def test_tensors_inside_of_values_leave_a_reference_and_come_back():
