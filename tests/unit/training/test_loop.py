@@ -50,13 +50,13 @@ class Meddling(Classification):
 
     def __init__(self, do, *, training=None, evaluation=None):
         super().__init__()
-        self.do, self.left = do, {True: training, False: evaluation}
+        self.do, self.remaining = do, {True: training, False: evaluation}
 
     def loss(self, model, batch):
-        left = self.left[model.training]
-        self.left[model.training] = None if left is None else left - 1
+        remaining = self.remaining[model.training]
+        self.remaining[model.training] = None if remaining is None else remaining - 1
         loss, outputs = super().loss(model, batch)
-        return (self.do(loss) if left == 1 else loss), outputs
+        return (self.do(loss) if remaining == 1 else loss), outputs
 
 
 class FailsAtFirst(LocalStore):
@@ -119,9 +119,9 @@ def test_every_update_is_bit_equal_to_a_loop_written_by_hand(make, clip_norm):
             nn.utils.clip_grad_norm_(by_hand.parameters(), clip_norm)
         optimizer.step()
         with_ours = after
-        for ours, theirs in zip(job.model.state_dict().values(), by_hand.state_dict().values(),
+        for actual, reference in zip(job.model.state_dict().values(), by_hand.state_dict().values(),
                                 strict=True):  # fmt: skip
-            assert torch.equal(ours, theirs)
+            assert torch.equal(actual, reference)
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 8])
@@ -138,11 +138,13 @@ def test_accumulated_microbatches_are_one_large_batch(accumulate):
     both = zip(large.data.batches(BEGINNING), small.data.batches(BEGINNING), strict=True)
     for (one, _), (several, _) in islice(both, 6):
         assert (len(one), len(several)) == (1, accumulate)
-        wanted, _ = train_step(large, one, with_metrics=True)
-        found, _ = train_step(small, several, with_metrics=True)
-        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)  # figures are float32
-        for ours, theirs in zip(small.model.parameters(), large.model.parameters(), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+        expected, _ = train_step(large, one, with_metrics=True)
+        result, _ = train_step(small, several, with_metrics=True)
+        torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-7)  # metrics are float32
+        for actual, reference in zip(
+            small.model.parameters(), large.model.parameters(), strict=True
+        ):
+            torch.testing.assert_close(actual, reference, rtol=1e-12, atol=1e-14)
 
 
 def test_figures_are_the_loss_the_tasks_own_and_the_norm_before_clipping():
@@ -157,19 +159,19 @@ def test_figures_are_the_loss_the_tasks_own_and_the_norm_before_clipping():
     loss.backward()
     norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in twin.parameters()))
     rng.seed_all(7)
-    figures, applied = train_step(job, microbatches, with_metrics=True)
+    metrics, applied = train_step(job, microbatches, with_metrics=True)
     assert applied
-    assert list(figures) == ["loss", "accuracy", "grad_norm"]
-    assert figures["loss"].item() == loss.item()
-    assert figures["accuracy"].item() == (outputs.argmax(1) == labels).float().mean().item()
-    assert figures["grad_norm"].item() == pytest.approx(norm, rel=1e-5)
+    assert list(metrics) == ["loss", "accuracy", "grad_norm"]
+    assert metrics["loss"].item() == loss.item()
+    assert metrics["accuracy"].item() == (outputs.argmax(1) == labels).float().mean().item()
+    assert metrics["grad_norm"].item() == pytest.approx(norm, rel=1e-5)
 
 
 def test_without_figures_nothing_is_computed_for_them_and_no_gradient_is_left():
     job = a_job()
     microbatches, _ = next(job.data.batches(BEGINNING))
-    figures, _ = train_step(job, microbatches)
-    assert set(figures) == {"loss"}  # which is looked at before the next save
+    metrics, _ = train_step(job, microbatches)
+    assert set(metrics) == {"loss"}  # checked before the next save
     assert all(parameter.grad is None for parameter in job.model.parameters())
 
 
@@ -206,13 +208,13 @@ def by_hand(model):
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 7, 23, 100])
-def test_an_evaluation_is_the_mean_over_all_samples_whatever_the_batches(batch_size):
+def test_evaluate_is_the_mean_over_samples_for_any_batch_size(batch_size):
     job = a_job(evaluation=EvalStream(DATA.eval, World(), batch_size))
     train_step(job, next(job.data.batches(BEGINNING))[0])
-    figures = evaluate(job, State(), Stop(World()))
-    assert figures == pytest.approx(by_hand(job.model), rel=1e-6)
+    metrics = evaluate(job, State(), Stop(World()))
+    assert metrics == pytest.approx(by_hand(job.model), rel=1e-6)
     again = evaluate(job, State(), Stop(World()))
-    assert again == figures  # the metrics begin anew each time
+    assert again == metrics  # metrics are reset each time
 
 
 def test_batches_of_mappings_are_weighted_by_their_samples():
@@ -232,14 +234,14 @@ def test_batches_of_mappings_are_weighted_by_their_samples():
             super().update(metrics, outputs, (batch["x"], batch["y"]))
 
     job = a_job(task=OfMappings(), evaluation=EvalStream(Mappings(), World(), 5))
-    figures = evaluate(job, State(), Stop(World()))
-    assert figures == pytest.approx(by_hand(job.model), rel=1e-6)
+    metrics = evaluate(job, State(), Stop(World()))
+    assert metrics == pytest.approx(by_hand(job.model), rel=1e-6)
 
 
-def test_an_evaluation_leaves_no_trace():
+def test_evaluate_leaves_generators_and_mode_unchanged():
     class Random(Classification):
         def loss(self, model, batch):
-            torch.rand(3)  # a task may draw numbers of its own
+            torch.rand(3)  # a task may draw random numbers
             return super().loss(model, batch)
 
     job = a_job(task=Random())
@@ -250,7 +252,7 @@ def test_an_evaluation_leaves_no_trace():
     assert job.model.training
 
 
-def test_an_evaluation_that_fails_leaves_training_mode_and_generators_as_they_were():
+def test_evaluate_restores_mode_and_generators_after_an_error():
     job = a_job(task=Meddling(killed, evaluation=2))
     job.model.train()
     before = everything(job, State())
@@ -260,7 +262,7 @@ def test_an_evaluation_that_fails_leaves_training_mode_and_generators_as_they_we
     assert job.model.training
 
 
-def test_a_stop_ends_an_evaluation_without_figures():
+def test_evaluate_stopped_returns_no_metrics():
     stop = Stop(World())
     stop.listen(["SIGUSR1"])
     try:
@@ -272,10 +274,10 @@ def test_a_stop_ends_an_evaluation_without_figures():
     assert everything(job, State()) == before
 
 
-# --- a whole run -------------------------------------------------------------------------------
+# --- a complete run ----------------------------------------------------------------------------
 
 
-def test_a_run_is_the_steps_of_the_hand_written_loop(tmp_path):
+def test_train_matches_a_hand_written_loop(tmp_path):
     job = a_job(log_every_steps=5)
     finished = loop.train(job, state := State(), a_saver(tmp_path), Stop(World()))
     torch.manual_seed(0)
@@ -287,19 +289,19 @@ def test_a_run_is_the_steps_of_the_hand_written_loop(tmp_path):
     for step in range(12):
         epoch, batch = divmod(step, PER_EPOCH)
         order = torch.Generator().manual_seed(rng.derive("order", 5, epoch))
-        chosen = torch.randperm(43, generator=order)[batch * BATCH : (batch + 1) * BATCH]
+        indices = torch.randperm(43, generator=order)[batch * BATCH : (batch + 1) * BATCH]
         optimizer.zero_grad()
-        F.cross_entropy(model(inputs[chosen]), labels[chosen]).backward()
+        F.cross_entropy(model(inputs[indices]), labels[indices]).backward()
         optimizer.step()
     assert finished
-    for ours, theirs in zip(job.model.state_dict().values(), model.state_dict().values(),
+    for actual, reference in zip(job.model.state_dict().values(), model.state_dict().values(),
                             strict=True):  # fmt: skip
-        assert torch.equal(ours, theirs)
+        assert torch.equal(actual, reference)
     assert (state.step, state.epoch, state.samples, state.skipped) == (12, 2, 96, 0)
     assert state.cursor == {"epoch": 2, "batch": 2}
 
 
-def test_how_often_a_run_looks_does_not_change_what_it_learns(tmp_path):
+def test_train_is_independent_of_logging_and_evaluation_intervals(tmp_path):
     results = []
     for index, settings in enumerate([
         {"eval_every": Every(), "evaluation": None, "log_every_steps": 99},
@@ -345,22 +347,22 @@ def test_checkpoints_come_when_they_should_and_always_at_the_end(tmp_path, every
     assert saved_steps(tmp_path) == steps
 
 
-def test_the_clock_can_ask_for_a_save_at_any_step(tmp_path):
+def test_train_saves_by_the_clock_at_any_step(tmp_path):
     state = State()
     saver = a_saver(tmp_path, every_s=4.0, clock=lambda: float(state.step))  # a second a step
     loop.train(a_job(), state, saver, Stop(World()))
     assert saved_steps(tmp_path) == [5, 10, 12]  # asked before a step, saved after it
 
 
-def test_the_last_save_is_tried_again_before_it_is_given_up(tmp_path):
-    store, said = FailsAtFirst(tmp_path), []
+def test_train_retries_the_last_save(tmp_path):
+    store, messages = FailsAtFirst(tmp_path), []
     store.failures = 2
-    saver = a_saver(tmp_path, store=store, log=said.append)
+    saver = a_saver(tmp_path, store=store, log=messages.append)
     assert loop.train(a_job(), State(), saver, Stop(World()))
     assert saved_steps(tmp_path) == [12]
-    assert ["saving step 12 failed" in text for text in said] == [True, True]
+    assert ["saving step 12 failed" in text for text in messages] == [True, True]
     store.failures = 3
-    saver = a_saver(tmp_path / "other", store=store, log=said.append)
+    saver = a_saver(tmp_path / "other", store=store, log=messages.append)
     with pytest.raises(StoreError, match="no space left"):
         loop.train(a_job(), State(), saver, Stop(World()))
 
@@ -380,29 +382,29 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("dies_in", [1, 4, 6, 8, 12])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_run_that_was_killed_anywhere_ends_with_the_same_bits(tmp_path, dies_in, schedule):
+def test_train_killed_at_any_step_ends_with_the_same_bits(tmp_path, dies_in, schedule):
     def job(**changes):
         settings = {"eval_every": Every(epochs=1), **SCHEDULES[schedule], "metric": "accuracy"}
         return a_job(**{**settings, **changes})
 
-    whole, state = job(), State()
-    loop.train(whole, state, a_saver(tmp_path / "a"), Stop(World()))
+    undisturbed, state = job(), State()
+    loop.train(undisturbed, state, a_saver(tmp_path / "a"), Stop(World()))
     broken = job(task=Meddling(killed, training=dies_in))
     with pytest.raises(Killed):
         loop.train(broken, State(), a_saver(tmp_path / "b", every=Every(steps=3)), Stop(World()))
     again = job()
     its_state, finished = go_on(tmp_path / "b", again)
     assert finished
-    assert everything(again, its_state) == everything(whole, state)
-    kept = (dies_in - 1) // 3 * 3
-    before = [line for line in broken.tracker.lines if line["step"] <= kept]
-    assert without_times(before + again.tracker.lines) == without_times(whole.tracker.lines)
+    assert everything(again, its_state) == everything(undisturbed, state)
+    last_saved = (dies_in - 1) // 3 * 3
+    before = [line for line in broken.tracker.lines if line["step"] <= last_saved]
+    assert without_times(before + again.tracker.lines) == without_times(undisturbed.tracker.lines)
 
 
 @pytest.mark.parametrize("stops_in", [1, 5, 12])
-def test_a_signal_saves_and_the_next_start_goes_on_to_the_same_bits(tmp_path, stops_in):
-    whole, state = a_job(), State()
-    loop.train(whole, state, a_saver(tmp_path / "a"), Stop(World()))
+def test_train_stopped_by_a_signal_ends_with_the_same_bits(tmp_path, stops_in):
+    undisturbed, state = a_job(), State()
+    loop.train(undisturbed, state, a_saver(tmp_path / "a"), Stop(World()))
     stop = Stop(World())
     stop.listen(["SIGUSR1"])
     try:
@@ -416,12 +418,12 @@ def test_a_signal_saves_and_the_next_start_goes_on_to_the_same_bits(tmp_path, st
     again = a_job()
     its_state, finished = go_on(tmp_path / "b", again)
     assert finished
-    assert everything(again, its_state) == everything(whole, state)
+    assert everything(again, its_state) == everything(undisturbed, state)
     lines = stopped.tracker.lines + again.tracker.lines
-    assert without_times(lines) == without_times(whole.tracker.lines)
+    assert without_times(lines) == without_times(undisturbed.tracker.lines)
 
 
-def test_a_signal_before_the_first_step_saves_step_0(tmp_path):
+def test_train_signal_before_the_first_step_saves_step_0(tmp_path):
     stop = Stop(World())
     stop.listen(["SIGUSR1"])
     try:
@@ -430,18 +432,18 @@ def test_a_signal_before_the_first_step_saves_step_0(tmp_path):
     finally:
         stop.restore_handlers()
     assert saved_steps(tmp_path) == [0]
-    whole, state = a_job(), State()
-    loop.train(whole, state, a_saver(tmp_path / "whole"), Stop(World()))
+    undisturbed, state = a_job(), State()
+    loop.train(undisturbed, state, a_saver(tmp_path / "undisturbed"), Stop(World()))
     again = a_job()
     its_state, _ = go_on(tmp_path, again)
-    assert everything(again, its_state) == everything(whole, state)
+    assert everything(again, its_state) == everything(undisturbed, state)
 
 
 @pytest.mark.parametrize("evaluation", [1, 7, 11])  # batches: 5 at step 4, 8 and 12
-def test_an_evaluation_that_a_signal_cut_short_is_done_by_the_next_start(tmp_path, evaluation):
+def test_train_repeats_an_interrupted_evaluation_on_resume(tmp_path, evaluation):
     settings = {"eval_every": Every(steps=4), "metric": "loss", "metric_mode": "min"}
-    whole, state = a_job(**settings), State()
-    loop.train(whole, state, a_saver(tmp_path / "a"), Stop(World()))
+    undisturbed, state = a_job(**settings), State()
+    loop.train(undisturbed, state, a_saver(tmp_path / "a"), Stop(World()))
     stop = Stop(World())
     stop.listen(["SIGUSR1"])
     try:
@@ -456,14 +458,14 @@ def test_an_evaluation_that_a_signal_cut_short_is_done_by_the_next_start(tmp_pat
     its_state, finished = go_on(tmp_path / "b", again)
     assert finished
     lines = stopped.tracker.lines + again.tracker.lines
-    assert without_times(lines) == without_times(whole.tracker.lines)
+    assert without_times(lines) == without_times(undisturbed.tracker.lines)
     assert its_state == state
     newest = resume.choose(Replicas(store), run, {})
     assert newest.manifest.objects["run"] == state.state_dict()
     assert resume.finished(run, newest)
 
 
-def test_a_run_without_evaluation_data_finishes_and_stays_finished(tmp_path):
+def test_train_without_evaluation_data_finishes(tmp_path):
     job = a_job(evaluation=None, eval_every=Every(steps=5))
     assert loop.train(job, state := State(), a_saver(tmp_path), Stop(World()))
     assert (state.metrics, state.best) == ({}, None)
@@ -471,15 +473,15 @@ def test_a_run_without_evaluation_data_finishes_and_stays_finished(tmp_path):
     assert resume.finished(run, resume.choose(Replicas(open_store(str(tmp_path))), run, {}))
 
 
-def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path):
-    whole, state = a_job(max_steps=20), State()
-    loop.train(whole, state, a_saver(tmp_path / "a"), Stop(World()))
+def test_train_lengthened_run_continues(tmp_path):
+    undisturbed, state = a_job(max_steps=20), State()
+    loop.train(undisturbed, state, a_saver(tmp_path / "a"), Stop(World()))
     loop.train(a_job(max_steps=9), State(), a_saver(tmp_path / "b"), Stop(World()))
     longer = a_job(max_steps=20)
     its_state, _ = go_on(tmp_path / "b", longer)
     assert its_state.step == state.step == 20
     for name, value in longer.model.state_dict().items():
-        assert torch.equal(value, whole.model.state_dict()[name])
+        assert torch.equal(value, undisturbed.model.state_dict()[name])
 
 
 def resumed(folder, job, config, **run_settings):
@@ -489,28 +491,28 @@ def resumed(folder, job, config, **run_settings):
     return resume.load(job, resume.choose(Replicas(open_store(run.run_dir)), run, config))
 
 
-@pytest.mark.parametrize("made", [
+@pytest.mark.parametrize("make_scheduler", [
     lambda o, steps: lr_scheduler.OneCycleLR(o, 0.4, total_steps=steps),
     lambda o, steps: lr_scheduler.CosineAnnealingLR(o, T_max=steps),
     lambda o, steps: lr_scheduler.PolynomialLR(o, total_iters=steps, power=2.0),
     lambda o, steps: schedule.warmup_cosine(o, steps, warmup_steps=3),
 ])  # fmt: skip
-def test_a_longer_run_follows_the_longer_schedule_from_there(tmp_path, made):
+def test_train_lengthened_run_follows_the_longer_schedule(tmp_path, make_scheduler):
     def job(steps):
-        return a_job(max_steps=steps, schedule=lambda o: made(o, steps))
+        return a_job(max_steps=steps, schedule=lambda o: make_scheduler(o, steps))
 
     def config(steps):
         return {"scheduler": {"length": "total_steps"}, "trainer": {"max_steps": steps}}
 
     def rates(job, steps):
         (phase,) = job.phases
-        found = []
+        result = []
         for _ in range(steps):
             group = phase.optimizer.param_groups[0]
-            found.append((group["lr"], group["momentum"]))
+            result.append((group["lr"], group["momentum"]))
             phase.optimizer.step()
             phase.scheduler.step()
-        return found
+        return result
 
     expected = rates(job(20), 20)
     loop.train(job(9), State(), a_saver(tmp_path, config=config(9)), Stop(World()))
@@ -533,7 +535,7 @@ def test_other_samples_do_not_go_unnoticed(tmp_path):
     assert (fork.step, fork.cursor) == (12, {"epoch": 2, "batch": 0})
 
 
-def test_the_best_value_is_tracked(tmp_path):
+def test_train_tracks_the_best_value(tmp_path):
     job = a_job(eval_every=Every(steps=2), metric="loss", metric_mode="min")
     loop.train(job, state := State(), a_saver(tmp_path), Stop(World()))
     losses = {line["step"]: line["loss"] for line in job.tracker.of("eval")}
@@ -542,7 +544,7 @@ def test_the_best_value_is_tracked(tmp_path):
     assert state.best == {"value": losses[best], "step": best}
 
 
-def test_a_metric_that_is_not_measured_is_named_with_the_closest(tmp_path):
+def test_train_unknown_metric_is_reported_with_the_closest_name(tmp_path):
     job = a_job(metric="acuracy")
     with pytest.raises(ConfigError, match=r"'acuracy' is not measured .*did you mean 'accuracy'"):
         loop.train(job, State(), a_saver(tmp_path), Stop(World()))
@@ -569,7 +571,7 @@ def forked(folder, new, job):
     )
 
 
-def test_a_fork_takes_over_the_full_state(tmp_path):
+def test_fork_starts_from_the_full_state(tmp_path):
     job = a_job(schedule=lambda o: lr_scheduler.StepLR(o, 3))
     origin, state, its_state = forked(tmp_path, OLD, job)
     assert everything(job, its_state) == everything(origin, state)
@@ -597,7 +599,7 @@ def test_hyper_parameters_that_a_fork_changes_win(tmp_path):
     ({**OLD, "trainer": {"global_batch_size": 4}}, {"epoch": 1, "batch": 0}),
     ({**OLD, "trainer": {"global_batch_size": BATCH, "max_steps": 9}}, {"epoch": 1, "batch": 2}),
 ])  # fmt: skip
-def test_a_fork_onto_other_data_begins_the_epoch_anew(tmp_path, new, cursor):
+def test_fork_with_other_data_restarts_the_epoch(tmp_path, new, cursor):
     assert forked(tmp_path, new, a_job())[2].cursor == cursor
 
 
@@ -614,7 +616,7 @@ def test_on_another_number_of_ranks_generators_are_derived_from_seed_step_and_ra
     assert torch.equal(drawn, torch.rand(3))
 
 
-def test_a_model_that_does_not_fit_is_refused_by_name(tmp_path):
+def test_restore_rejects_a_different_model_by_tensor_name(tmp_path):
     loop.train(a_job(max_steps=1), State(), a_saver(tmp_path), Stop(World()))
     start = resume.choose(Replicas(open_store(str(tmp_path))), Run(name="a", run_dir="a"), {})
     with pytest.raises(CheckpointError, match=r"missing \['model.bias', 'model.weight'\]"):
@@ -628,7 +630,7 @@ def test_a_model_that_does_not_fit_is_refused_by_name(tmp_path):
 # --- schedulers and the scaler -----------------------------------------------------------------
 
 
-def test_a_scheduler_steps_after_each_step_or_after_each_epoch(tmp_path):
+def test_scheduler_steps_per_step_or_per_epoch(tmp_path):
     per_step = a_job(schedule=lambda o: lr_scheduler.StepLR(o, 4))
     loop.train(per_step, State(), a_saver(tmp_path / "a"), Stop(World()))
     rates = [line["lr"] for line in per_step.tracker.of("train")]
@@ -641,9 +643,7 @@ def test_a_scheduler_steps_after_each_step_or_after_each_epoch(tmp_path):
 
 
 @pytest.mark.parametrize(("metric", "mode"), [("accuracy", "max"), (None, "min")])
-def test_a_plateau_is_judged_after_each_evaluation_by_the_metric_or_the_loss(
-    tmp_path, metric, mode
-):
+def test_plateau_steps_after_each_evaluation_by_metric_or_loss(tmp_path, metric, mode):
     def schedule(optimizer):
         return lr_scheduler.ReduceLROnPlateau(optimizer, mode=mode, patience=1, threshold=0.05)
 
@@ -662,7 +662,7 @@ def test_a_plateau_is_judged_after_each_evaluation_by_the_metric_or_the_loss(
     assert len(set(rates)) > 1  # the table was worth making
 
 
-def test_an_update_that_the_scaler_skips_is_counted_and_changes_nothing(tmp_path):
+def test_update_skipped_by_the_scaler_is_counted_and_changes_nothing(tmp_path):
     seen = []
 
     class Watching(Lines):
@@ -685,20 +685,20 @@ def test_an_update_that_the_scaler_skips_is_counted_and_changes_nothing(tmp_path
     assert rates[:5] == pytest.approx([0.1, 0.05, 0.025, 0.025, 0.0125])  # no update, no decay
 
 
-def test_the_scaler_resumes_too(tmp_path):
+def test_scaler_resumes_exactly(tmp_path):
     def job(**changes):
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=4)
         return a_job(scaler=scaler, **changes)
 
-    whole, state = job(), State()
-    loop.train(whole, state, a_saver(tmp_path / "a"), Stop(World()))
-    assert whole.scaler.get_scale() == 64.0 * 2**3
+    undisturbed, state = job(), State()
+    loop.train(undisturbed, state, a_saver(tmp_path / "a"), Stop(World()))
+    assert undisturbed.scaler.get_scale() == 64.0 * 2**3
     broken = job(task=Meddling(killed, training=8))
     with pytest.raises(Killed):
         loop.train(broken, State(), a_saver(tmp_path / "b", every=Every(steps=3)), Stop(World()))
     again = job()
     its_state, _ = go_on(tmp_path / "b", again)
-    assert everything(again, its_state) == everything(whole, state)
+    assert everything(again, its_state) == everything(undisturbed, state)
 
 
 def test_scaling_by_powers_of_two_changes_no_bit():
@@ -707,14 +707,14 @@ def test_scaling_by_powers_of_two_changes_no_bit():
         rng.seed_all(7)
         for microbatches, _ in islice(job.data.batches(BEGINNING), 4):
             train_step(job, microbatches)
-    for ours, theirs in zip(scaled.model.parameters(), plain.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    for actual, reference in zip(scaled.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(actual, reference)
 
 
 # --- what a checkpoint gets --------------------------------------------------------------------
 
 
-def test_what_a_rank_brings_to_a_checkpoint():
+def test_collect_lists_the_contents_per_rank():
     job = a_job(optimizer=lambda model: torch.optim.Adam(model.parameters()))
     train_step(job, next(job.data.batches(BEGINNING))[0])
     content = collect(job, State(step=3))
@@ -733,14 +733,14 @@ def test_what_a_rank_brings_to_a_checkpoint():
     }  # fmt: skip
 
 
-def test_one_rank_needs_no_warm_up():
+def test_settle_buckets_does_nothing_on_one_rank():
     job = a_job()
     before = everything(job, State())
     warm_up(job)
     assert everything(job, State()) == before
 
 
-def test_a_dataset_of_tensors_alone_is_a_batch_of_one_tensor():
+def test_train_step_accepts_a_dataset_of_one_tensor():
     class Rebuild(Classification):
         def loss(self, model, batch):
             (inputs,) = batch
@@ -752,5 +752,5 @@ def test_a_dataset_of_tensors_alone_is_a_batch_of_one_tensor():
 
     data = TrainStream(TensorDataset(DATA.train.tensors[0]), World(), 0, BATCH)
     job = a_job(task=Rebuild(), data=data, evaluation=None)
-    figures, _ = train_step(job, next(job.data.batches(BEGINNING))[0], with_metrics=True)
-    assert list(figures) == ["loss"]
+    metrics, _ = train_step(job, next(job.data.batches(BEGINNING))[0], with_metrics=True)
+    assert list(metrics) == ["loss"]

@@ -1,4 +1,4 @@
-"""Losses and gradients that are no numbers: a stop before anything is made of them, or a skip."""
+"""NaN and infinite losses and gradients: stop before they are logged or saved, or skip."""
 
 import math
 
@@ -34,7 +34,7 @@ class Bad(Classification):
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
 @pytest.mark.parametrize("log_every_steps", [1, 100])
-def test_the_run_stops_and_nothing_after_that_step_is_saved(tmp_path, factor, log_every_steps):
+def test_nonfinite_loss_stops_the_run_and_saves_nothing_later(tmp_path, factor, log_every_steps):
     tracker = Lines()
     job = a_job(task=Bad([5], factor), tracker=tracker, log_every_steps=log_every_steps)
     saver = a_saver(tmp_path, every=Every(steps=2))
@@ -49,7 +49,7 @@ def test_the_run_stops_and_nothing_after_that_step_is_saved(tmp_path, factor, lo
     assert all(line["step"] < 5 for line in tracker.lines)
 
 
-def test_a_bad_last_step_is_not_saved_either(tmp_path):
+def test_nonfinite_last_step_is_not_saved(tmp_path):
     job = a_job(task=Bad([12]))
     with pytest.raises(TrainingError, match="step 12"):
         loop.train(job, State(), a_saver(tmp_path), Stop(job.world))
@@ -66,7 +66,7 @@ def test_no_evaluation_is_made_of_it(tmp_path):
     assert tracker.lines == []
 
 
-def test_losses_that_nobody_looks_at_do_not_fill_the_memory(tmp_path, monkeypatch):
+def test_unchecked_losses_do_not_fill_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(nonfinite, "_MAX_LOSSES", 4)
     job = a_job(task=Bad([5]), log_every_steps=100)
     with pytest.raises(TrainingError, match="step 5"):
@@ -74,7 +74,7 @@ def test_losses_that_nobody_looks_at_do_not_fill_the_memory(tmp_path, monkeypatc
     assert job.task.count == 8
 
 
-def test_a_skipped_step_is_counted_and_changes_no_weight(tmp_path):
+def test_skipped_step_is_counted_and_changes_no_weight(tmp_path):
     tracker = Lines()
     job = a_job(task=Bad([5]), tracker=tracker, skip_nonfinite=True, max_steps=5)
     twin = a_job(max_steps=5)
@@ -86,8 +86,8 @@ def test_a_skipped_step_is_counted_and_changes_no_weight(tmp_path):
     assert done
     assert (state.step, state.skipped) == (5, 1)
     assert [line["skipped"] for line in tracker.of("train")] == [0, 0, 0, 0, 1]
-    for ours, theirs in zip(job.model.parameters(), twin.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    for actual, reference in zip(job.model.parameters(), twin.model.parameters(), strict=True):
+        assert torch.equal(actual, reference)
 
 
 def test_without_a_bad_step_skipping_changes_no_bit(tmp_path):
@@ -98,17 +98,17 @@ def test_without_a_bad_step_skipping_changes_no_bit(tmp_path):
     assert everything(careful, its_state) == everything(plain, state)
 
 
-def test_a_run_that_skips_resumes_bit_for_bit(tmp_path):
-    whole = a_job(task=Bad([3, 9]), skip_nonfinite=True)
-    state, _ = go_on(tmp_path / "whole", whole)
+def test_run_with_skips_resumes_with_the_same_bits(tmp_path):
+    undisturbed = a_job(task=Bad([3, 9]), skip_nonfinite=True)
+    state, _ = go_on(tmp_path / "undisturbed", undisturbed)
     go_on(tmp_path / "half", a_job(task=Bad([3]), skip_nonfinite=True, max_steps=7))
     rest = a_job(task=Bad([2]), skip_nonfinite=True)
     its_state, _ = go_on(tmp_path / "half", rest)
     assert its_state.skipped == 2
-    assert everything(rest, its_state) == everything(whole, state)
+    assert everything(rest, its_state) == everything(undisturbed, state)
 
 
-def test_steps_that_the_scaler_skips_are_no_reason_to_stop(tmp_path):
+def test_steps_skipped_by_the_scaler_do_not_stop_the_run(tmp_path):
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     job = a_job(task=Bad([5], math.inf), scaler=scaler)
     state, done = go_on(tmp_path, job)

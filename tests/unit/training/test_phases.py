@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def by_hand(model, optimizers, microbatches, clip_norm):
     """The step of a loop for two models that anyone would write; returns the two losses."""
     losses = []
-    for phase, inner in (("discriminator", model.discriminator), ("generator", model.generator)):
+    for phase, subnet in (("discriminator", model.discriminator), ("generator", model.generator)):
         total = 0.0
         for real, _ in microbatches:
             noise = torch.randn(len(real), 3)
@@ -49,7 +49,7 @@ def by_hand(model, optimizers, microbatches, clip_norm):
             loss.backward()
             total += loss.item()
         if clip_norm is not None:
-            nn.utils.clip_grad_norm_(inner.parameters(), clip_norm)
+            nn.utils.clip_grad_norm_(subnet.parameters(), clip_norm)
         optimizers[phase].step()
         for optimizer in optimizers.values():
             optimizer.zero_grad()
@@ -71,17 +71,17 @@ def test_every_step_is_bit_equal_to_a_loop_written_by_hand(accumulate, clip_norm
         for average, parameter in zip(averages, twin.parameters(), strict=True):
             average.lerp_(parameter.detach(), 1 - 0.8)
         rng.restore(both)
-        figures, applied = train_step(job, microbatches)
+        metrics, applied = train_step(job, microbatches)
         both = rng.capture()
         assert applied == [True, True]
-        assert figures["discriminator_loss"].item() == pytest.approx(losses[0], rel=1e-6)
-        assert figures["generator_loss"].item() == pytest.approx(losses[1], rel=1e-6)
-        assert figures["loss"].item() == pytest.approx(sum(losses), rel=1e-6)
-        for ours, theirs in zip(job.model.state_dict().values(), twin.state_dict().values(),
+        assert metrics["discriminator_loss"].item() == pytest.approx(losses[0], rel=1e-6)
+        assert metrics["generator_loss"].item() == pytest.approx(losses[1], rel=1e-6)
+        assert metrics["loss"].item() == pytest.approx(sum(losses), rel=1e-6)
+        for actual, reference in zip(job.model.state_dict().values(), twin.state_dict().values(),
                                 strict=True):  # fmt: skip
-            assert torch.equal(ours, theirs)
-    for ours, theirs in zip(job.ema.averages.values(), averages, strict=True):
-        assert torch.equal(ours, theirs)
+            assert torch.equal(actual, reference)
+    for actual, reference in zip(job.ema.averages.values(), averages, strict=True):
+        assert torch.equal(actual, reference)
 
 
 def test_no_gradient_is_computed_for_what_another_phase_trains():
@@ -106,31 +106,31 @@ def test_no_gradient_is_computed_for_what_another_phase_trains():
 
 def test_figures_have_the_phases_names():
     job = gan_job(clip_norm=1.0)
-    figures, _ = train_step(job, next(job.data.batches(BEGINNING))[0], with_metrics=True)
-    assert list(figures) == [
+    metrics, _ = train_step(job, next(job.data.batches(BEGINNING))[0], with_metrics=True)
+    assert list(metrics) == [
         "loss", "discriminator_loss", "discriminator_real", "discriminator_fake",
         "discriminator_grad_norm", "generator_loss", "generator_grad_norm",
     ]  # fmt: skip
-    assert 0 < figures["discriminator_real"] < 1
+    assert 0 < metrics["discriminator_real"] < 1
 
 
 # --- a run -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_stopped_and_gone_on_with_it_ends_with_the_same_bits(tmp_path, precision):
+def test_phases_stopped_and_resumed_end_with_the_same_bits(tmp_path, precision):
     changes = {
         "accumulate": 2, "clip_norm": 0.5, "ema_decay": 0.9, "precision": precision,
         "eval_every": Every(steps=4), "schedule": lambda o: lr_scheduler.StepLR(o, 3),
     }  # fmt: skip
-    whole = gan_job(**changes)
-    state, _ = go_on(tmp_path / "whole", whole)
+    undisturbed = gan_job(**changes)
+    state, _ = go_on(tmp_path / "undisturbed", undisturbed)
     go_on(tmp_path / "halves", gan_job(**changes, max_steps=7))
     rest = gan_job(**changes)
     for phase in rest.phases:
         phase.optimizer.param_groups[0]["lr"] = 9.0  # the checkpoint alone decides
     its_state, _ = go_on(tmp_path / "halves", rest)
-    assert everything(rest, its_state) == everything(whole, state)
+    assert everything(rest, its_state) == everything(undisturbed, state)
     assert [g["lr"] for p in rest.phases for g in p.optimizer.param_groups] == pytest.approx(
         [0.02 * 0.1**4, 0.01 * 0.1**4]
     )
@@ -142,19 +142,19 @@ def test_lines_have_both_learning_rates_and_evaluations_both_losses(tmp_path):
     go_on(tmp_path, job)
     line = tracker.of("train")[-1]
     assert (line["lr"], line["lr_discriminator"], line["lr_generator"]) == (0.02, 0.02, 0.01)
-    found = tracker.of("eval")[-1]
-    assert found["loss"] == pytest.approx(found["discriminator_loss"] + found["generator_loss"])
-    assert 0 < found["discriminator_fake"] < 1
+    result = tracker.of("eval")[-1]
+    assert result["loss"] == pytest.approx(result["discriminator_loss"] + result["generator_loss"])
+    assert 0 < result["discriminator_fake"] < 1
 
 
-def test_an_evaluation_sees_every_sample_and_leaves_the_training_alone():
+def test_phases_evaluation_covers_every_sample_without_side_effects():
     job = gan_job()
     before = rng.capture(), job.model.state_dict()["discriminator.layers.0.weight"].clone()
-    found = evaluate(job, State(), Stop(World()))
+    result = evaluate(job, State(), Stop(World()))
     job.model.eval()
     with torch.no_grad():
         real = job.model.discriminator(images().tensors[0]).sigmoid().mean()
-    assert found["discriminator_real"] == pytest.approx(real.item(), rel=1e-5)
+    assert result["discriminator_real"] == pytest.approx(real.item(), rel=1e-5)
     assert all(torch.equal(a, rng.capture()[name]) for name, a in before[0].items())
     assert job.phases[0].wrapped.training
 
@@ -178,7 +178,7 @@ class Bad(Adversarial):
 
 @pytest.mark.parametrize("bad", ["discriminator", "generator"])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_the_update_of_one_phase_is_left_out_and_the_step_counts_as_skipped(tmp_path, bad, scaled):
+def test_phases_skipped_update_of_one_phase_counts_the_step_as_skipped(tmp_path, bad, scaled):
     other = {"discriminator": "generator", "generator": "discriminator"}[bad]
     how = {"skip_nonfinite": True}
     if scaled:
@@ -229,21 +229,21 @@ def test_patterns_divide_the_parameters_that_are_trained():
     ({"g": "generator.*"}, [], r"'discriminator\..*no phase of the task \(g\)"),
     ({"d": "discriminator.*", "g": "generator.*"}, ["generator.*"], "phase 'g'.*all of it is froz"),
 ])  # fmt: skip
-def test_patterns_that_do_not_divide_them_are_refused(stated, frozen, message):
+def test_phases_rejects_patterns_that_do_not_partition_parameters(stated, frozen, message):
     model = net()
     parameters.freeze(model, frozen)
     with pytest.raises(ConfigError, match=message):
         parameters.phases(model, stated)
 
 
-@pytest.mark.parametrize(("given", "message"), [
+@pytest.mark.parametrize(("phases_setting", "message"), [
     ({"generatr": {"lr": 1}}, r"'generatr', which is not a phase.*did you mean 'generator'"),
     ({"generator": 1}, "is not a mapping of phases"),
     ([], "is not a mapping of phases"),
 ])  # fmt: skip
-def test_settings_for_a_phase_that_is_none_are_refused(given, message):
+def test_phases_rejects_settings_of_an_unknown_phase(phases_setting, message):
     with pytest.raises(AssertionError, match=message):
-        assert parameters.check_phases(given, RATES) == ""
+        assert parameters.check_phases(phases_setting, RATES) == ""
     assert parameters.check_phases({"any": {"lr": 1}}, None) == ""
     assert "has no phases" in parameters.check_phases({"any": {"lr": 1}}, ())
 
@@ -281,8 +281,8 @@ def test_each_phase_gets_an_optimizer_with_its_settings_and_a_schedule():
     assert build.check(run) == []
     job = build.build_job(run, World(), build.build_data(run), Lines())
     assert [phase.name for phase in job.phases] == ["discriminator", "generator"]
-    found = [[g["lr"] for g in phase.optimizer.param_groups] for phase in job.phases]
-    assert found == [[0.1], [0.2, 0.2]]  # an 8x8 discriminator has no layer 1 with parameters
+    result = [[g["lr"] for g in phase.optimizer.param_groups] for phase in job.phases]
+    assert result == [[0.1], [0.2, 0.2]]  # an 8x8 discriminator has no layer 1 with parameters
     decays = [g["weight_decay"] for g in job.phases[1].optimizer.param_groups]
     assert decays == [0, 0.5]
     assert job.phases[0].scheduler.T_max == job.max_steps
@@ -303,7 +303,7 @@ def test_settings_of_a_phase_are_checked_before_anything_runs(phases, key, text)
     assert text in problems[0].text
 
 
-def test_phases_of_a_task_without_any_are_refused():
+def test_phases_rejects_settings_for_a_task_without_phases():
     run = configured()
     object.__setattr__(run, "task", {"_target_": "trainer.task.Classification"})
     with pytest.raises(ConfigError, match="'generator', but the task has no phases"):

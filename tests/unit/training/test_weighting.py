@@ -19,28 +19,30 @@ def test_microbatches_of_unequal_weight_are_one_large_batch(accumulate):
     pairs = zip(large.data.batches({"epoch": 0, "batch": 0}),
                 small.data.batches({"epoch": 0, "batch": 0}), strict=False)  # fmt: skip
     for _, ((one, _), (several, _)) in zip(range(5), pairs, strict=False):
-        wanted, _ = train_step(large, one)
-        found, _ = train_step(small, several)
-        assert found["loss"].item() == pytest.approx(wanted["loss"].item(), rel=1e-6)
-        for ours, theirs in zip(small.model.parameters(), large.model.parameters(), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+        expected, _ = train_step(large, one)
+        result, _ = train_step(small, several)
+        assert result["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-6)
+        for actual, reference in zip(
+            small.model.parameters(), large.model.parameters(), strict=True
+        ):
+            torch.testing.assert_close(actual, reference, rtol=1e-6, atol=1e-9)
 
 
-def test_a_microbatch_without_items_counts_for_nothing():
+def test_microbatch_without_items_has_no_weight():
     data = dataset(12, empty=range(12))
     job = masked_job(data, 3)
     before = [p.detach().clone() for p in job.model.parameters()]
-    figures, _ = train_step(job, next(job.data.batches({"epoch": 0, "batch": 0}))[0])
-    assert figures["loss"].item() == 0
+    metrics, _ = train_step(job, next(job.data.batches({"epoch": 0, "batch": 0}))[0])
+    assert metrics["loss"].item() == 0
     assert all(torch.equal(a, b) for a, b in zip(job.model.parameters(), before, strict=True))
 
 
-def test_an_evaluation_is_the_mean_over_all_items():
+def test_evaluation_is_the_mean_over_all_items():
     data = dataset()
     job = masked_job(data, 1)
-    inputs, targets, wanted = data.tensors
+    inputs, targets, expected = data.tensors
     with torch.no_grad():
-        error = (job.model(inputs) - targets).square() * wanted
-    found = evaluate(job, State(), Stop(World()))
-    assert found["loss"] == pytest.approx((error.sum() / wanted.sum()).item(), rel=1e-6)
+        error = (job.model(inputs) - targets).square() * expected
+    result = evaluate(job, State(), Stop(World()))
+    assert result["loss"] == pytest.approx((error.sum() / expected.sum()).item(), rel=1e-6)
     rng.seed_all(0)
