@@ -1,4 +1,4 @@
-"""The rivals of scripts/bench_loop.py: what a person writes without any framework.
+"""Baselines of scripts/bench_loop.py: hand-written training loops without a framework.
 
 python scripts/bare_loops.py '{"case": "mlp", …}'; cnn_ddp under torchrun, once for each rank.
 
@@ -28,12 +28,12 @@ def digest(weights: dict) -> str:
 class Clock:
     """Takes the time at the first step, at the end of the warm-up, and at the last step."""
 
-    def __init__(self, given: dict) -> None:
-        self._steps, self._warm_up_steps = given["steps"], given["warm_up_steps"]
+    def __init__(self, settings: dict) -> None:
+        self._steps, self._warm_up_steps = settings["steps"], settings["warm_up_steps"]
         self._step = 0
 
     def is_last(self) -> bool:
-        """Take note of a step; return whether it was the last one."""
+        """Count a step; return whether it was the last one."""
         self._step += 1
         if self._step == 1:
             self._first = time.time()
@@ -62,24 +62,24 @@ def fashion(folder: str):
     return torch.from_numpy(images).float().div_(255).sub_(MEAN).div_(STD), labels
 
 
-def orders(given: dict, size: int):
+def orders(settings: dict, size: int):
     """Yield the samples of each global batch, epoch by epoch."""
     import torch
 
-    batch = given["batch"]
-    for seed in given["order_seeds"]:
+    batch = settings["batch"]
+    for seed in settings["order_seeds"]:
         order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
         for start in range(0, size - batch + 1, batch):
             yield order[start : start + batch]
 
 
-def mlp(given: dict) -> None:
+def mlp(settings: dict) -> None:
     """Train a multi-layer perceptron in one process."""
     import torch
     from torch import nn
     from torch.nn import functional as F
 
-    inputs, labels = fashion(given["data"])
+    inputs, labels = fashion(settings["data"])
     torch.manual_seed(0)
     model = nn.Sequential()
     model.layers = nn.Sequential(
@@ -88,10 +88,10 @@ def mlp(given: dict) -> None:
         nn.Linear(128, 64), nn.ReLU(),
         nn.Linear(64, 10),
     )  # fmt: skip
-    optimizer = torch.optim.SGD(model.parameters(), lr=given["lr"], momentum=0.9)
-    clock = Clock(given)
-    for chosen in orders(given, len(labels)):
-        loss = F.cross_entropy(model(inputs[chosen]), labels[chosen])
+    optimizer = torch.optim.SGD(model.parameters(), lr=settings["lr"], momentum=0.9)
+    clock = Clock(settings)
+    for indices in orders(settings, len(labels)):
+        loss = F.cross_entropy(model(inputs[indices]), labels[indices])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -100,7 +100,7 @@ def mlp(given: dict) -> None:
     clock.show(model.state_dict())
 
 
-def cnn_ddp(given: dict) -> None:
+def cnn_ddp(settings: dict) -> None:
     """Train a convolutional net, batches cut over the ranks that torchrun started."""
     import torch
     import torch.distributed as dist
@@ -110,17 +110,17 @@ def cnn_ddp(given: dict) -> None:
     from models.cnn import CNN
 
     dist.init_process_group("gloo")
-    rank, share = dist.get_rank(), given["batch"] // dist.get_world_size()
-    inputs, labels = fashion(given["data"])
+    rank, local_batch = dist.get_rank(), settings["batch"] // dist.get_world_size()
+    inputs, labels = fashion(settings["data"])
     torch.manual_seed(0)
     model = CNN()
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=given["lr"], momentum=0.9)
-    torch.manual_seed(given["rank_seeds"][rank])  # each rank drops out its own units
-    clock = Clock(given)
-    for everybodys in orders(given, len(labels)):
-        chosen = everybodys[rank * share : (rank + 1) * share]
-        loss = F.cross_entropy(wrapped(inputs[chosen]), labels[chosen])
+    optimizer = torch.optim.SGD(model.parameters(), lr=settings["lr"], momentum=0.9)
+    torch.manual_seed(settings["rank_seeds"][rank])  # each rank drops out its own units
+    clock = Clock(settings)
+    for global_indices in orders(settings, len(labels)):
+        indices = global_indices[rank * local_batch : (rank + 1) * local_batch]
+        loss = F.cross_entropy(wrapped(inputs[indices]), labels[indices])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -131,7 +131,7 @@ def cnn_ddp(given: dict) -> None:
     dist.destroy_process_group()
 
 
-def gpt(given: dict) -> None:
+def gpt(settings: dict) -> None:
     """Train a GPT of 6 layers on bytes, gradients of four microbatches added up."""
     import numpy as np
     import torch
@@ -140,16 +140,16 @@ def gpt(given: dict) -> None:
 
     from models.gpt import GPT
 
-    context, pieces = given["context"], given["accumulate"]
-    files = sorted(Path(given["text"]).glob("train-*.bin"))
+    context, pieces = settings["context"], settings["accumulate"]
+    files = sorted(Path(settings["text"]).glob("train-*.bin"))
     tokens = np.concatenate([np.fromfile(file, dtype="<u2") for file in files])
     windows = np.lib.stride_tricks.sliding_window_view(tokens, context + 1)[::context]
     torch.manual_seed(0)
     model = GPT(257, context, layers=6, heads=6, width=384)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=given["lr"], weight_decay=0.01)
-    clock = Clock(given)
-    for chosen in orders(given, len(windows)):
-        for piece in chosen.chunk(pieces):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings["lr"], weight_decay=0.01)
+    clock = Clock(settings)
+    for indices in orders(settings, len(windows)):
+        for piece in indices.chunk(pieces):
             window = torch.from_numpy(windows[piece.numpy()].astype(np.int64))
             logits = model(window[:, :-1])
             targets = window[:, 1:].flatten()
@@ -163,11 +163,11 @@ def gpt(given: dict) -> None:
 
 
 def main() -> None:
-    given = json.loads(sys.argv[1])
+    settings = json.loads(sys.argv[1])
     import torch
 
-    torch.set_num_threads(given["threads"])
-    {"mlp": mlp, "cnn_ddp": cnn_ddp, "gpt": gpt}[given["case"]](given)
+    torch.set_num_threads(settings["threads"])
+    {"mlp": mlp, "cnn_ddp": cnn_ddp, "gpt": gpt}[settings["case"]](settings)
 
 
 if __name__ == "__main__":

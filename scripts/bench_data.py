@@ -1,4 +1,4 @@
-"""How long a training waits for its data: a folder of pictures, decoded by 0, 1, 2 … workers.
+"""Measure the time training waits for data: an image folder decoded by 0, 1, 2 … workers.
 
 Makes JPEG pictures, trains a small ResNet on them step by step as trainer/loop.py does, and
 measures how much of the time between two steps is spent on waiting for a batch.

@@ -27,7 +27,7 @@ RIVAL = Path(__file__).with_name("bare_loops.py")
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, for how many steps, and how near to the bare loop we want to be."""
+    """Benchmark case: the job, its number of steps, and the target ratio to the bare loop."""
 
     name: str
     settings: tuple[str, ...]
@@ -59,10 +59,10 @@ CASES = {
 
 
 def run_bare(case: Case, arguments: argparse.Namespace) -> dict:
-    """Run the rival in processes of its own."""
+    """Run the baseline in separate processes."""
     from trainer.core.rng import derive
 
-    given = {
+    settings = {
         "case": case.name, "steps": case.steps, "warm_up_steps": case.warm_up_steps,
         "batch": case.batch, "lr": case.lr, "accumulate": case.accumulate,
         "context": case.context, "threads": arguments.threads, "data": arguments.data,
@@ -74,7 +74,7 @@ def run_bare(case: Case, arguments: argparse.Namespace) -> dict:
     ]  # fmt: skip
     began = time.time()
     done = subprocess.run(
-        [sys.executable, *launcher, str(RIVAL), json.dumps(given)],
+        [sys.executable, *launcher, str(RIVAL), json.dumps(settings)],
         check=True, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": str(arguments.threads)},
     )  # fmt: skip
@@ -82,14 +82,14 @@ def run_bare(case: Case, arguments: argparse.Namespace) -> dict:
     return {**result, "start_s": result["first"] - began}
 
 
-def run_ours(case: Case, arguments: argparse.Namespace, folder: str) -> dict:
-    """Run `python -m trainer.run` in processes of its own and read its records."""
+def run_perdure(case: Case, arguments: argparse.Namespace, folder: str) -> dict:
+    """Run `python -m trainer.run` in separate processes and read its records."""
     run_dir = Path(tempfile.mkdtemp(dir=folder)) / "run"
-    own = [f"data.dir={arguments.text}"] if case.name == "gpt" else [
+    data_settings = [f"data.dir={arguments.text}"] if case.name == "gpt" else [
         f"data.dir={arguments.data}", f"data.mean={MEAN}", f"data.std={STD}"
     ]  # fmt: skip
     settings = [
-        *case.settings, *own, f"optimizer.lr={case.lr}", f"run_dir={run_dir}",
+        *case.settings, *data_settings, f"optimizer.lr={case.lr}", f"run_dir={run_dir}",
         f"trainer.global_batch_size={case.batch}", f"trainer.accumulate={case.accumulate}",
         f"trainer.max_steps={case.steps}", "trainer.max_epochs=null",
         f"trainer.log_every_steps={min(case.log_every, case.steps)}",
@@ -130,19 +130,22 @@ def measure(case: Case, arguments: argparse.Namespace, folder: str) -> bool:
     pairs, starts = [], []
     began = time.time()
     for number in range(arguments.rounds):
-        bare, ours = run_bare(case, arguments), run_ours(case, arguments, folder)
-        if ours["weights"] != bare["weights"]:
+        bare, perdure = run_bare(case, arguments), run_perdure(case, arguments, folder)
+        if perdure["weights"] != bare["weights"]:
             print(f"{case.name}: the final weights differ: not the same mathematics")
             return False
-        pairs.append((ours["steps_per_s"], bare["steps_per_s"]))
+        pairs.append((perdure["steps_per_s"], bare["steps_per_s"]))
         print(f"  round {number + 1}  {pairs[-1][0] / pairs[-1][1]:.3f}", file=sys.stderr)
         if case.times_start:
             one = replace(case, steps=1)
             starts.append(
-                (run_ours(one, arguments, folder)["start_s"], run_bare(one, arguments)["start_s"])
+                (
+                    run_perdure(one, arguments, folder)["start_s"],
+                    run_bare(one, arguments)["start_s"],
+                )
             )
     rate, bare_rate = (statistics.median(values) for values in zip(*pairs, strict=True))
-    ratios = [ours / theirs for ours, theirs in pairs]
+    ratios = [perdure / baseline for perdure, baseline in pairs]
     print(f"{case.name}: final weights equal in all {len(pairs)} rounds of {case.steps:,} steps")
     print(f"  bare loop      {bare_rate:9.2f} steps/s")
     print(f"  trainer.run    {rate:9.2f} steps/s")
@@ -177,8 +180,8 @@ def main() -> int:
             prepare_text(arguments.text)
         for case in cases:
             steps = arguments.steps or case.steps
-            chosen = replace(case, steps=max(steps, case.warm_up_steps + case.log_every))
-            if not measure(chosen, arguments, folder):
+            selected = replace(case, steps=max(steps, case.warm_up_steps + case.log_every))
+            if not measure(selected, arguments, folder):
                 return 1
     return 0
 

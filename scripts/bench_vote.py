@@ -1,4 +1,4 @@
-"""What the agreement of the ranks costs the thread that trains, a step.
+"""Measure what the ranks' vote costs the training thread per step.
 
 python scripts/bench_vote.py [--ranks 2] [--steps 500] [--step-ms 10]
 
@@ -45,9 +45,9 @@ def rank(arguments: argparse.Namespace) -> None:
                 seconds[name].append(time.perf_counter() - began)
         stop.settle()
     if world.rank == 0:
-        for name, each in seconds.items():
-            tenths = statistics.quantiles(each, n=10)
-            print(f"{name:<12} {1e6 * statistics.median(each):7.1f} µs a step, median "
+        for name, samples in seconds.items():
+            tenths = statistics.quantiles(samples, n=10)
+            print(f"{name:<12} {1e6 * statistics.median(samples):7.1f} µs a step, median "
                   f"({1e6 * tenths[0]:.1f} to {1e6 * tenths[-1]:.1f}, tenths)")  # fmt: skip
     world.close()
 

@@ -295,7 +295,7 @@ class Watch:
         return max((step for step, files in self._folders() if MANIFEST in files), default=0)
 
     def _folders(self) -> list[tuple[int, list[str]]]:
-        """Return the checkpoints of this attempt: each one's step and files."""
+        """Return the step and files of each checkpoint of this attempt."""
         from trainer.checkpoint.manifest import parse_folder
 
         folders = set(_names(self._checkpoints)) - self._earlier_folders

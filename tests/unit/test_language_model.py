@@ -44,7 +44,7 @@ def model():
     return GPT(vocabulary=7, context=5, layers=1, heads=1, width=8).eval()
 
 
-def test_the_loss_is_the_mean_over_the_counted_targets(model):
+def test_loss_is_mean_over_counted_targets(model):
     task, batch = LanguageModel(), a_batch()
     total, count = by_definition(model, batch)
     assert task.loss(model, batch)[0].item() == pytest.approx(total / count, rel=1e-6)
@@ -57,28 +57,28 @@ def test_bits_per_byte_are_those_of_all_that_is_evaluated(model):
         model=model, task=LanguageModel(bytes_per_token=3.0),
         data=TrainStream(data, World(), 5, 2), evaluation=EvalStream(data, World(), 1),
     )  # fmt: skip
-    found = evaluate(job, State(), Stop(World()))
+    metrics = evaluate(job, State(), Stop(World()))
     total, count = by_definition(model, a_batch())
-    assert found["loss"] == pytest.approx(total / count, rel=1e-6)
-    assert found["bits_per_byte"] == pytest.approx(total / count / math.log(2) / 3, rel=1e-6)
+    assert metrics["loss"] == pytest.approx(total / count, rel=1e-6)
+    assert metrics["bits_per_byte"] == pytest.approx(total / count / math.log(2) / 3, rel=1e-6)
 
 
-def test_a_model_that_answers_with_an_object_is_understood():
+def test_loss_accepts_output_object_with_logits():
     class Wrapped(nn.Module):
-        def __init__(self, inner):
+        def __init__(self, model):
             super().__init__()
-            self.inner = inner
+            self.model = model
 
         def forward(self, tokens):
-            return SimpleNamespace(logits=self.inner(tokens))
+            return SimpleNamespace(logits=self.model(tokens))
 
     torch.manual_seed(0)
     plain = GPT(vocabulary=7, context=5, layers=1, heads=1, width=8).eval()
-    wanted = LanguageModel().loss(plain, a_batch())[0]
-    assert LanguageModel().loss(Wrapped(plain), a_batch())[0] == wanted
+    expected = LanguageModel().loss(plain, a_batch())[0]
+    assert LanguageModel().loss(Wrapped(plain), a_batch())[0] == expected
 
 
-def test_a_batch_without_a_target_loses_nothing(model):
+def test_loss_without_targets_is_zero(model):
     tokens, targets = a_batch()
     loss, _ = LanguageModel().loss(model, (tokens, torch.full_like(targets, -100)))
     assert loss.item() == 0

@@ -48,7 +48,7 @@ def runs(tmp_path):
     write(
         folder / "killed",
         lines(),
-        records=[living(started=moment(900), told=moment(800))],
+        records=[living(started=moment(900), **{"told": moment(800)})],
     )
     (folder / "exports").mkdir()
     (folder / "notes.txt").touch()
