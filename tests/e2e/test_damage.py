@@ -79,7 +79,7 @@ def test_a_named_step_that_is_damaged_is_an_error_that_lists_the_older_ones(comm
     refused = command(*KEEP, "name=a", "resume=18")
     assert refused.returncode == 1
     assert "checksum mismatch" in refused.stderr
-    assert f"Older whole steps: {whole}, {oldest}; resume from one of them with resume={whole}" in (
+    assert f"Older checkpoints: steps {whole}, {oldest}. Resume from one with resume={whole}" in (
         refused.stderr
     )
     assert "Traceback" not in refused.stderr

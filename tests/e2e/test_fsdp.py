@@ -76,6 +76,8 @@ def test_checkpoint_resumes_under_ddp_and_single_and_back(command):
 def test_unknown_block_class_is_reported_before_any_save(command):
     done = command(*FSDP, "name=a", "parallel.blocks=[Linaer]", "launch.nproc=2")
     assert done.returncode == 2
-    assert re.search(r"parallel.blocks: no module of the model is a Linaer \(did you", done.stderr)
+    assert re.search(
+        r"parallel.blocks: the model has no module of class Linaer \(did you", done.stderr
+    )
     assert "Traceback" not in done.stderr
     assert committed(command.folder / "runs/a") == []

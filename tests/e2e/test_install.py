@@ -60,4 +60,4 @@ def test_wheel_works_from_any_directory(clone, tmp_path):
     shadowed = run(python, "-m", "trainer.run", "--check", cwd=folder)
     assert shadowed.returncode == 2
     assert str(folder / "models") in shadowed.stderr
-    assert "hides this project's own" in shadowed.stderr
+    assert "hides Perdure's" in shadowed.stderr

@@ -65,7 +65,7 @@ def test_nodes_without_a_shared_run_directory_are_rejected(command, tmp_path):
         )  # fmt: skip
     errors = [node.communicate(timeout=240)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [2, 2], errors
-    assert "nodes need one place for a run" in errors[0]
+    assert "but all nodes need the same" in errors[0]
     assert "Traceback" not in errors[0] + errors[1]
     assert [list(folder.rglob("*.json")) for folder in folders] == [[], []]
 

@@ -134,7 +134,7 @@ def test_nodes_with_local_disks_resume_after_swap_and_loss(command, tmp_path):
 def test_nodes_with_local_disks_and_no_mirror_are_rejected_with_alternatives(tmp_path):
     code, output = run_on(nodes(tmp_path))
     assert code != 0
-    assert "nodes need one place for a run" in output
+    assert "but all nodes need the same" in output
     assert "checkpoint.mirror=s3://bucket/name" in output
 
 
