@@ -39,7 +39,7 @@ def test_a_command_of_the_documents_runs(with_gpus, command, words):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     if "trainer.doctor" in words:
-        assert re.search(r"ok +shared +every rank sees", done.stdout)
+        assert re.search(r"ok +shared +all ranks share run_dir", done.stdout)
         assert re.search(r"ok +all-reduce", done.stdout)
         return
     jobs = re.findall(r"^(?:Submitted batch job )?(\d+)$", done.stdout, re.MULTILINE)

@@ -158,7 +158,7 @@ def test_the_doctor_looks_first_and_a_job_that_cannot_work_ends_before_its_ranks
     assert cluster.ended(good) == "COMPLETED"
     log = cluster.log(good)
     assert "No problem found" in log
-    assert re.search(r"ok +signal +the job is told 180 s before its time is over", log)
+    assert re.search(r"ok +signal +the job is signaled 180 s before its time limit", log)
     assert re.search(r"ok +requeue +this job can be requeued", log)
     assert re.search(r"ok +preemption +PreemptMode=REQUEUE in preemptible", log)
     assert re.search(r"\d+ s between the signal and SIGKILL \(GraceTime \d+, KillWait \d+\)", log)
