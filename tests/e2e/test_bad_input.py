@@ -104,7 +104,7 @@ def test_hydra_flags_work(command, flags):
 def test_missing_data_directory_names_a_source_of_the_data(command):
     failed = command("data=mnist", "data.dir=/nowhere")
     assert failed.returncode == 1
-    assert "data.dir=/nowhere: there is no such directory" in failed.stderr
+    assert "data.dir=/nowhere: no such directory" in failed.stderr
     assert "dataset-fashion-mnist" in failed.stderr
     assert "Traceback" not in failed.stderr
 
@@ -120,7 +120,7 @@ def test_corrupt_idx_file_is_named_once(command):
     assert failed.returncode == 1
     output = failed.stdout + failed.stderr
     assert output.count("train-images-idx3-ubyte") == 1
-    assert "cut short or altered" in output
+    assert "truncated or altered" in output
     assert "Traceback" not in output
 
 
@@ -201,7 +201,7 @@ def test_tracker_constructor_failure_is_a_config_error_and_never_a_crash_loop(co
     for _ in range(4):  # launch.max_attempts_without_progress is 3
         failed = command(*HARD, "name=a", f"launch.nproc={ranks}", "~tracker", f"+{tracker}")
         assert failed.returncode == 2, failed.stderr
-        assert "ConfigError: " in failed.stderr
+        assert "error: " in failed.stderr
         assert "tracker.mine: cannot create mine.tracker.Broken: RuntimeError" in failed.stderr
         assert "Traceback" not in failed.stderr
     records = lineage.records(open_store(str(command.folder / "runs/a")))

@@ -148,7 +148,7 @@ def test_process_without_this_code_gets_the_same_outputs(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "models\n[]\n"
     expected = open_export(tmp_path / "a.full.pt", trusted=True).run({"x": x})["output"]
-    with np.load(tmp_path / "found.npz") as actual:
+    with np.load(tmp_path / "actual.npz") as actual:
         for name in ("jit", "program", "onnx"):
             np.testing.assert_allclose(actual[name], expected, rtol=1e-4, atol=1e-5)
 

@@ -32,7 +32,7 @@ def test_out_of_memory_writes_the_trace_and_gives_advice(command):
     )  # fmt: skip
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "TrainingError: out of memory on rank 0: " in done.stderr
+    assert "error: out of memory on rank 0: " in done.stderr
     assert "Microbatch: 12 samples (12 per rank, trainer.accumulate=1)" in done.stderr
     assert "trainer.accumulate=2: microbatches of 6" in done.stderr
     run = command.folder / "runs" / "full"

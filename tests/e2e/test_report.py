@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     assert not (run / "report.html").exists()  # the run is not finished
     done = command(*FRAGILE, "trainer.clip_norm=2.0")
     assert done.returncode == 0, done.stderr
-    assert "report    runs/a/report.html" in done.stdout
+    assert "report         runs/a/report.html" in done.stdout
     return run
 
 

@@ -45,7 +45,7 @@ def test_weights_that_do_not_fit_exit_with_2_and_one_message(command):
     wrong = command(*SMALL, "model.hidden=[7]", f"init.weights={weights}")
     assert wrong.returncode == 2
     assert f"init.weights={weights} does not fit this model" in wrong.stderr
-    assert "layers.1.weight  shape [6, 64] there, [7, 64] in the model" in wrong.stderr
+    assert "layers.1.weight  shape [6, 64] in the file, [7, 64] in the model" in wrong.stderr
     assert "Traceback" not in wrong.stderr
     fits = command(
         *SMALL, "model.hidden=[7]", f"init.weights={weights}", "init.strict=false",
