@@ -1,5 +1,6 @@
 """Launch forms: one process, local ranks, torchrun on one node and on two; the same training."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -86,7 +87,9 @@ def test_config_error_after_the_start_exits_with_2(command, mistake):
     codes = [command(*arguments, f"launch.nproc={count}") for count in (1, 2)]
     assert [done.returncode for done in codes] == [2, 2]
     for done in codes:
-        assert (done.stdout + done.stderr).count("error: ") == 1
+        setting = re.escape(mistake.split("=")[0])
+        messages = re.findall(rf"^(?:error|ConfigError): {setting}", done.stderr, re.MULTILINE)
+        assert len(messages) == 1, done.stderr
         assert "Traceback" not in done.stderr
 
 
