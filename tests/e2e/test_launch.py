@@ -88,7 +88,7 @@ def test_config_error_after_the_start_exits_with_2(command, mistake):
     assert [done.returncode for done in codes] == [2, 2]
     for done in codes:
         setting = re.escape(mistake.split("=")[0])
-        messages = re.findall(rf"^(?:error|ConfigError): {setting}", done.stderr, re.MULTILINE)
+        messages = re.findall(rf"^error: {setting}", done.stderr, re.MULTILINE)
         assert len(messages) == 1, done.stderr
         assert "Traceback" not in done.stderr
 

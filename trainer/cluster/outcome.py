@@ -85,7 +85,7 @@ def exit_now(code: int, message: str = "") -> NoReturn:
 
 def exit_to_resume(reason: str) -> NoReturn:
     """End the process at once with `RUN_AGAIN`, printing the reason. Any rank."""
-    exit_now(RUN_AGAIN, f"LEFT: {reason}. {RESUME_HINT}")
+    exit_now(RUN_AGAIN, f"error: {reason}. {RESUME_HINT}")
 
 
 def report_crash(error: BaseException) -> int:
@@ -95,11 +95,13 @@ def report_crash(error: BaseException) -> int:
     once; otherwise it is printed here.
     """
     is_expected = isinstance(error, PerdureError)
-    text = f"{type(error).__name__}: {error}" if is_expected else ""
+    text = f"error: {error}" if is_expected else ""
     code = error.exit_code if isinstance(error, PerdureError) else FAILURE
     if _ERROR_FILE not in os.environ:
-        print(f"rank {os.environ.get('RANK')} failed: {text}", file=sys.stderr, flush=True)
-        if not is_expected:
+        print(f"rank {os.environ.get('RANK')} failed:", file=sys.stderr, flush=True)
+        if is_expected:
+            print(text, file=sys.stderr, flush=True)
+        else:
             traceback.print_exception(error)
     elif is_expected:  # without the traceback
         details = {"py_callstack": text, "timestamp": str(int(time.time()))}

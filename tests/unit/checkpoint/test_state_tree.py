@@ -49,7 +49,7 @@ def test_buffers_are_omitted_on_other_ranks():
     content = Content()
     state_tree.add_model(content, Tied(), with_buffers=False)
     assert not [name for name in content.tensors if "running" in name or "tracked" in name]
-    assert "model.inner.1.weight" in content.tensors
+    assert "model.layers.1.weight" in content.tensors
 
 
 class Remembering(nn.Linear):

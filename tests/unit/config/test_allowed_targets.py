@@ -50,7 +50,7 @@ def test_reject_targets_accepts_project_and_torch_nn(target):
 
 
 @pytest.mark.parametrize("target", [
-    "trainer.data.tokenizer._package", "trainer.data.source._Ahead",
+    "trainer.data.tokenizer._package", "trainer.data.feed._Prefetcher",
     "torch.nn.modules.module._addindent",
 ])  # fmt: skip
 def test_reject_targets_rejects_private_names_unless_allowed(target):

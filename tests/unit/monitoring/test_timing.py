@@ -347,12 +347,12 @@ def test_stop_counts_the_time_without_data():
 
 def test_feed_counts_the_time_between_a_request_and_its_data(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("trainer.data.source.time.monotonic", clock)
+    monkeypatch.setattr("trainer.data.feed.time.monotonic", clock)
     feed = Feed(lambda key: key, iter(range(3)), device=torch.device("cpu"), workers=0)
     assert feed.has(1)
     assert feed.starved_s == 0
     queue = SimpleNamespace(qsize=lambda: 0)
-    monkeypatch.setattr(feed, "_ahead", SimpleNamespace(queue=queue, is_over=False))
+    monkeypatch.setattr(feed, "_prefetcher", SimpleNamespace(queue=queue, is_exhausted=False))
     for _ in range(2):
         assert not feed.has(2)  # not needed yet
         assert not feed.has(1)

@@ -152,7 +152,7 @@ def test_unreadable_files_are_reported_and_the_rest_is_shown(run):
 
 @pytest.mark.parametrize(("newest", "state", "text"), [
     ({"told": 10, "first_step": 0}, "running", "active"),
-    ({"told": 500, "first_step": 0}, "silent", "killed without a word, or it hangs"),
+    ({"told": 500, "first_step": 0}, "silent", "no activity for 8 min: killed or hanging"),
     ({"ended": 100, "outcome": "preempted", "reason": "SIGUSR1"}, "stopped", "SIGUSR1"),
     ({"ended": 100, "outcome": "error", "error": "ValueError: x"}, "died", "ValueError: x"),
 ])  # fmt: skip

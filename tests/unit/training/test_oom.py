@@ -118,5 +118,5 @@ def test_launcher_shows_out_of_memory_without_a_traceback(tmp_path, monkeypatch)
     message = json.loads(file.read_text())["message"]
     failure = type("Failure", (), {"message": message, "exitcode": 1})
     assert launch._failure_text(1, failure, tmp_path) == (
-        "rank 1 failed; the other ranks were stopped:\nTrainingError: out of memory on rank 1"
+        "rank 1 failed; the other ranks were stopped:\nerror: out of memory on rank 1"
     )
