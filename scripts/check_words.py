@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHECKED = ("trainer", "models", "scripts", "tests", "conf", "docs", "slurm", "kubernetes", "perdure",
            ".ci", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "AGENTS.md", "Makefile", "mkdocs.yml",
            "pyproject.toml")  # fmt: skip
-SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".sh", ".sbatch", ".css", ".js", ""}
+SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".sh", ".sbatch", ".js", ""}
 EXCLUDED = ("scripts/check_words.py", "docs/style.md", "tests/golden/", "docs/img/")
 
 PHRASES = {
@@ -53,7 +53,8 @@ PHRASES = {
     r"handed on|hands? on\b": "'passed'",
     r"counted as|counts as": "'is treated as'",
     r"(?<!no )such(?! as)": "delete it",
-    r"(?<![\"'<])figures?(?![\"'])": "'metrics', 'numbers', 'measurements'",
+    # not the former name of a task's train_metrics
+    r"(?<![\"'<])figures?(?![\"']| = train_metrics)": "'metrics', 'numbers', 'measurements'",
     r"makes? known|made known|make (it|them) known": "'reports', 'publishes'",
     r"comes? of|came of": "'results from'",
     r"(of|in|for|with|by|after) so (many|much|long)": "name the setting or the number",

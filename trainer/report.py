@@ -11,7 +11,7 @@ _USAGE = """usage: python -m trainer.report RUN [RUN …] [out=…]
   RUN   directory of a run; local, s3://… and the like. Several runs are compared
   out   file to write (default: report.html in the run; of several, compare.html here)
   store.endpoint_url=… and the other store.* settings as trainer.run has them
-The page is one file that needs no network; open it in a browser, or send it to somebody."""
+The page is one file that needs no network; open it in a browser, or send it to others."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,9 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(argv: list[str]) -> int:
-    given = cli.parse(argv, _USAGE, options={"out": ""}, places=range(1, _MOST_RUNS + 1))
-    place = reporting.write(given.places, given.options["out"] or None, given.store)
-    print(f"wrote {place}")
+    arguments = cli.parse(argv, _USAGE, options={"out": ""}, places=range(1, _MOST_RUNS + 1))
+    url = reporting.write(arguments.places, arguments.options["out"] or None, arguments.store)
+    print(f"wrote {url}")
     return DONE
 
 

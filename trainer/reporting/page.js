@@ -68,9 +68,9 @@
     document.documentElement.style.setProperty("--seen", "0");
   };
 
-  for (const figure of document.querySelectorAll(".chart")) {
-    const chart = JSON.parse(figure.querySelector("script").textContent);
-    const plot = figure.querySelector(".plot");
+  for (const element of document.querySelectorAll(".chart")) {
+    const chart = JSON.parse(element.querySelector("script").textContent);
+    const plot = element.querySelector(".plot");
     plot.addEventListener("pointermove", (event) => {
       const box = plot.getBoundingClientRect();
       const share = Math.min(Math.max((event.clientX - box.left) / box.width, 0), 1);

@@ -82,10 +82,10 @@ class TaskOptions:
     @classmethod
     def of(cls, task: Any) -> "TaskOptions":
         """Read the optional members of `task`."""
-        # A subclass of a shipped task may override the former name, so the first class decides.
+        # A subclass of a shipped task may override the former name, so the nearest one decides.
         names = ("train_metrics", "figures")
-        bases = [vars(base) for base in type(task).__mro__]
-        name = next((name for base in bases for name in names if name in base), names[0])
+        scopes = [getattr(task, "__dict__", {}), *(vars(base) for base in type(task).__mro__)]
+        name = next((name for scope in scopes for name in names if name in scope), names[0])
         warnings: tuple[str, ...] = ()
         if name == "figures":
             text = f"warning: {type(task).__name__}.figures is deprecated; rename it to {names[0]}"
