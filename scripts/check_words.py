@@ -54,7 +54,7 @@ PHRASES = {
     r"counted as|counts as": "'is treated as'",
     r"(?<!no )such(?! as)": "delete it",
     # not the former name of a task's train_metrics
-    r"(?<![\"'<])figures?(?![\"']| = train_metrics)": "'metrics', 'numbers', 'measurements'",
+    r"(?<![\"'<])(?<!def )figures?(?![\"']| = train_metrics|=)": "'metrics', 'numbers', 'measurements'",
     r"makes? known|made known|make (it|them) known": "'reports', 'publishes'",
     r"comes? of|came of": "'results from'",
     r"(of|in|for|with|by|after) so (many|much|long)": "name the setting or the number",
