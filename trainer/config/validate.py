@@ -55,7 +55,7 @@ def validate_world(run: Run, world_size: int) -> list[Problem]:
         nearest = f"{lower:,} or {upper:,}" if lower else f"{upper:,}"
         text = (
             f"{size:,} samples cannot be divided over {pluralize(world_size, 'rank')} x "
-            f"{run.trainer.accumulate:,} microbatches (nearest: {nearest})"
+            f"{pluralize(run.trainer.accumulate, 'microbatch')} (nearest: {nearest})"
         )
         problems.append(Problem("trainer.global_batch_size", text))
     if world_size > 1 and run.parallel.strategy == "single":

@@ -113,7 +113,7 @@ def test_validate_world_reports_the_nearest_batch_sizes(size, world_size, accumu
 def test_validate_world_formats_batch_sizes_with_separators():
     (problem,) = validate_world(a_run(global_batch_size=10_001), 8)
     assert problem.text == (
-        "10,001 samples cannot be divided over 8 ranks x 1 microbatches (nearest: 10,000 or 10,008)"
+        "10,001 samples cannot be divided over 8 ranks x 1 microbatch (nearest: 10,000 or 10,008)"
     )
 
 
