@@ -19,7 +19,7 @@ SCRIPT = ROOT / "scripts" / "slurm_cluster"
 
 
 def pytest_collection_modifyitems(items):
-    """Everything here needs SLURM and root."""
+    """Mark all tests of this folder, which need SLURM and root."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.cluster)
@@ -40,7 +40,10 @@ class Cluster:
         self._env["PATH"] = f"{state}/bin:{os.environ['PATH']}"
 
     def __enter__(self) -> "Cluster":
-        """Start it, and what stops it however this process ends: a pipe's end closes with us."""
+        """Start the cluster and a guard process that stops it when this process ends.
+
+        The guard waits for the end of its input, which the kernel closes with this process.
+        """
         self._guard = subprocess.Popen(
             ["/bin/sh", "-c", 'cat; PERDURE_CLUSTER_STATE=$1 exec "$0" down', SCRIPT, self.state],
             start_new_session=True, text=True,
@@ -54,19 +57,19 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop it."""
-        said = self._guard.communicate(timeout=120)[1]
-        assert self._guard.returncode == 0, said
+        """Stop the cluster."""
+        errors = self._guard.communicate(timeout=120)[1]
+        assert self._guard.returncode == 0, errors
 
     def manage(self, *verb: str, code: int = 0) -> None:
-        """Call the cluster's own script, which must end with this exit code."""
+        """Call the cluster script and check its exit code."""
         done = subprocess.run(
             [SCRIPT, *verb], env=self._env, capture_output=True, text=True, timeout=240
         )
         assert done.returncode == code, done.stdout + done.stderr
 
     def run(self, *command: str, **more: object) -> str:
-        """Run a SLURM command; return what it printed."""
+        """Run a SLURM command; return its output."""
         done = subprocess.run(
             command, env=self._env, capture_output=True, text=True, timeout=60, **more
         )
@@ -85,22 +88,22 @@ class Cluster:
         return done.stdout.strip()
 
     def job(self, name: str) -> dict[str, str]:
-        """Return what SLURM says of a job, or of an array's task."""
-        shown = self.run("scontrol", "show", "--oneliner", "job", name)
-        pairs = (word.partition("=") for word in shown.split())
+        """Return SLURM's description of a job or array task."""
+        description = self.run("scontrol", "show", "--oneliner", "job", name)
+        pairs = (word.partition("=") for word in description.split())
         return {key: value for key, _, value in pairs}
 
     def log(self, name: str) -> str:
-        """Return what a job has printed."""
+        """Return the log of a job; empty before it starts."""
         path = Path(self.job(name)["StdOut"])
         return path.read_text() if path.exists() else ""
 
     def wait(self, name: str, condition: Callable[[], bool], within_s: float = 180.0) -> None:
-        """Wait for a condition, for a bounded time."""
+        """Wait until a condition holds; fail after a timeout."""
         until = time.monotonic() + within_s
         while not condition():
             if time.monotonic() > until:
-                pytest.fail(f"it never came true; {self.job(name)}\n{self.log(name)[-6000:]}")
+                pytest.fail(f"condition never held; {self.job(name)}\n{self.log(name)[-6000:]}")
             time.sleep(0.1)
 
     def ended(self, name: str, within_s: float = 180.0) -> str:
@@ -110,7 +113,7 @@ class Cluster:
         return self.job(name)["JobState"]
 
     def preempt(self, nodes: int = 2) -> None:
-        """Have an urgent job take the nodes, for a moment."""
+        """Preempt the nodes with an urgent job of one second."""
         self.sbatch(
             Path("/tmp"), "--partition=urgent", f"--nodes={nodes}", "--exclusive",
             "--output=/dev/null", "--wrap=sleep 1",
@@ -121,14 +124,14 @@ class Cluster:
         self.manage("fail", node)
 
     def boot(self, node: str) -> None:
-        """Switch it on again."""
+        """Boot a node whose power was cut."""
         self.manage("boot", node)
 
     def clear(self) -> None:
-        """Make it idle: a new one, where a job or a dead node is left. That takes half a second.
+        """Make the cluster idle: restart it if it has a job or a failed node.
 
-        To cancel a job that handles SIGTERM takes five, and what SLURM remembers of a dead node
-        lasts longer.
+        A restart takes half a second. Cancelling a job that handles SIGTERM takes five seconds,
+        and SLURM keeps a failed node's state even longer.
         """
         states = self.run("sinfo", "-h", "-N", "-p", "preemptible", "-o", "%T").split()
         if self.run("squeue", "--noheader") or states != ["idle"] * self._nodes:
@@ -137,32 +140,32 @@ class Cluster:
 
 
 @pytest.fixture(scope="session")
-def whole_cluster() -> Iterator[Cluster]:
-    """A cluster of its own for each process of tests."""
+def session_cluster() -> Iterator[Cluster]:
+    """The cluster of this test process, started once."""
     path = os.environ["PATH"] + ":/usr/sbin"
     if os.geteuid() != 0 or shutil.which("slurmctld", path=path) is None:
         pytest.skip("needs root, and: apt install slurmctld slurmd slurm-client munge iproute2")
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-    with Cluster(Path(f"/run/perdure-{worker}-{os.getpid()}"), GRACE="20") as made:
-        yield made
+    with Cluster(Path(f"/run/perdure-{worker}-{os.getpid()}"), GRACE="20") as own_cluster:
+        yield own_cluster
 
 
 @pytest.fixture
-def cluster(whole_cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster, idle before and after."""
-    whole_cluster.clear()
-    yield whole_cluster
-    whole_cluster.clear()
+def cluster(session_cluster: Cluster) -> Iterator[Cluster]:
+    """The session's cluster, idle before and after the test."""
+    session_cluster.clear()
+    yield session_cluster
+    session_cluster.clear()
 
 
 @pytest.fixture
-def another_cluster(whole_cluster: Cluster) -> Iterator[Callable[..., Cluster]]:
-    """Start one beside it, of another size or with other settings, for one test."""
-    with ExitStack() as all_of_them:
+def another_cluster(session_cluster: Cluster) -> Iterator[Callable[..., Cluster]]:
+    """Start further clusters for one test, with another size or other settings."""
+    with ExitStack() as stack:
         numbers = count(1)
 
         def call(nodes: int = 2, cpus: int = 8, **settings: str) -> Cluster:
-            state = Path(f"{whole_cluster.state}-{next(numbers)}")
-            return all_of_them.enter_context(Cluster(state, nodes, cpus, **settings))
+            state = Path(f"{session_cluster.state}-{next(numbers)}")
+            return stack.enter_context(Cluster(state, nodes, cpus, **settings))
 
         yield call

@@ -1,4 +1,4 @@
-"""The cluster of these tests: it works, leaves nothing behind, and lives beside another."""
+"""The tests' SLURM cluster: operation, cleanup, and two clusters at once."""
 
 import os
 import subprocess
@@ -11,18 +11,19 @@ from support.run_commands import ROOT
 
 
 def processes_of(state):
-    """Return the commands of all processes that were ever told of a cluster's folder."""
-    found = []
+    """Return the commands of all processes whose initial environment names a cluster's folder."""
+    commands = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if f"={state}\0".encode() in (folder / "environ").read_bytes() + b"\0":
-                found.append((folder / "cmdline").read_bytes())
+                commands.append((folder / "cmdline").read_bytes())
         except OSError:  # it has ended
             continue
-    return [command for command in found if command]  # a zombie has none
+    return [command for command in commands if command]  # a zombie has none
 
 
-def of_the_machine():
+def machine_state():
+    """Return the network links, mounts and hosts file of this machine."""
     links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True)
     names = [line.split(":")[1] for line in links.stdout.splitlines()]
     return names, Path("/proc/self/mountinfo").read_text(), Path("/etc/hosts").read_text()
@@ -35,8 +36,8 @@ def wait(condition, within_s=30.0):
         time.sleep(0.05)
 
 
-def test_a_job_runs_on_two_nodes_and_down_leaves_nothing_behind(another_cluster, tmp_path):
-    before = of_the_machine()
+def test_job_runs_on_two_nodes_and_down_leaves_nothing_behind(another_cluster, tmp_path):
+    before = machine_state()
     cluster = another_cluster(GPUS="2")
     job = cluster.sbatch(
         tmp_path, "--nodes=2", "--gpus-per-node=2",
@@ -52,12 +53,12 @@ def test_a_job_runs_on_two_nodes_and_down_leaves_nothing_behind(another_cluster,
     cluster.manage("down")
     assert processes_of(cluster.state) == []
     assert not cluster.state.exists()
-    assert of_the_machine() == before
+    assert machine_state() == before
     cluster.manage("status", code=3)
     cluster.manage("down")
 
 
-def test_a_preempted_job_is_requeued_under_its_id(another_cluster, tmp_path):
+def test_preempted_job_is_requeued_with_its_id(another_cluster, tmp_path):
     cluster = another_cluster(GRACE="0", KILLWAIT="1")
     job = cluster.sbatch(
         tmp_path, "--nodes=2", "--open-mode=append",
@@ -73,29 +74,29 @@ def test_a_preempted_job_is_requeued_under_its_id(another_cluster, tmp_path):
     assert "DUE TO PREEMPTION" in cluster.log(job)
 
 
-def test_a_second_cluster_lives_beside_it(cluster, another_cluster, tmp_path):
+def test_two_clusters_run_concurrently(cluster, another_cluster, tmp_path):
     other = another_cluster(nodes=1, cpus=3)
-    jobs = [one.sbatch(tmp_path, "--output=/dev/null", "--wrap=sleep 1000")
-            for one in (cluster, other)]  # fmt: skip
-    for one, job in zip((cluster, other), jobs, strict=True):
-        one.wait(job, lambda one=one, job=job: one.job(job)["JobState"] == "RUNNING")
-        assert one.job(job)["BatchHost"] == "n1"
+    jobs = [slurm.sbatch(tmp_path, "--output=/dev/null", "--wrap=sleep 1000")
+            for slurm in (cluster, other)]  # fmt: skip
+    for slurm, job in zip((cluster, other), jobs, strict=True):
+        slurm.wait(job, lambda slurm=slurm, job=job: slurm.job(job)["JobState"] == "RUNNING")
+        assert slurm.job(job)["BatchHost"] == "n1"
     assert other.run("sinfo", "-h", "-p", "urgent", "-o", "%D %c") == "1 3"
     other.manage("down")
     cluster.manage("status")
     assert cluster.job(jobs[0])["JobState"] == "RUNNING"
 
 
-def test_nodes_fail_and_come_back(cluster):
-    def reaches(node):
+def test_failed_nodes_return(cluster):
+    def check_reachable(expected):
         probe = "exec 2>/dev/null; timeout 1 bash -c '>/dev/tcp/n2/6818'"
-        cluster.manage("exec", "-n", "n1", "bash", "-c", probe, code=0 if node else 124)
+        cluster.manage("exec", "-n", "n1", "bash", "-c", probe, code=0 if expected else 124)
 
-    reaches(True)
+    check_reachable(True)
     cluster.manage("unplug", "n2")
-    reaches(False)
+    check_reachable(False)
     cluster.manage("plug", "n2")
-    reaches(True)
+    check_reachable(True)
     cluster.manage("slurmd-kill", "n2")
     cluster.manage("status", code=1)
     cluster.manage("slurmd-start", "n2")
@@ -108,8 +109,8 @@ def test_nodes_fail_and_come_back(cluster):
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
-def test_it_ends_with_the_process_that_started_it(whole_cluster, how):
-    state, folder = Path(f"{whole_cluster.state}-{how}"), Path(__file__).parent
+def test_cluster_ends_with_the_process_that_started_it(session_cluster, how):
+    state, folder = Path(f"{session_cluster.state}-{how}"), Path(__file__).parent
     program = (  # of several files of that name, this folder's comes first
         f"import os, signal, sys; sys.path[:0] = {[str(folder), *sys.path]!r}\n"
         f"from pathlib import Path\nfrom conftest import Cluster\n"
@@ -125,16 +126,16 @@ def test_it_ends_with_the_process_that_started_it(whole_cluster, how):
     wait(lambda: processes_of(state) == [])
 
 
-def test_one_that_does_not_come_up_says_why_and_leaves_nothing(whole_cluster, another_cluster):
+def test_failed_start_reports_its_cause_and_leaves_nothing_behind(session_cluster, another_cluster):
     with pytest.raises(AssertionError, match="unrecognized key: Nonsense"):
         another_cluster(EXTRA="Nonsense=1")
-    state = Path(f"{whole_cluster.state}-1")
+    state = Path(f"{session_cluster.state}-1")
     assert not state.exists()
     wait(lambda: processes_of(state) == [])
 
 
-def test_one_that_is_interrupted_while_it_comes_up_leaves_nothing(whole_cluster):
-    state = Path(f"{whole_cluster.state}-interrupted")
+def test_interrupted_start_leaves_nothing_behind(session_cluster):
+    state = Path(f"{session_cluster.state}-interrupted")
     starting = subprocess.Popen(
         [ROOT / "scripts/slurm_cluster", "up"],
         env={**os.environ, "PERDURE_CLUSTER_STATE": str(state)}, stderr=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""The documents' commands that need SLURM run as they are written, with a task for eight."""
+"""Documented commands that need SLURM, run with one task in place of eight."""
 
 import json
 import os
@@ -17,12 +17,12 @@ COMMANDS = [
 
 @pytest.fixture
 def with_gpus(another_cluster):
-    """A cluster whose nodes claim to have eight GPUs."""
+    """A cluster whose nodes are configured with eight GPUs."""
     return another_cluster(GPUS="8")
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: f"{words[0]}-{words[-1]}")
-def test_a_command_of_the_documents_runs(with_gpus, command, words):
+def test_document_command_runs(with_gpus, command, words):
     cluster = with_gpus
     (command.folder / "slurm").symlink_to(SLURM)
     (command.folder / "sweep.txt").write_text("".join(f"seed={n}\n" for n in range(5)))

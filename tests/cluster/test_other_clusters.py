@@ -1,4 +1,4 @@
-"""Clusters that are set otherwise, or forbid requeueing; and sweeps that Hydra submits."""
+"""Clusters with other settings, job chains without requeueing, and sweeps submitted by Hydra."""
 
 import os
 import subprocess
@@ -21,16 +21,16 @@ from support.slurm_jobs import (
 __all__ = ["undisturbed"]
 
 NO_USER_SIGNAL = {"EXTRA": "SlurmctldParameters=idle_on_node_suspend", "GRACE": "20"}
-OTHERS = {
+SETTINGS = {
     "no user signal": NO_USER_SIGNAL,
     "no grace time": {**NO_USER_SIGNAL, "GRACE": "0", "KILLWAIT": "30"},
 }
 if Path("/sys/fs/cgroup/freezer").is_dir():  # SLURM's cgroup/v1; version 2 wants systemd
-    OTHERS["processes tracked by cgroup"] = {"PROCTRACK": "cgroup", "GRACE": "20"}
+    SETTINGS["processes tracked by cgroup"] = {"PROCTRACK": "cgroup", "GRACE": "20"}
 
 
-@pytest.mark.parametrize("settings", OTHERS.values(), ids=OTHERS)
-def test_preempted_on_a_cluster_that_is_set_otherwise(
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_preempted_job_resumes_under_other_cluster_settings(
     command, another_cluster, settings, undisturbed
 ):
     cluster = another_cluster(**settings)
@@ -48,7 +48,7 @@ def test_preempted_on_a_cluster_that_is_set_otherwise(
     assert same(undisturbed, command, "a")
 
 
-def test_a_chain_goes_on_where_the_job_before_stopped_and_ends_with_the_run(cluster, command):
+def test_chain_resumes_in_the_next_job_and_ends_with_the_run(cluster, command):
     environment = {**cluster._env, **of_jobs(command), "STEP_S": "0.2"}
     environment |= {"PERDURE_PYTHON": sys.executable, "PERDURE_SLURM": str(SLURM)}
     done = subprocess.run(
@@ -64,8 +64,8 @@ def test_a_chain_goes_on_where_the_job_before_stopped_and_ends_with_the_run(clus
     assert cluster.ended(second) == "COMPLETED"
     assert cluster.ended(third) == "CANCELLED"
     assert [record(command, "a", n)["outcome"] for n in (1, 2)] == ["preempted", "done"]
-    assert command(*FRAGILE, "name=whole").returncode == 0
-    assert same(command.folder / "runs/whole", command, "a")
+    assert command(*FRAGILE, "name=uninterrupted").returncode == 0
+    assert same(command.folder / "runs/uninterrupted", command, "a")
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def sweep(cluster, command):
         process.communicate(timeout=60)
 
 
-def test_a_sweep_that_hydra_submits_is_requeued_task_by_task(cluster, command, sweep):
+def test_hydra_sweep_requeues_only_the_stopped_task(cluster, command, sweep):
     process, job = sweep("hydra.launcher.tasks_per_node=2", STEP_S="0.2")
     cluster.wait(job, lambda: steps(command, "a-seed=2") >= 3)
     cluster.run("scancel", "--signal=USR2", f"{job}_1")
@@ -105,7 +105,7 @@ def test_a_sweep_that_hydra_submits_is_requeued_task_by_task(cluster, command, s
     assert steps(command, "a-seed=1") == steps(command, "a-seed=2") == 40
 
 
-def test_a_submitted_job_that_fails_says_so_to_slurm_its_log_and_who_waits(cluster, sweep):
+def test_failed_sweep_job_is_reported_to_slurm_its_log_and_the_launcher(cluster, sweep):
     process, job = sweep(FAIL_AT="0:3")
     assert cluster.ended(f"{job}_0") == "FAILED"
     assert "ZeroDivisionError: a bug in the user's own code" in cluster.log(f"{job}_0")

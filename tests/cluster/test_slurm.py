@@ -1,4 +1,4 @@
-"""Jobs of a real SLURM: preempted, at their limit, on dead nodes, cancelled, failed, swept."""
+"""Jobs on a real SLURM: preemption, time limit, node failure, cancellation, errors, sweeps."""
 
 import random
 import re
@@ -9,7 +9,7 @@ from support.slurm_jobs import FRAGILE, TWO_BY_TWO, record, same, steps, submit,
 __all__ = ["submit", "undisturbed"]
 
 
-def test_a_preempted_job_is_requeued_and_ends_with_the_same_bits(
+def test_preempted_job_is_requeued_and_ends_with_identical_results(
     cluster, command, submit, undisturbed
 ):
     job = submit(*FRAGILE, "name=a", STEP_S="0.2")
@@ -29,8 +29,8 @@ def test_a_preempted_job_is_requeued_and_ends_with_the_same_bits(
     assert same(undisturbed, command, "a")
 
 
-def test_a_storm_of_preemptions_ends_with_the_same_bits(cluster, command, submit):
-    assert command(*FRAGILE, "name=whole", "launch.nproc=2").returncode == 0
+def test_ten_preemptions_end_with_identical_results(cluster, command, submit):
+    assert command(*FRAGILE, "name=uninterrupted", "launch.nproc=2").returncode == 0
     job = submit(
         *FRAGILE, "name=a", options=("--nodes=1", "--ntasks-per-node=2"), STEP_S="0.2"
     )  # fmt: skip
@@ -39,7 +39,7 @@ def test_a_storm_of_preemptions_ends_with_the_same_bits(cluster, command, submit
         goal = before + lot.randint(1, 3)
         cluster.wait(job, lambda goal=goal: steps(command, "a") >= goal)
         if number % 3 == 0:
-            cluster.preempt()  # the real thing takes longer
+            cluster.preempt()  # slower than a signal, hence only every third time
         else:
             cluster.run("scancel", f"--signal={lot.choice(['USR2', 'TERM', 'USR1'])}", job)
         restarts = str(number)
@@ -47,11 +47,11 @@ def test_a_storm_of_preemptions_ends_with_the_same_bits(cluster, command, submit
         before = record(command, "a", number)["last_step"]
     assert cluster.ended(job) == "COMPLETED"
     assert "11 attempts (10 preempted): 100.0 % of 40 steps were useful" in cluster.log(job)
-    assert same(command.folder / "runs/whole", command, "a")
+    assert same(command.folder / "runs/uninterrupted", command, "a")
 
 
-def test_at_the_time_limit_a_job_leaves_in_time_and_is_requeued(cluster, command, submit):
-    # no signal of SLURM's before the end, which it may send up to a minute early: only the deadline
+def test_job_stops_before_its_time_limit_and_is_requeued(cluster, command, submit):
+    # SLURM may signal up to a minute early; @0 disables that signal, so only the deadline acts
     options = (*TWO_BY_TWO, "--time=1", "--signal=USR2@0")
     job = submit(*FRAGILE, "name=a", options=options, STEP_S="2.0")
     cluster.wait(job, lambda: cluster.job(job)["Restarts"] == "1")
@@ -61,7 +61,7 @@ def test_at_the_time_limit_a_job_leaves_in_time_and_is_requeued(cluster, command
     cluster.run("scancel", job)
 
 
-def test_when_a_node_dies_the_job_goes_on_with_the_same_bits(cluster, command, submit, undisturbed):
+def test_job_after_node_failure_ends_with_identical_results(cluster, command, submit, undisturbed):
     job = submit(*FRAGILE, "name=a", "launch.peer_timeout_s=5", STEP_S="0.3")
     cluster.wait(job, lambda: steps(command, "a") >= 7)
     cluster.fail("n2")
@@ -73,9 +73,7 @@ def test_when_a_node_dies_the_job_goes_on_with_the_same_bits(cluster, command, s
 
 
 @pytest.mark.parametrize(("how", "state"), [((), "CANCELLED"), (("--signal=TERM",), "COMPLETED")])
-def test_a_cancelled_job_does_not_come_back_and_a_signalled_one_does(
-    cluster, command, submit, how, state
-):
+def test_cancelled_job_is_not_requeued_and_signaled_job_is(cluster, command, submit, how, state):
     options = ("--nodes=1", "--ntasks-per-node=2")
     job = submit(*FRAGILE, "name=a", options=options, STEP_S="0.2")
     cluster.wait(job, lambda: steps(command, "a") >= 3)
@@ -87,22 +85,20 @@ def test_a_cancelled_job_does_not_come_back_and_a_signalled_one_does(
         assert steps(command, "a") == 40
 
 
-@pytest.mark.parametrize(("arguments", "env", "code", "says"), [
+@pytest.mark.parametrize(("arguments", "env", "code", "message"), [
     (["trainer.max_epoch=3"], {}, "2:0", "did you mean 'max_epochs'"),
     ([], {"FAIL_AT": "1:3"}, "1:0", "ZeroDivisionError: a bug in the user's own code"),
 ])  # fmt: skip
-def test_a_job_that_fails_for_good_is_not_requeued(
-    cluster, command, submit, arguments, env, code, says
-):
+def test_failed_job_is_not_requeued(cluster, command, submit, arguments, env, code, message):
     options = ("--nodes=1", "--ntasks-per-node=2")
     job = submit(*FRAGILE, "name=a", *arguments, options=options, **env)
     assert cluster.ended(job) == "FAILED"
-    found = cluster.job(job)
-    assert (found["Restarts"], found["ExitCode"]) == ("0", code)
-    assert says in cluster.log(job)
+    description = cluster.job(job)
+    assert (description["Restarts"], description["ExitCode"]) == ("0", code)
+    assert message in cluster.log(job)
 
 
-def test_under_torchrun_on_each_node_the_outcome_still_requeues_the_job(
+def test_preempted_torchrun_job_is_requeued_and_ends_with_identical_results(
     cluster, command, submit, undisturbed
 ):
     options = ("--nodes=2", "--exclusive")
@@ -118,7 +114,7 @@ def test_under_torchrun_on_each_node_the_outcome_still_requeues_the_job(
     assert same(undisturbed, command, "a")
 
 
-def test_of_a_sweep_only_the_task_that_was_stopped_is_requeued(cluster, command, submit):
+def test_sweep_requeues_only_the_stopped_task(cluster, command, submit):
     (command.folder / "rates.txt").write_text("optimizer.lr=0.1\noptimizer.lr=0.2\n")
     options = ("--array=0-1", "--nodes=1", "--ntasks=1")
     job = submit(
@@ -134,7 +130,7 @@ def test_of_a_sweep_only_the_task_that_was_stopped_is_requeued(cluster, command,
     assert record(command, "rates-1", 1)["array_task"] == "1"
 
 
-def test_where_requeueing_is_forbidden_the_log_says_how_to_go_on(cluster, command, submit):
+def test_job_with_no_requeue_logs_how_to_continue(cluster, command, submit):
     options = ("--nodes=1", "--ntasks=1", "--no-requeue")
     job = submit(*FRAGILE, "name=a", options=options, STEP_S="0.2")
     cluster.wait(job, lambda: steps(command, "a") >= 3)
@@ -145,12 +141,10 @@ def test_where_requeueing_is_forbidden_the_log_says_how_to_go_on(cluster, comman
     assert "slurm/chain.sh" in cluster.log(job)
 
 
-def test_the_doctor_looks_first_and_a_job_that_cannot_work_ends_before_its_ranks(
-    cluster, command, submit
-):
+def test_doctor_runs_first_and_its_failure_ends_the_job_before_its_ranks(cluster, command, submit):
     good = submit(*FRAGILE, "name=a", PERDURE_DOCTOR="yes")
     (command.folder / "runs" / "b").mkdir(parents=True)
-    (command.folder / "runs" / "b" / "checkpoints").touch()  # where a folder has to be
+    (command.folder / "runs" / "b" / "checkpoints").touch()  # a file where a folder is needed
     bad = submit(*FRAGILE, "run_dir=runs/b/checkpoints/x", PERDURE_DOCTOR="yes")
     assert cluster.ended(bad) == "FAILED"
     assert "FAIL  run_dir" in cluster.log(bad)
@@ -164,7 +158,7 @@ def test_the_doctor_looks_first_and_a_job_that_cannot_work_ends_before_its_ranks
     assert re.search(r"\d+ s between the signal and SIGKILL \(GraceTime \d+, KillWait \d+\)", log)
 
 
-def test_unequal_tasks_are_refused_with_the_reason(cluster, command, submit):
+def test_unequal_tasks_per_node_are_rejected_with_the_option_to_set(cluster, command, submit):
     job = submit(*FRAGILE, "name=a", options=("--nodes=2", "--ntasks=3", "--exclusive"))
     assert cluster.ended(job) == "FAILED"
     assert cluster.job(job)["ExitCode"] == "2:0"

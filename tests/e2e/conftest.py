@@ -1,4 +1,4 @@
-"""The fixtures of commands.py, for every test of real processes."""
+"""The fixtures of support/run_commands.py, for every test of real processes."""
 
 from support.run_commands import command, wait_for
 

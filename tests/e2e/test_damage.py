@@ -1,4 +1,4 @@
-"""A damaged checkpoint: named, set aside, and the newest whole one taken instead, loudly."""
+"""A damaged checkpoint is reported and marked; the run resumes from the newest intact one."""
 
 import pytest
 from support.run_commands import HARD, committed
@@ -9,10 +9,10 @@ KEEP = [*HARD, "checkpoint.keep_last=3", "task._target_=mine.task.Fragile"]
 
 
 @pytest.fixture
-def stopped(command):
-    """A run that has three checkpoints, the last of them of step 18.
+def stopped_run(command):
+    """A run with three checkpoints, the last at step 18.
 
-    The ones before are of steps 10 and 15, or, where the disk is slow, of a step or two after.
+    The earlier ones are at steps 10 and 15, or a step or two later if the disk is slow.
     """
     assert command(*KEEP, "name=a", TERM_AT="0:18").returncode == 75
     run = command.folder / "runs/a"
@@ -22,8 +22,8 @@ def stopped(command):
 
 
 def shard_of(run, step):
-    (found,) = run.glob(f"checkpoints/step-{step:08d}.*/*.safetensors")
-    return found
+    (shard,) = run.glob(f"checkpoints/step-{step:08d}.*/*.safetensors")
+    return shard
 
 
 def truncate(path):
@@ -48,64 +48,66 @@ def remove(path):
         pytest.param(remove, marks=pytest.mark.slow),
     ],
 )
-def test_auto_falls_back_to_the_newest_whole_one_loudly_and_ends_the_same(command, stopped, damage):
+def test_resume_skips_damage_with_a_warning_and_ends_with_identical_results(
+    command, stopped_run, damage
+):
     assert command(*KEEP, "name=b").returncode == 0
-    damaged, whole = shard_of(stopped, 18), committed(stopped)[-2]
+    damaged, fallback = shard_of(stopped_run, 18), committed(stopped_run)[-2]
     damage(damaged)
-    went_on = command(*KEEP, "name=a")
-    assert went_on.returncode == 0, went_on.stderr
-    assert "warning: damaged checkpoint: " in went_on.stdout
-    assert damaged.name in went_on.stdout
-    assert f"resuming from step {whole}; {40 - whole} steps left" in went_on.stdout
+    done = command(*KEEP, "name=a")
+    assert done.returncode == 0, done.stderr
+    assert "warning: damaged checkpoint: " in done.stdout
+    assert damaged.name in done.stdout
+    assert f"resuming from step {fallback}; {40 - fallback} steps left" in done.stdout
     assert (damaged.parent / "damaged.json").exists()
     assert (damaged.parent / "manifest.json").exists()
-    assert differences(str(stopped), str(command.folder / "runs/b")) == []
+    assert differences(str(stopped_run), str(command.folder / "runs/b")) == []
 
 
 @pytest.mark.slow
-def test_a_damaged_manifest_is_passed_over_too(command, stopped):
-    whole = committed(stopped)[-2]
-    manifest = shard_of(stopped, 18).parent / "manifest.json"
+def test_damaged_manifest_is_skipped_with_a_warning(command, stopped_run):
+    fallback = committed(stopped_run)[-2]
+    manifest = shard_of(stopped_run, 18).parent / "manifest.json"
     flip_one_bit(manifest)
-    went_on = command(*KEEP, "name=a")
-    assert went_on.returncode == 0, went_on.stderr
-    assert "warning: skipped checkpoint: " in went_on.stdout
-    assert f"resuming from step {whole};" in went_on.stdout
+    done = command(*KEEP, "name=a")
+    assert done.returncode == 0, done.stderr
+    assert "warning: skipped checkpoint: " in done.stdout
+    assert f"resuming from step {fallback};" in done.stdout
 
 
-def test_a_named_step_that_is_damaged_is_an_error_that_lists_the_older_ones(command, stopped):
-    flip_one_bit(shard_of(stopped, 18))
-    oldest, whole, _ = committed(stopped)
-    refused = command(*KEEP, "name=a", "resume=18")
-    assert refused.returncode == 1
-    assert "checksum mismatch" in refused.stderr
-    assert f"Older checkpoints: steps {whole}, {oldest}. Resume from one with resume={whole}" in (
-        refused.stderr
+def test_resume_from_a_damaged_step_fails_and_lists_older_checkpoints(command, stopped_run):
+    flip_one_bit(shard_of(stopped_run, 18))
+    oldest, middle, _ = committed(stopped_run)
+    done = command(*KEEP, "name=a", "resume=18")
+    assert done.returncode == 1
+    assert "checksum mismatch" in done.stderr
+    assert f"Older checkpoints: steps {middle}, {oldest}. Resume from one with resume={middle}" in (
+        done.stderr
     )
-    assert "Traceback" not in refused.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-def test_with_two_ranks_damage_that_one_rank_sees_turns_all(command):
+def test_damage_detected_by_one_of_two_ranks_makes_both_fall_back(command):
     two = [*KEEP, "name=a", "launch.nproc=2"]
     assert command(*two, TERM_AT="0:17").returncode == 75
     run = command.folder / "runs/a"
-    *_, whole, last = committed(run)
+    *_, fallback, last = committed(run)
     (shard,) = run.glob(f"checkpoints/step-{last:08d}.*/r00001-*")
     truncate(shard)
-    went_on = command(*two)
-    assert went_on.returncode == 0, went_on.stderr
-    assert f"resuming from step {whole};" in went_on.stdout
+    done = command(*two)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming from step {fallback};" in done.stdout
 
 
 @pytest.mark.slow
-def test_when_none_is_whole_the_run_is_refused_and_nothing_is_begun_anew(command, stopped):
-    for step in committed(stopped):
-        truncate(shard_of(stopped, step))
-    refused = command(*KEEP, "name=a")
-    assert refused.returncode == 1
-    assert "every checkpoint in" in refused.stderr
+def test_run_with_only_damaged_checkpoints_fails_and_does_not_start_over(command, stopped_run):
+    for step in committed(stopped_run):
+        truncate(shard_of(stopped_run, step))
+    done = command(*KEEP, "name=a")
+    assert done.returncode == 1
+    assert "every checkpoint in" in done.stderr
     again = command(*KEEP, "name=a")
     assert again.returncode == 1
     assert "every checkpoint in" in again.stderr
-    assert len(list(stopped.glob("checkpoints/*/manifest.json"))) == 3
+    assert len(list(stopped_run.glob("checkpoints/*/manifest.json"))) == 3

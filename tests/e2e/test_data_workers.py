@@ -1,4 +1,4 @@
-"""Workers that fetch pictures are killed in the middle of an epoch; the run ends as if not."""
+"""Data workers are killed in the middle of an epoch; the resumed run ends identically."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from support.run_commands import HARD, committed
 from scripts.compare_runs import differences
 
 PICTURES = [
-    *(each for each in HARD if not each.startswith(("data", "sample", "trainer.max_epochs"))),
+    *(option for option in HARD if not option.startswith(("data", "sample", "trainer.max_epochs"))),
     "data=image_folder", "data.dir=pictures", "sample.shape=[3,8,8]", "sample.classes=3",
     "data.augment=resized_crop", "data.flip=true", "trainer.max_epochs=12",
     "trainer.data_workers=2", "trainer.on_damaged=skip",
@@ -26,7 +26,7 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_with_its_workers_killed_it_ends_with_the_same_bits(command, wait_for, ranks):
+def test_run_with_killed_workers_ends_with_identical_results(command, wait_for, ranks):
     settings = [*PICTURES, f"launch.nproc={ranks}"]
     for n in range(90):
         pixels = np.random.default_rng(n).integers(0, 256, (20, 24, 3)).astype(np.uint8)

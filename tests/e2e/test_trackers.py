@@ -1,4 +1,4 @@
-"""All trackers at once over a run that is killed, and a server that cannot be reached."""
+"""All trackers at once in a killed run; W&B servers that respond or hang."""
 
 import json
 import os
@@ -18,7 +18,7 @@ WANDB = {"WANDB_ERROR_REPORTING": "false", "WANDB_API_KEY": "a" * 40}
 
 
 @pytest.mark.slow
-def test_a_killed_run_has_every_step_once_and_one_run_at_wandb(command, wait_for):
+def test_killed_run_logs_every_step_once_and_as_one_wandb_run(command, wait_for):
     arguments = (
         *HARD, "name=a", "tracker=[wandb,tensorboard]", "tracker.wandb.mode=offline",
         "+tracker.mine={_target_: trainer.tracking.console.Console, every_s: 0}",
@@ -32,13 +32,14 @@ def test_a_killed_run_has_every_step_once_and_one_run_at_wandb(command, wait_for
     again = command(*arguments, **WANDB)
     assert again.returncode == 0, again.stderr
     lines = jsonl.read(open_store(str(run)))
-    shown = scalars(run / "tensorboard")
+    curves = scalars(run / "tensorboard")
     for split in ("train", "eval"):
         expected = [line["step"] for line in lines if line["split"] == split]
-        assert [step for step, _ in shown[f"{split}/loss"]] == expected
-    assert [step for step, _ in shown["train/loss"]] == list(range(1, 41))
+        assert [step for step, _ in curves[f"{split}/loss"]] == expected
+    assert [step for step, _ in curves["train/loss"]] == list(range(1, 41))
     killed, ended = sorted(run.glob("wandb/offline-*/*.wandb"))
-    assert killed.name == ended.name  # which has the id; the first file lost its last seconds
+    # The file name has the run id. The first file lost its last seconds.
+    assert killed.name == ended.name
     name, config, history, code, artifacts = wandb_run(ended)
     assert (f"run-{name}.wandb", config["attempt"], code) == (ended.name, 2, 0)
     assert [line["step"] for line in history if "train/loss" in line][-1] == 40
@@ -49,7 +50,7 @@ def test_a_killed_run_has_every_step_once_and_one_run_at_wandb(command, wait_for
 
 
 @pytest.mark.slow
-def test_at_a_server_that_answers_steps_that_come_again_are_not_dropped(command, wait_for):
+def test_repeated_steps_are_not_dropped_by_a_wandb_server(command, wait_for):
     arguments = (*HARD, "name=a", "tracker=wandb", "task._target_=mine.task.Fragile")
     run = command.folder / "runs/a"
     with WandbServer() as server:
@@ -60,7 +61,7 @@ def test_at_a_server_that_answers_steps_that_come_again_are_not_dropped(command,
         }
 
         def seen():
-            return [step for one in server.runs.values() for step in steps_of(one["history"])]
+            return [step for run in server.runs.values() for step in steps_of(run["history"])]
 
         process = command.start(*arguments, STEP_S="0.1", **online)
         wait_for(lambda: committed(run) and seen()[-1:] > [committed(run)[-1]], process)
@@ -69,20 +70,22 @@ def test_at_a_server_that_answers_steps_that_come_again_are_not_dropped(command,
         before = seen()
         done = command(*arguments, **online)
         assert done.returncode == 0, done.stderr
-    (there,) = server.runs.values()
+    (server_run,) = server.runs.values()
     resumed = int(re.search(r"resuming from step (\d+)", done.stdout)[1])
-    steps = steps_of(there["history"])
+    steps = steps_of(server_run["history"])
     assert steps[: len(before)] == before
-    assert before[-1] > resumed  # hence some come again
+    assert before[-1] > resumed  # hence some steps are repeated
     assert steps[-(40 - resumed) :] == list(range(resumed + 1, 41))
-    own = [line["_step"] for line in there["history"]]
-    assert own == list(range(len(own)))
+    wandb_steps = [line["_step"] for line in server_run["history"]]
+    assert wandb_steps == list(range(len(wandb_steps)))
     lines = jsonl.read(open_store(str(run)))
     losses = {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
-    sent = {line["step"]: line["train/loss"] for line in there["history"] if "train/loss" in line}
+    sent = {
+        line["step"]: line["train/loss"] for line in server_run["history"] if "train/loss" in line
+    }
     assert sent == losses
-    assert there["config"]["attempt"]["value"] == 2
-    assert there["summary"]["step"] == 40
+    assert server_run["config"]["attempt"]["value"] == 2
+    assert server_run["summary"]["step"] == 40
 
 
 def steps_of(history):
@@ -94,11 +97,11 @@ def jsonl_steps(run):
         text = (run / "metrics.jsonl").read_text()
     except FileNotFoundError:
         return []
-    return [json.loads(one)["step"] for one in text.split("\n")[:-1]]
+    return [json.loads(line)["step"] for line in text.split("\n")[:-1]]
 
 
 @pytest.mark.slow
-def test_a_server_that_hangs_changes_neither_the_end_nor_the_exit_code(command):
+def test_hanging_wandb_server_changes_neither_result_nor_exit_code(command):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)
@@ -114,7 +117,7 @@ def test_a_server_that_hangs_changes_neither_the_end_nor_the_exit_code(command):
 
 
 def is_core_of(pid, folder):
-    """Whether a process is the library's own, started in `folder`."""
+    """Return whether a process is wandb-core, started in `folder`."""
     try:
         with open(f"/proc/{pid}/cmdline") as file:
             return "wandb-core" in file.read() and os.readlink(f"/proc/{pid}/cwd") == folder

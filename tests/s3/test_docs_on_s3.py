@@ -1,4 +1,4 @@
-"""The documents' commands that speak of a bucket run as they are written, on a real server."""
+"""Documented commands with S3 URLs, run on a real server."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ COMMANDS = [words for document in documents.DOCUMENTS for words in documents.typ
 
 
 @pytest.mark.parametrize("number", range(len(COMMANDS)))
-def test_a_command_of_the_documents_runs(s3, command, number):
+def test_document_command_runs(s3, command, number):
     address = s3.environment["AWS_ENDPOINT_URL"]
     words = [
         re.sub("s3://[a-z]+/", f"s3://{BUCKET}/document-{number}/", word)
@@ -25,10 +25,10 @@ def test_a_command_of_the_documents_runs(s3, command, number):
     env, words = documents.to_run(documents.shorter(words))
     env |= {**command.env, **s3.environment}
     if any(address in word for word in words):
-        del env["AWS_ENDPOINT_URL"]  # the command says it
+        del env["AWS_ENDPOINT_URL"]  # the command sets it
     done = subprocess.run(
         words, cwd=command.folder, env=env, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
-    place = next(word for word in reversed(words) if "s3://" in word).partition("=")[2]
-    assert [commit.step for commit in lineage.commits(open_store(place))] == [2]
+    url = next(word for word in reversed(words) if "s3://" in word).partition("=")[2]
+    assert [commit.step for commit in lineage.commits(open_store(url))] == [2]

@@ -1,4 +1,4 @@
-"""What goes wrong between us and a real S3 server: repeated where that helps, else said."""
+"""Faults between the client and a real S3 server: transient ones are retried, others raised."""
 
 import os
 import uuid
@@ -21,9 +21,9 @@ BIG = os.urandom(1 << 20) * 20 + b"end"
 
 @pytest.fixture
 def proxy(s3):
-    made = Proxy(s3.endpoint)
-    yield made
-    made.close()
+    http_proxy = Proxy(s3.endpoint)
+    yield http_proxy
+    http_proxy.close()
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def store(proxy):
     return open_store(f"s3://{BUCKET}/{uuid.uuid4().hex}/x", settings)
 
 
-EACH = {
+TRANSIENT = {
     "slow down": Fault("answer", 2),
     "internal error": Fault("answer", 2, status=500, code="InternalError"),
     "reset": Fault("reset"),
@@ -41,9 +41,9 @@ EACH = {
 }
 
 
-@pytest.mark.parametrize("fault", EACH.values(), ids=EACH)
+@pytest.mark.parametrize("fault", TRANSIENT.values(), ids=TRANSIENT)
 @pytest.mark.parametrize("method", ["PUT", "GET", "HEAD", "DELETE", "POST"])
-def test_what_passes_is_met_with_patience(store, proxy, fault, method):
+def test_transient_faults_are_retried(store, proxy, fault, method):
     proxy.faults = [Fault(fault.how, fault.times, method, status=fault.status, code=fault.code)]
     put(store, "big", BIG)
     store.create("made", b"mine")
@@ -57,7 +57,7 @@ def test_what_passes_is_met_with_patience(store, proxy, fault, method):
     assert proxy.faults[0].met > 0
 
 
-def test_an_answer_that_is_cut_short_is_asked_for_again(store, proxy):
+def test_truncated_response_is_requested_again(store, proxy):
     put(store, "big", BIG)
     proxy.faults = [Fault("cut", 2, "GET", "big")]
     buffer = bytearray(len(BIG))
@@ -66,7 +66,7 @@ def test_an_answer_that_is_cut_short_is_asked_for_again(store, proxy):
     assert proxy.faults[0].met == 2
 
 
-def test_bytes_that_change_on_the_way_there_are_sent_again(store, proxy):
+def test_corrupted_upload_is_sent_again(store, proxy):
     proxy.faults = [Fault("spoil", 2, "PUT", "partNumber"), Fault("spoil", 1, "PUT", "small")]
     put(store, "big", BIG)
     put(store, "small", b"some bytes")
@@ -75,7 +75,7 @@ def test_bytes_that_change_on_the_way_there_are_sent_again(store, proxy):
     assert [fault.met for fault in proxy.faults] == [2, 1]
 
 
-def test_a_creation_whose_answer_was_lost_is_ones_own(store, proxy):
+def test_create_with_lost_response_succeeds_for_own_bytes_only(store, proxy):
     proxy.faults = [Fault("reset", 1, "PUT")]
     store.create("made", b"mine")
     with pytest.raises(AlreadyExists):
@@ -83,7 +83,7 @@ def test_a_creation_whose_answer_was_lost_is_ones_own(store, proxy):
     assert store.read("made") == b"mine"
 
 
-FINAL = {
+PERMANENT = {
     ("AccessDenied", 403): "check the permissions",
     ("RequestTimeTooSkewed", 403): "set the clock",
     ("SignatureDoesNotMatch", 403): "check the credentials",
@@ -91,10 +91,10 @@ FINAL = {
 }
 
 
-@pytest.mark.parametrize(("what", "advice"), FINAL.items(), ids=lambda value: str(value))
-def test_what_stays_wrong_is_said_at_once(store, proxy, what, advice):
+@pytest.mark.parametrize(("error", "advice"), PERMANENT.items(), ids=lambda value: str(value))
+def test_permanent_error_is_raised_with_advice(store, proxy, error, advice):
     put(store, "a", b"x")
-    proxy.faults = [Fault("answer", -1, status=what[1], code=what[0])]
+    proxy.faults = [Fault("answer", -1, status=error[1], code=error[0])]
     for call in (
         lambda: store.read("a"),
         lambda: store.replace("a", b"y"),
@@ -108,7 +108,7 @@ def test_what_stays_wrong_is_said_at_once(store, proxy, what, advice):
     assert store.read("a") == b"x"
 
 
-def test_patience_ends_and_leaves_no_part_behind(store, proxy):
+def test_write_fails_after_last_retry_and_abort_leaves_no_part(store, proxy):
     proxy.faults = [Fault("answer", -1, "PUT", "partNumber=2")]
     file = store.open_new("big", len(BIG))
     file.put(0, memoryview(BIG)[: file.part_bytes])
@@ -119,7 +119,7 @@ def test_patience_ends_and_leaves_no_part_behind(store, proxy):
     assert store.list("", unfinished=True) == []
 
 
-def test_a_flipped_bit_is_read_again_and_one_that_stays_is_damage(store, proxy):
+def test_transient_bit_flip_is_reread_and_persistent_one_is_damage(store, proxy):
     attempt = lineage.begin(store, {})
     state = {"model.w": torch.arange(3_000_000, dtype=torch.float32)}
     writer = checkpoint.Writer(store, World(), attempt)
@@ -134,7 +134,7 @@ def test_a_flipped_bit_is_read_again_and_one_that_stays_is_damage(store, proxy):
         checkpoint.load(store, manifest, {"model.w": target})
 
 
-def test_a_bucket_that_vanished_is_no_damage(store, proxy):
+def test_load_from_deleted_bucket_raises_store_error(store, proxy):
     attempt = lineage.begin(store, {})
     state = {"model.w": torch.arange(10, dtype=torch.float32)}
     writer = checkpoint.Writer(store, World(), attempt)
@@ -144,7 +144,7 @@ def test_a_bucket_that_vanished_is_no_damage(store, proxy):
         checkpoint.load(store, manifest, {"model.w": torch.zeros(10)})
 
 
-def test_a_server_without_conditions_is_warned_of_and_used_with_care(store, proxy):
+def test_server_without_conditional_create_is_reported_and_create_still_checks(store, proxy):
     assert store.probe() == ""
     proxy.faults = [Fault("answer", -1, header="If-None-Match", status=501, code="NotImplemented")]
     assert "does not support conditional create" in store.probe()
@@ -156,7 +156,7 @@ def test_a_server_without_conditions_is_warned_of_and_used_with_care(store, prox
     assert store.list("") == ["made"]
 
 
-def test_without_the_right_to_see_uploads_keys_are_deleted_all_the_same(store, proxy):
+def test_delete_works_without_permission_to_list_uploads(store, proxy):
     store.create("a", b"x")
     proxy.faults = [Fault("answer", -1, path="uploads", status=403, code="AccessDenied")]
     store.delete(["a"])

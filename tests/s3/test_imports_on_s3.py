@@ -1,4 +1,4 @@
-"""Folders that leave into a bucket and come back from it."""
+"""Exports written to a bucket and imported from it."""
 
 import uuid
 
@@ -19,18 +19,18 @@ from trainer.storage import open_store
 @pytest.mark.parametrize(("format", "options"), [
     ("oneflow", {}), ("safetensors", {"max_shard_bytes": "100"}), ("checkpoint", {}),
 ])  # fmt: skip
-def test_what_was_exported_to_a_bucket_fills_a_model(s3, format, options):
-    place = f"s3://{BUCKET}/{uuid.uuid4().hex}"
-    store = open_store(place)
+def test_export_in_a_bucket_loads_into_a_model(s3, format, options):
+    url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    store = open_store(url)
     attempt = lineage.begin(store, {})
     lineage.amend(store, attempt, {"resumed_from": {"step": 0, "attempt": None}})
     content = Content(objects={"run": State(step=3).state_dict()})
-    given = net(1)
-    state_tree.add_model(content, given, with_buffers=True)
-    state_tree.add_optimizers(content, given, [torch.optim.SGD(given.parameters())])
+    original = net(1)
+    state_tree.add_model(content, original, with_buffers=True)
+    state_tree.add_optimizers(content, original, [torch.optim.SGD(original.parameters())])
     save(Writer(store, World(), attempt), content, step=3, config={})
-    done = export(place, format, options=options)
-    assert done.url.startswith(f"{place}/exports/")
+    done = export(url, format, options=options)
+    assert done.url.startswith(f"{url}/exports/")
     model = net(2)
     weights.load(model, Init(weights=done.url))
     expected = net(1).state_dict()

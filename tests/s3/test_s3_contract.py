@@ -1,4 +1,4 @@
-"""The contract of a store, kept by a real S3 server."""
+"""Store contract tests on a real S3 server."""
 
 import uuid
 
