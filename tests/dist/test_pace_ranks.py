@@ -1,4 +1,4 @@
-"""A rank that keeps the others waiting is named, whatever it does meanwhile."""
+"""A straggler is reported by rank, for a slow forward pass and for slow data."""
 
 import sys
 import time
@@ -9,8 +9,8 @@ from trainer.config.schema import Parallel
 SLOW_S = 0.05
 
 
-def trained(world, folder, slow_rank, what, strategy):
-    """Train 30 steps, one rank of which is slow; return what was said, and its memory figures."""
+def train(world, folder, slow_rank, slow_part, strategy):
+    """Train 30 steps with one slow rank; return the messages and the ranks' peak memory."""
     import torch
     import torch.distributed as dist
     from support.loop_jobs import DATA, Lines, Net, a_saver
@@ -31,7 +31,7 @@ def trained(world, folder, slow_rank, what, strategy):
 
     class Sleepy(Classification):
         def loss(self, model, batch):
-            if is_slow and what == "forward":
+            if is_slow and slow_part == "forward":
                 time.sleep(SLOW_S)
             return super().loss(model, batch)
 
@@ -40,25 +40,25 @@ def trained(world, folder, slow_rank, what, strategy):
             return len(DATA.train)
 
         def __getitems__(self, indices):
-            if is_slow and what == "data":
+            if is_slow and slow_part == "data":
                 time.sleep(SLOW_S)
             inputs, labels = DATA.train.tensors
             return inputs[indices], labels[indices]
 
-    class Says(Lines):
+    class MessageLog(Lines):
         def __init__(self):
             super().__init__()
-            self.said = []
+            self.messages = []
 
         def message(self, text):
-            self.said.append(text)
+            self.messages.append(text)
 
     torch.manual_seed(0)
     model = Net()
     options = Parallel() if strategy == "ddp" else Parallel(strategy="fsdp")
     wrapped = parallel.wrap(model, world, options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    tracker = Says()
+    tracker = MessageLog()
     job = Job(
         world=world, model=model, task=Sleepy(), tracker=tracker, max_steps=30,
         phases=[Phase(wrapped=wrapped, optimizer=optimizer)],
@@ -70,23 +70,23 @@ def trained(world, folder, slow_rank, what, strategy):
     saver, state, stop = a_saver_for(store, attempt, world), State(), Stop(world)
     timing = loop.start_timing(job, state, saver, stop)
     loop.train(job, state, saver, stop, timing=timing)
-    return tracker.said, timing.totals().peak_bytes
+    return tracker.messages, timing.totals().peak_bytes
 
 
 CASES = [(1, "forward", "ddp"), (0, "data", "ddp"), (1, "forward", "fsdp")]
 
 
 def all_cases(world, folder):
-    return [trained(world, f"{folder}/{index}", *case) for index, case in enumerate(CASES)]
+    return [train(world, f"{folder}/{index}", *case) for index, case in enumerate(CASES)]
 
 
-def test_the_slow_rank_is_named_once(on_ranks, tmp_path):
+def test_straggler_message_names_slow_rank_once(on_ranks, tmp_path):
     for answers in on_ranks(2, all_cases, str(tmp_path)):
-        for (slow_rank, what, _), (said, peaks) in zip(CASES, answers, strict=True):
-            (text,) = said  # on rank 0 it is heard
+        for (slow_rank, slow_part, _), (messages, peaks) in zip(CASES, answers, strict=True):
+            (text,) = messages  # on every rank; only rank 0 has a real tracker
             assert text.startswith(f"straggler: rank {slow_rank} (")
             data_s = float(text.partition("its data: ")[2].split()[0])
             forward_s = float(text.partition("its forward: ")[2].split()[0])
-            assert (data_s if what == "data" else forward_s) >= SLOW_S
+            assert (data_s if slow_part == "data" else forward_s) >= SLOW_S
             assert len(peaks) == 2
             assert min(peaks) > 10_000_000

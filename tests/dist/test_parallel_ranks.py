@@ -1,4 +1,4 @@
-"""DDP: its warm-up leaves no trace, its buckets are final, a step is the large batch's step."""
+"""DDP: warm-up changes no state, buckets are final, accumulation equals the large batch."""
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ def warm_up(world: World, static_graph: bool):
     return untouched, no_gradients, same_generators, parallel.has_rebuilt_buckets(wrapped)
 
 
-def test_the_warm_up_leaves_no_trace_and_the_buckets_are_final(on_ranks):
+def test_warm_up_leaves_state_unchanged_and_rebuilds_buckets_if_needed(on_ranks):
     assert on_ranks(3, warm_up, False) == [(True, True, True, True)] * 3
     assert on_ranks(2, warm_up, False) == [(True, True, True, False)] * 2  # not needed there
 
@@ -53,7 +53,7 @@ def gradients(world: World, size: int):
     return model.weight.grad.tolist(), buffer.running_mean.tolist()
 
 
-def test_accumulated_gradients_are_those_of_the_large_batch(on_ranks):
+def test_accumulated_gradients_equal_large_batch_gradients(on_ranks):
     torch.manual_seed(0)
     model = nn.Linear(8, 4)
     inputs = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""Phases on several ranks: the update of each is the large batch's, and a resume is exact."""
+"""Phases on several ranks: each update equals the large batch's, and a resume is exact."""
 
 import sys
 from dataclasses import replace
@@ -9,11 +9,10 @@ import pytest
 from trainer.config.schema import Parallel
 
 
-
 def pair_job(world, options=None, accumulate=1):
-    """Two nets without BatchNorm; the noise comes with the batch, so that all ranks have the same.
+    """Build a job of two nets without BatchNorm, with unequal sample weights.
 
-    Its samples weigh unequally, and both phases call both nets.
+    The noise comes with the batch, so that all ranks have the same. Both phases call both nets.
     """
     import torch
     from support.gan_jobs import phased
@@ -30,12 +29,12 @@ def pair_job(world, options=None, accumulate=1):
         phases = {"two": ["b.*"], "one": "a.*"}  # noqa: RUF012
 
         def loss(self, model, batch, phase):
-            real, noise, wanted = batch
-            weight = wanted.sum(1)
+            real, noise, mask = batch
+            weight = mask.sum(1)
             if phase == "two":
                 with torch.no_grad():
-                    made = model.a(noise)
-                margin = model.b(made) - model.b(real)  # one net twice in a forward
+                    fake = model.a(noise)
+                margin = model.b(fake) - model.b(real)  # one net twice in a forward
             else:
                 margin = -model.b(model.a(noise))
             loss = nn.functional.softplus(margin).squeeze(1) * weight
@@ -62,7 +61,7 @@ def pair_job(world, options=None, accumulate=1):
 
 
 def steps(world, options, accumulate, clip_norm):
-    """Three steps; return the means of the ranks' losses, and the weights."""
+    """Train three steps; return the means of the ranks' losses, and the weights."""
     from trainer.training import loop, parallel
     from trainer.training.step import train_step, warm_up
 
@@ -71,15 +70,15 @@ def steps(world, options, accumulate, clip_norm):
     warm_up(job)
     batches, losses = job.data.batches({"epoch": 0, "batch": 0}), []
     for _ in range(3):
-        figures, _ = train_step(job, next(batches)[0])
-        losses += [world.mean(figures[name]).item() for name in ("loss", "one_loss", "two_loss")]
+        metrics, _ = train_step(job, next(batches)[0])
+        losses += [world.mean(metrics[name]).item() for name in ("loss", "one_loss", "two_loss")]
     parallel.reshard(job.phases[0].wrapped)
-    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in job.model.parameters()]
-    return losses, [p.detach().numpy().copy() for p in whole]
+    tensors = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in job.model.parameters()]
+    return losses, [p.detach().numpy().copy() for p in tensors]
 
 
 def runs(world, folder, options):
-    """Train without a stop and with one; return what differs, and whether the rest is the same."""
+    """Train with and without a stop; return differing tensors, and whether objects are equal."""
     import torch
     from support.loop_jobs import saved_steps
     from support.gan_jobs import gan_job, images, phased
@@ -99,7 +98,7 @@ def runs(world, folder, options):
     from trainer.cluster.stop import Stop
     from trainer.storage import open_store
 
-    measures = options.strategy == "fsdp"  # else it is as without phases
+    measures = options.strategy == "fsdp"  # with other strategies, evaluation is as without phases
 
     def go_on(name, max_steps):
         store = open_store(f"{folder}/{name}")
@@ -121,9 +120,9 @@ def runs(world, folder, options):
         saver = a_saver_for(store, attempt, world, retention=retention)
         assert loop.train(job, state, saver, Stop(world))
         assert measures == ("generator_loss" in state.metrics)
-        if measures:  # parts of a sharded model are called there
-            told = sample_outputs.show(job, state.step, store)
-            assert "no samples" not in "".join(told)
+        if measures:  # sampling calls parts of a sharded model
+            messages = sample_outputs.show(job, state.step, store)
+            assert "no samples" not in "".join(messages)
             assert world.run_on_rank0(lambda: store.read("samples/images.png"))[1:4] == b"PNG"
         content = collect(job, state)
         tensors = {
@@ -132,15 +131,16 @@ def runs(world, folder, options):
         }
         return tensors, repr(content.objects)
 
-    whole = go_on("whole", 8)
+    reference = go_on("uninterrupted", 8)
     go_on("halves", 4)
-    again = go_on("halves", 8)
+    halves = go_on("halves", 8)
     assert saved_steps(f"{folder}/halves") == [4, 8]
-    return [name for name in whole[0] if whole[0][name] != again[0][name]], whole[1] == again[1]
+    differences = [name for name in reference[0] if reference[0][name] != halves[0][name]]
+    return differences, reference[1] == halves[1]
 
 
 def both(world, folder, strategies):
-    """Everything in one start of the ranks, which costs more than all of it."""
+    """Return all results of one launch of the ranks, whose startup takes most of the time."""
     from trainer.training import parallel
 
     options = {
@@ -150,8 +150,8 @@ def both(world, folder, strategies):
     }
     answers = {}
     for name in strategies:
-        found = [steps(world, options[name], 1, None), steps(world, options[name], 2, 0.05)]
-        answers[name] = found, runs(world, f"{folder}/{name}", options[name])
+        results = [steps(world, options[name], 1, None), steps(world, options[name], 2, 0.05)]
+        answers[name] = results, runs(world, f"{folder}/{name}", options[name])
     return answers
 
 
@@ -163,15 +163,21 @@ def both(world, folder, strategies):
         pytest.param(2, ["ddp", "static", "fsdp"], marks=pytest.mark.slow),
     ],
 )
-def test_steps_are_those_of_one_process_and_a_resume_is_exact(on_ranks, tmp_path, size, strategies):
+def test_phase_steps_equal_single_process_steps_and_resume_is_exact(
+    on_ranks, tmp_path, size, strategies
+):
     from trainer.cluster.world import World
 
-    wanted = [steps(World(), None, 1, clip_norm) for clip_norm in (None, 0.05)]
+    expected = [steps(World(), None, 1, clip_norm) for clip_norm in (None, 0.05)]
     for answers in on_ranks(size, both, str(tmp_path), strategies):
         assert list(answers) == strategies
-        for name, (found, same) in answers.items():
-            for (its_losses, its_weights), (losses, weights) in zip(found, wanted, strict=True):
-                np.testing.assert_allclose(its_losses, losses, rtol=1e-6, err_msg=name)
-                for ours, theirs in zip(its_weights, weights, strict=True):
-                    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9, err_msg=name)
-            assert same == ([], True), name
+        for name, (results, comparison) in answers.items():
+            for (rank_losses, rank_weights), (losses, weights) in zip(
+                results, expected, strict=True
+            ):
+                np.testing.assert_allclose(rank_losses, losses, rtol=1e-6, err_msg=name)
+                for rank_array, array in zip(rank_weights, weights, strict=True):
+                    np.testing.assert_allclose(
+                        rank_array, array, rtol=1e-6, atol=1e-9, err_msg=name
+                    )
+            assert comparison == ([], True), name

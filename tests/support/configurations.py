@@ -17,7 +17,7 @@ VALID = {
 
 
 def composed(**changes):
-    """Return a valid configuration with dotted `changes` (`__` stands for a dot)."""
+    """Return a valid configuration with `changes` by dotted key; `__` in a name means a dot."""
     node = OmegaConf.create(copy.deepcopy(VALID))
     for key, value in changes.items():
         OmegaConf.update(node, key.replace("__", "."), value, merge=False, force_add=True)

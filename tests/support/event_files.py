@@ -1,4 +1,4 @@
-"""What other programs read of a run's trackers: TensorBoard's own reader, and W&B's files."""
+"""Readers of a run's tracker files: TensorBoard's event reader, and a parser of `.wandb` files."""
 
 import json
 import struct
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def scalars(folder):
-    """Return {tag: [(step, value)]} as TensorBoard shows it."""
+    """Return {tag: [(step, value)]} as TensorBoard shows them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
@@ -24,34 +24,34 @@ def records(path: Path):
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, whole = path.read_bytes(), 7, b""
+    data, at, payload = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
-        left = 32768 - at % 32768
-        if left < 7:
-            at += left
+        remaining = 32768 - at % 32768
+        if remaining < 7:
+            at += remaining
             continue
         length, kind = struct.unpack("<4xHB", data[at : at + 7])
         part = data[at + 7 : at + 7 + length]
         at += 7 + length
-        whole = part if kind in (1, 2) else whole + part
+        payload = part if kind in (1, 2) else payload + part
         if kind in (1, 4):
             record = Record()
-            record.ParseFromString(whole)
+            record.ParseFromString(payload)
             yield record
 
 
 def wandb_run(path: Path):
     """Return (id, config, history, exit code or None, artifact names) of a `.wandb` file."""
-    found = list(records(path))
-    (run,) = (record.run for record in found if record.HasField("run"))
+    entries = list(records(path))
+    (run,) = (record.run for record in entries if record.HasField("run"))
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     history = [
         {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-        for record in found if record.HasField("history")
+        for record in entries if record.HasField("history")
     ]  # fmt: skip
-    codes = [record.exit.exit_code for record in found if record.HasField("exit")]
+    codes = [record.exit.exit_code for record in entries if record.HasField("exit")]
     artifacts = [
         (record.artifact.name, list(record.artifact.aliases), record.artifact.manifest.contents)
-        for record in found if record.HasField("artifact")
+        for record in entries if record.HasField("artifact")
     ]  # fmt: skip
     return run.run_id, config, history, codes[0] if codes else None, artifacts

@@ -18,8 +18,8 @@ RATES = {"discriminator": 0.02, "generator": 0.01}
 
 
 def images(count=43):
-    made = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    return TensorDataset(made, torch.zeros(count, dtype=torch.int64))
+    pixels = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return TensorDataset(pixels, torch.zeros(count, dtype=torch.int64))
 
 
 def net():
@@ -35,8 +35,8 @@ def phased(job, options=None, *, make=adam, schedule=None, stated=Adversarial.ph
     """Give a job phases, as build.py does from a configuration."""
     names, _ = parameters.phases(job.model, stated)
     wrapped = parallel.wrap_phases(job.model, job.world, options or Parallel(), names)
-    named = dict(job.model.named_parameters())
-    made = {phase: make(phase, [named[n] for n in own]) for phase, own in names.items()}
+    by_name = dict(job.model.named_parameters())
+    optimizers = {phase: make(phase, [by_name[n] for n in group]) for phase, group in names.items()}
     job.phases = [
         Phase(
             name=phase,
@@ -44,20 +44,20 @@ def phased(job, options=None, *, make=adam, schedule=None, stated=Adversarial.ph
             optimizer=optimizer,
             scheduler=schedule(optimizer) if schedule else None,
         )
-        for phase, optimizer in made.items()
+        for phase, optimizer in optimizers.items()
     ]
     return job
 
 
 def gan_job(accumulate=1, ema_decay=None, schedule=None, **changes):
     data = images()
-    given = {
+    defaults = {
         "task": Adversarial(),
         "data": TrainStream(data, World(), 5, 8, accumulate),
         "evaluation": EvalStream(data, World(), 5),
         "tracker": Lines(),
     }
-    job = phased(a_job(model=net(), **{**given, **changes}), schedule=schedule)
+    job = phased(a_job(model=net(), **{**defaults, **changes}), schedule=schedule)
     job.ema = Ema(job.model, ema_decay) if ema_decay is not None else None
     rng.seed_all(7)
     return job

@@ -1,4 +1,4 @@
-"""Jobs built and trained by hand, without Hydra, in one process; and all that moves in them."""
+"""Jobs built and trained without Hydra in one process, and their complete training state."""
 
 import torch
 from support.savers import a_saver_for
@@ -29,7 +29,7 @@ DATA = Synthetic((6,), classes=3, train_samples=43, eval_samples=23, seed=1)
 
 
 class Net(nn.Module):
-    """Everything that makes a step depend on more than its batch: BatchNorm and dropout."""
+    """Network whose steps depend on more than their batch: BatchNorm and dropout."""
 
     def __init__(self, dropout=0.3):
         super().__init__()
@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 class Lines(Silent):
-    """Remembers what is logged."""
+    """Tracker that keeps all logged lines."""
 
     def __init__(self):
         self.lines = []
@@ -62,9 +62,9 @@ def a_job(*, model=None, optimizer=sgd, schedule=None, dataset=DATA, accumulate=
     """Build a job by hand, as build.py does from a configuration."""
     torch.manual_seed(0)
     model = model or Net()
-    made = optimizer(model)
+    built_optimizer = optimizer(model)
     rng.seed_all(7)
-    given = {
+    defaults = {
         "task": Classification(),
         "data": TrainStream(dataset.train, World(), 5, BATCH, accumulate),
         "evaluation": EvalStream(dataset.eval, World(), 5),
@@ -77,14 +77,18 @@ def a_job(*, model=None, optimizer=sgd, schedule=None, dataset=DATA, accumulate=
         world=World(),
         model=model,
         phases=[
-            Phase(wrapped=model, optimizer=made, scheduler=schedule(made) if schedule else None)
+            Phase(
+                wrapped=model,
+                optimizer=built_optimizer,
+                scheduler=schedule(built_optimizer) if schedule else None,
+            )
         ],
-        **{**given, **changes},
+        **{**defaults, **changes},
     )
 
 
 class Prompt(Saver):
-    """Waits for what it begins: steps as short as these would pass saves by that are due."""
+    """Saver that waits for each save; otherwise these short steps would pass later due saves."""
 
     def at_boundary(self, state, collect, *, due, ended):
         super().at_boundary(state, collect, due=due, ended=ended)
@@ -93,7 +97,7 @@ class Prompt(Saver):
 
 
 def a_saver(folder, start=None, *, every=None, store=None, **settings):
-    """Begin an attempt of the run in `folder`, from `start` if it goes on from one."""
+    """Begin an attempt of the run in `folder`, resumed from `start` if given."""
     store = store or open_store(str(folder))
     attempt = lineage.begin(store, {"resume": "auto"})
     origin = {"step": start.step if start else 0, "attempt": None}
@@ -107,7 +111,7 @@ def a_saver(folder, start=None, *, every=None, store=None, **settings):
 
 
 def go_on(folder, job, **settings):
-    """Load the newest checkpoint and train on from it; return (state, whether it is finished)."""
+    """Resume training from the newest checkpoint; return (state, whether it is finished)."""
     run = Run(name="a", run_dir=str(folder))
     start = resume.choose(Replicas(open_store(str(folder))), run, {})
     saver = a_saver(folder, start, **settings)
@@ -123,7 +127,7 @@ def saved_steps(folder):
 
 
 def everything(job, state):
-    """Return all that moves, in a form that compares bit for bit."""
+    """Return the complete training state, in a form that compares bit for bit."""
     content = collect(job, state)
     tensors = {name: (t.dtype, t.numpy().tobytes()) for name, t in content.tensors.items()}
     return tensors, repr(content.objects)

@@ -1,4 +1,4 @@
-"""A small model under every strategy, precision and extra; its step by hand; and all its state."""
+"""Small model under every strategy, precision and extra; its step by hand; its complete state."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,7 +36,7 @@ NET = {
         {"_target_": "torch.nn.Linear", "in_features": 9, "out_features": 3},
     ],
 }
-"""All that makes a step depend on more than its batch; 9 rows and 3 rows over 2 and 3 ranks."""
+"""Model whose steps depend on more than their batch; 9 rows and 3 rows over 2 and 3 ranks."""
 LAYER = {"_target_": "torch.nn.Linear", "in_features": 6, "out_features": 3}
 SGD = {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}
 FUSED = {"_target_": "torch.optim.AdamW", "lr": 0.1, "fused": True}
@@ -44,17 +44,17 @@ FUSED = {"_target_": "torch.optim.AdamW", "lr": 0.1, "fused": True}
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the matrix."""
+    """Cell of the matrix."""
 
     strategy: str
     precision: str = "fp32"
     extras: tuple[str, ...] = ()
     param_dtype: str = "fp32"
     bursts: bool = False
-    """One row of the only layer, which lies on the last rank, gets an infinite gradient from the
-    first rank in some steps."""
+    """Infinite gradient in some steps, from the first rank, for one row of the only layer. The last
+    rank stores that row."""
     fused: bool = False
-    """An optimizer that is told of infinities instead of being left out."""
+    """Optimizer that receives the infinity flag itself instead of being skipped."""
 
     @property
     def accumulate(self) -> int:
@@ -82,12 +82,12 @@ def dataset():
 
 
 def subsets():
-    """Return every choice of extras."""
-    return [some for count in range(4) for some in combinations(EXTRAS, count)]
+    """Return every subset of the extras."""
+    return [extras for count in range(4) for extras in combinations(EXTRAS, count)]
 
 
 def cases(*strategies, extras=None):
-    """Return every cell of these strategies, or those with these extras only."""
+    """Return every cell of these strategies, or only the cells with these extras."""
     return [Case(*cell) for cell in product(strategies, PRECISIONS, extras or subsets())]
 
 
@@ -123,8 +123,8 @@ def a_job(case, world, max_steps=5):
     return job
 
 
-def whole(job, state):
-    """Return every tensor of a checkpoint as an array, put together from all ranks. Collective.
+def full_tensors(job, state):
+    """Return every tensor of a checkpoint as an unsharded array. Collective.
 
     Buffers become rank 0's, as before each forward.
     """
@@ -137,7 +137,7 @@ def whole(job, state):
     }
 
 
-def took(applied):
+def is_applied(applied):
     """Return whether a step's update was applied."""
     return applied if isinstance(applied, bool) else all(applied)
 
@@ -148,14 +148,14 @@ def steps(world, case, count=3):
     batches = job.data.batches({"epoch": 0, "batch": 0})
     losses, applied = [], []
     for _ in range(count):
-        figures, done = train_step(job, next(batches)[0])
-        losses.append(world.mean(figures["loss"].double()).item())
-        applied.append(took(done))
-    return losses, applied, whole(job, State())
+        metrics, done = train_step(job, next(batches)[0])
+        losses.append(world.mean(metrics["loss"].double()).item())
+        applied.append(is_applied(done))
+    return losses, applied, full_tensors(job, State())
 
 
 def steps_by_hand(case, ranks, count=3):
-    """Take the same steps on the whole global batch in one process, as a person writes them.
+    """Take the same steps on the complete global batch in one process, in plain PyTorch.
 
     BatchNorm and dropout see each rank's pieces as that rank does; the statistics are rank 0's.
     """
@@ -166,17 +166,19 @@ def steps_by_hand(case, ranks, count=3):
     scaler = torch.amp.GradScaler("cpu", enabled=case.precision == "fp16")
     averages = [p.detach().clone() for p in parameters]
     seeds = [rng.derive("rank", SEED, 0, rank) for rank in range(ranks)]
-    generators = [_drawn(partial(rng.seed_all, seed))[1] for seed in seeds]
+    generators = [_with_generators(partial(rng.seed_all, seed))[1] for seed in seeds]
     losses, applied = [], []
     for step in range(count):
-        chosen = order.permutation(SEED, 0, len(labels))[step * BATCH : (step + 1) * BATCH]
+        indices = order.permutation(SEED, 0, len(labels))[step * BATCH : (step + 1) * BATCH]
         gradients, means = [], []
-        for rank, share in enumerate(chosen.chunk(ranks)):
+        for rank, rank_indices in enumerate(indices.chunk(ranks)):
             rng.restore(generators[rank])
-            pieces = [(inputs[some], labels[some]) for some in share.chunk(case.accumulate)]
+            pieces = [
+                (inputs[chunk], labels[chunk]) for chunk in rank_indices.chunk(case.accumulate)
+            ]
             statistics = [buffer.clone() for buffer in model.buffers()]
             backward = partial(_backward_by_hand, case, model, task, scaler, pieces)
-            mean, generators[rank] = _drawn(backward)
+            mean, generators[rank] = _with_generators(backward)
             for buffer, before in zip(model.buffers(), statistics, strict=True):
                 buffer.copy_(buffer if rank == 0 else before)
             means.append(mean.double())
@@ -189,8 +191,8 @@ def steps_by_hand(case, ranks, count=3):
     return losses, applied, _named(case, model, optimizer, averages)
 
 
-def _drawn(do):
-    """Return what `do` gives, and the generators after it."""
+def _with_generators(do):
+    """Return the result of `do`, and the generators after it."""
     return do(), rng.capture()
 
 
@@ -230,7 +232,7 @@ def _named(case, model, optimizer, averages):
 
 
 def train(world, case, folder, max_steps):
-    """Begin or go on with the run in `folder`; train until it is saved at `max_steps`. Collective.
+    """Start or resume the run in `folder`; train until it is saved at `max_steps`. Collective.
 
     Returns the job and its state.
     """
@@ -243,7 +245,7 @@ def train(world, case, folder, max_steps):
 
 
 def load(world, case, folder, max_steps=5):
-    """Build a job, and bring it to the newest checkpoint in `folder`, if any. Collective."""
+    """Build a job, and load the newest checkpoint in `folder`, if any. Collective."""
     replicas = Replicas(open_store(str(folder)))
     run = replace(configured(case, max_steps), run_dir=str(folder))
     start = world.run_on_rank0(lambda: resume.choose(replicas, run, {}))
@@ -254,7 +256,7 @@ def load(world, case, folder, max_steps=5):
 
 
 def everything(job, state):
-    """Return all that moves on this rank, in a form that compares bit for bit."""
+    """Return this rank's complete training state, in a form that compares bit for bit."""
     content = collect(job, state)
     tensors = {
         **content.tensors,
@@ -262,5 +264,5 @@ def everything(job, state):
         **dict(job.model.named_buffers(prefix="model")),
     }
     local = {name: t.to_local() if hasattr(t, "to_local") else t for name, t in tensors.items()}
-    found = {name: (t.dtype, t.numpy().tobytes()) for name, t in local.items()}
-    return {**found, "objects": repr(content.objects)}
+    values = {name: (t.dtype, t.numpy().tobytes()) for name, t in local.items()}
+    return {**values, "objects": repr(content.objects)}

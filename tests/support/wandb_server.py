@@ -1,7 +1,7 @@
-"""A W&B server, as far as a run that is sent needs one: GraphQL, and the stream of its files.
+"""Minimal W&B server with the endpoints that a run upload needs: GraphQL and the file stream.
 
-A server of Weights & Biases comes in a container only, so this one is ours; what speaks to it is
-the real library, which was looked at for what it asks and what it wants to hear.
+The Weights & Biases server comes in a container only, so this module replaces it. The client is the
+real library; the answers here were worked out by inspecting what it requests and expects.
 """
 
 import json
@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class WandbServer:
-    """Keeps each run's configuration, history and summary. A context manager."""
+    """Server that stores each run's configuration, history and summary. A context manager."""
 
     def __init__(self):
         self.runs = {}
@@ -27,11 +27,11 @@ class WandbServer:
         self._server.server_close()
 
     def answer(self, operation, variables):
-        """Return the data of a GraphQL operation; none of those that a run can do without."""
+        """Return the data of a GraphQL operation, or {} for one that a run does not need."""
         name = variables.get("name")
         if operation == "RunResumeStatus":
-            known = self.runs.get(name)
-            return {"model": {**_PROJECT, "bucket": known and _bucket(known)}}
+            previous = self.runs.get(name)
+            return {"model": {**_PROJECT, "bucket": previous and _bucket(previous)}}
         if operation == "UpsertBucket":
             inserted = name not in self.runs
             run = self.runs.setdefault(
@@ -44,7 +44,7 @@ class WandbServer:
         return {}
 
     def take(self, name, files):
-        """Take what has been added to a run's files."""
+        """Store the lines that were added to a run's files."""
         run = self.runs[name]
         if added := files.get("wandb-history.jsonl"):
             run["history"][added["offset"] :] = map(json.loads, added["content"])
@@ -62,7 +62,7 @@ def _bucket(run):
         "config": json.dumps(run["config"]), "summaryMetrics": json.dumps(run["summary"]),
         "historyLineCount": len(run["history"]), "historyTail": json.dumps(tail),
         "eventsLineCount": 0, "eventsTail": "[]", "logLineCount": 0, "tags": [],
-        "wandbConfig": '{"t": 1}',  # without it, the run counts as never begun
+        "wandbConfig": '{"t": 1}',  # without it, the run is treated as never started
     }  # fmt: skip
 
 

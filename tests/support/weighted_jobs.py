@@ -11,13 +11,13 @@ from trainer.data.source import EvalStream, TrainStream
 
 
 class Masked:
-    """Squared error over the outputs that are wanted; every sample wants another number of them."""
+    """Squared error over the outputs that a mask selects; their number differs between samples."""
 
     def loss(self, model, batch):
-        inputs, targets, wanted = batch
+        inputs, targets, mask = batch
         outputs = model(inputs)
-        error = F.mse_loss(outputs, targets, reduction="none") * wanted
-        return error.sum() / wanted.sum().clamp(min=1), outputs
+        error = F.mse_loss(outputs, targets, reduction="none") * mask
+        return error.sum() / mask.sum().clamp(min=1), outputs
 
     def weight(self, batch):
         return batch[2].sum()
@@ -39,9 +39,9 @@ def a_model():
 
 def dataset(size=24, empty=()):
     torch.manual_seed(1)
-    wanted = (torch.rand(size, 5) < torch.rand(size, 1)).double()
-    wanted[list(empty)] = 0
-    return TensorDataset(torch.randn(size, 6).double(), torch.randn(size, 5).double(), wanted)
+    mask = (torch.rand(size, 5) < torch.rand(size, 1)).double()
+    mask[list(empty)] = 0
+    return TensorDataset(torch.randn(size, 6).double(), torch.randn(size, 5).double(), mask)
 
 
 def masked_job(data, accumulate, world=None):
