@@ -1,6 +1,6 @@
 # make train     install, then train (ARGS="model=mlp trainer.max_epochs=3" passes overrides)
 # make test      install what the tests need, then run them
-# make check     formatting, lint, types, direction of imports
+# make check     formatting, lint, types, direction of imports, wording
 # make docs      build the site of docs/ into build/site, warnings being errors
 # make bench-loop, bench-data, bench-checkpoint, bench-dcp, bench-s3   ratios against named rivals
 # make chaos     kill a real training at KILLS random instants; nothing may be lost. STORE=s3: in a
@@ -32,6 +32,7 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports --no-cache
+	$(BIN)/python scripts/check_words.py
 
 docs: $(VENV)/.installed-test
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

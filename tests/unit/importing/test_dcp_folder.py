@@ -1,4 +1,4 @@
-"""DCP folders: any tensor of them, and nothing of what a hostile one would have run."""
+"""DCP folders: every tensor is read, and no code in a hostile folder runs."""
 
 import io
 import os
@@ -25,19 +25,19 @@ def metadata(folder):
 
 
 def tampered(folder, change):
-    """Write a DCP folder whose metadata `change` has altered."""
+    """Write a DCP folder whose metadata is modified by `change`."""
     save_dcp(folder, a_state())
-    found = metadata(folder)
-    change(found)
-    (folder / ".metadata").write_bytes(pickle.dumps(found))
+    meta = metadata(folder)
+    change(meta)
+    (folder / ".metadata").write_bytes(pickle.dumps(meta))
     return str(folder)
 
 
-def stored(found, name):
-    return next(info for index, info in found.storage_data.items() if index.fqn == name)
+def stored(meta, name):
+    return next(info for index, info in meta.storage_data.items() if index.fqn == name)
 
 
-def test_a_dcp_folder_is_read_back_as_it_was_saved(tmp_path, brought):
+def test_dcp_folder_round_trips_every_tensor(tmp_path, brought):
     source = open_external(brought(save_dcp(tmp_path / "a", a_state())))
     assert source.kind == "a DCP folder (torch.distributed.checkpoint)"
     assert source.tensors["model.half"] == (torch.bfloat16, (4,))
@@ -47,8 +47,8 @@ def test_a_dcp_folder_is_read_back_as_it_was_saved(tmp_path, brought):
         source.fetch("epoch")
 
 
-def test_a_dcp_folder_without_a_planners_paths_has_its_own_names(tmp_path):
-    url = tampered(tmp_path / "a", lambda found: setattr(found, "planner_data", None))
+def test_dcp_folder_without_planner_data_keeps_its_names(tmp_path):
+    url = tampered(tmp_path / "a", lambda meta: setattr(meta, "planner_data", None))
     assert open_external(url).paths["model.w"] == ("model.w",)
 
 
@@ -69,7 +69,7 @@ def test_every_name_of_torch_that_is_known_still_exists():
             assert hasattr(import_module(module), name), f"torch has no {module}.{name} any more"
 
 
-def test_a_bomb_in_the_metadata_is_named_and_never_goes_off(tmp_path):
+def test_code_in_metadata_is_named_and_never_run(tmp_path):
     bomb = tmp_path / "bomb"
     for number, content in enumerate(
         [Bomb(bomb), Metadata({"w": Bomb(bomb)}), Metadata({}, planner_data=[Bomb(bomb)])]
@@ -82,28 +82,28 @@ def test_a_bomb_in_the_metadata_is_named_and_never_goes_off(tmp_path):
     assert not bomb.exists()
 
 
-@pytest.mark.parametrize("wanted", [nn.Linear, torch.load, eval, os.system, Path.unlink])
-def test_the_metadata_can_ask_for_no_other_name(wanted):
+@pytest.mark.parametrize("name", [nn.Linear, torch.load, eval, os.system, Path.unlink])
+def test_metadata_rejects_every_other_global(name):
     with pytest.raises(CheckpointError, match="needs"):
-        pickles.metadata(pickle.dumps([wanted]), "here")
+        pickles.metadata(pickle.dumps([name]), "here")
 
 
-def test_what_stands_for_a_class_cannot_be_altered_by_a_pickle():
-    what = b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
+def test_class_stubs_cannot_be_modified_by_a_pickle():
+    opcodes = b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
     for state in (b"(N(dVchunks\nI1\nstb.", b"(dVchunks\nI1\nsb."):
         with pytest.raises(CheckpointError, match="cannot be read"):
-            pickles.metadata(what + state, "here")
+            pickles.metadata(opcodes + state, "here")
     assert pickles.Record().chunks is None
 
 
-def test_a_part_that_is_a_bomb_is_refused(tmp_path):
+def test_code_in_a_tensor_part_is_rejected(tmp_path):
     bomb, blob = tmp_path / "bomb", io.BytesIO()
     torch.save(Bomb(bomb), blob)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "evil.distcp").write_bytes(blob.getvalue())
 
-    def change(found):
-        info = stored(found, "model.w")
+    def change(meta):
+        info = stored(meta, "model.w")
         info.relative_path, info.offset, info.length = "evil.distcp", 0, len(blob.getvalue())
 
     source = open_external(tampered(tmp_path / "a", change))
@@ -116,58 +116,58 @@ def test_a_part_that_is_a_bomb_is_refused(tmp_path):
     "path", ["/etc/passwd", "../x", "a/../../x", "a\\b", "", "a//b", 3, "a\0b"]
 )
 def test_no_file_outside_of_the_folder_is_opened(tmp_path, path):
-    def change(found):
-        stored(found, "model.w").relative_path = path
+    def change(meta):
+        stored(meta, "model.w").relative_path = path
 
     with pytest.raises(CheckpointError, match=r"has the (invalid )?file name"):
         open_external(tampered(tmp_path / "a", change))
 
 
-def in_two(found):
-    """Say that a tensor of 5 rows has two parts, of 3 rows and of 3."""
-    found.state_dict_metadata["model.w"].chunks = [
+def in_two(meta):
+    """Declare two parts of a tensor of 5 rows, of 3 rows and of 3."""
+    meta.state_dict_metadata["model.w"].chunks = [
         ChunkStorageMetadata(torch.Size([at, 0]), torch.Size([3, 3])) for at in (0, 2)
     ]
 
 
 @pytest.mark.parametrize(("change", "text"), [
-    (lambda found: found.storage_data.clear(), "malformed"),
+    (lambda meta: meta.storage_data.clear(), "malformed"),
     (in_two, "parts of 'model.w' do not cover it once"),
-    (lambda found: found.state_dict_metadata["model.w"].chunks.clear(), "parts of 'model.w'"),
-    (lambda found: setattr(found.state_dict_metadata["model.w"], "size", None), "malformed"),
-    (lambda found: setattr(stored(found, "epoch"), "offset", -1), "-1.* are not natural numbers"),
-    (lambda found: setattr(stored(found, "epoch"), "transform_descriptors", ["zstd"]), "zstd"),
-    (lambda found: found.planner_data.update(epoch=(1.5,)), "is not a path for 'epoch'"),
+    (lambda meta: meta.state_dict_metadata["model.w"].chunks.clear(), "parts of 'model.w'"),
+    (lambda meta: setattr(meta.state_dict_metadata["model.w"], "size", None), "malformed"),
+    (lambda meta: setattr(stored(meta, "epoch"), "offset", -1), "-1.* are not natural numbers"),
+    (lambda meta: setattr(stored(meta, "epoch"), "transform_descriptors", ["zstd"]), "zstd"),
+    (lambda meta: meta.planner_data.update(epoch=(1.5,)), "is not a path for 'epoch'"),
 ])  # fmt: skip
-def test_metadata_that_contradicts_itself_is_refused(tmp_path, change, text):
+def test_contradictory_metadata_is_rejected(tmp_path, change, text):
     with pytest.raises(CheckpointError, match=text):
         open_external(tampered(tmp_path / "a", change))
 
 
-def swap(found):
+def swap(meta):
     """Give one tensor the bytes of another."""
-    info, other = stored(found, "model.w"), stored(found, "model.half")
+    info, other = stored(meta, "model.w"), stored(meta, "model.half")
     info.offset, info.length = other.offset, other.length
 
 
-def cut(found):
-    stored(found, "model.w").length = 10
+def cut(meta):
+    stored(meta, "model.w").length = 10
 
 
 @pytest.mark.parametrize(("change", "text"), [
     (swap, "tensor 'model.w' is torch.bfloat16 .*but .metadata has torch.float32"),
     (cut, "has only 10 bytes"),
-    (lambda found: setattr(stored(found, "model.w"), "relative_path", "b"), "/b is missing"),
-    (lambda found: setattr(stored(found, "model.w"), "length", 1 << 60), "the file was truncated"),
-    (lambda found: setattr(stored(found, "model.w"), "offset", 1), "not in torch.save format"),
+    (lambda meta: setattr(stored(meta, "model.w"), "relative_path", "b"), "/b is missing"),
+    (lambda meta: setattr(stored(meta, "model.w"), "length", 1 << 60), "the file was truncated"),
+    (lambda meta: setattr(stored(meta, "model.w"), "offset", 1), "not in torch.save format"),
 ])  # fmt: skip
-def test_bytes_that_do_not_fit_the_metadata_are_refused(tmp_path, change, text):
+def test_bytes_that_contradict_the_metadata_are_rejected(tmp_path, change, text):
     source = open_external(tampered(tmp_path / "a", change))
     with pytest.raises(CheckpointError, match=text):
         source.fetch("model.w")
 
 
-def test_a_damaged_part_is_refused_with_the_name_of_its_file(tmp_path):
+def test_damaged_part_is_rejected_with_its_file_name(tmp_path):
     url = save_dcp(tmp_path / "a", a_state())
     file = tmp_path / "a" / "__0_0.distcp"
     info = stored(metadata(url), "model.w")
@@ -178,7 +178,7 @@ def test_a_damaged_part_is_refused_with_the_name_of_its_file(tmp_path):
         open_external(url).fetch("model.w")
 
 
-def test_a_dcp_folder_of_another_serialization_is_refused(tmp_path):
+def test_dcp_folder_with_other_serialization_is_rejected(tmp_path):
     state = {"w": torch.ones(30)}
     url = save_dcp(tmp_path / "a", state, serialization_format=SerializationFormat.SAFETENSORS)
     with pytest.raises(CheckpointError, match="unsupported serialization_format=SAFETENSORS"):

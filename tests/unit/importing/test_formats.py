@@ -1,4 +1,4 @@
-"""torch.save files and safetensors of others: what is read, and what is refused."""
+"""torch.save and safetensors files of other programs: supported and rejected contents."""
 
 import io
 import json
@@ -34,7 +34,7 @@ leaves = st.one_of(
 )  # fmt: skip
 keys = st.one_of(st.text("ab", min_size=1, max_size=2), st.integers(0, 3))
 nests = st.recursive(
-    leaves, lambda inner: st.dictionaries(keys, inner, max_size=3) | st.lists(inner, max_size=3)
+    leaves, lambda child: st.dictionaries(keys, child, max_size=3) | st.lists(child, max_size=3)
 )
 
 
@@ -47,7 +47,7 @@ def test_whatever_torch_saves_comes_back(tmp_path_factory, state, is_zip):
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_a_torch_file_from_anywhere(tmp_path, brought, is_zip):
+def test_torch_file_is_read_from_any_store(tmp_path, brought, is_zip):
     state = a_state() | {"optimizer": {"state": {0: {"m": torch.ones(2)}}}}
     path = save_torch(tmp_path / "a.pt", state, _use_new_zipfile_serialization=is_zip)
     source = open_external(brought(path))
@@ -74,13 +74,13 @@ def test_shared_storage_is_found_and_only_where_all_of_it_is_the_same(tmp_path):
     ({"m": torch.empty(2, device="meta")}, "'m' is a tensor without data"),
     ({"p": Path("x")}, r"needs pathlib\.PosixPath.*torch\.save a dict of plain tensors"),
 ])  # fmt: skip
-def test_what_is_no_dict_of_plain_tensors_and_values_is_refused(tmp_path, state, text):
+def test_torch_file_with_other_contents_is_rejected(tmp_path, state, text):
     with pytest.raises(CheckpointError, match=text) as caught:
         open_external(save_torch(tmp_path / "a.pt", state))
     assert "\n" not in str(caught.value)
 
 
-def test_a_dict_that_contains_itself_is_refused(tmp_path):
+def test_recursive_dict_is_rejected(tmp_path):
     state = {}
     state["again"] = state
     with pytest.raises(CheckpointError, match="or contains itself"):
@@ -88,7 +88,7 @@ def test_a_dict_that_contains_itself_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_a_bomb_in_a_torch_file_never_goes_off(tmp_path, is_zip):
+def test_code_in_torch_file_is_never_run(tmp_path, is_zip):
     state = {"w": torch.ones(2), "x": Bomb(tmp_path / "bomb")}
     path = save_torch(tmp_path / "a.pt", state, _use_new_zipfile_serialization=is_zip)
     with pytest.raises(CheckpointError, match=r"a\.pt needs posix\.system, which could"):
@@ -97,7 +97,7 @@ def test_a_bomb_in_a_torch_file_never_goes_off(tmp_path, is_zip):
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_a_torch_file_that_was_cut_is_an_error_and_never_a_traceback(tmp_path, is_zip):
+def test_truncated_torch_file_is_a_user_error(tmp_path, is_zip):
     path = tmp_path / "a.pt"
     save_torch(path, a_state(), _use_new_zipfile_serialization=is_zip)
     data = path.read_bytes()
@@ -112,7 +112,7 @@ def test_a_torch_file_that_was_cut_is_an_error_and_never_a_traceback(tmp_path, i
 TENSORS = {"a.w": torch.randn(3, 2), "a.b": torch.ones(2).half(), "n": torch.tensor(3)}
 
 
-def test_a_safetensors_file_from_anywhere(tmp_path, brought):
+def test_safetensors_file_is_read_from_any_store(tmp_path, brought):
     safetensors.torch.save_file(TENSORS, tmp_path / "a.safetensors")
     source = open_external(brought(tmp_path / "a.safetensors"))
     assert source.kind == "a safetensors file"
@@ -123,7 +123,7 @@ def test_a_safetensors_file_from_anywhere(tmp_path, brought):
 
 
 @pytest.mark.parametrize("with_index", [True, False])
-def test_a_folder_of_safetensors_files(tmp_path, brought, with_index):
+def test_folder_of_safetensors_files_is_read(tmp_path, brought, with_index):
     folder = tmp_path / "hf"
     folder.mkdir()
     files = {
@@ -159,7 +159,7 @@ def test_names_that_safetensors_left_out_are_aliases(tmp_path):
     ({"model.safetensors.index.json": b'{"weight_map": {"a": "../b"}}'}, "outside of the folder"),
     ({"model.safetensors.index.json": b'{"weight_map": {"a": "b.safetensors"}}'}, "is missing"),
 ])  # fmt: skip
-def test_a_folder_that_cannot_be_taken_as_it_is(tmp_path, brought, files, text):
+def test_ambiguous_or_incomplete_folder_is_rejected(tmp_path, brought, files, text):
     (tmp_path / "hf").mkdir()
     for name, content in files.items():
         data = content if isinstance(content, bytes) else safetensors.torch.save(content)
@@ -168,7 +168,7 @@ def test_a_folder_that_cannot_be_taken_as_it_is(tmp_path, brought, files, text):
         open_external(brought(tmp_path / "hf"))
 
 
-def test_one_ranks_part_of_safetensors_is_refused(tmp_path):
+def test_single_rank_part_of_safetensors_is_rejected(tmp_path):
     data = safetensors.torch.save(TENSORS, metadata={"DCP_SHARDING_INFO": "{}"})
     (tmp_path / "shard-00001-model-00001-of-00001.safetensors").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"one rank's shard .*consolidate_safetensors_files"):
@@ -178,7 +178,7 @@ def test_one_ranks_part_of_safetensors_is_refused(tmp_path):
 # --- neither of them ---------------------------------------------------------------------------
 
 
-def test_what_is_none_of_these_is_none(tmp_path):
+def test_unsupported_path_returns_none(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").write_text("weights, honestly")
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"w": [1.0]}))
@@ -189,7 +189,7 @@ def test_what_is_none_of_these_is_none(tmp_path):
         assert open_external(url) is None
 
 
-def test_our_own_checkpoints_are_not_foreign_committed_or_not(tmp_path):
+def test_perdure_checkpoints_are_not_external(tmp_path):
     shard = shard_name(rank=0, world_size=1, token="0" * 8, save=1)
     for name in (lineage.MANIFEST, shard):
         (tmp_path / name).mkdir()
@@ -198,7 +198,7 @@ def test_our_own_checkpoints_are_not_foreign_committed_or_not(tmp_path):
         assert open_external(str(tmp_path / name)) is None
 
 
-def test_a_disk_without_space_for_a_remote_file_is_no_damage(tmp_path, monkeypatch):
+def test_full_disk_for_a_remote_file_is_not_damage(tmp_path, monkeypatch):
     url = to_memory(save_torch(tmp_path / "a.pt", a_state()))
 
     class Full(io.BytesIO):

@@ -18,12 +18,12 @@ NAMES = ["fc.weight", "fc.bias"]
 def test_names_are_found_under_any_prefix_among_other_things(prefix):
     names = [prefix + name for name in NAMES]
     others = ["optimizer.fc.weight.exp_avg", "epoch"]
-    if prefix in ("", "_orig_mod."):  # nothing but the model stands at the top
+    if prefix in ("", "_orig_mod."):  # only the model has no prefix
         others = []
     assert find_weights([*names, *others], NAMES).sources == dict(zip(NAMES, names, strict=True))
 
 
-def test_a_compiled_model_takes_the_names_of_a_plain_one_and_the_other_way_round():
+def test_wrapper_names_match_plain_names_in_both_directions():
     compiled = [f"_orig_mod.{name}" for name in NAMES]
     assert find_weights(NAMES, compiled).sources == dict(zip(compiled, NAMES, strict=True))
     wrapped = [f"module.{name}" for name in NAMES]
@@ -33,7 +33,7 @@ def test_a_compiled_model_takes_the_names_of_a_plain_one_and_the_other_way_round
 @pytest.mark.parametrize(("first", "second"), [
     ("model.", "state_dict."), ("state_dict.", "ema."), ("model.", "ema.model."),
 ])  # fmt: skip
-def test_the_usual_prefix_wins(first, second):
+def test_preferred_prefix_wins(first, second):
     names = [prefix + name for prefix in (second, first) for name in NAMES]
     match = find_weights(names, NAMES)
     assert (match.prefix, match.sources["fc.bias"]) == (first, first + "fc.bias")
@@ -58,13 +58,13 @@ def test_names_that_do_not_fit_are_listed(names, missing, unexpected):
     (["ema.fc.weight", "_orig_mod.ema.fc.weight"], "two tensors have the name"),
     (["fc.weight", "module.fc.weight", "fc.module.bias"], '"module.fc.weight" all match'),
 ])  # fmt: skip
-def test_names_that_could_mean_two_tensors_are_refused(names, text):
+def test_ambiguous_names_are_rejected(names, text):
     with pytest.raises(ConfigError) as caught:
         find_weights(names, NAMES)
     assert text in str(caught.value)
 
 
-def test_one_of_two_tied_names_is_enough():
+def test_tied_tensor_needs_only_a_single_name():
     tied = {"embed": "embed", "head": "embed"}
     match = find_weights(["head", "x"], [*tied, "x"], tied=tied)
     assert (match.sources, match.missing) == ({"head": "head", "x": "x"}, [])
@@ -75,28 +75,30 @@ def test_one_of_two_tied_names_is_enough():
 # --- wrappers ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("theirs", "ours"), [
+@pytest.mark.parametrize(("stored", "expected"), [
     ("a.module.w", "a.w"), ("module.a.module.w", "a.w"), ("module.module.a.w", "a.w"),
     ("module.w", "module.w"), ("module.module.w", "module.w"), ("a.module.module.w", "a.module.w"),
     ("_orig_mod.module._orig_mod.a.w", "a.w"), ("a._fsdp_wrapped_module.module.w", "a.w"),
     ("state_dict.net.module.w", "w"), (".".join([*"abcde", *["module"] * 60, "w"]), "a.b.c.d.e.w"),
 ])  # fmt: skip
-def test_module_is_removed_wherever_that_makes_a_name_of_the_model(theirs, ours):
+def test_module_is_removed_wherever_that_makes_a_name_of_the_model(stored, expected):
     others = ["b.module.own", "b.c"]  # a user's own submodule, and what keeps prefixes apart
-    prefix = theirs[: theirs.index("module.w")] if theirs.startswith("state_dict") else ""
-    match = find_weights([theirs, *(prefix + name for name in others)], [ours, *others])
-    assert match.sources[ours] == theirs
+    prefix = stored[: stored.index("module.w")] if stored.startswith("state_dict") else ""
+    match = find_weights([stored, *(prefix + name for name in others)], [expected, *others])
+    assert match.sources[expected] == stored
     assert match.missing == match.unexpected == []
 
 
-def test_an_averaged_model_of_torch_is_found_beside_its_counter():
+def test_averaged_model_matches_despite_its_counter():
     names = ["n_averaged", *(f"module.{name}" for name in NAMES)]
     match = find_weights(names, NAMES)
     assert (match.prefix, match.missing, match.unexpected) == ("module.", [], [])
 
 
 parts = st.lists(st.sampled_from(["a", "b", "module", "fc"]), min_size=1, max_size=3)
-model_names = st.sets(parts.map(lambda inner: ".".join([*inner, "w"])), min_size=1, max_size=5)
+model_names = st.sets(
+    parts.map(lambda segments: ".".join([*segments, "w"])), min_size=1, max_size=5
+)
 wrappers = st.sampled_from(["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
 
 
@@ -107,14 +109,14 @@ def test_no_wrapper_hides_a_name_and_no_submodule_of_the_user_is_lost(names, dat
     front = "module." * data.draw(st.integers(0, 2))  # DDP around DataParallel, or neither
 
     def wrapped(name):
-        inner = name.split(".")
+        segments = name.split(".")
         for _ in range(data.draw(st.integers(0, 2))):
-            inner.insert(data.draw(st.integers(0, len(inner) - 1)), data.draw(wrappers))
-        return prefix + front + ".".join(inner)
+            segments.insert(data.draw(st.integers(0, len(segments) - 1)), data.draw(wrappers))
+        return prefix + front + ".".join(segments)
 
-    theirs = {name: wrapped(name) for name in sorted(names)}
-    match = find_weights([*theirs.values(), *([] if not prefix else ["epoch"])], sorted(names))
-    assert match.sources == theirs
+    stored = {name: wrapped(name) for name in sorted(names)}
+    match = find_weights([*stored.values(), *([] if not prefix else ["epoch"])], sorted(names))
+    assert match.sources == stored
     assert not match.missing
     assert not match.unexpected
 
@@ -134,7 +136,7 @@ def test_names_made_clean_are_as_many_and_clean_again(names):
 BODY = ["body.0.weight", "body.0.bias", *NAMES]
 
 
-def test_what_is_skipped_is_neither_needed_nor_unexpected():
+def test_skipped_names_are_neither_missing_nor_unexpected():
     there = find_weights(BODY, BODY, skip=["fc.*"])
     absent = find_weights(BODY[:2], BODY, skip=["fc.weight", "*.bias"])
     assert (there.sources, there.skipped) == ({n: n for n in BODY[:2]}, NAMES)
@@ -148,7 +150,7 @@ def test_what_is_skipped_is_neither_needed_nor_unexpected():
     (["fc.*", "head.*"], "no tensor matches 'head.*'"),
     (["*"], "leaves nothing to load"),
 ])  # fmt: skip
-def test_a_pattern_of_what_is_skipped_has_to_mean_something(skip, text):
+def test_skip_pattern_without_match_is_rejected(skip, text):
     with pytest.raises(ConfigError) as caught:
         find_weights(BODY, BODY, skip=skip)
     assert text in str(caught.value)
@@ -161,7 +163,7 @@ def test_tensors_that_are_one_are_skipped_together():
     assert find_weights(["x"], tied, tied=tied, skip=["head", "embed"]).sources == {"x": "x"}
 
 
-@pytest.mark.parametrize(("rename", "theirs"), [
+@pytest.mark.parametrize(("rename", "stored"), [
     ({"trunk.*": "body.*"}, ["trunk.0.weight", "trunk.0.bias", *NAMES]),
     ({"head.*": "fc.*", "*.gamma": "*.weight"}, ["body.0.gamma", "body.0.bias",
                                                  "head.weight", "head.bias"]),
@@ -170,14 +172,14 @@ def test_tensors_that_are_one_are_skipped_together():
     ({"a+(b)": "fc.bias"}, [*BODY[:3], "a+(b)"]),
 ])  # fmt: skip
 @pytest.mark.parametrize("prefix", ["", "model.", "state_dict.net._orig_mod."])
-def test_names_are_changed_below_any_prefix(rename, theirs, prefix):
-    match = find_weights([prefix + name for name in theirs], BODY, rename=rename)
+def test_names_are_changed_below_any_prefix(rename, stored, prefix):
+    match = find_weights([prefix + name for name in stored], BODY, rename=rename)
     assert (match.missing, match.unexpected) == ([], [])
     assert len(set(match.sources.values())) == len(BODY)
     assert not any("teacher" in name for name in match.sources.values())
 
 
-def test_the_first_pattern_that_fits_counts_and_one_that_fits_nothing_is_refused():
+def test_first_matching_pattern_applies_and_unmatched_pattern_is_rejected():
     rename = {"a.*": "fc.*", "a.bias": "other"}
     assert find_weights(["a.weight", "a.bias"], NAMES, rename=rename).missing == []
     with pytest.raises(ConfigError, match=r"init.rename: no tensor matches 'b\.\*'"):

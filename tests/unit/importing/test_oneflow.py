@@ -1,4 +1,4 @@
-"""OneFlow's folders: read as they are written, and never beyond what they say."""
+"""OneFlow's folders: exact contents, and rejection of contradictory ones."""
 
 import re
 
@@ -29,7 +29,7 @@ shapes = st.lists(st.integers(0, 5) | st.integers(0, 1 << 40), max_size=4).filte
 
 @settings(max_examples=100, deadline=None)
 @given(kinds, shapes)
-def test_the_text_is_what_protobuf_reads_and_writes(dtype, shape):
+def test_text_format_matches_protobuf(dtype, shape):
     text = oneflow.meta_text(dtype, tuple(shape))
     parsed = text_format.Parse(text, Info())
     assert (list(parsed.shape.dim), parsed.data_type) == (shape, NUMBERS[dtype])
@@ -45,7 +45,7 @@ def test_the_text_is_what_protobuf_reads_and_writes(dtype, shape):
 
 @pytest.mark.parametrize("text", [
     "shape { dim: 64 dim: 784 } data_type: kFloat", "data_type: 2\nshape:{dim:64,dim:784;}",
-    "shape<dim:[64,784]>data_type:kFloat", "# said\nshape {dim: 64 # axis\n dim: 784} data_type: 2",
+    "shape<dim:[64,784]>data_type:kFloat", "# text\nshape {dim: 64 # axis\n dim: 784} data_type: 2",
 ])  # fmt: skip
 def test_any_spelling_that_protobuf_takes_is_taken(text):
     parsed = text_format.Parse(text, Info())
@@ -64,7 +64,7 @@ def test_any_spelling_that_protobuf_takes_is_taken(text):
     "shape { dim: 1x } data_type: kFloat", "shape { dim: 1 } data_type: kFloat \0", "{", "shape",
     "shape { dim: '1' } data_type: kFloat",
 ])  # fmt: skip
-def test_what_protobuf_refuses_is_refused(text):
+def test_text_that_protobuf_rejects_is_rejected(text):
     parsed = Info()
     try:
         is_read = text_format.Parse(text, parsed).IsInitialized()
@@ -80,7 +80,7 @@ def test_what_protobuf_refuses_is_refused(text):
     "shape { dim: 0 dim: 9223372036854775807 dim: 9 } data_type: kFloat",
     "shape { " + "dim: 1 " * 65 + "} data_type: kFloat",
 ])  # fmt: skip
-def test_a_shape_that_no_tensor_has_is_refused(text):
+def test_impossible_shape_is_rejected(text):
     with pytest.raises(ValueError, match="the shape is too large"):
         oneflow.parse_meta(text)
 
@@ -97,7 +97,7 @@ def test_nothing_is_read_that_protobuf_would_not_read(text):
     assert (list(parsed.shape.dim), parsed.data_type) == (list(shape), NUMBERS[dtype])
 
 
-def test_a_dtype_that_oneflow_lacks_is_named():
+def test_unsupported_dtype_is_named():
     with pytest.raises(CheckpointError, match=r"OneFlow does not support torch\.complex64"):
         oneflow.meta_text(torch.complex64, (1,))
 
@@ -111,21 +111,21 @@ TENSORS = {
 }  # fmt: skip
 
 
-def test_a_folder_from_anywhere_is_read_bit_for_bit(tmp_path, brought):
+def test_folder_is_read_exactly_from_any_store(tmp_path, brought):
     source = open_external(brought(oneflow_folder(tmp_path / "of", TENSORS)))
     assert source.kind == "a folder of OneFlow variables"
     assert set(source.tensors) == set(source.paths) == set(TENSORS)
     assert (source.aliases, source.objects) == ({}, {})
     for name, expected in TENSORS.items():
-        found = source.fetch(name)
+        tensor = source.fetch(name)
         assert source.tensors[name] == (expected.dtype, tuple(expected.shape))
-        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-        assert torch.equal(found, expected), name
+        assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape)
+        assert torch.equal(tensor, expected), name
     with pytest.raises(CheckpointError, match="has no tensor 'absent'"):
         source.fetch("absent")
 
 
-def test_a_folder_that_was_not_finished_is_refused(tmp_path, brought):
+def test_unfinished_folder_is_rejected(tmp_path, brought):
     (oneflow_folder(tmp_path / "of", TENSORS) / "snapshot_done").unlink()
     with pytest.raises(CheckpointError, match="no snapshot_done, which is written last"):
         open_external(brought(tmp_path / "of"))
@@ -142,7 +142,7 @@ def test_a_folder_that_was_not_finished_is_refused(tmp_path, brought):
     ("fc.weight/meta", None, "fc.weight is missing out or meta"),
     ("other/text", b"what is this", "other is missing out or meta"),
 ])  # fmt: skip
-def test_a_variable_that_is_not_what_it_says_is_refused(tmp_path, brought, key, content, text):
+def test_variable_that_contradicts_its_metadata_is_rejected(tmp_path, brought, key, content, text):
     path = oneflow_folder(tmp_path / "of", TENSORS) / key
     if content is None:
         path.unlink()
@@ -153,13 +153,13 @@ def test_a_variable_that_is_not_what_it_says_is_refused(tmp_path, brought, key, 
         open_external(brought(tmp_path / "of"))
 
 
-def test_bytes_that_are_no_truth_values_are_refused(tmp_path):
+def test_invalid_boolean_bytes_are_rejected(tmp_path):
     (oneflow_folder(tmp_path / "of", TENSORS) / "mask" / "out").write_bytes(b"\x01\x02")
     with pytest.raises(CheckpointError, match="bytes other than 0 and 1"):
         open_external(str(tmp_path / "of")).fetch("mask")
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path):
+def test_file_truncated_during_the_read_is_rejected(tmp_path):
     source = open_external(str(oneflow_folder(tmp_path / "of", TENSORS)))
     (tmp_path / "of" / "fc.weight" / "out").write_bytes(b"")
     with pytest.raises(CheckpointError, match="truncated during the read"):

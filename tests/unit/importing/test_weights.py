@@ -1,4 +1,4 @@
-"""Weights into a model: from any kind of place, under any prefix, exactly or not at all."""
+"""Loading weights into a model: any source, any prefix, exact or rejected."""
 
 import json
 import pickle
@@ -24,8 +24,8 @@ from trainer.training import build
 __all__ = ["brought"]
 
 
-def load(model, place, **how):
-    return weights.load(model, Init(weights=str(place), **how))
+def load(model, source, **how):
+    return weights.load(model, Init(weights=str(source), **how))
 
 
 def same(model, other):
@@ -103,17 +103,17 @@ def test_every_kind_of_place_fills_a_model(tmp_path, brought, kind):
     assert model.head.weight is model.embed.weight
 
 
-@pytest.mark.parametrize("place", [
+@pytest.mark.parametrize("source", [
     "", "/", "/checkpoints/step-00000003.0001", "/checkpoints/step-00000003.0001/manifest.json",
 ])  # fmt: skip
-def test_a_run_of_ours_and_its_checkpoints_fill_a_model(tmp_path, brought, place):
+def test_run_and_its_checkpoints_fill_a_model(tmp_path, brought, source):
     run = a_run(tmp_path / "run", {2: net(7), 3: net(1)})
     model = net(2)
-    load(model, brought(run) + place)
+    load(model, brought(run) + source)
     same(model, net(1))
 
 
-def test_a_checkpoint_that_was_copied_to_a_folder_of_any_name_fills_a_model(tmp_path, brought):
+def test_copied_checkpoint_folder_fills_a_model(tmp_path, brought):
     run = a_run(tmp_path / "run", {3: net(1)})
     shutil.move(run / "checkpoints" / "step-00000003.0001", tmp_path / "best one")
     model = net(2)
@@ -121,7 +121,7 @@ def test_a_checkpoint_that_was_copied_to_a_folder_of_any_name_fills_a_model(tmp_
     same(model, net(1))
 
 
-def test_a_damaged_manifest_is_passed_over_and_told(tmp_path):
+def test_damaged_manifest_is_skipped_and_reported(tmp_path):
     run = a_run(tmp_path / "run", {2: net(1), 3: net(7)})
     manifests = sorted(run.glob("checkpoints/*/manifest.json"))
     manifests[1].write_text("{}")
@@ -134,7 +134,7 @@ def test_a_damaged_manifest_is_passed_over_and_told(tmp_path):
         load(model, str(run))
 
 
-def test_damaged_bytes_of_ours_are_never_taken(tmp_path):
+def test_damaged_checkpoint_bytes_are_never_loaded(tmp_path):
     run = a_run(tmp_path / "run", {3: net(1)})
     (shard,) = run.rglob("*.safetensors")
     data = bytearray(shard.read_bytes())
@@ -145,21 +145,21 @@ def test_damaged_bytes_of_ours_are_never_taken(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["absent", "text", "folder"])
-def test_a_place_without_weights_is_a_mistake_in_the_configuration(tmp_path, name):
+def test_path_without_weights_is_a_configuration_error(tmp_path, name):
     (tmp_path / "text").write_text("weights, honestly")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match=f"init.weights=.*{name}.*no safetensors file or folder"):
         load(net(1), str(tmp_path / name))
 
 
-def test_a_place_that_is_not_there_is_told_before_anything_runs(tmp_path):
-    def problems(place):
-        run = Run(name="a", run_dir="runs/a", init=Init(weights=place))
+def test_missing_path_is_reported_before_the_run_starts(tmp_path):
+    def problems(source):
+        run = Run(name="a", run_dir="runs/a", init=Init(weights=source))
         return [problem.text for problem in build.check(run)]
 
     (tmp_path / "a").mkdir()
-    for place in (str(tmp_path / "a"), f"file://{tmp_path}/a", "s3://bucket/only/asked/later"):
-        assert problems(place) == []
+    for source in (str(tmp_path / "a"), f"file://{tmp_path}/a", "s3://bucket/only/asked/later"):
+        assert problems(source) == []
     assert problems("absent.pt") == ["'absent.pt' is not a file or folder"]
 
 
@@ -195,7 +195,7 @@ def test_floating_point_numbers_are_converted_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("left_out", ["embed.weight", "head.weight"])
-def test_a_tied_name_may_be_left_out(tmp_path, left_out):
+def test_tied_name_may_be_absent(tmp_path, left_out):
     state = net(1).state_dict()
     del state[left_out]
     model = net(2)
@@ -204,7 +204,7 @@ def test_a_tied_name_may_be_left_out(tmp_path, left_out):
 
 
 class Counting(nn.Linear):
-    """A module with a state of its own that is no tensor."""
+    """Module with extra state that is not a tensor."""
 
     def __init__(self, extra):
         super().__init__(2, 2)
@@ -238,7 +238,7 @@ def test_extra_state_that_is_a_tensor_is_needed(tmp_path):
         load(model, save_torch(tmp_path / "b.pt", nn.Linear(2, 2).state_dict()))
 
 
-def test_a_folder_with_an_index_is_meant_as_a_whole(tmp_path):
+def test_folder_with_an_index_is_loaded_completely(tmp_path):
     state = nn.Linear(2, 2).state_dict()
     for name, value in state.items():
         safetensors.torch.save_file({name: value}, tmp_path / f"{name}.safetensors")
@@ -249,7 +249,7 @@ def test_a_folder_with_an_index_is_meant_as_a_whole(tmp_path):
     assert torch.equal(model.weight, state["weight"])
 
 
-# --- what is left out, and what is taken where it fits -----------------------------------------
+# --- skipped tensors and partial matches -----------------------------------------------------
 
 
 class Classifier(nn.Module):
@@ -264,7 +264,7 @@ def values(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def test_a_new_head_stays_as_it_was_initialised(tmp_path):
+def test_skipped_head_keeps_its_initial_values(tmp_path):
     source, model = Classifier(1000, seed=1), Classifier(10, seed=2)
     before = values(model)
     lines = load(model, save_torch(tmp_path / "a.pt", source.state_dict()), skip=["fc.*"]).lines
@@ -282,17 +282,17 @@ init.weights={tmp_path}/a.pt, a torch.save file:
     )
 
 
-def test_what_fits_is_taken_and_the_rest_is_told(tmp_path):
+def test_matching_tensors_are_loaded_and_others_listed(tmp_path):
     source, model = Classifier(1000, seed=1), Classifier(10, seed=2)
     state = source.state_dict()
     state["fcs.bias"] = state.pop("fc.bias")
     del state["body.0.bias"]
-    place, before = save_torch(tmp_path / "a.ckpt", {"state_dict": state}), values(model)
+    source, before = save_torch(tmp_path / "a.ckpt", {"state_dict": state}), values(model)
     with pytest.raises(ConfigError) as caught:
-        load(model, place)
+        load(model, source)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     table = f"""\
-init.weights={place}, a torch.save file, prefix "state_dict.":
+init.weights={source}, a torch.save file, prefix "state_dict.":
   loaded       6 of 9 tensors, 25 elements
   missing      2 tensors not in the file
                  body.0.bias  nearest: body.1.bias
@@ -304,18 +304,18 @@ init.weights={place}, a torch.save file, prefix "state_dict.":
     assert table in str(caught.value)
     for way in ("init.skip=[fc.*]", "init.rename={old.*:new.*}", "init.strict=false"):
         assert way in str(caught.value)
-    assert "\n".join(load(model, place, strict=False).lines) == table
+    assert "\n".join(load(model, source, strict=False).lines) == table
     for name, value in model.state_dict().items():
-        taken = name.startswith("body") and name != "body.0.bias"
-        assert torch.equal(value, (state if taken else before)[name]), name
+        is_loaded = name.startswith("body") and name != "body.0.bias"
+        assert torch.equal(value, (state if is_loaded else before)[name]), name
 
 
-def test_weights_of_which_nothing_fits_are_refused_however_little_is_asked(tmp_path):
-    place = save_torch(tmp_path / "a.pt", {"x.weight": torch.ones(2), "fc.weight": torch.ones(1)})
+def test_weights_without_any_match_are_rejected_even_if_not_strict(tmp_path):
+    source = save_torch(tmp_path / "a.pt", {"x.weight": torch.ones(2), "fc.weight": torch.ones(1)})
     with pytest.raises(
         ConfigError, match=r"does not fit this model: no tensor in the file matches\n"
     ):
-        load(Classifier(10), place, strict=False)
+        load(Classifier(10), source, strict=False)
 
 
 def test_two_halves_that_are_as_good_are_not_chosen_between(tmp_path):
@@ -323,10 +323,10 @@ def test_two_halves_that_are_as_good_are_not_chosen_between(tmp_path):
     del state["body.0.bias"]
     both = {**under("student.", state), **under("teacher.", Classifier(1000, seed=3).state_dict())}
     del both["teacher.body.0.bias"]
-    place, model = save_torch(tmp_path / "a.pt", both), Classifier(10)
+    source, model = save_torch(tmp_path / "a.pt", both), Classifier(10)
     with pytest.raises(ConfigError, match=r'prefix "teacher\." matches as many'):
-        load(model, place, strict=False, skip=["fc.*"])
-    load(model, place, strict=False, skip=["fc.*"], rename={"teacher.*": ""})
+        load(model, source, strict=False, skip=["fc.*"])
+    load(model, source, strict=False, skip=["fc.*"], rename={"teacher.*": ""})
     assert torch.equal(model.body[0].weight, state["body.0.weight"])
 
 
@@ -352,28 +352,28 @@ def test_names_of_others_are_made_the_models(tmp_path):
 # --- pickles -----------------------------------------------------------------------------------
 
 
-def test_a_pickle_is_run_only_where_that_is_said_and_after_a_warning(tmp_path):
+def test_pickle_runs_only_with_allow_pickle_and_a_warning(tmp_path):
     state = {"state_dict": Classifier(10, seed=1).state_dict(), "x": Bomb(tmp_path / "bomb")}
-    place, model = save_torch(tmp_path / "a.ckpt", state), Classifier(10, seed=2)
+    source, model = save_torch(tmp_path / "a.ckpt", state), Classifier(10, seed=2)
     before = values(model)
     with pytest.raises(CheckpointError, match=r"posix\.system.*init\.allow_pickle=true executes"):
-        load(model, place, strict=False)
+        load(model, source, strict=False)
     assert not (tmp_path / "bomb").exists()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    said = []
+    warnings_given = []
 
     def warn(text):
         assert not (tmp_path / "bomb").exists()
-        said.append(text)
+        warnings_given.append(text)
 
-    weights.load(model, Init(weights=place, allow_pickle=True), warn=warn)
+    weights.load(model, Init(weights=source, allow_pickle=True), warn=warn)
     assert (tmp_path / "bomb").exists()
-    assert len(said) == 1
-    assert "executes any code in it" in said[0]
+    assert len(warnings_given) == 1
+    assert "executes any code in it" in warnings_given[0]
     same(model, Classifier(10, seed=1))
 
 
-def test_the_pickle_of_a_folder_is_never_run(tmp_path):
+def test_pickle_in_a_folder_is_never_run(tmp_path):
     folder = save_dcp(tmp_path / "dcp", Classifier(10).state_dict())
     (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "bomb")))
     with pytest.raises(CheckpointError, match=r"posix\.system, which no DCP") as caught:
@@ -382,28 +382,32 @@ def test_the_pickle_of_a_folder_is_never_run(tmp_path):
     assert not (tmp_path / "bomb").exists()
 
 
-def test_nobody_is_warned_of_a_file_that_needs_no_pickle(tmp_path):
-    place = save_torch(tmp_path / "a.pt", Classifier(10).state_dict())
-    said = []
-    weights.load(Classifier(10), Init(weights=place, allow_pickle=True), warn=said.append)
-    assert said == []
+def test_file_without_pickle_gives_no_warning(tmp_path):
+    source = save_torch(tmp_path / "a.pt", Classifier(10).state_dict())
+    warnings_given = []
+    weights.load(
+        Classifier(10), Init(weights=source, allow_pickle=True), warn=warnings_given.append
+    )
+    assert warnings_given == []
 
 
-@pytest.mark.parametrize("inner", [lambda module: module, lambda module: {"ema": {"m": module}}])
-def test_a_whole_pickled_module_is_refused_in_words_and_loaded_on_demand(tmp_path, inner):
-    place = save_torch(tmp_path / "a.pt", inner(Classifier(10, seed=1)))
+@pytest.mark.parametrize(
+    "container", [lambda module: module, lambda module: {"ema": {"m": module}}]
+)
+def test_pickled_module_is_rejected_unless_allow_pickle(tmp_path, container):
+    source = save_torch(tmp_path / "a.pt", container(Classifier(10, seed=1)))
     model = Classifier(10, seed=2)
-    whole = "a pickled" if not isinstance(inner(0), dict) else "needs"
+    beginning = "a pickled" if not isinstance(container(0), dict) else "needs"
     with pytest.raises(
         CheckpointError,
-        match=rf"{whole} (tests\.unit\.importing\.)?test_weights\.Classifier.*allow_pickle",
+        match=rf"{beginning} (tests\.unit\.importing\.)?test_weights\.Classifier.*allow_pickle",
     ):
-        load(model, place)
-    load(model, place, allow_pickle=True)
+        load(model, source)
+    load(model, source, allow_pickle=True)
     same(model, Classifier(10, seed=1))
 
 
-def test_a_program_is_refused_in_words(tmp_path):
+def test_exported_program_is_rejected_with_a_message(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that scripting is deprecated
         torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
@@ -416,13 +420,13 @@ def test_a_program_is_refused_in_words(tmp_path):
             load(nn.Linear(2, 2), tmp_path / name, allow_pickle=True)
 
 
-def test_a_pickle_without_its_code_is_one_message(tmp_path):
+def test_pickle_without_its_code_gives_a_single_message(tmp_path):
     module = types.ModuleType("gone")
     exec("class Gone: pass", module.__dict__)
     sys.modules["gone"] = module
     try:
-        place = save_torch(tmp_path / "a.pt", {"x": module.Gone()})
+        source = save_torch(tmp_path / "a.pt", {"x": module.Gone()})
     finally:
         del sys.modules["gone"]
     with pytest.raises(CheckpointError, match=r"No module named 'gone'.*Python's path"):
-        load(nn.Linear(2, 2), place, allow_pickle=True)
+        load(nn.Linear(2, 2), source, allow_pickle=True)

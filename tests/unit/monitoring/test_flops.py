@@ -1,4 +1,4 @@
-"""What is counted, against the papers' closed formulas; what devices could do, by their names."""
+"""FLOP counts against closed formulas of papers; peak FLOPs by device name."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def counted(model, task, batch):
 @pytest.mark.parametrize(("layers", "width", "heads", "tokens", "batch"), [
     (2, 32, 4, 64, 3), (1, 16, 1, 16, 1), (3, 24, 2, 10, 2),
 ])  # fmt: skip
-def test_a_gpt_is_counted_as_by_the_paper(layers, width, heads, tokens, batch):
+def test_gpt_flops_match_the_papers_formula(layers, width, heads, tokens, batch):
     """PaLM, appendix B: 6 N + 12 L H Q T a token, N without embeddings that are looked up."""
     vocabulary = 50
     model = GPT(vocabulary, 64, layers, heads, width)
@@ -35,14 +35,14 @@ def test_a_gpt_is_counted_as_by_the_paper(layers, width, heads, tokens, batch):
     assert counted(model, LanguageModel(), (x, x)) == per_token * tokens * batch
 
 
-def test_a_multilayer_perceptron_is_six_a_weight_but_for_the_gradient_of_its_input():
+def test_mlp_flops_are_six_per_weight_minus_the_input_gradient():
     model = MLP((4, 5), (30, 7), 3)
     batch = (torch.randn(11, 4, 5), torch.zeros(11, dtype=torch.int64))
     weights = 20 * 30 + 30 * 7 + 7 * 3
     assert counted(model, Classification(), batch) == 11 * (6 * weights - 2 * 20 * 30)
 
 
-def test_what_is_frozen_needs_no_gradient_of_its_weights():
+def test_frozen_weights_need_no_weight_gradient():
     model = MLP((20,), (30,), 3)
     model.layers[1].requires_grad_(False)
     batch = (torch.randn(11, 20), torch.zeros(11, dtype=torch.int64))
@@ -66,7 +66,7 @@ def test_counting_changes_neither_the_model_nor_the_generators():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_copy_has_no_data_and_its_tied_parameters_are_tied():
+def test_copy_has_no_data_and_keeps_parameters_tied():
     model = GPT(50, 16, 1, 1, 8)
     twin = flops.on_meta(model)
     assert {parameter.device.type for parameter in twin.parameters()} == {"meta"}
@@ -82,16 +82,16 @@ MLP_NODE = {"_target_": "models.mlp.MLP", "input_shape": [1, 8, 8], "hidden": [1
 
 
 def built(model, task="trainer.task.Classification", **trainer):
-    given = {"global_batch_size": 12, "accumulate": 3, "peak_flops_per_s": 1e9, **trainer}
+    settings = {"global_batch_size": 12, "accumulate": 3, "peak_flops_per_s": 1e9, **trainer}
     run = Run(
         name="a", run_dir="a", sample=Sample(shape=[1, 8, 8]), model=model, data=SYNTHETIC,
         task={"_target_": task}, optimizer={"_target_": "torch.optim.SGD", "lr": 0.1},
-        trainer=Trainer(**given),
+        trainer=Trainer(**settings),
     )  # fmt: skip
     return build.build_job(run, World(), build.build_data(run), Silent())
 
 
-def test_a_job_knows_what_all_microbatches_of_a_step_compute():
+def test_job_counts_all_microbatches_of_a_step():
     job = built(MLP_NODE)
     assert job.flops_per_step == 12 * (6 * (64 * 16 + 16 * 10) - 2 * 64 * 16)
     assert job.peak_flops_per_s == 1e9
@@ -138,7 +138,7 @@ class Uncopied(Looks):
 
 
 @pytest.mark.parametrize("kind", ["Looks", "Uncopied"])
-def test_a_model_that_cannot_be_counted_says_so_and_is_trained(kind):
+def test_uncountable_model_logs_a_message_and_trains(kind):
     job = built({"_target_": f"{__name__}.{kind}"})
     assert job.flops_per_step is None
     (note,) = job.notes
@@ -182,6 +182,6 @@ def test_on_a_device_without_a_known_peak_nothing_is_counted():
     ("NVIDIA A1000", "bf16", None),
     ("Some Other Device", "bf16", None),
 ])  # fmt: skip
-def test_the_peak_of_a_device_is_found_by_its_name_and_no_other_s_is(name, arithmetic, teraflops):
-    found = flops.peak_flops_per_s(name, arithmetic)
-    assert found == (None if teraflops is None else pytest.approx(teraflops * 1e12))
+def test_device_peak_is_found_by_exact_name(name, arithmetic, teraflops):
+    peak = flops.peak_flops_per_s(name, arithmetic)
+    assert peak == (None if teraflops is None else pytest.approx(teraflops * 1e12))
