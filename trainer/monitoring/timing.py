@@ -89,7 +89,7 @@ class Timing:
         if world.size > 1:
             self._stragglers = StragglerDetector(world.gather(socket.gethostname()), clock)
         self._waits = waits
-        self._seconds = dict.fromkeys(("data", "starved", "eval", "wait_in_eval"), 0.0)
+        self._seconds = dict.fromkeys(("data", "starved", "eval", "wait_inside"), 0.0)
         self._steps: list[float] = []  # seconds per step, since the last lap
         self._is_open = False  # a step has started
         self._items: Tensor | None = None
@@ -105,15 +105,20 @@ class Timing:
     # --- called by the training loop -------------------------------------------------------------
 
     def begin_step(self) -> None:
-        """Record that a step begins; fetching its data comes next."""
-        now = self._clock()
+        """Record that a step begins and the one before has ended."""
         if self._is_open:
-            self._end_step(now)
-        self._is_open, self._fetch_began = True, now
+            self._end_step(self._clock())
+        self._is_open = True
 
-    def data_ready(self) -> None:
-        """Record that the step has its data."""
-        self._seconds["data"] += self._clock() - self._fetch_began
+    @contextmanager
+    def times(self, name: str) -> Iterator[None]:
+        """Add the time of the block to the ledger as `data` (fetching a batch) or `eval`."""
+        began, waited_s = self._clock(), self._waits["data_wait"]()
+        try:
+            yield
+        finally:
+            self._seconds[name] += self._clock() - began
+            self._seconds["wait_inside"] += self._waits["data_wait"]() - waited_s
 
     def _end_step(self, now: float) -> None:
         outside_s = self._outside()
@@ -127,16 +132,6 @@ class Timing:
     def count_items(self, mean: Tensor) -> None:
         """Add a step's items, as the mean over the ranks (0-dim, float64)."""
         self._items = mean if self._items is None else self._items + mean
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Record the block as evaluation, including its waits for data."""
-        began, waited_s = self._clock(), self._waits["data_wait"]()
-        try:
-            yield
-        finally:
-            self._seconds["eval"] += self._clock() - began
-            self._seconds["wait_in_eval"] += self._waits["data_wait"]() - waited_s
 
     # --- results ---------------------------------------------------------------------------------
 
@@ -251,7 +246,7 @@ class Timing:
 
 
 def _data_wait_s(seconds: Mapping[str, float]) -> float:
-    return seconds["data"] + seconds["data_wait"] - seconds["wait_in_eval"]
+    return seconds["data"] + seconds["data_wait"] - seconds["wait_inside"]
 
 
 def _save_stall_s(seconds: Mapping[str, float]) -> float:

@@ -113,6 +113,8 @@ def run_attempt(
         position = state.step, state.last_eval_step
         profiler = _profiler(run, job, replicas.run, record.attempt)
         done = loop.train(job, state, saver, stop, timing=timing, profiler=profiler)
+        if profiler is not None:
+            profiler.close(state.step)
         seconds = time.monotonic() - trained
         if stop.reason == DEADLINE and (state.step, state.last_eval_step) == position:
             world.run_on_rank0(lambda: _check_progress(run, trained - began, seconds))

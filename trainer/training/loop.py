@@ -46,7 +46,7 @@ def train(
         saver: saves the checkpoints of this attempt.
         stop: the ranks' decision to stop.
         timing: from `start_timing`, to read the totals afterwards.
-        profiler: traces some steps.
+        profiler: traces some steps; the caller closes it.
 
     Returns:
         True if the run is complete. Either way the last step is committed on return, unless a save
@@ -66,9 +66,8 @@ def train(
         if profiler is not None:
             profiler.boundary(state.step)
         timing.begin_step()
-        microbatches, cursor = next(batches)
-        timing.data_ready()
-
+        with timing.times("data"):
+            microbatches, cursor = next(batches)
         log_due = (state.step + 1) % job.log_every_steps == 0 or state.step + 1 == job.max_steps
         lrs = [float(phase.optimizer.param_groups[0]["lr"]) for phase in job.phases]
         metrics, applied = train_step(job, microbatches, with_metrics=log_due, timing=timing)
@@ -76,9 +75,8 @@ def train(
         _step_schedulers(job, state, applied)
         losses.add(state.step, lrs, metrics, applied)
 
-        final = job.is_over(state)
-        save_due = vote.save_due or _due(saver.policy.every, state, final=final)
-        eval_due = _due(job.eval_every, state, final=final)
+        save_due = vote.save_due or _due(saver.policy.every, job, state)
+        eval_due = _due(job.eval_every, job, state)
         if log_due or save_due or eval_due or losses.is_due:
             check(weights=save_due or eval_due)
         if log_due:
@@ -90,11 +88,7 @@ def train(
     check(weights=True)
     stop.settle()
     timing.close(state.samples)
-    if profiler is not None:
-        profiler.close(state.step)
-    return _save_last_step(
-        job, state, saver, stop, content, is_complete=job.is_over(state) and not interrupted
-    )
+    return _save_last_step(job, state, saver, stop, content, interrupted=interrupted)
 
 
 def start_timing(job: Job, state: State, saver: Saver, stop: Stop) -> Timing:
@@ -117,7 +111,7 @@ def start_timing(job: Job, state: State, saver: Saver, stop: Stop) -> Timing:
 
 def _evaluate_on_resume(job: Job, state: State, saver: Saver, stop: Stop, timing: Timing) -> bool:
     """Evaluate the resumed step if that is still due; return True if a stop interrupted it."""
-    if not state.step or not _due(job.eval_every, state, final=job.is_over(state)):
+    if not state.step or not _due(job.eval_every, job, state):
         return False
     last_eval_step = state.last_eval_step
     interrupted = not _evaluate_once(job, state, stop, timing, saver)
@@ -127,9 +121,10 @@ def _evaluate_on_resume(job: Job, state: State, saver: Saver, stop: Stop, timing
 
 
 def _save_last_step(
-    job: Job, state: State, saver: Saver, stop: Stop, content: Any, *, is_complete: bool
+    job: Job, state: State, saver: Saver, stop: Stop, content: Any, *, interrupted: bool
 ) -> bool:
-    """Save the current step unless it is committed; return `is_complete`."""
+    """Save the current step unless it is committed; return True if the run is complete."""
+    is_complete = job.is_over(state) and not interrupted
     within_s = None if is_complete else _remaining_s(job.world.gather(stop.remaining_s))
     if not saver.save(state, content, within_s=within_s) and is_complete:
         saver.save(state, content)  # retry once, since this is the run's result
@@ -164,7 +159,7 @@ def _evaluate_once(job: Job, state: State, stop: Stop, timing: Timing, saver: Sa
         state.last_eval_step = state.step
         return True
     began = time.monotonic()
-    with timing.evaluating():
+    with timing.times("eval"):
         metrics = evaluate(job, state, stop, saver)
     if metrics is None:
         return False
@@ -181,9 +176,14 @@ def _evaluate_once(job: Job, state: State, stop: Stop, timing: Timing, saver: Sa
     return True
 
 
-def _due(every: Every, state: State, *, final: bool) -> bool:
-    epoch, ended = state.epoch, state.cursor["batch"] == 0
-    return intervals.due(every, step=state.step, epoch=epoch, epoch_ended=ended, final=final)
+def _due(every: Every, job: Job, state: State) -> bool:
+    return intervals.due(
+        every,
+        step=state.step,
+        epoch=state.epoch,
+        epoch_ended=state.cursor["batch"] == 0,
+        final=job.is_over(state),
+    )
 
 
 def _step_schedulers(job: Job, state: State, applied: Sequence[bool]) -> None:

@@ -25,6 +25,7 @@ def profiled(folder, *, first, count, max_steps=8, state=None):
     )
     state = state or State()
     loop.train(job, state, a_saver(folder), Stop(job.world), profiler=profiler)
+    profiler.close(state.step)
     paths = {path.name: path for path in sorted(folder.glob("profile/*"))}
     traces = {name: json.loads(gzip.decompress(path.read_bytes())) for name, path in paths.items()}
     return messages, traces, everything(job, state)

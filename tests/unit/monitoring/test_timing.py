@@ -50,8 +50,8 @@ def a_timing(samples=1000, **settings):
 
 def step(timing, clock, data_s, rest_s):
     timing.begin_step()
-    clock.advance(data_s)
-    timing.data_ready()
+    with timing.times("data"):
+        clock.advance(data_s)
     clock.advance(rest_s)
 
 
@@ -87,7 +87,7 @@ def test_lap_returns_the_steps_since_the_last_lap():
 def test_steps_exclude_evaluations_and_saves_between_them():
     timing, clock, waits = a_timing()
     step(timing, clock, 0.0, 1.0)
-    with timing.evaluating():
+    with timing.times("eval"):
         clock.advance(50.0)
         waits["data_wait"] += 20.0
     clock.advance(7.0)  # the saver starts a save
@@ -115,7 +115,7 @@ def test_steps_evaluations_and_saves_add_up_to_the_total_time(steps):
             lap(timing, 1000 + index)
             clock.advance(0.125)  # writing the line belongs to the next step
         if evaluates:
-            with timing.evaluating():
+            with timing.times("eval"):
                 clock.advance(3.0)
         if saves:
             waits["save_stall"] += 2.0
@@ -152,7 +152,7 @@ def test_mfu_is_relative_to_the_time_in_steps():
     timing, clock, _ = a_timing(flops_per_step=600, peak_flops_per_s=1000.0)
     for _ in range(4):
         step(timing, clock, 0.5, 0.5)
-    with timing.evaluating():
+    with timing.times("eval"):
         clock.advance(4.0)
     assert lap(timing, 1000)["flops_per_s"] == 300  # over the lap's total time
     assert timing.totals().mfu == pytest.approx(0.6)
