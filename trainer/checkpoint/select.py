@@ -1,6 +1,7 @@
 """Select the checkpoint that a path and a request (`latest`, `best` or a step) refer to."""
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +91,7 @@ def named_step(survey: Survey, step: str, url: str, option: str) -> Commit:
     Raises:
         ConfigError: no checkpoint has that step; lists the steps.
     """
-    digits = step.lstrip("0") or "0"
+    digits = step.lstrip("0") or step[-1:]
     commits = [commit for commit in survey.commits if str(commit.step) == digits]
     if not commits:
         steps = ", ".join(f"{commit.step}" for commit in survey.commits) or "none"
@@ -109,7 +110,7 @@ def best(survey: Survey, metric: str | None, mode: str) -> Commit | None:
         mode: `max` or `min`. Of equal values, the earliest wins.
 
     Raises:
-        CheckpointError: one of the manifests is damaged.
+        CheckpointError: one of the manifests is damaged in every store.
     """
     if metric is None:
         return None
@@ -186,4 +187,9 @@ def newest_listed(store: Store, record: Mapping[str, Any]) -> Commit | None:
 
 
 def _manifest(survey: Survey, commit: Commit) -> Manifest:
-    return lineage.read_manifest(Fallback(survey.views(commit)[0]), commit)
+    """Read a manifest from the first view in which it is valid."""
+    *views, last = survey.views(commit)
+    for stores in views:
+        with suppress(CheckpointError):
+            return lineage.read_manifest(Fallback(stores), commit)
+    return lineage.read_manifest(Fallback(last), commit)
