@@ -143,10 +143,13 @@ def test_crash_loop_exits_with_76(command):
     rejected = command(*arguments)
     assert rejected.returncode == 76
     assert "the last 3 attempts of runs/a crashed before saving a checkpoint" in rejected.stderr
+    assert "launch.forgive=true" in rejected.stderr
     assert rejected.stderr.count("ZeroDivisionError: a bug in the user's own code") == 3
     assert "Traceback" not in rejected.stderr
     assert not (command.folder / "runs/a/attempts/0004.json").exists()
-    assert command(*arguments, "launch.max_attempts_without_progress=0").returncode == 0
+    again = [*arguments, "launch.forgive=true"]
+    assert command(*again, FAIL_AT="0:2").returncode == 1
+    assert command(*arguments).returncode == 0  # the earlier failures were forgiven
 
 
 @pytest.mark.slow

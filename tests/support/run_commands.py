@@ -223,7 +223,8 @@ def in_folder(parent: Path) -> Command:
     folder = parent / "work"
     folder.mkdir()
     command_in_folder = Command(folder)
-    command_in_folder.env["PYTHONPATH"] = str(package.parent)
+    paths = [str(package.parent), os.environ.get("PYTHONPATH", "")]
+    command_in_folder.env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return command_in_folder
 
 

@@ -1,11 +1,9 @@
-"""Evaluate all attempt records of a run: crash loops, goodput and the run's status."""
+"""Evaluate all attempt records of a run: goodput and the run's status."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
-
-from trainer.errors import CrashLoopError
 
 DIED = "error"
 """Outcome of an attempt that failed; also assumed if its record has no end."""
@@ -17,52 +15,6 @@ def run_id(records: Sequence[Record]) -> str:
     """Return an identifier that is the same in all attempts of a run and unique to it."""
     started = "".join(filter(str.isdigit, records[0]["started"][:19]))
     return f"{started}-{records[0]['token']}"
-
-
-def check_crash_loop(
-    records: Sequence[Record], saved_by: set[int], max_attempts: int, run: str
-) -> None:
-    """Raise CrashLoopError if the last attempts crashed and saved no checkpoint.
-
-    Preempted attempts are ignored. So are attempts that the scheduler killed and requeued, which
-    shows in the restart count of the next attempt.
-
-    Args:
-        records: of all attempts, oldest first.
-        saved_by: numbers of the attempts that have committed a checkpoint.
-        max_attempts: number of crashes in a row that raises; 0: never raise.
-        run: name of the run, for the error.
-    """
-    crashes: list[Record] = []
-    following: Record = {}
-    for record in reversed(records):
-        if record["attempt"] in saved_by or record.get("outcome") == "done":
-            break
-        is_requeued = "outcome" not in record and _restarted(record, following)
-        if record.get("outcome") != "preempted" and not is_requeued:
-            crashes.append(record)
-        following = record
-    if not max_attempts or len(crashes) < max_attempts:
-        return
-    causes = [
-        f"  attempt {r['attempt']} ({r.get('host')}, {r.get('started')}): "
-        + (r.get("error") or "killed, for example by SIGKILL or the out-of-memory killer")
-        for r in crashes[:max_attempts]
-    ]
-    raise CrashLoopError(
-        "\n".join(
-            [
-                f"the last {len(crashes)} attempts of {run} crashed before saving a checkpoint:",
-                *causes,
-                "Fix the cause, then start once with launch.max_attempts_without_progress=0.",
-            ]
-        )
-    )
-
-
-def _restarted(record: Record, following: Record) -> bool:
-    same_job = record.get("job") is not None and record.get("job") == following.get("job")
-    return same_job and int(following.get("restart", 0)) > int(record.get("restart", 0))
 
 
 @dataclass(frozen=True)

@@ -104,10 +104,17 @@ class Launch:
     max_restarts: int = setting(0, "Maximum restarts of all ranks after a crash.", at_least=0)
     max_attempts_without_progress: int = setting(
         3,
-        "Stop after this many consecutive attempts that crashed without saving. 0 disables the "
-        "check.",
+        "Stop after this many consecutive attempts that failed with the same error before saving, "
+        "in the same configuration and code. 0 disables this check and the next.",
         at_least=0,
     )
+    max_losses_without_progress: int = setting(
+        10,
+        "Stop after this many attempts that were killed or lost before saving; from the third on, "
+        "the next start waits. 0 disables limit and waiting.",
+        at_least=0,
+    )
+    forgive: bool = setting(False, "Start although earlier attempts failed or were lost.")
     watchdog_s: float | None = setting(
         1800.0, "Write stack traces and exit with 75 after this many seconds without a step.",
         above=0,

@@ -32,7 +32,7 @@ from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError, PerdureError
 from trainer.monitoring.profiling import Profiler
 from trainer.protocols import Tracker
 from trainer.storage import Store, open_store
-from trainer.training import build, loop, messages, oom, resume, sample_outputs, saving
+from trainer.training import admission, build, loop, messages, oom, resume, sample_outputs, saving
 from trainer.training.attempt_record import AttemptRecord, progress_of, recorded, run_within
 from trainer.training.job import Job
 from trainer.training.resume import Start
@@ -72,11 +72,11 @@ def run_attempt(
             if world.rank == 0:
                 print(messages.finished_text(run, start.step, start.epoch))
             return DONE
-    earlier = world.run_on_rank0(lambda: _earlier_records(run, replicas))
+    earlier, facts = admission.admit(run, stored, replicas, world)
     threads = launch.threads_per_rank(run.launch, earlier[-1].get("threads") if earlier else None)
     torch.set_num_threads(threads)
     began = time.monotonic()
-    metadata = {**_metadata(world, threads), "resume": run.resume}
+    metadata = {**_metadata(world, threads), **facts}
     grace_s = slurm.grace_s(run.preemption.grace_s)
     stop = Stop(world, grace_s=grace_s, deadline=_deadline(run, began))
     with ExitStack() as stack:  # closes in reverse order
@@ -167,7 +167,10 @@ def _watching(
 
     def exit_process(text: str) -> None:
         if world.rank == 0:
-            ending = {"ended": lineage.now(), "outcome": attempts.DIED, "error": text}
+            ending = {
+                "ended": lineage.now(), "outcome": attempts.DIED, "error": text,
+                "exit_code": RUN_AGAIN,
+            }  # fmt: skip
             run_within(_FINAL_WRITE_S, "attempt-end", lambda: replicas.amend(attempt, ending))
         outcome.exit_to_resume(text)
 
@@ -228,19 +231,6 @@ def _check_equal_configs(stored: Mapping[str, Any], world: World) -> None:
             )
 
     world.run_on_rank0(check)
-
-
-def _earlier_records(run: Run, replicas: Replicas) -> list[dict[str, Any]]:
-    """Return the records of earlier attempts. Rank 0 only.
-
-    Raises:
-        CrashLoopError: too many consecutive attempts crashed without saving.
-    """
-    survey = replicas.survey()
-    saved_by = {commit.attempt for commit in survey.with_damaged}
-    limit = run.launch.max_attempts_without_progress
-    attempts.check_crash_loop(survey.records, saved_by, limit, run.run_dir)
-    return survey.records
 
 
 def _check_progress(run: Run, starting_s: float, seconds: float) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from trainer.checkpoint import attempts, lineage
+from trainer.checkpoint import attempts, crash_loop, lineage
 from trainer.checkpoint.lineage import Attempt
 from trainer.checkpoint.replicas import Replicas
 from trainer.checkpoint.saver import Saver
@@ -44,9 +44,10 @@ class AttemptRecord:
         self._ended = threading.Event()
 
     def fail(self, error: BaseException) -> str:
-        """Set the error, unless there is one; return its text."""
+        """Set the error and its cause, unless there is one; return its text."""
         text = f"{type(error).__name__}: {error}"[:_ERROR_LENGTH]
-        self.outcome.setdefault("error", text)
+        for key, value in {"error": text, **crash_loop.failure_facts(error)}.items():
+            self.outcome.setdefault(key, value)
         return text
 
     def start_heartbeat(self, progress: Progress) -> None:

@@ -1,68 +1,15 @@
-"""Crash-loop detection, goodput and run condition, computed from attempt records."""
+"""Goodput and run condition, computed from attempt records."""
 
 from datetime import UTC, datetime
 
 import pytest
 
 from trainer.checkpoint import attempts
-from trainer.errors import NEVER_REQUEUE, CrashLoopError
 
 
 def record(number, outcome="error", **more):
     fields = {"attempt": number, "host": "n1", "started": f"12:0{number}", **more}
     return {**fields, "outcome": outcome} if outcome else fields
-
-
-def check(records, saved_by=(), max_attempts=3):
-    attempts.check_crash_loop(records, set(saved_by), max_attempts, "runs/a")
-
-
-def test_consecutive_crashes_without_save_raise_with_causes():
-    crashed = [record(1, error="ValueError: x"), record(2, None), record(3, error="OSError: y")]
-    check(crashed[:2])
-    with pytest.raises(CrashLoopError) as caught:
-        check(crashed)
-    text = str(caught.value)
-    assert "the last 3 attempts of runs/a crashed" in text
-    assert "attempt 3 (n1, 12:03): OSError: y" in text
-    assert "attempt 2 (n1, 12:02): killed, for example" in text
-    assert "max_attempts_without_progress=0" in text
-    assert caught.value.exit_code == NEVER_REQUEUE
-    check(crashed, max_attempts=0)
-    check(crashed, max_attempts=4)
-
-
-@pytest.mark.parametrize("saved_by", [1, 2, 3, 4])
-def test_attempt_with_save_resets_crash_count(saved_by):
-    crashed = [record(n) for n in (1, 2, 3, 4)]
-    if saved_by == 1:
-        with pytest.raises(CrashLoopError, match="the last 3 attempts"):
-            check(crashed, [saved_by])
-    else:
-        check(crashed, [saved_by])
-
-
-def test_preempted_attempts_neither_count_nor_reset_crash_count():
-    check([record(n, "preempted") for n in range(1, 9)])
-    mixed = [record(1), record(2, "preempted"), record(3), record(4, "preempted"), record(5)]
-    with pytest.raises(CrashLoopError, match="the last 3"):
-        check(mixed)
-
-
-def test_finished_attempt_resets_crash_count():
-    check([record(1), record(2), record(3, "done"), record(4), record(5)])
-
-
-def test_attempt_restarted_by_scheduler_is_not_a_crash():
-    restarted = [record(1, None, job="7"), record(2, None, job="7", restart="1"),
-             record(3, None, job="7", restart="2")]  # fmt: skip
-    check(restarted, max_attempts=2)
-    with pytest.raises(CrashLoopError):
-        check(restarted, max_attempts=1)  # the last attempt was not restarted
-    with pytest.raises(CrashLoopError):
-        check([record(1, None, job="7"), record(2, None, job="8")], max_attempts=2)
-    with pytest.raises(CrashLoopError):
-        check([record(1, job="7"), record(2, job="7", restart="1")], max_attempts=2)
 
 
 def test_goodput_counts_repeated_steps():
