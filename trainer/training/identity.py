@@ -44,8 +44,8 @@ def _code_digest(config: Mapping[str, Any]) -> str:
     files = {str(path.relative_to(sources.PROJECT)): path for path in sources.PROJECT.rglob("*.py")}
     named = set()
     for target in _targets(config):
-        found, _ = targets.find(target)
-        named.add(getattr(found, "__module__", None))
+        value, _ = targets.find(target)
+        named.add(getattr(value, "__module__", None))
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if not isinstance(file, str) or Path(file).is_relative_to(sources.PROJECT):

@@ -77,7 +77,7 @@ def test_only_failures_and_losses_count(kinds, expected):
 
 
 @pytest.mark.parametrize("saved_by", [1, 2, 3, 4])
-def test_a_save_ends_the_streak(saved_by):
+def test_streak_ends_at_a_save(saved_by):
     assert counts(["failure"] * 4, [saved_by]) == (4 - saved_by, 0)
     assert counts(["killed"] * 4, [saved_by]) == (0, 4 - saved_by)
 

@@ -1,4 +1,4 @@
-"""Digests of configuration and code: what counts as a change."""
+"""Digests of configuration and code: the changes that they detect."""
 
 import sys
 
