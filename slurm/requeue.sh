@@ -32,7 +32,7 @@ begin_attempt() {
 # Exit before the ranks start if the job cannot work. Skipped for requeued jobs.
 examine() { # the arguments of the trainer
   [[ ${SLURM_RESTART_COUNT:-0} == 0 && ${PERDURE_DOCTOR:-yes} != no ]] || return 0
-  "$python" -m trainer.doctor --quick "$@" || exit
+  "$python" -m trainer.doctor --quick "$@" || end_attempt $?
 }
 
 end_attempt() { # exit code of srun
@@ -41,6 +41,9 @@ end_attempt() { # exit code of srun
     code=$(<"$PERDURE_OUTCOME")
     rm -f "$PERDURE_OUTCOME"
   fi
+  case $code in # a stop signal before Python had started: 128 + HUP, USR1, USR2, TERM
+    129 | 138 | 140 | 143) code=75 ;;
+  esac
   echo "--- $attempt ended with $code, $(date -Is)"
   [[ $code == 75 ]] || exit "$code"
   scontrol requeue "$job"

@@ -1,5 +1,10 @@
 """python -m trainer.run [key=value …]: compose, check, launch, build, train, exit code."""
 
+from trainer.cluster.early_stop import NAMES, early_stop
+
+if __name__ == "__main__":
+    early_stop.record()  # before the slow imports
+
 import json
 import os
 import sys
@@ -64,6 +69,7 @@ def _command(arguments: list[str]) -> int:
     run_one = partial(_run_one, check_only="--check" in arguments)
     arguments = [argument for argument in arguments if argument != "--check"]
     if sweep.is_hydra_command(arguments):
+        early_stop.answer(NAMES)
         return sweep.main(arguments, run_one)
     return run_one(*compose_node(arguments, _HELP_HINT, ["--check", "--multirun"]))
 
@@ -77,9 +83,10 @@ def _run_one(composed: DictConfig, problems: Sequence[Problem], *, check_only: b
 
 
 def _check_and_start(composed: DictConfig, problems: Sequence[Problem], check_only: bool) -> int:
+    run, merge_problems = merge(composed)
+    early_stop.answer(run.preemption.signals)
     from trainer.training import build
 
-    run, merge_problems = merge(composed)
     problems = [*problems, *merge_problems, *build.check(run)]
     if not any(p.key.startswith(("launch.", "trainer.", "parallel.")) for p in problems):
         problems += validate_world(run, launch.world_size(run.launch))
@@ -137,6 +144,7 @@ def _worker(file: Path) -> int:
     """Run as a rank that `_launch` started."""
     payload = json.loads(file.read_text())
     run, problems = merge(OmegaConf.create(payload["run"]))
+    early_stop.answer(run.preemption.signals)
     if problems:
         raise ConfigError(problems_text(problems))
     return _rank(run, payload["stored"], is_checked=True)

@@ -1,6 +1,7 @@
 """Signals at every moment, in every launch form: exit code 75 and an identical result."""
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from support.run_commands import HARD
 
 from scripts.compare_runs import differences
+from scripts.signal_window import trial
 
 FRAGILE = [
     *HARD, "task._target_=mine.task.Fragile", "+tracker.signals._target_=mine.tracker.Signals",
@@ -65,6 +67,18 @@ def test_signal_saves_and_exits_with_75(command, name):
     assert code == done.returncode == 75
     assert f"Stopped by {name} at step 9; newest checkpoint: step 9." in done.stdout
     assert record(command, "a", 1)["reason"] == name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "count"), [(1, 12), (2, 8)])
+def test_signal_at_random_moments_since_the_first_line_exits_with_75(tmp_path, ranks, count):
+    moments = random.Random(ranks)
+    for number in range(count):
+        after_s, name = moments.uniform(0, 6), moments.choice(["SIGTERM", "SIGUSR1", "SIGUSR2"])
+        arguments = [f"name=r{number}", f"launch.nproc={ranks}"]
+        done = trial(tmp_path, after_s, name, *arguments, since_handlers=True)
+        assert done.is_right, done
+        assert "Traceback" not in done.output
 
 
 @pytest.mark.slow

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer.cluster import outcome
+from trainer.cluster.early_stop import numbers, restored_handlers, watch_arrivals
 from trainer.config.schema import Launch
 from trainer.errors import FAILURE, RUN_AGAIN
 
 _MAX_THREADS = 16
+_HANDLED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
 
 def is_rank() -> bool:
@@ -89,9 +91,9 @@ def run_ranks(payload: Mapping[str, Any], launch: Launch, *, logs: Path, grace_s
         outcome_file, worker_file = Path(folder, "outcome"), Path(folder, "worker.json")
         worker_file.write_text(json.dumps(payload))
         start = elastic_launch(_elastic_config(launch, logs, grace_s), sys.executable)
-        end_watching = stop.watch_arrivals(stop.SecondInterrupt())
+        end_watching = watch_arrivals(stop.SecondInterrupt())
         try:
-            with outcome.file_for_ranks(outcome_file):
+            with outcome.file_for_ranks(outcome_file), restored_handlers():
                 start("-m", "trainer.run", "--worker", str(worker_file))
             return outcome.read(outcome_file, FAILURE)
         except ChildFailedError as error:
@@ -117,7 +119,7 @@ def _elastic_config(launch: Launch, logs: Path, grace_s: float) -> Any:
         local_addr="127.0.0.1",
         max_restarts=launch.max_restarts,
         monitor_interval=0.1,
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
+        signals_to_handle=",".join(signal.Signals(n).name for n in numbers(_HANDLED)),
         shutdown_timeout=int(grace_s) + 1,
         logs_specs=DefaultLogsSpecs(
             log_dir=str(logs), redirects=dict.fromkeys(range(1, count), Std.ALL)

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,9 +27,13 @@ def write(code: int) -> None:
     """Write the exit code of the run to the outcome file, atomically; without one, do nothing."""
     path = os.environ.get(_VARIABLE)
     if path is not None:
-        temporary = Path(f"{path}.{os.getpid()}")
-        temporary.write_text(str(code))
-        temporary.replace(path)
+        _write(Path(path), code)
+
+
+def _write(path: Path, code: int) -> None:
+    temporary = Path(f"{path}.{os.getpid()}")
+    temporary.write_text(str(code))
+    temporary.replace(path)
 
 
 def read(path: Path, default: int) -> int:
@@ -81,6 +85,25 @@ def exit_now(code: int, message: str = "") -> NoReturn:
         write(code)
     sys.stdout.flush()
     os._exit(code)
+
+
+def stop_early(signal_name: str, file: str | None, began_s: float) -> NoReturn:
+    """End a process that received a stop signal while it had nothing to save. Any rank and thread.
+
+    Args:
+        signal_name: name of the signal.
+        file: the process's outcome file, if any.
+        began_s: start of the process, in seconds since 1970. An outcome that is newer is kept: the
+            rank that failed wrote it.
+    """
+    if file is not None:
+        path = Path(file)
+        if not path.exists() or path.stat().st_mtime < began_s:
+            _write(path, RUN_AGAIN)
+    text = f"Stopped by {signal_name} outside of the training loop. {RESUME_HINT}"
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+    os._exit(rank_exit_code(RUN_AGAIN))
 
 
 def exit_to_resume(reason: str) -> NoReturn:

@@ -6,7 +6,6 @@ A signal handler only records the signal number.
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 
 from trainer.cluster import agreement
 from trainer.cluster.agreement import Vote
+from trainer.cluster.early_stop import early_stop, numbers, watch_arrivals
 from trainer.cluster.world import World
 from trainer.errors import INTERRUPTED_TWICE
 
@@ -108,9 +108,11 @@ class Stop:
             exit_on_second(number)
 
         self._stop_watching = watch_arrivals(receive)
-        for name in names:
-            number = getattr(signal, name)
+        for number in numbers(names):
             self._previous[number] = signal.signal(number, self._record)
+        number, received_s = early_stop.adopt()
+        if number in self._previous:
+            self._received, self._received_s = number, received_s
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self._received = number
@@ -199,30 +201,6 @@ class Stop:
 def reason_text(reason: int) -> str:
     """Return how to call a reason to stop: the signal's name, or `deadline`."""
     return "deadline" if reason == DEADLINE else signal.Signals(reason).name
-
-
-def watch_arrivals(receive: Callable[[int], None]) -> Callable[[], None]:
-    """Call `receive` with the number of each handled signal, at once, on a separate thread.
-
-    Works while the main thread is in a call that runs no Python handlers. Main thread only.
-    Returns a function that ends the watch.
-    """
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    previous = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-
-    def watch() -> None:
-        while numbers := os.read(reading, 64):
-            for number in numbers:
-                receive(number)
-        os.close(reading)
-
-    def end() -> None:
-        signal.set_wakeup_fd(previous)
-        os.close(writing)
-
-    threading.Thread(target=watch, name="signals", daemon=True).start()
-    return end
 
 
 class SecondInterrupt:

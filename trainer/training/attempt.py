@@ -35,6 +35,7 @@ from trainer.storage import Store, open_store
 from trainer.training import admission, build, loop, messages, oom, resume, sample_outputs, saving
 from trainer.training.attempt_record import AttemptRecord, progress_of, recorded, run_within
 from trainer.training.job import Job
+from trainer.training.late_start import ending_late_start
 from trainer.training.resume import Start
 from trainer.training.step import warm_up
 
@@ -86,6 +87,7 @@ def run_attempt(
         record = stack.enter_context(recorded(replicas, metadata, world))
         stack.enter_context(_closing(tracker, record))
         watchdog = stack.enter_context(_watching(run, world, replicas, record.attempt, stop))
+        stack.enter_context(ending_late_start(stop, _end_of_start(replicas, world, record)))
         stack.callback(handlers.close)  # a signal while closing ends the process
         stack.enter_context(_reporting_crashes(run, world, record, watchdog, after_all))
         source = world.run_on_all(lambda: build.build_data(run))
@@ -187,6 +189,20 @@ def _watching(
         yield watchdog
     finally:
         watchdog.stop()
+
+
+def _end_of_start(replicas: Replicas, world: World, record: AttemptRecord) -> Callable[[], None]:
+    """Return a function that ends the process before its first step, as preempted."""
+
+    def end() -> None:
+        if world.rank == 0:
+            ending = {"ended": lineage.now(), "outcome": "preempted", "reason": "signal in start"}
+            run_within(
+                _FINAL_WRITE_S, "attempt-end", lambda: replicas.amend(record.attempt, ending)
+            )
+        outcome.exit_to_resume("stopped by a signal, and the start takes too long to save first")
+
+    return end
 
 
 @contextmanager
