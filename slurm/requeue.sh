@@ -41,6 +41,9 @@ end_attempt() { # exit code of srun
     code=$(<"$PERDURE_OUTCOME")
     rm -f "$PERDURE_OUTCOME"
   fi
+  case $1 in # native code of a rank crashed (128 + ILL, ABRT, BUS, FPE, SEGV); its peers wrote 75
+    132 | 134 | 135 | 136 | 139) [[ $code != 75 ]] || code=$1 ;;
+  esac
   case $code in # a stop signal before Python had started: 128 + HUP, USR1, USR2, TERM
     129 | 138 | 140 | 143) code=75 ;;
   esac

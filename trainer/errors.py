@@ -43,6 +43,12 @@ class StoreError(PerdureError):
     exit_code = RUN_AGAIN
 
 
+class StoreRefusedError(StoreError):
+    """A disk or bucket rejected a request, and would reject it again."""
+
+    exit_code = FAILURE
+
+
 class SaveHangsError(StoreError):
     """A save does not end, so no other save can start."""
 

@@ -32,10 +32,8 @@ from trainer.errors import (
     PeerLostError,
     PerdureError,
     Problem,
-    StoreError,
     WorkerLostError,
     print_error,
-    print_warning,
     problems_text,
 )
 
@@ -101,21 +99,10 @@ def _check_and_start(composed: DictConfig, problems: Sequence[Problem], check_on
 
 def _launch(run: Run, stored: Mapping[str, Any]) -> int:
     """Check that the run can be written and resumed; then become the only rank or start all."""
-    from trainer.training import messages, resume
+    from trainer.training import admission, messages, resume
 
     replicas = resume.open_replicas(run)
-    for key, store in zip(("run_dir", "checkpoint.mirror"), replicas.stores, strict=False):
-        try:
-            if warning := store.probe():
-                print_warning(warning)
-        except StoreError as error:
-            advice = (
-                ". With checkpoint.mirror=null the run continues without it, if run_dir is complete"
-                if store is replicas.mirror
-                else ""
-            )
-            text = f"{key}={store.url} cannot be written: {error}{advice}"
-            raise ConfigError(text) from None
+    admission.check_stores(run, replicas)
     start = resume.choose(replicas, run, stored)
     if resume.finished(run, start):
         print(messages.finished_text(run, start.step, start.epoch))

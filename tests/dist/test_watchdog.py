@@ -111,6 +111,8 @@ def breaks(world: World, reports: bool):
             dist.all_reduce(torch.zeros(1000))
     except RuntimeError as error:
         assert watched.watchdog.explain(ValueError("unrelated")) is None
+        misuse = RuntimeError("[enforce fail at gloo/pair.cc:440] op.preamble.length <= op.nbytes")
+        assert watched.watchdog.explain(misuse) is None  # it would come again
         explained = watched.watchdog.explain(error)
         watched.watchdog.stop()
         return type(explained).__name__, str(explained)

@@ -150,6 +150,14 @@ def test_killed_rank_without_restarts_exits_with_75(command):
 
 
 @pytest.mark.slow
+def test_rank_that_crashes_in_native_code_exits_with_1(command):
+    code, done = run(command, "launcher", *FRAGILE, "name=a", DIE_AT="1:3", DIE_BY="SIGABRT")
+    assert code == done.returncode == 1
+    assert "rank 1 (process" in done.stderr
+    assert "crashed with SIGABRT" in done.stderr
+
+
+@pytest.mark.slow
 def test_crash_loop_exits_with_76(command):
     arguments = [*FRAGILE, "name=a", "checkpoint.every_steps=null"]
     for _ in range(3):

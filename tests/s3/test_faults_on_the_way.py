@@ -11,9 +11,10 @@ from support.s3_proxy import Fault, Proxy
 from scripts.s3_server import BUCKET
 from trainer import checkpoint
 from trainer.checkpoint import Content, lineage
+from trainer.checkpoint.commit import UnconfirmedError, commit
 from trainer.cluster.world import World
 from trainer.config.schema import ObjectStore
-from trainer.errors import StoreError
+from trainer.errors import FAILURE, RUN_AGAIN, StoreError, StoreRefusedError
 from trainer.storage import AlreadyExists, open_store
 
 BIG = os.urandom(1 << 20) * 20 + b"end"
@@ -106,6 +107,60 @@ def test_permanent_error_is_raised_with_advice(store, proxy, error, advice):
             call()
     proxy.faults = []
     assert store.read("a") == b"x"
+
+
+REFUSALS = {
+    "400": Fault("answer", -1, status=400, code="InvalidArgument"),
+    "403": Fault("answer", -1, status=403, code="AccessDenied"),
+    "405": Fault("answer", -1, status=405, code="MethodNotAllowed"),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSALS.values(), ids=REFUSALS)
+@pytest.mark.parametrize("method", ["PUT", "GET", "HEAD", "DELETE", "POST"])
+def test_permanent_refusal_of_any_request_has_exit_code_1(store, proxy, fault, method):
+    put(store, "old", b"x")
+    proxy.faults = [Fault("answer", -1, method, status=fault.status, code=fault.code)]
+    calls = {
+        "PUT": lambda: store.replace("a", b"y"), "GET": lambda: store.list(""),
+        "HEAD": lambda: store.size("old"), "DELETE": lambda: store.delete(["old"]),
+        "POST": lambda: store.open_new("big", len(BIG)),
+    }  # fmt: skip
+    with pytest.raises(StoreRefusedError) as caught:
+        calls[method]()
+    assert caught.value.exit_code == FAILURE
+
+
+@pytest.mark.parametrize("fault", [
+    Fault("answer", -1), Fault("reset", -1),
+    Fault("answer", -1, status=400, code="ExpiredToken"),
+], ids=["503", "reset", "expired"])  # fmt: skip
+def test_fault_that_may_pass_has_exit_code_75(store, proxy, fault):
+    proxy.faults = [fault]
+    for call in (lambda: store.replace("a", b"y"), lambda: store.size("a"), store.probe):
+        with pytest.raises(StoreError) as caught:
+            call()
+        assert caught.value.exit_code == RUN_AGAIN
+
+
+def test_commit_that_is_refused_raises_with_exit_code_1(store, proxy):
+    proxy.faults = [Fault("answer", -1, "PUT", "manifest.json", status=403, code="AccessDenied")]
+    with pytest.raises(StoreRefusedError) as caught:
+        commit(store, "checkpoints/step-00000001.0001", b"{}")
+    assert isinstance(caught.value, UnconfirmedError)  # its shards are kept
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "uploads"), ("PUT", "partNumber")])
+def test_probe_writes_as_a_save_and_leaves_nothing(store, proxy, method, path):
+    store.probe()
+    assert store.list("", unfinished=True) == []
+    fault = Fault("answer", -1, method, path, status=400, code="InvalidArgument")
+    proxy.faults = [fault]
+    with pytest.raises(StoreRefusedError, match="would reject it again"):
+        store.probe()
+    assert fault.met > 0
+    proxy.faults = []
+    assert store.list("", unfinished=True) == []
 
 
 def test_write_fails_after_last_retry_and_abort_leaves_no_part(store, proxy):

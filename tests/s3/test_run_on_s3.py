@@ -7,6 +7,7 @@ import uuid
 
 import pytest
 from support.run_commands import HARD, committed
+from support.s3_proxy import Fault, Proxy
 
 from scripts.compare_runs import differences
 from scripts.s3_server import BUCKET, KEY, SECRET
@@ -48,6 +49,42 @@ def test_run_after_sigkill_and_preemption_ends_with_identical_results(command, b
     folders = [commit.folder for commit in lineage.commits(store)]
     assert all(key.startswith(tuple(folders)) for key in store.list("checkpoints", unfinished=True))
     assert [key for key in store.list("") if key.startswith("metrics")] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("status", "code"), [(403, 1), (503, 75)])
+def test_run_whose_saves_fail_exits_with_1_only_if_they_would_fail_again(
+    command, bucket, s3, ranks, status, code
+):
+    proxy = Proxy(s3.endpoint)
+    proxy.faults = [Fault("answer", -1, "PUT", "step-00000010", status=status, code="Rejected")]
+    try:
+        failed = command(
+            *FRAGILE, f"run_dir={bucket}/a", f"launch.nproc={ranks}", "checkpoint.on_error=stop",
+            f"store.endpoint_url={proxy.endpoint}", "store.retries=1",
+        )  # fmt: skip
+    finally:
+        proxy.close()
+    assert failed.returncode == code, failed.stderr
+    assert "Rejected" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert proxy.faults[0].met > 0
+
+
+@pytest.mark.parametrize(("status", "code"), [(400, 2), (403, 2), (503, 75)])
+def test_store_that_rejects_a_part_is_detected_before_the_start(command, bucket, s3, status, code):
+    proxy = Proxy(s3.endpoint)
+    proxy.faults = [Fault("answer", -1, "PUT", "partNumber", status=status, code="Rejected")]
+    try:
+        failed = command(
+            *FRAGILE, f"run_dir={bucket}/a", f"store.endpoint_url={proxy.endpoint}",
+            "store.retries=1",
+        )  # fmt: skip
+    finally:
+        proxy.close()
+    assert failed.returncode == code, failed.stderr
+    assert f"run_dir={bucket}/a cannot be written" in failed.stderr
+    assert open_store(f"{bucket}/a").list("", unfinished=True) == []
 
 
 def test_export_is_written_to_the_bucket_and_not_to_the_disk(command, bucket):

@@ -63,7 +63,8 @@ USER_PACKAGE = {
                     if os.environ.get("DIE_AT") == here and is_first:
                         while not list(Path().glob(os.environ.get("DIE_AFTER", "*"))):
                             time.sleep(0.02)
-                        os.kill(os.getpid(), signal.SIGKILL)
+                        name = os.environ.get("DIE_BY", "SIGKILL")
+                        os.kill(os.getpid(), getattr(signal, name))
                     if os.environ.get("TERM_AT") == here:
                         os.kill(os.getpid(), signal.SIGTERM)
                     if os.environ.get("PAUSE_AT") == here:

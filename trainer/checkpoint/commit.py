@@ -6,12 +6,16 @@ from contextlib import contextmanager, suppress
 from trainer.checkpoint import lineage, manifest
 from trainer.checkpoint.lineage import Attempt
 from trainer.checkpoint.manifest import Manifest
-from trainer.errors import PerdureError, StoreError
+from trainer.errors import PerdureError, StoreError, StoreRefusedError
 from trainer.storage.store import AlreadyExists, Store
 
 
 class UnconfirmedError(StoreError):
     """The store failed while a manifest was created, so the checkpoint may be committed."""
+
+
+class UnconfirmedRefusalError(UnconfirmedError, StoreRefusedError):
+    """As above; the store would reject the manifest again."""
 
 
 def commit(store: Store, folder: str, data: bytes, attempt: Attempt | None = None) -> None:
@@ -36,6 +40,8 @@ def commit(store: Store, folder: str, data: bytes, attempt: Attempt | None = Non
         store.create(f"{folder}/{lineage.MANIFEST}", data)
     except AlreadyExists:
         raise
+    except StoreRefusedError as error:
+        raise UnconfirmedRefusalError(str(error)) from error
     except StoreError as error:
         raise UnconfirmedError(str(error)) from error
 

@@ -16,6 +16,10 @@ from trainer.config.schema import Launch
 from trainer.errors import FAILURE, RUN_AGAIN
 
 _MAX_THREADS = 16
+_CRASHES = (
+    signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGSYS,
+)  # fmt: skip
+"""Signals that a process's own native code causes."""
 _HANDLED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
 
@@ -138,7 +142,7 @@ def _report_failure(error: Any, code: int, logs: Path) -> int:
     rank, failure = _first_failure(error)
     has_message = isinstance(failure.message, Mapping)
     if failure.exitcode < 0 and not has_message:
-        code = RUN_AGAIN
+        code = FAILURE if -failure.exitcode in _CRASHES else RUN_AGAIN
     elif code == RUN_AGAIN and not has_message:
         return code
     print(_failure_text(rank, failure, logs), file=sys.stderr, flush=True)
@@ -163,6 +167,12 @@ def _failure_text(rank: int, failure: Any, logs: Path) -> str:
         return f"rank {rank} failed; the other ranks were stopped:\n{text}"
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
+        if -failure.exitcode in _CRASHES:
+            return (
+                f"rank {rank} (process {failure.pid}) crashed with {name}; the other ranks were "
+                "stopped. Native code, such as a library or a collective, ended the process and "
+                f"would do so again; see the last lines above or in {logs}"
+            )
         return (
             f"rank {rank} (process {failure.pid}) was killed by {name}; the other ranks were "
             "stopped. If you did not send the signal, the machine may have run out of memory. "

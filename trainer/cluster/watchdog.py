@@ -293,9 +293,14 @@ def _position(thread: int | None) -> tuple[bool, str]:
     return is_waiting, line
 
 
+_MISUSE = ("enforce fail", "invalid usage", "invalid argument", "ncclinvalid")
+"""Parts of errors of collectives that come again, such as ranks with different shapes."""
+
+
 def _is_connection_error(error: BaseException) -> bool:
     text = str(error).lower()
     return isinstance(error, RankEndedError) or (
         isinstance(error, RuntimeError)
+        and not any(word in text for word in _MISUSE)
         and any(word in text for word in ("gloo", "nccl", "closed by peer", "connection reset"))
     )

@@ -15,13 +15,18 @@ from pathlib import Path
 import numpy as np
 
 from trainer.core.atomic_file import TEMPORARY, sync
-from trainer.errors import StoreError
+from trainer.errors import StoreError, StoreRefusedError
 from trainer.storage.store import AlreadyExists
 
 _PAGE_BYTES = 4096
 _PART_BYTES = 4 << 20
 _DIRECT_READ_BYTES = 1 << 16
 """Smaller reads go through the page cache, whose read-ahead serves the next one."""
+_PERMANENT = (
+    "EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "ENOENT", "EEXIST", "ENAMETOOLONG", "ELOOP",
+    "EFBIG", "EINVAL", "EOPNOTSUPP", "ENOSYS",
+)  # fmt: skip
+"""Errors that do not pass without a change of rights, mounts or names."""
 _NO_DIRECT = (errno.EINVAL, errno.EFAULT, errno.EOPNOTSUPP)
 
 
@@ -337,4 +342,5 @@ def _store_errors(verb: str, path: Path, *, may_be_missing: bool = False) -> Ite
             "EROFS": "choose a run_dir that is not mounted read-only",
             "ENOTDIR": "a file is in the way of a folder; choose another run_dir",
         }.get(name, "check the file system, then run the same command again")
-        raise StoreError(f"cannot {verb} {path}: {error.strerror} ({name}); {advice}") from error
+        kind = StoreRefusedError if name in _PERMANENT else StoreError
+        raise kind(f"cannot {verb} {path}: {error.strerror} ({name}); {advice}") from error

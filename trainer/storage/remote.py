@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 from trainer.config.schema import ObjectStore
-from trainer.errors import ConfigError, StoreError
+from trainer.errors import ConfigError, StoreError, StoreRefusedError
 from trainer.storage.direct import CutShortError
 from trainer.storage.store import AlreadyExists, NewFile
 
@@ -25,7 +25,9 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 20.0
 _FOREIGN = ("botocore", "aiobotocore", "aiohttp", "fsspec", "s3fs", "gcsfs", "adlfs")
 """Libraries whose exceptions are caused by the server or the network, not by bugs."""
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
-_EXPIRED |= {"400"}  # the only code in the response to a HEAD
+_HEAD_REJECTED = "400"
+"""The only code in the response to a HEAD, also if the token has expired."""
+_EXPIRED |= {_HEAD_REJECTED}
 _ADVICE = {
     "AccessDenied": "check the permissions of these credentials on the bucket",
     "403": "check the credentials and their permissions on the bucket",
@@ -35,7 +37,9 @@ _ADVICE = {
     "RequestTimeTooSkewed": "set the clock of this machine, it is minutes off",
     "PermanentRedirect": "set store.region to the bucket's own",
     "NoSuchBucket": "create the bucket, or correct its name",
-    **dict.fromkeys(_EXPIRED, "get new credentials, then run the same command again"),
+    **dict.fromkeys(
+        _EXPIRED - {_HEAD_REJECTED}, "get new credentials, then run the same command again"
+    ),
 }
 
 
@@ -155,8 +159,9 @@ class FsspecStore:
                 self._try("delete", key, remove, may_be_missing=True)
 
     def probe(self) -> str:
-        """Create and delete a small object; check that a second creation fails."""
+        """Create and delete a small object, and send a part; check a second creation fails."""
         key = f".tmp-probe-{secrets.token_hex(4)}"
+        self._probe_part(f"{key}-part")
         self.create(key, b"probe")
         try:
             is_safe = self._has_conditional_create(key)
@@ -168,6 +173,14 @@ class FsspecStore:
             f"{self.url} does not support conditional create: two jobs started on the same run at "
             "once could overwrite each other's commits; start only one"
         )
+
+    def _probe_part(self, key: str) -> None:
+        """Start a new key as a save does, send one part, and discard it."""
+        file = self.open_new(key, PART_BYTES + 1)
+        try:
+            file.put(0, memoryview(b"probe"))
+        finally:
+            file.abort()
 
     def _has_conditional_create(self, key: str) -> bool:
         """Return whether the store itself rejects creating this existing key."""
@@ -226,11 +239,18 @@ class FsspecStore:
 
     def _raise(self, verb: str, key: str, error: Exception, tries: int, seconds: float) -> NoReturn:
         code = error_code(error)
-        advice = _ADVICE.get(code, "check the server and the network, then run the command again")
+        is_refused = _is_refused(error)
+        default = (
+            "the server would reject it again: check the bucket's policy and the store.* settings"
+            if is_refused
+            else "check the server and the network, then run the command again"
+        )
+        advice = _ADVICE.get(code, default)
         often = f" ({tries} tries in {seconds:.0f} s)" if tries > 1 else ""
         message = self._without_secrets(f"{type(error).__name__}: {error}"[:500])
         location = f"{self.url}/{key}" if key else self.url
-        raise StoreError(f"cannot {verb} {location}: {message}{often}; {advice}") from None
+        kind = StoreRefusedError if is_refused else StoreError
+        raise kind(f"cannot {verb} {location}: {message}{often}; {advice}") from None
 
     def _without_secrets(self, text: str) -> str:
         secrets_ = {os.environ.get(name) for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")}
@@ -286,6 +306,10 @@ def _status(error: BaseException | None) -> int:
         response = getattr(error, "response", None)
         if isinstance(response, dict):
             return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        for name in ("status", "status_code", "code"):  # of aiohttp, Azure and Google Cloud
+            status = getattr(error, name, None)
+            if isinstance(status, int) and 400 <= status < 600:
+                return status
         error = error.__cause__
     return 0
 
@@ -302,6 +326,13 @@ def _may_succeed(error: Exception) -> bool:
         is_temporary = status >= 500 or status in (408, 409, 429) or code == "RequestTimeout"
         return is_temporary or is_corrupted
     return not isinstance(error, PermissionError | FileNotFoundError)
+
+
+def _is_refused(error: Exception) -> bool:
+    """Return whether an error after the last retry would come again."""
+    if isinstance(error, FileNotFoundError):
+        return True
+    return not _may_succeed(error) or error_code(error) == _HEAD_REJECTED
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -111,10 +111,10 @@ class S3Store(FsspecStore):
     def _head(self, key: str) -> Mapping[str, Any]:
         try:
             head: Mapping[str, Any] = self.call("head_object", key)
-        except (FileNotFoundError, PermissionError):
-            self.call(
-                "list_objects_v2", Prefix=self._prefix, MaxKeys=1
-            )  # its error has a code, unlike that of a HEAD
+        except Exception as error:
+            if isinstance(error, FileNotFoundError | PermissionError) or error_code(error) == "400":
+                # an error of this request has a code, unlike that of a HEAD
+                self.call("list_objects_v2", Prefix=self._prefix, MaxKeys=1)
             raise
         return head
 

@@ -37,7 +37,8 @@ class Readable(Protocol):
     """Read access to keys.
 
     Every method may be called from any rank and thread. Failures of the disk or server raise
-    StoreError; a missing key raises FileNotFoundError.
+    StoreError, or StoreRefusedError if they would come again; a missing key raises
+    FileNotFoundError.
     """
 
     url: str
@@ -102,7 +103,7 @@ class Store(Readable, Protocol):
         """Delete keys, durably, in this order; a missing one is not an error."""
 
     def probe(self) -> str:
-        """Write and delete a small key, to detect a read-only store early.
+        """Write as a save does, and delete it, to detect a store that rejects writes early.
 
         Returns a warning about guarantees that this store does not give, or an empty text.
         """

@@ -8,12 +8,34 @@ from trainer.checkpoint import crash_loop
 from trainer.checkpoint.replicas import Replicas
 from trainer.cluster.world import World
 from trainer.config.schema import Run
-from trainer.errors import print_warning
+from trainer.errors import ConfigError, StoreError, StoreRefusedError, print_warning
 from trainer.training.identity import identity
 
 _POLL_S = 0.2
 
 Records = list[dict[str, Any]]
+
+
+def check_stores(run: Run, replicas: Replicas) -> None:
+    """Check that the run's stores can be written. Rank 0 only.
+
+    Raises:
+        ConfigError: a store rejects writes.
+        StoreError: a store does not answer at present.
+    """
+    for key, store in zip(("run_dir", "checkpoint.mirror"), replicas.stores, strict=False):
+        try:
+            if warning := store.probe():
+                print_warning(warning)
+        except StoreError as error:
+            advice = (
+                ". With checkpoint.mirror=null the run continues without it, if run_dir is complete"
+                if store is replicas.mirror
+                else ""
+            )
+            kind = ConfigError if isinstance(error, StoreRefusedError) else StoreError
+            text = f"{key}={store.url} cannot be written: {error}{advice}"
+            raise kind(text) from None
 
 
 def admit(

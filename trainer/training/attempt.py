@@ -68,6 +68,7 @@ def run_attempt(
     replicas = resume.open_replicas(run)
     is_shared = shared_storage.is_shared(replicas.stores, world)
     if not is_checked:
+        world.run_on_rank0(lambda: admission.check_stores(run, replicas))
         start = world.run_on_rank0(lambda: resume.choose(replicas, run, stored))
         if resume.finished(run, start):
             if world.rank == 0:

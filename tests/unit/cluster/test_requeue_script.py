@@ -41,7 +41,8 @@ def test_end_attempt_passes_other_codes_on(tmp_path, code):
 
 
 @pytest.mark.parametrize(("outcome", "code", "expected"), [
-    ("75", 1, 75), ("1", 143, 1), ("0", 143, 0), ("76", 75, 76),
+    ("75", 1, 75), ("1", 143, 1), ("0", 143, 0), ("76", 75, 76), ("75", 137, 75),
+    ("75", 134, 134), ("75", 139, 139),  # a rank crashed, and its peers lost it
 ])  # fmt: skip
 def test_end_attempt_prefers_the_outcome_file(tmp_path, outcome, code, expected):
     (tmp_path / "outcome").write_text(outcome)

@@ -1,5 +1,7 @@
 """Behaviour specific to LocalStore."""
 
+import errno
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 from support.faulty_stores import put
 
-from trainer.errors import RUN_AGAIN, StoreError
+from trainer.errors import FAILURE, RUN_AGAIN, StoreError
 from trainer.storage import AlreadyExists, LocalStore, Store, open_store
 
 
@@ -71,12 +73,28 @@ def test_file_in_the_way_of_a_folder_raises_store_error(tmp_path):
     for error in fails(LocalStore(tmp_path)):
         assert str(tmp_path / "folder" / "key") in str(error)
         assert "a file is in the way of a folder" in str(error)
-        assert error.exit_code == RUN_AGAIN
+        assert error.exit_code == FAILURE  # no other start would succeed
     with pytest.raises(StoreError, match="a file is in the way of a folder"):
         LocalStore(tmp_path).read("folder/key")
     with pytest.raises(StoreError, match="a file is in the way of a folder"):
         LocalStore(tmp_path).list("folder")
     assert (tmp_path / "folder").read_text() == "a file"
+
+
+@pytest.mark.parametrize(("number", "code"), [
+    (errno.EACCES, FAILURE), (errno.EROFS, FAILURE), (errno.EPERM, FAILURE),
+    (errno.ENOSPC, RUN_AGAIN), (errno.EDQUOT, RUN_AGAIN), (errno.EIO, RUN_AGAIN),
+    (errno.ESTALE, RUN_AGAIN), (errno.ETIMEDOUT, RUN_AGAIN),
+])  # fmt: skip
+def test_exit_code_of_a_disk_error_depends_on_whether_it_may_pass(
+    tmp_path, monkeypatch, number, code
+):
+    def fail(path, *arguments, **more):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "open", fail)  # the kernel, which is not under test
+    for error in fails(LocalStore(tmp_path)):
+        assert error.exit_code == code
 
 
 def test_run_dir_that_is_a_file_raises_store_error(tmp_path):
