@@ -143,7 +143,7 @@ def test_fault_that_may_pass_has_exit_code_75(store, proxy, fault):
         assert caught.value.exit_code == RUN_AGAIN
 
 
-def test_commit_that_is_refused_raises_with_exit_code_1(store, proxy):
+def test_commit_rejected_by_the_server_raises_with_exit_code_1(store, proxy):
     proxy.faults = [Fault("answer", -1, "PUT", "manifest.json", status=403, code="AccessDenied")]
     with pytest.raises(StoreRefusedError) as caught:
         commit(store, "checkpoints/step-00000001.0001", b"{}")
