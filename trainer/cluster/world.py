@@ -59,6 +59,14 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def gather_on_rank0(self, value: T) -> list[T]:
+        """Return every rank's `value`, in rank order, on rank 0; elsewhere []. Collective."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values or []
+
     def run_on_all(self, function: Callable[[], T]) -> T:
         """Call `function` on every rank; return this rank's result, or raise the first error.
 

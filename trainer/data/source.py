@@ -144,10 +144,11 @@ class EvalStream:
     def batches(self) -> "Feed[Batch | None]":
         """Return this rank's batches, equally many on every rank so that ranks can communicate.
 
-        None is a batch of which only other ranks have samples.
+        Rank by rank they are in the order of the samples: each rank has a contiguous block. None is
+        a batch of which only other ranks have samples.
         """
-        size, world = len(self.dataset), self.world
-        indices = np.arange(size)[world.rank :: world.size]
+        world = self.world
+        indices = np.array_split(np.arange(len(self.dataset)), world.size)[world.rank]
         starts = range(0, len(self) * self.batch_size, self.batch_size)
         return Feed(
             partial(_eval_item, self.dataset, self.skip_damaged),

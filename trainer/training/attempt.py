@@ -32,7 +32,17 @@ from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError, PerdureError
 from trainer.monitoring.profiling import Profiler
 from trainer.protocols import Tracker
 from trainer.storage import Store, open_store
-from trainer.training import admission, build, loop, messages, oom, resume, sample_outputs, saving
+from trainer.training import (
+    admission,
+    build,
+    evaluation,
+    loop,
+    messages,
+    oom,
+    resume,
+    sample_outputs,
+    saving,
+)
 from trainer.training.attempt_record import AttemptRecord, progress_of, recorded, run_within
 from trainer.training.job import Job
 from trainer.training.late_start import ending_late_start
@@ -93,6 +103,8 @@ def run_attempt(
         stack.enter_context(_reporting_crashes(run, world, record, watchdog, after_all))
         source = world.run_on_all(lambda: build.build_data(run))
         job = build.build_job(run, world, source, tracker)
+        if job.evaluation is not None:
+            world.run_on_all(lambda: evaluation.create_metrics(job))
         warm_up(job)
         start, state = resume.load_intact(run, stored, job, replicas, record.attempt)
         target = SaveTarget(

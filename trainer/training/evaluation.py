@@ -1,18 +1,19 @@
 """Evaluation of the model on all evaluation samples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.cluster.stop import NO_SAVES, Saves, Stop
 from trainer.core import rng
 from trainer.core.state import State
 from trainer.data.feed import Feed
+from trainer.errors import ConfigError
 from trainer.protocols import Batch
-from trainer.training import parallel
+from trainer.training import metric_states, parallel
 from trainer.training.job import Job, Phase
 
 _MAX_DAMAGED_NAMES = 5
@@ -58,7 +59,7 @@ def evaluate(
                 results = [_forward(job, phase, inputs) for phase in job.phases]
                 if batch is not None:
                     _update_metrics(job, metrics, results, batch)
-            values = {name: float(metric.compute()) for name, metric in metrics.items()}
+            values = _compute(job, metrics)
             if job.evaluation.skip_damaged:
                 # Every evaluation meets the same samples, so only the first one names them.
                 reported = _MAX_DAMAGED_NAMES if state.last_eval_step else 0
@@ -68,16 +69,69 @@ def evaluate(
         to_training(job)
 
 
-def _reset_metrics(job: Job) -> dict[str, Any]:
+def create_metrics(job: Job) -> dict[str, Any]:
+    """Return the metrics of an evaluation, created at the first call.
+
+    Raises:
+        ConfigError: metrics cannot be merged over ranks.
+    """
     if job.metrics is None:
-        from torchmetrics import MeanMetric  # slow to import, so only for an evaluation
+        from torchmetrics import MeanMetric  # slow to import, so only with evaluation data
 
         names = dict.fromkeys(["loss", *(phase.metric_name("loss") for phase in job.phases)])
         metrics = {**{name: MeanMetric() for name in names}, **job.task.metrics()}
-        job.metrics = {name: metric.to(job.world.device) for name, metric in metrics.items()}
-    for metric in job.metrics.values():
-        metric.reset()
+        for name, metric in metrics.items():
+            problem = metric_states.merge_problem(metric) if job.world.size > 1 else ""
+            if problem:
+                raise ConfigError(f"task: the metric {name!r} {problem}")
+            metric_states.disable_sync(metric)
+            if isinstance(metric, nn.Module):
+                metric.to(job.world.device)
+        job.metrics = metrics
     return job.metrics
+
+
+def _reset_metrics(job: Job) -> dict[str, Any]:
+    metrics = create_metrics(job)
+    for metric in metrics.values():
+        metric.reset()
+    return metrics
+
+
+def _compute(job: Job, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of all ranks' samples, computed on rank 0. Collective.
+
+    Ranks of different machines could round differently, and then disagree about the best step.
+    """
+    ranks = job.world.gather_on_rank0(metric_states.collect(metrics) if job.world.size > 1 else [])
+
+    def compute() -> dict[str, float]:
+        if job.world.size > 1:
+            metric_states.merge(metrics, ranks)
+        return dict(_scalars({name: metric.compute() for name, metric in metrics.items()}))
+
+    return job.world.run_on_rank0(compute)
+
+
+def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield names and numbers; a result of several metrics as `<name>_<key>`.
+
+    Raises:
+        ConfigError: a value is not a number.
+    """
+    for name, value in values.items():
+        full = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{full}_")
+            continue
+        try:
+            yield full, float(value)
+        except (TypeError, ValueError, RuntimeError):
+            shape = f" of shape {list(value.shape)}" if isinstance(value, Tensor) else ""
+            raise ConfigError(
+                f"task: the metric {full!r} computes a {type(value).__name__}{shape}, not a "
+                "number; average it, or return a mapping of numbers from compute()"
+            ) from None
 
 
 def _forward(job: Job, phase: Phase, batch: Batch) -> tuple[Tensor, Any]:
