@@ -125,9 +125,9 @@ def _merge_part(part: Any, states: Sequence[RankState]) -> None:
         setattr(part, name, nested.map_leaves(partial(_to_device, device=device), merged))
     part._update_count = sum(state.updates for state in states)
     part._computed = None
-    if isinstance(part, PearsonCorrCoef) and part.n_total.ndim > part._defaults["n_total"].ndim:
+    if isinstance(part, PearsonCorrCoef) and part.n_total.dim() > 1:
         _pool_pearson(part)
-    elif isinstance(part, NormalizedRootMeanSquaredError) and part.total.ndim > 1:
+    elif isinstance(part, NormalizedRootMeanSquaredError) and part.total.dim() > 1:
         _pool_nrmse(part)
 
 
