@@ -169,7 +169,7 @@ class EveryReduction(torchmetrics.Metric):
         self.add_state("rows", [], "cat")
         self.add_state("texts", [], None)
         self.add_state("masks", [], None)
-        self.add_state("chosen", [], lambda elements: sorted(elements, key=float))
+        self.add_state("ordered", [], lambda elements: sorted(elements, key=float))
         self.add_state("folded", torch.zeros(2), lambda stacked: stacked.sum(0))
 
     def update(self, values):
@@ -183,7 +183,7 @@ class EveryReduction(torchmetrics.Metric):
         self.rows.append(values[:, None].expand(-1, 2))
         self.texts += [f"{value:.3f}" for value in values.tolist()]
         self.masks.append((len(values), values > 0))
-        self.chosen += list(values)
+        self.ordered += list(values)
         self.folded = self.folded + torch.stack([values.sum(), values.square().sum()])
 
     def compute(self):
@@ -205,7 +205,7 @@ def test_merge_of_every_reduction_equals_one_rank(shares):
     assert [(n, mask.tolist()) for n, mask in merged.masks] == [
         (n, mask.tolist()) for n, mask in single.masks
     ]
-    assert sorted(map(float, merged.chosen)) == sorted(map(float, single.chosen))
+    assert sorted(map(float, merged.ordered)) == sorted(map(float, single.ordered))
     merged.reset()
     assert merged.rows == []
     assert int(merged.total) == 5
