@@ -51,6 +51,19 @@ def test_preempted_run_ends_with_identical_results(command, ranks, rank):
 
 
 @pytest.mark.slow
+def test_attempts_shorter_than_an_evaluation_take_steps(command):
+    arguments = [*FRAGILE, "name=a", "checkpoint.every_steps=null", "checkpoint.every_epochs=null"]
+    steps = []
+    for number in range(1, 5):
+        stopped = command(*arguments, SIGNAL_IN_EVALUATION="SIGTERM")
+        assert stopped.returncode == 75, stopped.stderr
+        steps.append(attempt(command.folder / "runs/a", number)["last_step"])
+        has_warning = "the evaluation of step 7 is left out" in stopped.stdout
+        assert has_warning == (number == 3)
+    assert steps == [7, 7, 14, 14]
+
+
+@pytest.mark.slow
 def test_preempted_rank_under_torchrun_exits_with_0(command):
     launcher = ["--standalone", "--nproc-per-node=2", "--max-restarts=3", "-m", "trainer.run"]
     stopped = command(*launcher, *FRAGILE, "name=a", module="torch.distributed.run", TERM_AT="1:13")

@@ -90,13 +90,13 @@ def a_job(*, model=None, optimizer=sgd, schedule=None, dataset=DATA, accumulate=
 class Prompt(Saver):
     """Saver that waits for each save; otherwise these short steps would pass later due saves."""
 
-    def at_boundary(self, state, collect, *, due, ended):
-        super().at_boundary(state, collect, due=due, ended=ended)
+    def at_boundary(self, state, collect, **votes):
+        super().at_boundary(state, collect, **votes)
         if self._flight is not None:
             self._flight.save._thread.join()
 
 
-def a_saver(folder, start=None, *, every=None, store=None, **settings):
+def a_saver(folder, start=None, *, every=None, store=None, kind=Prompt, **settings):
     """Begin an attempt of the run in `folder`, resumed from `start` if given."""
     store = store or open_store(str(folder))
     attempt = lineage.begin(store, {"resume": "auto"})
@@ -106,11 +106,11 @@ def a_saver(folder, start=None, *, every=None, store=None, **settings):
     resumed = start is not None and start.manifest is not None
     settings = {"retention": retention, "every": every or Every(), **settings}
     return a_saver_for(
-        store, attempt, kind=Prompt, resumed_step=start.step if resumed else None, **settings
+        store, attempt, kind=kind, resumed_step=start.step if resumed else None, **settings
     )
 
 
-def go_on(folder, job, **settings):
+def go_on(folder, job, *, stop=None, **settings):
     """Resume training from the newest checkpoint; return (state, whether it is finished)."""
     run = Run(name="a", run_dir=str(folder))
     start = resume.choose(Replicas(open_store(str(folder))), run, {})
@@ -118,8 +118,7 @@ def go_on(folder, job, **settings):
     if start.manifest is not None:
         rng.seed_all(999)  # the checkpoint alone decides
     state = resume.load(job, start)
-    stop = Stop(World())
-    return state, loop.train(job, state, saver, stop)
+    return state, loop.train(job, state, saver, stop or Stop(World()))
 
 
 def saved_steps(folder):

@@ -4,7 +4,8 @@ from dataclasses import fields
 from typing import Any
 
 from trainer.checkpoint.lineage import Attempt
-from trainer.checkpoint.saver import SaveHooks, SavePolicy, Saver, SaveTarget
+from trainer.checkpoint.save_settings import SaveHooks, SavePolicy, SaveTarget
+from trainer.checkpoint.saver import Saver
 from trainer.cluster.world import World
 from trainer.storage.store import Store
 

@@ -1,24 +1,19 @@
 """Schedule, progress and failures of one attempt's saves."""
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from trainer.checkpoint import lineage
-from trainer.checkpoint.lineage import Attempt
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.replicas import Mirror
 from trainer.checkpoint.retention import Retention
+from trainer.checkpoint.save_settings import SaveHooks, SavePolicy, SaveTarget
 from trainer.checkpoint.state_tree import Content
 from trainer.checkpoint.writer import PendingSave, Writer
-from trainer.cluster.world import World
-from trainer.core import intervals
 from trainer.core.state import State
 from trainer.errors import CheckpointError, PerdureError, SaveHangsError, StoreError
-from trainer.storage.store import Store
 
 _MAX_CONSECUTIVE_FAILURES = 3
 """Consecutive failed saves that end the attempt."""
@@ -39,53 +34,6 @@ class _Flight:
     """Time for which starting the save blocked training."""
     updates_s: float
     """Total time for which earlier saves had blocked updates."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaveTarget:
-    """The run that checkpoints belong to, and the attempt that writes them."""
-
-    store: Store
-    """The run's store."""
-    world: World
-    attempt: Attempt
-    config: Mapping[str, Any]
-    """Configuration stored in every manifest."""
-    is_shared: bool = True
-    """True if all nodes see the same files in `store`."""
-    resumed_step: int | None = None
-    """Step of this run's checkpoint that the attempt resumed from."""
-    last_save_s: float | None = None
-    """Duration of the last save of an earlier attempt, seconds."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SavePolicy:
-    """Save intervals, time limits, and the reaction to a failed save."""
-
-    every: intervals.Every = field(default_factory=intervals.Every)
-    """Interval in steps and epochs."""
-    every_s: float | None = None
-    """Interval by rank 0's clock, seconds; None: no interval."""
-    timeout_s: float = 1800.0
-    """Seconds after which an unfinished save ends the attempt."""
-    grace_s: float = math.inf
-    """Seconds between a signal and SIGKILL; slower saves cause a warning."""
-    stop_on_error: bool = False
-    """Raise at the first failed save; the third consecutive failure always raises."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaveHooks:
-    """Functions that a saver calls on rank 0."""
-
-    before_commit: Callable[[], None] = lambda: None
-    """Called before each manifest is written, on the save thread."""
-    log: Callable[[str], None] = print
-    """Called with messages for the user."""
-    saved: Callable[[Mapping[str, Any]], None] = lambda save: None
-    """Called once a save is committed, with `step`, `attempt`, `time` (start, seconds since 1970),
-    `save_s`, `stall_s` and `bytes`."""
 
 
 class Saver:
@@ -170,14 +118,23 @@ class Saver:
         return self._started if is_late or self._flight.save.is_done else self._started - 1
 
     def at_boundary(
-        self, state: State, collect: Callable[[], Content], *, due: bool, ended: int
+        self,
+        state: State,
+        collect: Callable[[], Content],
+        *,
+        due: bool,
+        exact: bool = False,
+        ended: int,
     ) -> None:
         """Finish a save that has ended on every rank; start one that is due or overdue.
 
         Args:
             state: the state after this step.
             collect: returns this rank's contents of a checkpoint of this step.
-            due: True if a save is due; the same on every rank.
+            due: True if a save is due, at this step or once the save in flight has ended; the same
+                on every rank.
+            exact: True if this very step must be saved; waits for a save in flight. The same on
+                every rank.
             ended: the minimum of `ended()` over all ranks.
 
         Raises:
@@ -186,12 +143,12 @@ class Saver:
             SaveHangsError: a save took longer than `timeout_s`.
             SupersededError: a newer attempt owns the run.
         """
-        if self._flight is not None and ended == self._started:
+        if self._flight is not None and (exact or ended == self._started):
             with self._stalling():
                 self._finish(self._flight)
         elif self._mirror is not None and self._mirror.notes:
             self._log_notes()
-        self._is_due = self._is_due or due
+        self._is_due = self._is_due or due or exact
         if self._is_due and self._flight is None:
             with self._stalling():
                 self._start(state, collect)

@@ -1,5 +1,7 @@
 """Decision whether and when a new attempt may start, from the records of earlier ones."""
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -86,3 +88,19 @@ def _review(
         waiting = f"\nStarting in {wait_s:.0f} s, or at once with launch.forgive=true."
         print_warning(text + (waiting if wait_s else ""))
     return survey.records, facts, wait_s
+
+
+def check_equal_configs(stored: Mapping[str, Any], world: World) -> None:
+    """Raise if the ranks composed different configurations, as under torchrun they may."""
+    text = json.dumps(stored, sort_keys=True, default=str)
+    digests = world.gather(hashlib.blake2b(text.encode()).hexdigest())
+
+    def check() -> None:
+        other = next((rank for rank, d in enumerate(digests) if d != digests[0]), None)
+        if other is not None:
+            raise ConfigError(
+                f"ranks 0 and {other} have different configurations; start every node with the "
+                "same command, configuration files and environment"
+            )
+
+    world.run_on_rank0(check)

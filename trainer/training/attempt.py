@@ -1,7 +1,5 @@
 """Attempt of a run, on every rank: prepare, load, train, and close what was opened."""
 
-import hashlib
-import json
 import os
 import socket
 import sys
@@ -18,7 +16,7 @@ from trainer import reporting
 from trainer.checkpoint import attempts, lineage
 from trainer.checkpoint.lineage import Attempt
 from trainer.checkpoint.replicas import Replicas
-from trainer.checkpoint.saver import SaveTarget
+from trainer.checkpoint.save_settings import SaveTarget
 from trainer.cluster import launch, outcome, shared_storage, slurm
 from trainer.cluster.stop import DEADLINE, Stop, reason_text
 from trainer.cluster.watchdog import Watchdog
@@ -32,18 +30,10 @@ from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError, PerdureError
 from trainer.monitoring.profiling import Profiler
 from trainer.protocols import Tracker
 from trainer.storage import Store, open_store
-from trainer.training import (
-    admission,
-    build,
-    evaluation,
-    loop,
-    messages,
-    oom,
-    resume,
-    sample_outputs,
-    saving,
-)
+from trainer.training import admission, build, loop, messages, oom, resume, sample_outputs, saving
 from trainer.training.attempt_record import AttemptRecord, progress_of, recorded, run_within
+from trainer.training.boundary import interrupted_eval_step, repeats_evaluation
+from trainer.training.evaluation import create_metrics
 from trainer.training.job import Job
 from trainer.training.late_start import ending_late_start
 from trainer.training.resume import Start
@@ -74,7 +64,7 @@ def run_attempt(
     Raises:
         ConfigError: the configuration cannot continue the run, or a tracker cannot be built.
     """
-    _check_equal_configs(stored, world)
+    admission.check_equal_configs(stored, world)
     replicas = resume.open_replicas(run)
     is_shared = shared_storage.is_shared(replicas.stores, world)
     if not is_checked:
@@ -104,7 +94,7 @@ def run_attempt(
         source = world.run_on_all(lambda: build.build_data(run))
         job = build.build_job(run, world, source, tracker)
         if job.evaluation is not None:
-            world.run_on_all(lambda: evaluation.create_metrics(job))
+            world.run_on_all(lambda: create_metrics(job))
         warm_up(job)
         start, state = resume.load_intact(run, stored, job, replicas, record.attempt)
         target = SaveTarget(
@@ -118,6 +108,7 @@ def run_attempt(
         )
         mirror = saving.build_mirror(run, job, replicas, record.attempt, start)
         saver = saving.build_saver(run, job, target, grace_s=grace_s, mirror=mirror)
+        job.skipped_eval_step = interrupted_eval_step(earlier)
         world.run_on_rank0(
             lambda: _record_start(run, stored, job, replicas, record.attempt, start, state)
         )
@@ -131,7 +122,8 @@ def run_attempt(
         if profiler is not None:
             profiler.close(state.step)
         seconds = time.monotonic() - trained
-        if stop.reason == DEADLINE and (state.step, state.last_eval_step) == position:
+        in_vain = (state.step, state.last_eval_step) == position
+        if stop.reason == DEADLINE and in_vain and not repeats_evaluation(job, state):
             world.run_on_rank0(lambda: _check_progress(run, trained - began, seconds))
         record.outcome = {"outcome": "done" if done else "preempted"}
         is_saved = saver.committed_step == state.step
@@ -244,22 +236,6 @@ def _reporting_crashes(
 
 
 # --- checks ------------------------------------------------------------------------------------
-
-
-def _check_equal_configs(stored: Mapping[str, Any], world: World) -> None:
-    """Raise if the ranks composed different configurations, as under torchrun they may."""
-    text = json.dumps(stored, sort_keys=True, default=str)
-    digests = world.gather(hashlib.blake2b(text.encode()).hexdigest())
-
-    def check() -> None:
-        other = next((rank for rank, d in enumerate(digests) if d != digests[0]), None)
-        if other is not None:
-            raise ConfigError(
-                f"ranks 0 and {other} have different configurations; start every node with the "
-                "same command, configuration files and environment"
-            )
-
-    world.run_on_rank0(check)
 
 
 def _check_progress(run: Run, starting_s: float, seconds: float) -> None:

@@ -131,6 +131,8 @@ class Job:
     """Lines to log at the start, about how the job was built."""
     metric: str | None = None
     metric_mode: str = "max"
+    skipped_eval_step: int | None = None
+    """Step whose evaluation is not repeated on resume: attempts were too short for it."""
     seed: int = 0
     metrics: dict[str, Any] | None = None
     """torchmetrics of the evaluation, created at the first one."""

@@ -12,13 +12,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state_tree import Content
 from trainer.cluster.stop import Stop
-from trainer.core import intervals
-from trainer.core.intervals import Every
 from trainer.core.state import State
 from trainer.data.feed import Feed
 from trainer.errors import ConfigError, closest
 from trainer.monitoring.profiling import Profiler
 from trainer.monitoring.timing import Timing
+from trainer.training import boundary
 from trainer.training.contents import collect
 from trainer.training.evaluation import count_damaged, evaluate, to_training
 from trainer.training.job import Job
@@ -54,11 +53,11 @@ def train(
     """
     timing = timing or start_timing(job, state, saver, stop)
     to_training(job)
-    interrupted = _evaluate_on_resume(job, state, saver, stop, timing)
     batches = job.data.batches(state.cursor)
     losses = LossCheck(job, saver)
     check = partial(_check, job, state, losses, batches)
     content = partial(_content, job, state, check)
+    interrupted = _evaluate_on_resume(job, state, saver, stop, timing, content)
     while not job.is_over(state) and not interrupted:
         vote = stop.agree(batches.has, saver)
         if stop.reason:
@@ -75,8 +74,8 @@ def train(
         _step_schedulers(job, state, applied)
         losses.add(state.step, lrs, metrics, applied)
 
-        save_due = vote.save_due or _due(saver.policy.every, job, state)
-        eval_due = _due(job.eval_every, job, state)
+        save_due = vote.save_due or boundary.is_due(saver.policy.every, job, state)
+        eval_due = boundary.is_due(job.eval_every, job, state)
         if log_due or save_due or eval_due or losses.is_due:
             check(weights=save_due or eval_due)
         if log_due:
@@ -84,7 +83,7 @@ def train(
         if eval_due:
             interrupted = not _evaluate_once(job, state, stop, timing, saver)
         if not interrupted:
-            saver.at_boundary(state, content, due=save_due, ended=vote.saves_ended)
+            _save_if_due(job, state, saver, content, due=save_due, ended=vote.saves_ended)
     check(weights=True)
     stop.settle()
     timing.close(state.samples)
@@ -109,15 +108,24 @@ def start_timing(job: Job, state: State, saver: Saver, stop: Stop) -> Timing:
     )
 
 
-def _evaluate_on_resume(job: Job, state: State, saver: Saver, stop: Stop, timing: Timing) -> bool:
+def _evaluate_on_resume(
+    job: Job, state: State, saver: Saver, stop: Stop, timing: Timing, content: Callable[[], Content]
+) -> bool:
     """Evaluate the resumed step if that is still due; return True if a stop interrupted it."""
-    if not state.step or not _due(job.eval_every, job, state):
+    if not boundary.repeats_evaluation(job, state):
         return False
-    last_eval_step = state.last_eval_step
-    interrupted = not _evaluate_once(job, state, stop, timing, saver)
-    if state.last_eval_step != last_eval_step:
-        saver.discard_commit()  # the checkpoint of this step is missing its evaluation
-    return interrupted
+    if not _evaluate_once(job, state, stop, timing, saver):
+        return True
+    saver.discard_commit()  # the checkpoint of this step is missing its evaluation
+    _save_if_due(job, state, saver, content, due=False, ended=0)
+    return False
+
+
+def _save_if_due(
+    job: Job, state: State, saver: Saver, content: Callable[[], Content], *, due: bool, ended: int
+) -> None:
+    exact = boundary.is_saved_exactly(saver.policy, job, state)
+    saver.at_boundary(state, content, due=due, exact=exact, ended=ended)
 
 
 def _save_last_step(
@@ -174,16 +182,6 @@ def _evaluate_once(job: Job, state: State, stop: Stop, timing: Timing, saver: Sa
             phase.scheduler.step(metrics[job.metric or "loss"])
     _log(job, state, "eval", {**metrics, "eval_s": time.monotonic() - began})
     return True
-
-
-def _due(every: Every, job: Job, state: State) -> bool:
-    return intervals.due(
-        every,
-        step=state.step,
-        epoch=state.epoch,
-        epoch_ended=state.cursor["batch"] == 0,
-        final=job.is_over(state),
-    )
 
 
 def _step_schedulers(job: Job, state: State, applied: Sequence[bool]) -> None:

@@ -11,6 +11,7 @@ from trainer.core.state import State
 from trainer.errors import RUN_AGAIN
 from trainer.monitoring import memory
 from trainer.monitoring.timing import Timing, Totals
+from trainer.training.boundary import leaves_out_evaluation
 from trainer.training.job import Job
 from trainer.training.resume import Start
 
@@ -120,6 +121,11 @@ def resume_lines(
     source = f" of {mirror}" if mirror else ""
     lines.append(f"{verb} from step {state.step:,}{source}; {remaining} left")
     lines += filter(None, [job.data.rereads(state.cursor)])
+    if leaves_out_evaluation(job, state):
+        lines.append(
+            f"warning: the evaluation of step {state.step:,} is left out, because the previous "
+            "attempt ended during it. Give attempts more time, or evaluate fewer samples"
+        )
     if start.differences:
         lines.append("changed settings:")
         lines += [f"  {difference}" for difference in start.differences]

@@ -6,8 +6,9 @@ from typing import Any
 from trainer.checkpoint.lineage import Attempt
 from trainer.checkpoint.replicas import Mirror, Replicas
 from trainer.checkpoint.retention import Retention
-from trainer.checkpoint.saver import SaveHooks, SavePolicy, Saver, SaveTarget
-from trainer.config.schema import Run
+from trainer.checkpoint.save_settings import SaveHooks, SavePolicy, SaveTarget
+from trainer.checkpoint.saver import Saver
+from trainer.config.schema import Checkpoint, Run
 from trainer.core.intervals import Every
 from trainer.storage import Store
 from trainer.tracking import jsonl
@@ -87,6 +88,8 @@ def build_saver(
     )
     policy = SavePolicy(
         every=Every(steps=settings.every_steps, epochs=settings.every_epochs),
+        milestones=tuple(steps for steps in _milestones(settings) if steps is not None),
+        save_best=settings.metric is not None and _keeps_best(settings),
         every_s=settings.every_s,
         timeout_s=settings.timeout_s,
         grace_s=grace_s,
@@ -98,6 +101,15 @@ def build_saver(
         saved=getattr(job.tracker, "saved", lambda save: None),  # optional,
     )
     return Saver(target, policy, retention, mirror, hooks)
+
+
+def _milestones(settings: Checkpoint) -> list[int | None]:
+    mirrored = settings.mirror_keep_every_steps if settings.mirror is not None else None
+    return [settings.keep_every_steps, mirrored]
+
+
+def _keeps_best(settings: Checkpoint) -> bool:
+    return bool(settings.keep_best or (settings.mirror is not None and settings.mirror_keep_best))
 
 
 def last_save_s(records: list[dict[str, Any]]) -> float | None:

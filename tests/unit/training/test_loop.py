@@ -2,6 +2,7 @@
 
 import math
 import signal
+import time
 from itertools import islice, pairwise
 
 import pytest
@@ -27,7 +28,9 @@ from torch.optim import lr_scheduler
 from torch.utils.data import TensorDataset
 
 from trainer import schedule
+from trainer.checkpoint import lineage
 from trainer.checkpoint.replicas import Replicas
+from trainer.checkpoint.saver import Saver
 from trainer.cluster.stop import Stop
 from trainer.cluster.world import World
 from trainer.config.schema import Run, Trainer
@@ -39,7 +42,7 @@ from trainer.data.synthetic import Synthetic
 from trainer.errors import CheckpointError, ConfigError, StoreError
 from trainer.storage import LocalStore, open_store
 from trainer.task import Classification
-from trainer.training import loop, resume
+from trainer.training import boundary, loop, resume
 from trainer.training.contents import collect
 from trainer.training.evaluation import evaluate
 from trainer.training.step import train_step, warm_up
@@ -463,6 +466,95 @@ def test_train_repeats_an_interrupted_evaluation_on_resume(tmp_path, evaluation)
     newest = resume.choose(Replicas(store), run, {})
     assert newest.manifest.objects["run"] == state.state_dict()
     assert resume.finished(run, newest)
+
+
+# --- steps that are saved exactly ---------------------------------------------------------------
+
+
+class SlowStore(LocalStore):
+    """A store whose commits take several steps."""
+
+    def create(self, key, data):
+        time.sleep(0.03)
+        super().create(key, data)
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_train_saves_milestones_epochs_and_best_at_their_own_step(tmp_path, metric):
+    mode = "min" if metric == "loss" else "max"
+    job = a_job(eval_every=Every(steps=3), metric=metric, metric_mode=mode, max_steps=24)
+    store = SlowStore(tmp_path)
+    policy = {"every": Every(steps=1, epochs=1), "milestones": (4, 11), "save_best": True}
+    saver = a_saver(tmp_path, kind=Saver, store=store, **policy)
+    assert loop.train(job, State(), saver, Stop(World()))
+    best, improvements = None, []
+    for line in job.tracker.of("eval"):
+        value = -line[metric] if mode == "min" else line[metric]
+        if best is None or value > best:
+            best, improvements = value, [*improvements, line["step"]]
+    required = {4, 8, 12, 16, 20, 24, 11, 22, 5, 10, 15, *improvements}
+    steps = saved_steps(tmp_path)
+    assert required <= set(steps)
+    for commit in lineage.commits(store):
+        if commit.step in improvements:
+            manifest = lineage.read_manifest(store, commit)
+            assert manifest.objects["run"]["best"]["step"] == commit.step
+            assert lineage.measured(manifest, metric) is not None
+
+
+def test_train_saves_a_best_evaluation_that_a_resume_repeats(tmp_path):
+    settings = {"eval_every": Every(steps=4), "metric": "loss", "metric_mode": "min"}
+    stop = Stop(World())
+    stop.listen(["SIGUSR1"])
+    try:
+        stopped = a_job(task=Meddling(raised, evaluation=2), **settings)
+        assert not loop.train(stopped, State(), a_saver(tmp_path), stop)
+    finally:
+        stop.restore_handlers()
+    go_on(tmp_path, a_job(**settings), save_best=True)
+    measured = [
+        lineage.measured(lineage.read_manifest(open_store(str(tmp_path)), commit), "loss")
+        for commit in lineage.commits(open_store(str(tmp_path)))
+        if commit.step == 4
+    ]
+    assert [value is None for value in measured] == [True, False]
+
+
+def test_train_takes_steps_when_no_attempt_is_long_enough_for_an_evaluation(tmp_path):
+    steps, records = [], []
+    for _ in range(12):
+        job = a_job(eval_every=Every(steps=4), task=Meddling(raised, evaluation=2))
+        job.skipped_eval_step = boundary.interrupted_eval_step(records)
+        stop = Stop(World())
+        stop.listen(["SIGUSR1"])
+        try:
+            state, finished = go_on(tmp_path, job, stop=stop)
+        finally:
+            stop.restore_handlers()
+        first_step = steps[-1] if steps else 0
+        steps.append(state.step)
+        records.append({"first_step": first_step, "last_step": state.step, "outcome": "preempted"})
+        assert not finished
+    assert steps == [4, 4, 8, 8, *[12] * 8]  # the evaluation at the end is not left out
+    job = a_job(eval_every=Every(steps=4))
+    job.skipped_eval_step = boundary.interrupted_eval_step(records)
+    assert go_on(tmp_path, job)[1]
+    assert [line["step"] for line in job.tracker.of("eval")] == [12]
+
+
+@pytest.mark.parametrize(
+    ("record", "step"),
+    [
+        ({"first_step": 4, "last_step": 4, "outcome": "preempted"}, 4),
+        ({"first_step": 4, "last_step": 4}, 4),  # killed
+        ({"first_step": 4, "last_step": 4, "outcome": "error"}, None),
+        ({"first_step": 4, "last_step": 5, "outcome": "preempted"}, None),
+        ({"first_step": 4}, None),  # ended before training
+        ({}, None),
+    ],
+)
+def test_interrupted_eval_step_needs_an_attempt_without_steps_or_errors(record, step):
+    assert boundary.interrupted_eval_step([{"outcome": "done"}, record]) == step
 
 
 def test_train_without_evaluation_data_finishes(tmp_path):
