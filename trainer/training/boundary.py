@@ -57,8 +57,7 @@ def _is_evaluation_missing(job: Job, state: State) -> bool:
 def interrupted_eval_step(records: Sequence[Record]) -> int | None:
     """Return the step at which the newest attempt was preempted or killed without a step.
 
-    If an evaluation is due there, that attempt repeated it and was too short. None: there is no
-    such attempt.
+    Otherwise None. If an evaluation is due there, that attempt repeated it and was too short.
     """
     record = records[-1] if records else {}
     step = record.get("first_step")
