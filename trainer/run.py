@@ -74,7 +74,6 @@ def _command(arguments: list[str]) -> int:
 
 def _run_one(composed: DictConfig, problems: Sequence[Problem], *, check_only: bool) -> int:
     try:
-        slurm.set_rank_variables()
         return _check_and_start(composed, problems, check_only)
     except PerdureError as error:
         return _report(error)
@@ -82,6 +81,7 @@ def _run_one(composed: DictConfig, problems: Sequence[Problem], *, check_only: b
 
 def _check_and_start(composed: DictConfig, problems: Sequence[Problem], check_only: bool) -> int:
     run, merge_problems = merge(composed)
+    slurm.set_rank_variables(run.launch.nproc)
     early_stop.answer(run.preemption.signals)
     from trainer.training import build
 

@@ -1,5 +1,6 @@
 """Launch forms: one process, local ranks, torchrun on one node and on two; the same training."""
 
+import json
 import re
 import socket
 import subprocess
@@ -47,6 +48,18 @@ def test_two_ranks_give_identical_results_in_every_launch_form(command):
     runs = command.folder / "runs"
     assert differences(str(runs / "local"), str(runs / "one")) == []
     assert differences(str(runs / "local"), str(runs / "two")) == []
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_nproc_by_hand_wins_in_an_interactive_slurm_shell(command, ranks):
+    shell = {
+        "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_STEP_NODELIST": "localhost",
+    }  # fmt: skip
+    done = command(*SHORT, "name=a", f"launch.nproc={ranks}", **shell)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((command.folder / "runs/a/attempts/0001.json").read_text())
+    assert record["world_size"] == ranks
 
 
 def test_nodes_without_a_shared_run_directory_are_rejected(command, tmp_path):

@@ -23,17 +23,39 @@ _METADATA = {
 }
 
 
-def set_rank_variables() -> None:
+def is_task() -> bool:
+    """Return whether this rank is a task of srun."""
+    environ = os.environ
+    return is_rank() and environ.get("SLURM_PROCID") == environ["RANK"] and not _has_agent()
+
+
+def _has_agent() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def set_rank_variables(nproc: str = "auto") -> None:
     """Set the environment variables that torchrun sets, if srun started several tasks.
 
     Only inside a job step: the shell of a batch script has the same SLURM variables and would look
     like rank 0.
 
+    Args:
+        nproc: `launch.nproc`. A number means that this task alone starts that many ranks, as in an
+            interactive shell.
+
     Raises:
-        ConfigError: nodes have different numbers of tasks.
+        ConfigError: nodes have different numbers of tasks, or several tasks have a number of ranks.
     """
     environ = os.environ
     if is_rank() or "SLURM_STEP_ID" not in environ or int(environ.get("SLURM_NTASKS", "1")) == 1:
+        return
+    if nproc != "auto":
+        if environ["SLURM_PROCID"] != "0":
+            raise ConfigError(
+                f"launch.nproc={nproc} starts its own ranks, but srun started "
+                f"{environ['SLURM_NTASKS']} tasks, each with this command: leave launch.nproc out, "
+                "or start one task (--ntasks=1)"
+            )
         return
     layout = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", ""))
     if not re.fullmatch(r"(\d+)(\(x\d+\))?", layout):

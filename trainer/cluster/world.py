@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from trainer.cluster import joining
 from trainer.errors import PerdureError
 
 T = TypeVar("T")
@@ -143,13 +144,17 @@ def connect(device: torch.device, *, timeout_s: float) -> World:
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them. Without
     WORLD_SIZE, or with one rank, no process group is created.
+
+    Raises:
+        ConfigError, PeerLostError: ranks are missing, see `joining.meet`.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(device=device)
     timeout = timedelta(seconds=timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store, rank, _ = next(iter(rendezvous("env://", timeout=timeout)))
+    rank = int(os.environ["RANK"])
+    store: Any = joining.meet(rank, size, timeout_s=timeout_s)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # The agent's store outlives its ranks and has stale addresses: use a new prefix.
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -48,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(argv: list[str]) -> int:
-    set_rank_variables()
     flags = {flag for flag in _FLAGS if flag in argv}
     arguments = [argument for argument in argv if argument not in flags]
     run, problems = compose(arguments, _USAGE, _FLAGS)
+    set_rank_variables(run.launch.nproc)
     problems += build.check(run)
     is_quick = "--quick" in flags
     if not any(p.key.startswith(("launch.", "trainer.", "parallel.")) for p in problems):
