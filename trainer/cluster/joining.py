@@ -13,7 +13,6 @@ from torch.distributed import (  # type: ignore[attr-defined]
     TCPStore,
 )
 
-from trainer.cluster import slurm
 from trainer.errors import ConfigError, PeerLostError, print_warning
 
 _WARN_S = 30.0
@@ -94,7 +93,8 @@ def _await_verdict(store: TCPStore, prefix: str) -> None:
 
 def _is_interactive() -> bool:
     """Return whether this task is probably the only one of its srun that runs the command."""
-    if not slurm.is_task():
+    is_task = os.environ.get("SLURM_PROCID") == os.environ.get("RANK", "")
+    if not is_task or "TORCHELASTIC_RUN_ID" in os.environ:
         return False
     has_local_peers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
     has_terminal = "SLURM_PTY_PORT" in os.environ or (sys.stdin is not None and sys.stdin.isatty())

@@ -23,16 +23,6 @@ _METADATA = {
 }
 
 
-def is_task() -> bool:
-    """Return whether this rank is a task of srun."""
-    environ = os.environ
-    return is_rank() and environ.get("SLURM_PROCID") == environ["RANK"] and not _has_agent()
-
-
-def _has_agent() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def set_rank_variables(nproc: str = "auto") -> None:
     """Set the environment variables that torchrun sets, if srun started several tasks.
 

@@ -52,14 +52,6 @@ def test_set_rank_variables_with_nproc_by_hand_sets_nothing(environ):
         slurm.set_rank_variables("2")
 
 
-def test_is_task_is_true_for_ranks_from_srun_only(environ):
-    assert not slurm.is_task()
-    rank_variables(environ)
-    assert slurm.is_task()
-    environ["TORCHELASTIC_RUN_ID"] = "x"
-    assert not slurm.is_task()
-
-
 def test_set_rank_variables_under_torchrun_keeps_its_variables(environ):
     assert rank_variables(environ, RANK="1", WORLD_SIZE="8")[:2] == ["1", "8"]
 
