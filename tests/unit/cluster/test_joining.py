@@ -49,7 +49,7 @@ def test_all_ranks_meet_at_one_store(environ):
 
 
 @pytest.mark.parametrize("terminal", [{"LOCAL_WORLD_SIZE": "4"}, {"SLURM_PTY_PORT": "1"}])
-def test_one_task_of_an_interactive_shell_names_the_others_and_the_setting(
+def test_meet_in_an_interactive_shell_names_missing_tasks_and_the_setting(
     environ, capsys, terminal
 ):
     environ.update({**TASK, "LOCAL_WORLD_SIZE": "1", **terminal})
