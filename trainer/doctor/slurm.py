@@ -11,36 +11,62 @@ from trainer.doctor.finding import Finding
 _SPARE_S = 5.0
 """Seconds for the current step and the exit, in addition to the save."""
 
+_SIGNAL = r"(?:--signal[= ]|\bSignal=)[\"']?(?:\w+:)?\w+(?:@(\d+))?"
+_DEFAULT_LEAD_S = "60"
+"""Lead of a --signal without a time, seconds."""
+
 
 def settings() -> dict[str, str] | None:
     """Return SLURM's configuration, overridden by this job's partition; None without SLURM."""
     if shutil.which("scontrol") is None:
         return None
-    output = _scontrol("show", "config")
+    output = _run("scontrol", "show", "config")
     if output is None:
         return None
     config = dict(re.findall(r"^(\w+)\s*= *(.*?)\s*$", output, re.MULTILINE))
     partition = os.environ.get("SLURM_JOB_PARTITION")
-    output = _scontrol("show", "--oneliner", "partition", *([partition] if partition else []))
+    output = _run(
+        "scontrol", "show", "--oneliner", "partition", *([partition] if partition else [])
+    )
     matching = [line for line in (output or "").splitlines() if partition or "Default=YES" in line]
     if matching:
         config |= dict(re.findall(r"(\w+)=(\S+)", matching[0]))
     if (job := os.environ.get("SLURM_JOB_ID")) is not None:
-        lead = re.search(
-            r"--signal=(?:\w*:)?\w+@(\d+)", _scontrol("write", "batch_script", job, "-") or ""
-        )
-        config["SignalLead"] = lead[1] if lead else ""
-        requeue = re.search(r"Requeue=(\d)", _scontrol("show", "--oneliner", "job", job) or "")
-        config["Requeue"] = requeue[1] if requeue else ""
+        config |= _job_settings(job)
     return config
 
 
-def _scontrol(*words: str) -> str | None:
+def _job_settings(job: str) -> dict[str, str]:
+    """Return Requeue, TimeLimit and SignalLead (seconds) of a job; empty texts if unknown."""
+    shown = _run("scontrol", "show", "--oneliner", "job", job) or ""
+    matches = {key: re.search(rf"\b{key}=(\S+)", shown) for key in ("Requeue", "TimeLimit")}
+    texts = {key: match[1] if match else "" for key, match in matches.items()}
+    return {**texts, "SignalLead": _signal_lead(job, shown)}
+
+
+def _signal_lead(job: str, shown: str) -> str:
+    """Return the seconds between the signal and the time limit of a job; empty if unknown.
+
+    Options of sbatch come from its command line, then from SBATCH_SIGNAL, then from the script.
+    SLURM 22 and 23 show the command line in the accounting only.
+    """
+    script = _run("scontrol", "write", "batch_script", job, "-") or ""
+    options = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    submitted = _run("sacct", "-X", "-n", "-P", "-o", "SubmitLine%1000", "-j", job) or ""
+    variable = os.environ.get("SBATCH_SIGNAL", "")
+    sources = [shown, submitted, f"--signal={variable}", *options]
+    for text in sources:
+        if lead := re.search(_SIGNAL, text):
+            return lead[1] or _DEFAULT_LEAD_S
+    return ""
+
+
+def _run(*command: str) -> str | None:
+    """Return the output of a SLURM command; None if it fails."""
     try:
         done = subprocess.run(  # noqa: S603
-            ["scontrol", *words],  # noqa: S607
-            capture_output=True, text=True, timeout=30, check=True,
-        )  # fmt: skip
+            command, capture_output=True, text=True, timeout=30, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout
@@ -60,7 +86,7 @@ def check_slurm(config: dict[str, str] | None, save_s: float | None) -> Sequence
         return [Finding("slurm", "yellow", text, "check that this node is part of the cluster")]
     findings = [_preemption(config), _grace(config, save_s)]
     if "SignalLead" in config:
-        findings += [_lead(config["SignalLead"], save_s), _requeue(config)]
+        findings += [_lead(config, save_s), _requeue(config)]
     elif config.get("JobRequeue") == "0":
         advice = "submit with --requeue, as slurm/train.sbatch does"
         findings.append(Finding("requeue", "yellow", "JobRequeue=0", advice))
@@ -95,15 +121,33 @@ def _grace(config: dict[str, str], save_s: float | None) -> Finding:
     return Finding("grace", "green", f"{text} is enough: a save takes {save_s:.1f} s")
 
 
-def _lead(lead: str, save_s: float | None) -> Finding:
+def _lead(config: dict[str, str], save_s: float | None) -> Finding:
+    lead, limit = config["SignalLead"], config.get("TimeLimit", "")
+    if limit == "UNLIMITED":
+        return Finding("signal", "green", "the job has no time limit")
     if not lead:
         advice = "add #SBATCH --signal=USR2@180, so that the run exits before its time limit"
-        return Finding("signal", "yellow", "the batch script has no --signal", advice)
+        return Finding("signal", "yellow", "no --signal is set for this job", advice)
     text = f"the job is signaled {lead} s before its time limit"
+    limit_s = _seconds(limit)
+    if limit_s is not None:
+        text += f" of {limit}"
+        if int(lead) >= limit_s:
+            advice = "request a longer --time, or a shorter lead such as --signal=USR2@60"
+            return Finding("signal", "yellow", f"{text}, so at its start", advice)
     if save_s is not None and int(lead) < 2 * save_s + _SPARE_S:
         advice = f"a save takes {save_s:.0f} s: set --signal=USR2@{3 * save_s + 60:.0f}"
         return Finding("signal", "yellow", text, advice)
     return Finding("signal", "green", text)
+
+
+def _seconds(limit: str) -> float | None:
+    """Return the seconds of a SLURM time such as 1-02:03:04; None for any other text."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", limit)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def _requeue(config: dict[str, str]) -> Finding:

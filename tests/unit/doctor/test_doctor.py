@@ -245,3 +245,52 @@ def test_slurm_settings_map_to_states():
     assert of(**{**in_job, "Requeue": "0"})["requeue"] == "yellow"
     assert [f.message for f in slurm.check_slurm(None, None)] == ["not installed"]
     assert [f.state for f in slurm.check_slurm({}, None)] == ["yellow"]
+
+
+def slurm_programs(folder, **outputs):
+    """Write programs called scontrol and sacct that print the output of their last words."""
+    for name in ("scontrol", "sacct"):
+        lines = [f"{pattern}) printf '%s\\n' '{text}';;" for pattern, text in outputs.items()]
+        text = ["#!/bin/sh", 'case "$0 $*" in', *lines, "*) exit 1;;", "esac"]
+        (folder / name).write_text("\n".join(text))
+        (folder / name).chmod(0o755)
+
+
+JOB = "JobId=7 Requeue=1 TimeLimit=1-00:00:00 Command=/x"
+SUBMITTED = "sbatch --signal=B:USR1@300 train.sbatch"
+SCRIPT = "#!/bin/bash\n#SBATCH --requeue --signal=USR2@180\necho --signal=TERM@5"
+
+
+@pytest.mark.parametrize(("job", "submitted", "variable", "script", "lead"), [
+    (JOB, "", "", SCRIPT, "180"),
+    (JOB, "", "", "#!/bin/bash\necho --signal=TERM@5", ""),
+    (JOB, "", "", "#!/bin/bash\n#SBATCH --signal=USR2", "60"),
+    (JOB, "", "USR1@240", SCRIPT, "240"),
+    (JOB, SUBMITTED, "USR1@240", SCRIPT, "300"),
+    (f"{JOB} Signal=USR2@400", SUBMITTED, "USR1@240", SCRIPT, "400"),
+])  # fmt: skip
+def test_settings_read_the_lead_and_limit_of_the_present_job(
+    tmp_path, monkeypatch, job, submitted, variable, script, lead
+):
+    outputs = {"*show*job*7": job, "*write*batch_script*": script, "*show*config*": "KillWait = 30"}
+    slurm_programs(tmp_path, **outputs, **({"*sacct*7": submitted} if submitted else {}))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SBATCH_SIGNAL", variable)
+    settings = slurm.settings()
+    assert (settings["SignalLead"], settings["TimeLimit"]) == (lead, "1-00:00:00")
+
+
+@pytest.mark.parametrize(("limit", "lead", "state", "text"), [
+    ("1-00:00:00", "180", "green", "signaled 180 s before its time limit of 1-00:00:00"),
+    ("00:03:00", "180", "yellow", "so at its start"),
+    ("00:03:01", "180", "green", "before its time limit of 00:03:01"),
+    ("UNLIMITED", "", "green", "no time limit"),
+    ("00:03:00", "", "yellow", "no --signal"),
+    ("Partition_Limit", "180", "green", "signaled 180 s before its time limit"),
+])  # fmt: skip
+def test_lead_is_compared_with_the_time_limit(limit, lead, state, text):
+    config = {**PARTITION, "SignalLead": lead, "TimeLimit": limit}
+    (finding,) = [f for f in slurm.check_slurm(config, 1.0) if f.topic == "signal"]
+    assert finding.state == state
+    assert text in finding.message
