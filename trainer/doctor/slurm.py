@@ -38,13 +38,13 @@ def settings() -> dict[str, str] | None:
 
 def _job_settings(job: str) -> dict[str, str]:
     """Return Requeue, TimeLimit and SignalLead (seconds) of a job; empty texts if unknown."""
-    shown = _run("scontrol", "show", "--oneliner", "job", job) or ""
-    matches = {key: re.search(rf"\b{key}=(\S+)", shown) for key in ("Requeue", "TimeLimit")}
+    description = _run("scontrol", "show", "--oneliner", "job", job) or ""
+    matches = {key: re.search(rf"\b{key}=(\S+)", description) for key in ("Requeue", "TimeLimit")}
     texts = {key: match[1] if match else "" for key, match in matches.items()}
-    return {**texts, "SignalLead": _signal_lead(job, shown)}
+    return {**texts, "SignalLead": _signal_lead(job, description)}
 
 
-def _signal_lead(job: str, shown: str) -> str:
+def _signal_lead(job: str, description: str) -> str:
     """Return the seconds between the signal and the time limit of a job; empty if unknown.
 
     Options of sbatch come from its command line, then from SBATCH_SIGNAL, then from the script.
@@ -54,7 +54,7 @@ def _signal_lead(job: str, shown: str) -> str:
     options = [line for line in script.splitlines() if line.startswith("#SBATCH")]
     submitted = _run("sacct", "-X", "-n", "-P", "-o", "SubmitLine%1000", "-j", job) or ""
     variable = os.environ.get("SBATCH_SIGNAL", "")
-    sources = [shown, submitted, f"--signal={variable}", *options]
+    sources = [description, submitted, f"--signal={variable}", *options]
     for text in sources:
         if lead := re.search(_SIGNAL, text):
             return lead[1] or _DEFAULT_LEAD_S

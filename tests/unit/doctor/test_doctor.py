@@ -248,7 +248,7 @@ def test_slurm_settings_map_to_states():
 
 
 def slurm_programs(folder, **outputs):
-    """Write programs called scontrol and sacct that print the output of their last words."""
+    """Write programs called scontrol and sacct that print an output for each pattern."""
     for name in ("scontrol", "sacct"):
         lines = [f"{pattern}) printf '%s\\n' '{text}';;" for pattern, text in outputs.items()]
         text = ["#!/bin/sh", 'case "$0 $*" in', *lines, "*) exit 1;;", "esac"]
