@@ -2,9 +2,20 @@
 
 import random
 import re
+import sys
+import time
 
 import pytest
-from support.slurm_jobs import FRAGILE, TWO_BY_TWO, record, same, steps, submit, undisturbed
+from support.slurm_jobs import (
+    FRAGILE,
+    TWO_BY_TWO,
+    of_jobs,
+    record,
+    same,
+    steps,
+    submit,
+    undisturbed,
+)
 
 __all__ = ["submit", "undisturbed"]
 
@@ -83,6 +94,51 @@ def test_cancelled_job_is_not_requeued_and_signaled_job_is(cluster, command, sub
         assert cluster.job(job)["Restarts"] == "1"
         assert record(command, "a", 1)["outcome"] == "preempted"
         assert steps(command, "a") == 40
+
+
+def test_job_signaled_while_its_ranks_start_is_requeued(cluster, command, submit):
+    job = submit(*FRAGILE, "name=a", options=("--nodes=1", "--ntasks-per-node=2"))
+    signaled = 0
+    for restarts in range(3):
+
+        def has_started(restarts=restarts):
+            description = cluster.job(job)
+            is_running = description["JobState"] == "RUNNING"
+            return is_running and int(description["Restarts"]) == restarts
+
+        cluster.wait(job, has_started)
+        cluster.wait(job, lambda: f"{job}.0" in cluster.run("squeue", "-h", "-s", "-o", "%i"))
+        time.sleep(0.7 * restarts)  # moments of the start: Python, imports, composition
+        cluster.run("scancel", "--signal=USR2", job)
+        signaled += 1
+    assert cluster.ended(job) == "COMPLETED"
+    assert cluster.job(job)["Restarts"] == str(signaled)
+    assert steps(command, "a") == 40
+
+
+SHELL = """#!/bin/bash
+srun --ntasks=4 bash -c '[[ $SLURM_PROCID != 0 ]] || {python} -m trainer.run {arguments}'
+"""
+
+
+@pytest.mark.parametrize(("nproc", "code", "text"), [
+    ("auto", "2:0", "1 of 4 ranks started; missing: ranks 1, 2, 3."), ("2", "0:0", ""),
+])  # fmt: skip
+def test_interactive_shell_names_missing_ranks_or_starts_its_own(
+    cluster, command, nproc, code, text
+):
+    arguments = " ".join([*FRAGILE, "name=a", f"launch.nproc={nproc}"])
+    script = command.folder / "shell.sh"
+    script.write_text(SHELL.format(python=sys.executable, arguments=arguments))
+    job = cluster.sbatch(
+        command.folder, "--nodes=1", "--ntasks-per-node=4", str(script), **of_jobs(command)
+    )
+    cluster.ended(job)
+    assert cluster.job(job)["ExitCode"] == code, cluster.log(job)
+    assert text in cluster.log(job)
+    assert "Traceback" not in cluster.log(job)
+    if nproc != "auto":
+        assert record(command, "a", 1)["world_size"] == 2
 
 
 @pytest.mark.parametrize(("arguments", "env", "code", "message"), [
