@@ -12,7 +12,7 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.replicas import Survey
 from trainer.config.schema import ObjectStore
-from trainer.core import intervals
+from trainer.core import intervals, metric_mode
 from trainer.errors import CheckpointError, ConfigError
 from trainer.storage import Store
 from trainer.storage.store import Fallback
@@ -101,19 +101,24 @@ def named_step(survey: Survey, step: str, url: str, option: str) -> Commit:
     return commits[-1]
 
 
-def best(survey: Survey, metric: str | None, mode: str) -> Commit | None:
+def best(survey: Survey, metric: str | None, mode: str | None) -> Commit | None:
     """Return the checkpoint with the best metric, measured at its own step.
 
     Args:
         survey: the checkpoints.
         metric: metric name; None selects nothing.
-        mode: `max` or `min`. Of equal values, the earliest wins.
+        mode: `max` or `min`; None: as the run stored it, or from the name. Of equal values, the
+            earliest wins.
 
     Raises:
         CheckpointError: one of the manifests is damaged in every store.
     """
-    if metric is None:
+    if metric is None or not survey.commits:
         return None
+    if mode is None:
+        settings = lineage.retention_of(_manifest(survey, survey.commits[-1]))
+        stored = settings.get("mode") if settings.get("metric") == metric else None
+        mode = metric_mode.resolve(metric, stored)
     by_step = {commit.step: commit for commit in survey.commits}
     values = {
         step: lineage.measured(_manifest(survey, commit), metric)
@@ -146,7 +151,7 @@ def pick(location: Location, request: str) -> Commit:
         raise ConfigError(
             f"step=best: {location.url} tracks no metric (checkpoint.metric is not set)"
         )
-    commit = best(survey, metric, settings.get("mode", "max"))
+    commit = best(survey, metric, None)
     if commit is None:
         raise CheckpointError(
             f"step=best: no checkpoint in {location.url} has {metric!r} measured at its own step; "

@@ -9,7 +9,7 @@ from trainer.checkpoint.lineage import MANIFEST, Attempt
 from trainer.checkpoint.location import Location
 from trainer.checkpoints.answer import Answer, open_checkpoints, status_json
 from trainer.cli import Arguments
-from trainer.core import intervals
+from trainer.core import intervals, metric_mode
 from trainer.core.formatting import ask, pluralize, size, table
 from trainer.errors import DONE, CheckpointError, ConfigError
 
@@ -93,7 +93,7 @@ def _retained(
         values,
         keep_last=policy.get("keep_last", 2),
         keep_best=policy.get("keep_best", 1) if metric else 0,
-        mode=policy.get("mode", "max"),
+        mode=metric_mode.resolve(metric, policy.get("mode")),
         keep_every_steps=policy.get("keep_every_steps"),
     )
     retained = set(values) - set(stale)

@@ -176,8 +176,10 @@ class Checkpoint:
         1800.0, "Exit with 75 if a save takes longer than this many seconds.", above=0
     )
     metric: str | None = setting(None, "Evaluation metric that selects the best checkpoint.")
-    mode: str = setting(
-        "max", "Direction of a better metric: larger or smaller.", choices=("max", "min")
+    mode: str | None = setting(
+        None,
+        "Direction of a better metric: larger or smaller. Default: from its name or class.",
+        choices=("max", "min"),
     )
     mirror: str | None = setting(
         None, "Second location for checkpoints (URL or directory), copied in the background."

@@ -70,6 +70,7 @@ def configuration(
         optimizer={"_target_": "torch.optim.SGD"},
         scheduler={},
         tracker={},
+        checkpoint=replace(run.checkpoint, mode=None),
         trainer=replace(run.trainer, accumulate=1, freeze=[], ema_decay=None),
     )
     problems = build.check(single)

@@ -14,6 +14,7 @@ from trainer.checkpoint.attempts import Condition, Goodput
 from trainer.checkpoint.inspection import CheckpointStatus, inspect
 from trainer.checkpoint.location import Location
 from trainer.config.schema import ObjectStore
+from trainer.core import metric_mode
 from trainer.errors import ConfigError, PerdureError
 from trainer.reporting import curves
 from trainer.reporting.curves import is_number
@@ -101,13 +102,14 @@ class Facts:
         """Return the best evaluation, by `checkpoint.metric` or else by the loss."""
         checkpoint_settings = self.config.get("checkpoint")
         settings = checkpoint_settings if isinstance(checkpoint_settings, Mapping) else {}
-        candidates = [(settings.get("metric"), settings.get("mode", "max")), ("loss", "min")]
-        for metric, mode in candidates:
-            values = curves.points(self.lines, "eval", metric) if isinstance(metric, str) else []
-            if values:
+        for metric in (settings.get("metric"), "loss"):
+            if not isinstance(metric, str):
+                continue
+            if values := curves.points(self.lines, "eval", metric):
+                mode = metric_mode.resolve(metric, settings.get("mode"))
                 choose = min if mode == "min" else max
                 step, value = choose(values, key=lambda point: point[1])
-                return Best(str(metric), str(mode), value, step)
+                return Best(metric, mode, value, step)
         return None
 
     def last(self, split: str) -> Mapping[str, Any]:

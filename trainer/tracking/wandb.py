@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from trainer.core import metric_mode
 from trainer.errors import ConfigError, closest
 from trainer.storage import Store, local_path
 from trainer.tracking import code, libraries
@@ -176,11 +177,9 @@ class Wandb:
             run.define_metric(f"{split}/*", step_metric="step")
         checkpoint_settings = facts["config"].get("checkpoint", {})
         if checkpoint_settings.get("metric"):
-            name, mode = (
-                f"eval/{checkpoint_settings['metric']}",
-                checkpoint_settings.get("mode", "max"),
-            )
-            run.define_metric(name, step_metric="step", summary=mode)
+            metric = str(checkpoint_settings["metric"])
+            mode = metric_mode.resolve(metric, checkpoint_settings.get("mode"))
+            run.define_metric(f"eval/{metric}", step_metric="step", summary=mode)
         return run
 
     def _init(self, facts: Mapping[str, Any], mode: str) -> Any:

@@ -30,10 +30,19 @@ from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError, PerdureError
 from trainer.monitoring.profiling import Profiler
 from trainer.protocols import Tracker
 from trainer.storage import Store, open_store
-from trainer.training import admission, build, loop, messages, oom, resume, sample_outputs, saving
+from trainer.training import (
+    admission,
+    build,
+    loop,
+    messages,
+    metric_setup,
+    oom,
+    resume,
+    sample_outputs,
+    saving,
+)  # fmt: skip
 from trainer.training.attempt_record import AttemptRecord, progress_of, recorded, run_within
 from trainer.training.boundary import interrupted_eval_step, repeats_evaluation
-from trainer.training.evaluation import create_metrics
 from trainer.training.job import Job
 from trainer.training.late_start import ending_late_start
 from trainer.training.resume import Start
@@ -93,8 +102,8 @@ def run_attempt(
         stack.enter_context(_reporting_crashes(run, world, record, watchdog, after_all))
         source = world.run_on_all(lambda: build.build_data(run))
         job = build.build_job(run, world, source, tracker)
-        if job.evaluation is not None:
-            world.run_on_all(lambda: create_metrics(job))
+        world.run_on_all(lambda: metric_setup.set_up(run, job))
+        stored = metric_setup.with_mode(stored, job)
         warm_up(job)
         start, state = resume.load_intact(run, stored, job, replicas, record.attempt)
         target = SaveTarget(

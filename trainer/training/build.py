@@ -16,7 +16,7 @@ from trainer.cluster import stop
 from trainer.cluster.world import World
 from trainer.config import targets
 from trainer.config.schema import Run
-from trainer.core import rng
+from trainer.core import metric_mode, rng
 from trainer.core.intervals import Every
 from trainer.data.source import Datasets, EvalStream, TrainStream
 from trainer.data.streams import Streamed, is_stream
@@ -60,6 +60,7 @@ def check(run: Run) -> list[Problem]:
     for name, node in run.tracker.items():
         key = f"tracker.{name}"
         problems += targets.check_target(node, key, 0) or _check_tracker(key, node)
+    problems += _check_metric_mode(run)
     weights = run.init.weights or ""
     path = local_path(weights)
     if weights and path is not None and not path.exists():
@@ -93,6 +94,32 @@ def _check_phases(run: Run) -> list[Problem]:
             node = {"_partial_": True, **changes, "_target_": run.optimizer["_target_"]}
             problems += targets.check_target(node, key, 1)
     return problems
+
+
+def _check_metric_mode(run: Run) -> list[Problem]:
+    metric, mode = run.checkpoint.metric, run.checkpoint.mode
+    text = metric_mode.contradiction(metric, mode) if metric is not None else ""
+    return [Problem("checkpoint.mode", text)] if text else check_plateau(run, mode)
+
+
+def check_plateau(run: Run, mode: str | None) -> list[Problem]:
+    """Return the problem of a ReduceLROnPlateau whose mode contradicts the metric it follows.
+
+    Args:
+        run: the configuration.
+        mode: `max` or `min` of `checkpoint.metric`; None: as far as its name tells.
+    """
+    metric, own = run.checkpoint.metric or "loss", run.scheduler.get("mode")
+    expected = metric_mode.by_name(metric) or mode
+    target = str(run.scheduler.get("_target_", ""))
+    if not target.endswith("ReduceLROnPlateau") or None in (own, expected) or own == expected:
+        return []
+    better = "smaller" if expected == "min" else "larger"
+    text = (
+        f"{own!r}, but a {better} {metric!r} is better, which the schedule follows. Remove "
+        "scheduler.mode, or set checkpoint.metric and checkpoint.mode"
+    )
+    return [Problem("scheduler.mode", text)]
 
 
 def _check_tracker(key: str, node: Mapping[str, Any]) -> list[Problem]:

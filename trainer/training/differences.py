@@ -13,6 +13,8 @@ _DATA_LOCATIONS = ("dir", "path", "root", "cache_dir")
 """Data settings that may change: a copy of the data elsewhere is the same data."""
 _IGNORED_KEYS = ("name", "run_dir", "resume")
 _IGNORED_GROUPS = ("store.", "init.")
+_INFERRED_KEYS = ("checkpoint.mode",)
+"""Settings whose null means a value that the run computes and stores."""
 _ABSENT = "(not set)"
 
 
@@ -53,7 +55,11 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Difference,
         for key in sorted({*before, *after})
         if key not in _IGNORED_KEYS and not key.startswith(_IGNORED_GROUPS)
     )
-    return tuple(pair for pair in pairs if pair.old != pair.new)
+    return tuple(
+        pair
+        for pair in pairs
+        if pair.old != pair.new and not (pair.key in _INFERRED_KEYS and pair.new is None)
+    )
 
 
 def optimizer_changes(

@@ -1,6 +1,6 @@
 """Evaluation of the model on all evaluation samples."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from trainer.cluster.stop import NO_SAVES, Saves, Stop
-from trainer.core import rng
+from trainer.core import metric_mode, rng
 from trainer.core.state import State
 from trainer.data.feed import Feed
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, closest
 from trainer.protocols import Batch
 from trainer.training import metric_states, parallel
 from trainer.training.job import Job, Phase
 
+_DAMAGED = "damaged"
+"""Metric with the number of skipped samples."""
 _MAX_DAMAGED_NAMES = 5
 """Damaged samples that are named in the log; later ones are only counted."""
 
@@ -63,7 +65,7 @@ def evaluate(
             if job.evaluation.skip_damaged:
                 # Every evaluation meets the same samples, so only the first one names them.
                 reported = _MAX_DAMAGED_NAMES if state.last_eval_step else 0
-                values["damaged"] = float(count_damaged(job, batches, reported=reported))
+                values[_DAMAGED] = float(count_damaged(job, batches, reported=reported))
             return values
     finally:
         to_training(job)
@@ -72,8 +74,10 @@ def evaluate(
 def create_metrics(job: Job) -> dict[str, Any]:
     """Return the metrics of an evaluation, created at the first call.
 
+    Sets `job.metric_mode`.
+
     Raises:
-        ConfigError: metrics cannot be merged over ranks.
+        ConfigError: metrics cannot be merged over ranks, or the mode contradicts the metric.
     """
     if job.metrics is None:
         from torchmetrics import MeanMetric  # slow to import, so only with evaluation data
@@ -87,8 +91,53 @@ def create_metrics(job: Job) -> dict[str, Any]:
             metric_states.disable_sync(metric)
             if isinstance(metric, nn.Module):
                 metric.to(job.world.device)
+        check_name(job, metrics, is_complete=False)
+        _resolve_mode(job, metrics)
         job.metrics = metrics
     return job.metrics
+
+
+def check_name(job: Job, names: Collection[str], *, is_complete: bool = True) -> None:
+    """Check that an evaluation measures `checkpoint.metric`.
+
+    Args:
+        job: the training run.
+        names: the measured metrics.
+        is_complete: False if a metric may still turn out to be several, called `<metric>_<key>`.
+
+    Raises:
+        ConfigError: it is not measured.
+    """
+    metric = job.metric
+    if metric is None or metric in names or metric == _DAMAGED:
+        return
+    if not is_complete and any(metric.startswith(f"{name}_") for name in names):
+        return
+    raise ConfigError(
+        f"checkpoint.metric={metric!r} is not measured by the evaluation{closest(metric, names)}"
+    )
+
+
+def _resolve_mode(job: Job, metrics: Mapping[str, Any]) -> None:
+    """Set the mode of the metric that selects the best checkpoint."""
+    if job.metric is None:
+        return
+    higher_is_better = getattr(_find_metric(metrics, job.metric), "higher_is_better", None)
+    if text := metric_mode.contradiction(job.metric, job.metric_mode, higher_is_better):
+        raise ConfigError(f"checkpoint.mode: {text}")
+    job.metric_mode = metric_mode.resolve(job.metric, job.metric_mode, higher_is_better)
+
+
+def _find_metric(metrics: Mapping[str, Any], name: str) -> Any:
+    """Return the metric whose value is logged under `name`, also one in a collection, or None."""
+    if name in metrics:
+        return metrics[name]
+    for prefix, metric in metrics.items():
+        members = dict(metric.items()) if hasattr(metric, "items") else {}
+        key = name.removeprefix(f"{prefix}_")
+        if key != name and key in members:
+            return members[key]
+    return None
 
 
 def _reset_metrics(job: Job) -> dict[str, Any]:

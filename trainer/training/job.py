@@ -130,7 +130,8 @@ class Job:
     notes: Sequence[str] = ()
     """Lines to log at the start, about how the job was built."""
     metric: str | None = None
-    metric_mode: str = "max"
+    metric_mode: str | None = None
+    """`max` or `min`; None: from the metric's name or class, once the metrics are created."""
     skipped_eval_step: int | None = None
     """Step whose evaluation is not repeated on resume: attempts were too short for it."""
     seed: int = 0

@@ -14,12 +14,11 @@ from trainer.checkpoint.state_tree import Content
 from trainer.cluster.stop import Stop
 from trainer.core.state import State
 from trainer.data.feed import Feed
-from trainer.errors import ConfigError, closest
 from trainer.monitoring.profiling import Profiler
 from trainer.monitoring.timing import Timing
 from trainer.training import boundary
 from trainer.training.contents import collect
-from trainer.training.evaluation import count_damaged, evaluate, to_training
+from trainer.training.evaluation import check_name, count_damaged, evaluate, to_training
 from trainer.training.job import Job
 from trainer.training.nonfinite import LossCheck
 from trainer.training.step import train_step
@@ -171,12 +170,8 @@ def _evaluate_once(job: Job, state: State, stop: Stop, timing: Timing, saver: Sa
         metrics = evaluate(job, state, stop, saver)
     if metrics is None:
         return False
-    if job.metric is not None and job.metric not in metrics:
-        raise ConfigError(
-            f"checkpoint.metric={job.metric!r} is not measured by the evaluation"
-            + closest(job.metric, metrics)
-        )
-    state.evaluated(metrics, metric=job.metric, mode=job.metric_mode)
+    check_name(job, metrics)
+    state.evaluated(metrics, metric=job.metric, mode=job.metric_mode or "max")
     for phase in job.phases:
         if isinstance(phase.scheduler, ReduceLROnPlateau):
             phase.scheduler.step(metrics[job.metric or "loss"])

@@ -36,7 +36,7 @@ def build_mirror(
         keep_best=settings.mirror_keep_best,
         keep_every_steps=settings.mirror_keep_every_steps,
         metric=settings.metric,
-        mode=settings.mode,
+        mode=job.metric_mode or "max",
     )
     mirror = Mirror(
         replicas.run,
@@ -84,7 +84,7 @@ def build_saver(
         keep_best=settings.keep_best,
         keep_every_steps=settings.keep_every_steps,
         metric=settings.metric,
-        mode=settings.mode,
+        mode=job.metric_mode or "max",
     )
     policy = SavePolicy(
         every=Every(steps=settings.every_steps, epochs=settings.every_epochs),

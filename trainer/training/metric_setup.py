@@ -1,0 +1,42 @@
+"""Direction of the metric that selects the best checkpoint, applied to the whole run."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from trainer.config.schema import Run
+from trainer.errors import ConfigError, problems_text
+from trainer.training import build
+from trainer.training.evaluation import create_metrics
+from trainer.training.job import Job
+
+
+def set_up(run: Run, job: Job) -> None:
+    """Create the metrics; let plateau schedules without a mode follow the metric's.
+
+    Call it before any state is loaded.
+
+    Raises:
+        ConfigError: a metric cannot be merged over ranks, `checkpoint.metric` does not exist, or a
+            mode contradicts it.
+    """
+    if job.evaluation is None:
+        return
+    create_metrics(job)
+    if problems := build.check_plateau(run, job.metric_mode):
+        raise ConfigError(problems_text(problems))
+    mode = job.metric_mode if job.metric is not None else "min"
+    for phase in job.phases:
+        scheduler = phase.scheduler
+        if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != mode:
+            worst = -math.inf if mode == "max" else math.inf
+            scheduler.load_state_dict({**scheduler.state_dict(), "mode": mode, "best": worst})
+
+
+def with_mode(stored: Mapping[str, Any], job: Job) -> Mapping[str, Any]:
+    """Return the stored configuration with the mode of `checkpoint.metric`, by name or class."""
+    if job.metric is None:
+        return stored
+    return {**stored, "checkpoint": {**stored["checkpoint"], "mode": job.metric_mode}}
