@@ -109,14 +109,15 @@ def check_plateau(run: Run, mode: str | None) -> list[Problem]:
         run: the configuration.
         mode: `max` or `min` of `checkpoint.metric`; None: as far as its name tells.
     """
-    metric, own = run.checkpoint.metric or "loss", run.scheduler.get("mode")
+    metric, mode_setting = run.checkpoint.metric or "loss", run.scheduler.get("mode")
     expected = metric_mode.by_name(metric) or mode
     target = str(run.scheduler.get("_target_", ""))
-    if not target.endswith("ReduceLROnPlateau") or None in (own, expected) or own == expected:
+    is_plateau = target.endswith("ReduceLROnPlateau")
+    if not is_plateau or expected is None or mode_setting in (None, expected):
         return []
     better = "smaller" if expected == "min" else "larger"
     text = (
-        f"{own!r}, but a {better} {metric!r} is better, which the schedule follows. Remove "
+        f"{mode_setting!r}, but a {better} {metric!r} is better, which the schedule follows. Remove "
         "scheduler.mode, or set checkpoint.metric and checkpoint.mode"
     )
     return [Problem("scheduler.mode", text)]

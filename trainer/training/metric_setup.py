@@ -1,4 +1,4 @@
-"""Direction of the metric that selects the best checkpoint, applied to the whole run."""
+"""Direction of the metric that selects the best checkpoint, applied to the job and its configuration."""
 
 import math
 from collections.abc import Mapping
