@@ -117,8 +117,8 @@ def check_plateau(run: Run, mode: str | None) -> list[Problem]:
         return []
     better = "smaller" if expected == "min" else "larger"
     text = (
-        f"{mode_setting!r}, but a {better} {metric!r} is better, which the schedule follows. Remove "
-        "scheduler.mode, or set checkpoint.metric and checkpoint.mode"
+        f"{mode_setting!r}, but a {better} {metric!r} is better, which the schedule follows. "
+        "Remove scheduler.mode, or set checkpoint.metric and checkpoint.mode"
     )
     return [Problem("scheduler.mode", text)]
 

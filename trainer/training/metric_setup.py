@@ -1,4 +1,4 @@
-"""Direction of the metric that selects the best checkpoint, applied to the job and its configuration."""
+"""Direction of `checkpoint.metric`, applied to the job and its stored configuration."""
 
 import math
 from collections.abc import Mapping
