@@ -66,10 +66,12 @@ def _report(error: PerdureError) -> int:
 def _command(arguments: list[str]) -> int:
     run_one = partial(_run_one, check_only="--check" in arguments)
     arguments = [argument for argument in arguments if argument != "--check"]
-    if sweep.is_hydra_command(arguments):
-        early_stop.answer(NAMES)
-        return sweep.main(arguments, run_one)
-    return run_one(*compose_node(arguments, _HELP_HINT, ["--check", "--multirun"]))
+    if not sweep.is_hydra_command(arguments):
+        composed, problems = compose_node(arguments, _HELP_HINT, ["--check", "--multirun"])
+        if not sweep.is_sweep():
+            return run_one(composed, problems)
+    early_stop.answer(NAMES)
+    return sweep.main(arguments, run_one, _job_value)
 
 
 def _run_one(composed: DictConfig, problems: Sequence[Problem], *, check_only: bool) -> int:
@@ -95,6 +97,14 @@ def _check_and_start(composed: DictConfig, problems: Sequence[Problem], check_on
         return DONE
     plain = stored(composed)
     return _rank(run, plain) if launch.is_rank() else _launch(run, plain)
+
+
+def _job_value(composed: DictConfig) -> float | None:
+    """Return the value that a sweeper optimizes."""
+    from trainer.training import resume
+
+    run, _ = merge(composed)
+    return resume.final_value(run)
 
 
 def _launch(run: Run, stored: Mapping[str, Any]) -> int:

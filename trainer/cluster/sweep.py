@@ -5,9 +5,11 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from trainer.cluster import outcome
 from trainer.config import overrides
@@ -16,6 +18,8 @@ from trainer.errors import DONE, FAILURE, RUN_AGAIN, PerdureError, Problem
 
 _MAX_NAME_PART = 200
 """Maximum length of a swept value in a run's name, in characters."""
+_MAX_NAME_BYTES = 255
+"""Maximum length of a run's name, a directory name, on all common file systems."""
 _COMPOSED = ("--config-dir", "-cd")
 
 
@@ -32,12 +36,28 @@ def is_hydra_command(arguments: Sequence[str]) -> bool:
     )
 
 
-def main(arguments: Sequence[str], run_one: Callable[[DictConfig, Sequence[Problem]], int]) -> int:
+class JobFailedError(PerdureError):
+    """A job of a sweep failed; pickled by launchers that run jobs in other processes."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.exit_code = code
+
+    def __str__(self) -> str:
+        return f"a job of the sweep exited with {self.exit_code}; see its log"
+
+
+def main(
+    arguments: Sequence[str],
+    run_one: Callable[[DictConfig, Sequence[Problem]], int],
+    value: Callable[[DictConfig], float | None],
+) -> int:
     """Run Hydra's command line; return 0, or the most severe exit code of the jobs.
 
     Args:
         arguments: overrides and flags.
         run_one: runs one composed configuration, given the problems of the overrides.
+        value: result of a finished job, for the sweeper.
 
     Raises:
         ConfigError: Hydra cannot compose the configuration.
@@ -45,29 +65,32 @@ def main(arguments: Sequence[str], run_one: Callable[[DictConfig, Sequence[Probl
     """
     import hydra
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     prepared = overrides.prepare(arguments, conf_folder())
     store_schema()
+    fixed = overrides.fixed_values(prepared.arguments)
     codes: list[int] = []
-    started: list[bool] = []
+    run_dirs: list[str] = []
 
-    def job(composed: DictConfig) -> None:
-        started.append(True)
-        is_sweep = _name_job(composed, prepared.swept)
-        if "SUBMITIT_EXECUTOR" in os.environ:
-            codes.append(_run_submitted(lambda: run_one(composed, prepared.problems)))
-        else:
-            codes.append(run_one(composed, prepared.problems))
-        if is_sweep and codes[-1] == RUN_AGAIN:
+    def job(composed: DictConfig) -> float | None:
+        problems = [*prepared.problems, *_set_up_job(composed, fixed, run_dirs)]
+        code = _run_job(lambda: run_one(composed, problems))
+        codes.append(code)
+        if code == RUN_AGAIN and is_sweep() and not _slurm_requeues():
             raise SystemExit(RUN_AGAIN)
+        if code not in (DONE, RUN_AGAIN):
+            raise JobFailedError(code)
+        return value(composed) if code == DONE else None
 
     sys.argv = [sys.argv[0], *prepared.arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing and exiting with 1
     try:
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
+    except JobFailedError:
+        if not codes:  # it ran in another process
+            raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        if started:
+        if run_dirs:
             raise
         raise compose_error(prepared.problems, error) from None
     except Exception as error:
@@ -78,8 +101,10 @@ def main(arguments: Sequence[str], run_one: Callable[[DictConfig, Sequence[Probl
     return FAILURE if FAILURE in failed else (failed or [DONE])[0]
 
 
-def _run_submitted(run_one: Callable[[], int]) -> int:
-    """Run in a submitted job. submitit exits with 0 after an error, so write the outcome here."""
+def _run_job(run_one: Callable[[], int]) -> int:
+    """Run a job. submitit exits with 0 after an error, so write the outcome of its jobs here."""
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return run_one()
     try:
         code = run_one()
     except Exception:
@@ -87,26 +112,72 @@ def _run_submitted(run_one: Callable[[], int]) -> int:
         outcome.write(FAILURE)
         raise
     outcome.write(code)
-    if code not in (DONE, RUN_AGAIN):
-        raise PerdureError(f"a job of the sweep exited with {code}; see its log")
     return code
 
 
-def _name_job(composed: DictConfig, swept: Sequence[str]) -> bool:
-    """Add the swept values to the run's name, for a separate directory; return if it is a sweep."""
+def _slurm_requeues() -> bool:
+    """Return whether the batch script of this job requeues it by its outcome."""
+    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+
+
+def is_sweep() -> bool:
+    """Return whether the configuration composed last is that of a sweep (`hydra.mode`)."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    settings = HydraConfig.get()
-    if settings.mode != RunMode.MULTIRUN:
-        return False
-    task = [text.lstrip("+") for text in settings.overrides.task]
-    parts = [text for text in task if text.partition("=")[0] in swept]
-    parts = [text for text in parts if not text.startswith("name=")]
-    if parts and not OmegaConf.is_missing(composed, "name"):
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def _set_up_job(
+    composed: DictConfig, fixed: Collection[tuple[str, str]], run_dirs: list[str]
+) -> list[Problem]:
+    """Add the job's own values to its name, for a separate run directory.
+
+    Args:
+        composed: the job's configuration; changed.
+        fixed: values that all jobs have, by key.
+        run_dirs: run directories of earlier jobs in this process; this job's is added.
+
+    Returns:
+        The problem of a run directory that other jobs have too.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    texts: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    task = [text for text in texts if not text.startswith("~")]
+    own = [text.lstrip("+") for text in task if overrides.value_of(text) not in fixed]
+    parts = [text for text in own if not text.startswith("name=")]
+    in_sweep = is_sweep()
+    if in_sweep and parts and not OmegaConf.is_missing(composed, "name"):
         OmegaConf.set_struct(composed, False)
-        composed.name = "-".join([composed.name.replace("/", "."), *map(_name_part, parts)])
-    return True
+        composed.name = job_name(composed.name, parts)
+    plain: Any = OmegaConf.to_container(composed, resolve=False)
+    raw = str(plain.get("run_dir"))
+    try:
+        run_dir = str(composed.run_dir)
+    except OmegaConfBaseException:  # reported by the merge
+        run_dir = raw
+    is_fixed = "${" not in re.sub(r"\$\{oc\.env:[^{}]*\}", "", raw) and not any(
+        text.startswith("run_dir=") for text in own
+    )
+    is_shared = in_sweep and bool((is_fixed and own) or run_dir in run_dirs)
+    run_dirs.append(run_dir)
+    if not is_shared:
+        return []
+    text = f"{run_dir!r} is the same for several jobs of the sweep; use run_dir='{raw}/${{name}}'"
+    return [Problem("run_dir", text)]
+
+
+def job_name(name: str, parts: Sequence[str]) -> str:
+    """Return the name of a sweep's job: that of the sweep and the job's own overrides.
+
+    Names that are too long for a directory are shortened and end in a hash.
+    """
+    full = "-".join([name.replace("/", "."), *map(_name_part, parts)])
+    if len(full.encode()) <= _MAX_NAME_BYTES:
+        return full
+    suffix = f"-{hashlib.blake2b(full.encode(), digest_size=8).hexdigest()}"
+    return full.encode()[: _MAX_NAME_BYTES - len(suffix)].decode(errors="ignore") + suffix
 
 
 def _name_part(text: str) -> str:

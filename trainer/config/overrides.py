@@ -66,6 +66,23 @@ def prepare(arguments: Sequence[str], conf: Path) -> Prepared:
     return replace(prepared, arguments=[*flags, *prepared.arguments])
 
 
+def fixed_values(arguments: Sequence[str]) -> set[tuple[str, str]]:
+    """Return the values that all jobs of a sweep have, as `value_of` does."""
+    parser = OverridesParser.create()
+    parsed = [(a, parser.parse_override(a)) for a in arguments if _is_override(a)]
+    return {
+        value_of(argument)
+        for argument, override in parsed
+        if not (argument.startswith("~") or override.is_sweep_override())
+    }
+
+
+def value_of(argument: str) -> tuple[str, str]:
+    """Return key and value of an override, in one form for all ways to write them."""
+    override = OverridesParser.create().parse_override(argument)
+    return override.key_or_group, override.get_value_element_as_str()
+
+
 def _is_override(argument: str) -> bool:
     return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
 
@@ -81,7 +98,7 @@ def _user_folders(arguments: Sequence[str]) -> list[Path]:
 
 
 def _group_problem(key: str, argument: str, choices: Mapping[str, set[str]]) -> Problem | None:
-    if key not in choices or argument.startswith("~"):
+    if key not in choices or argument.startswith("~") or key.startswith("hydra/"):
         return None
     text = argument.partition("=")[2]
     if text.startswith(("{", "[", "choice(", "glob(")) or text in ("null", ""):

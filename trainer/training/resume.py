@@ -223,6 +223,22 @@ def load(
     return contents.restore(job, start, start.manifest, reader)
 
 
+def final_value(run: Run) -> float | None:
+    """Return the best value of `checkpoint.metric` so far, or the loss of the last evaluation.
+
+    None without checkpoints or evaluations.
+    """
+    store = open_store(run.run_dir, run.store)
+    commits = lineage.commits(store)
+    if not commits:
+        return None
+    state = lineage.read_manifest(store, commits[-1]).objects[contents.RUN]
+    if run.checkpoint.metric is None:
+        return dict(state["metrics"]).get("loss")
+    best = state["best"]
+    return None if best is None else float(best["value"])
+
+
 def load_intact(
     run: Run, stored: Mapping[str, Any], job: Job, replicas: Replicas, attempt: Attempt
 ) -> tuple[Start, State]:

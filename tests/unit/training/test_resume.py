@@ -16,7 +16,7 @@ from trainer.config.schema import Checkpoint, Init, Run, Trainer
 from trainer.core.state import State
 from trainer.errors import CheckpointError, ConfigError
 from trainer.storage import open_store
-from trainer.training.resume import Start, choose, finished, load_weights
+from trainer.training.resume import Start, choose, final_value, finished, load_weights
 
 # --- choosing ----------------------------------------------------------------------------------
 
@@ -49,6 +49,11 @@ class ARun:
             **{"checkpoint": Checkpoint(metric="accuracy"), **run},
         )  # fmt: skip
         return choose(Replicas(self.store), run_config, config)
+
+    def final_value(self, metric):
+        return final_value(
+            Run(name="a", run_dir=str(self.folder), checkpoint=Checkpoint(metric=metric))
+        )
 
     def manifest(self, step):
         (manifest,) = self.folder.glob(f"checkpoints/step-{step:08d}.*/manifest.json")
@@ -318,3 +323,27 @@ def test_load_weights_that_do_not_fit_names_the_tensor(tmp_path):
         with pytest.raises(ConfigError, match=f"init.weights=.*{name}.*{message}") as caught:
             load_weights(torch.nn.Linear(3, 2), Init(weights=str(tmp_path / name)))
         assert text in str(caught.value)
+
+
+# --- value for a sweeper -----------------------------------------------------------------------
+
+
+def test_final_value_is_the_best_of_the_metric(run):
+    run.attempt([10], accuracy={10: 0.5})
+    assert run.final_value("accuracy") == 0.5
+
+
+def test_final_value_without_metric_is_the_last_evaluation_loss(run):
+    state = State(step=10)
+    state.evaluated({"loss": 0.25, "accuracy": 0.5}, metric=None, mode="max")
+    attempt = lineage.begin(run.store, {"resume": "auto"})
+    content = Content(tensors={}, objects={"run": state.state_dict()})
+    save(Writer(run.store, World(), attempt), content, step=10, config=CONFIG)
+    assert run.final_value(None) == 0.25
+
+
+def test_final_value_without_evaluation_or_checkpoint_is_none(run):
+    assert run.final_value("accuracy") is None
+    run.attempt([10])
+    assert run.final_value("accuracy") is None
+    assert run.final_value(None) is None

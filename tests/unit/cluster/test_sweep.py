@@ -1,0 +1,181 @@
+"""Sweeps through Hydra's command line, in this process; only the training is replaced."""
+
+import importlib
+import json
+import os
+import pickle
+
+import pytest
+from hydra.core.plugins import Plugins
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.cluster import sweep
+from trainer.cluster.sweep import JobFailedError, job_name
+from trainer.errors import ConfigError, PerdureError, problems_text
+
+ASK = """
+import json
+from pathlib import Path
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+
+class Ask(Sweeper):
+    def setup(self, *, hydra_context, task_function, config):
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config)
+    def sweep(self, arguments):
+        jobs = [[*arguments, f"++optimizer.lr={lr}"] for lr in (0.5, 0.25)]
+        values = [job.return_value for job in self.launcher.launch(jobs, 0)]
+        Path("values.json").write_text(json.dumps(values))
+
+node = {"_target_": f"{__name__}.Ask"}
+ConfigStore.instance().store(group="hydra/sweeper", name="ask", node=node)
+"""
+
+
+@pytest.fixture
+def run_sweep(tmp_path, monkeypatch):
+    """Run Hydra's command line in an empty folder; return the exit code and the jobs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["trainer.run"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+
+    def start(*arguments, codes=(), values=(0.5,)):
+        jobs, remaining = [], list(codes)
+
+        def run_one(composed, problems):
+            jobs.append((composed.name, composed.run_dir, [p.key for p in problems]))
+            if problems:
+                return 2
+            return remaining.pop(0) if remaining else 0
+
+        return sweep.main(list(arguments), run_one, lambda _: values[len(jobs) - 1]), jobs
+
+    return start
+
+
+def write_grid(folder, text):
+    (folder / "c" / "experiment").mkdir(parents=True)
+    (folder / "c" / "experiment" / "grid.yaml").write_text(
+        f"# @package _global_\nname: grid\n{text}"
+    )
+    return ["--config-dir", "c", "experiment=grid"]
+
+
+def names(jobs):
+    return [name for name, _, _ in jobs]
+
+
+def test_sweep_in_a_file_names_each_job(tmp_path, run_sweep):
+    mine = write_grid(
+        tmp_path, "hydra: {mode: MULTIRUN, sweeper: {params: {trainer.max_epochs: '1,2', seed: 5}}}"
+    )
+    code, jobs = run_sweep(*mine, values=(0.5, 0.5))
+    assert code == 0
+    assert jobs == [
+        (f"grid-trainer.max_epochs={n}-seed=5", f"runs/grid-trainer.max_epochs={n}-seed=5", [])
+        for n in (1, 2)
+    ]
+
+
+def test_sweep_on_the_command_line_keeps_fixed_values_out_of_the_name(run_sweep):
+    _, jobs = run_sweep(
+        "-m", "name=a", "seed=1,2", "data.mean=0.10", "~tracker", "+model.x='y'", values=(1, 1)
+    )
+    assert names(jobs) == ["a-seed=1", "a-seed=2"]
+
+
+def test_sweep_over_files_and_arguments_has_both_in_the_name(tmp_path, run_sweep):
+    mine = write_grid(tmp_path, "hydra: {sweeper: {params: {seed: '1,2'}}}")
+    _, jobs = run_sweep(*mine, "-m", "model=cnn,mlp", values=[1] * 4)
+    assert sorted(names(jobs)) == [
+        f"grid-seed={seed}-model={model}" for seed in (1, 2) for model in ("cnn", "mlp")
+    ]
+
+
+def test_other_sweeper_gets_the_value_and_its_jobs_have_own_names(tmp_path, run_sweep, monkeypatch):
+    (tmp_path / "hydra_plugins" / "ask").mkdir(parents=True)
+    (tmp_path / "hydra_plugins" / "ask" / "__init__.py").write_text("")
+    (tmp_path / "hydra_plugins" / "ask" / "ask.py").write_text(ASK)
+    monkeypatch.syspath_prepend(tmp_path)
+    Plugins.instance().register(importlib.import_module("hydra_plugins.ask.ask").Ask)
+    code, jobs = run_sweep("-m", "hydra/sweeper=ask", "name=a", "seed=3", values=(0.75, None))
+    assert code == 0
+    assert names(jobs) == ["a-optimizer.lr=0.5", "a-optimizer.lr=0.25"]
+    assert json.loads((tmp_path / "values.json").read_text()) == [0.75, None]
+
+
+def test_failing_job_fails_the_sweep_and_others_run(run_sweep):
+    code, jobs = run_sweep("-m", "name=a", "seed=1,2,3", codes=[0, 76, 0], values=[1] * 3)
+    assert (code, len(jobs)) == (76, 3)
+
+
+def test_preempted_job_ends_the_sweep(run_sweep):
+    with pytest.raises(SystemExit) as ended:
+        run_sweep("-m", "name=a", "seed=1,2", codes=[75])
+    assert ended.value.code == 75
+
+
+@pytest.mark.parametrize("fixed", ["run_dir=x", "run_dir='${oc.env:HOME}/x'"])
+def test_sweep_with_one_fixed_run_dir_is_rejected(run_sweep, fixed):
+    code, jobs = run_sweep("-m", "seed=1,2", fixed)
+    assert code == 2
+    assert [problems for _, _, problems in jobs] == [["run_dir"], ["run_dir"]]
+
+
+def test_sweep_whose_run_dirs_turn_out_equal_is_rejected(run_sweep):
+    code, jobs = run_sweep("-m", "seed=1,2", "run_dir='x/${model._target_}'", values=(1, 1))
+    assert code == 2
+    assert [problems for _, _, problems in jobs] == [[], ["run_dir"]]
+
+
+@pytest.mark.parametrize("own", ["run_dir=x,y", "run_dir='x-${seed}'", "run_dir='r/${name}'"])
+def test_sweep_with_own_run_dirs_runs(run_sweep, own):
+    code, jobs = run_sweep("-m", "seed=1,2" if "," not in own else "name=a", own, values=(1, 1))
+    assert code == 0
+    assert len({run_dir for _, run_dir, _ in jobs}) == len(jobs) == 2
+
+
+def test_failure_in_another_process_keeps_its_code():
+    error = pickle.loads(pickle.dumps(JobFailedError(76)))
+    assert isinstance(error, PerdureError)
+    assert (error.exit_code, str(error)) == (76, "a job of the sweep exited with 76; see its log")
+
+
+@pytest.mark.parametrize("launcher", ["submitit_local", "basic"])
+def test_launchers_of_plugins_are_accepted(run_sweep, launcher):
+    with pytest.raises(ConfigError, match="no_such_launcher"):
+        run_sweep("-m", "hydra/launcher=no_such_launcher", "seed=1,2")
+    code, _ = run_sweep("--cfg", "job", f"hydra/launcher={launcher}")
+    assert code == 0
+
+
+PARTS = st.lists(st.text(min_size=1, max_size=90).map(lambda text: f"key={text}"), max_size=6)
+
+
+@given(st.text("nÉ漢", min_size=1, max_size=255), PARTS, PARTS)
+def test_job_name_fits_a_directory_and_tells_jobs_apart(name, one, other):
+    first, second = job_name(name, one), job_name(name, other)
+    limit = os.pathconf("/tmp", "PC_NAME_MAX")
+    assert len(os.fsencode(first)) <= limit == 255
+    assert (first == second) == (one == other) or not one or not other
+
+
+def test_short_job_names_are_unchanged():
+    assert job_name("a/b", ["seed=1", "optimizer.betas=[0.9,0.99]"]).startswith(
+        "a.b-seed=1-optimizer.betas=0.9,0.99-"
+    )
+
+
+def test_problems_of_a_fixed_run_dir_name_the_way_out(run_sweep, capsys):
+    messages = []
+
+    def run_one(composed, problems):
+        messages.append(problems_text(problems))
+        return 2
+
+    assert sweep.main(["-m", "seed=1,2", "run_dir=x"], run_one, lambda _: None) == 2
+    assert "'x' is the same for several jobs of the sweep; use run_dir='x/${name}'" in messages[0]
