@@ -145,8 +145,8 @@ def _set_up_job(
 
     texts: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     task = [text for text in texts if not text.startswith("~")]
-    own = [text.lstrip("+") for text in task if overrides.value_of(text) not in fixed]
-    parts = [text for text in own if not text.startswith("name=")]
+    varied = [text.lstrip("+") for text in task if overrides.value_of(text) not in fixed]
+    parts = [text for text in varied if not text.startswith("name=")]
     in_sweep = is_sweep()
     if in_sweep and parts and not OmegaConf.is_missing(composed, "name"):
         OmegaConf.set_struct(composed, False)
@@ -158,9 +158,9 @@ def _set_up_job(
     except OmegaConfBaseException:  # reported by the merge
         run_dir = raw
     is_fixed = "${" not in re.sub(r"\$\{oc\.env:[^{}]*\}", "", raw) and not any(
-        text.startswith("run_dir=") for text in own
+        text.startswith("run_dir=") for text in varied
     )
-    is_shared = in_sweep and bool((is_fixed and own) or run_dir in run_dirs)
+    is_shared = in_sweep and bool((is_fixed and varied) or run_dir in run_dirs)
     run_dirs.append(run_dir)
     if not is_shared:
         return []

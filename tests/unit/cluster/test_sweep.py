@@ -132,9 +132,11 @@ def test_sweep_whose_run_dirs_turn_out_equal_is_rejected(run_sweep):
     assert [problems for _, _, problems in jobs] == [[], ["run_dir"]]
 
 
-@pytest.mark.parametrize("own", ["run_dir=x,y", "run_dir='x-${seed}'", "run_dir='r/${name}'"])
-def test_sweep_with_own_run_dirs_runs(run_sweep, own):
-    code, jobs = run_sweep("-m", "seed=1,2" if "," not in own else "name=a", own, values=(1, 1))
+@pytest.mark.parametrize("run_dirs", ["run_dir=x,y", "run_dir='x-${seed}'", "run_dir='r/${name}'"])
+def test_sweep_with_own_run_dirs_runs(run_sweep, run_dirs):
+    code, jobs = run_sweep(
+        "-m", "seed=1,2" if "," not in run_dirs else "name=a", run_dirs, values=(1, 1)
+    )
     assert code == 0
     assert len({run_dir for _, run_dir, _ in jobs}) == len(jobs) == 2
 
