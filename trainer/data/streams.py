@@ -4,12 +4,10 @@ Each rank takes its rows of each global batch, so the order does not depend on t
 The last, incomplete batch of an epoch is dropped; one batch is read ahead to detect it.
 """
 
-import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
-from types import GeneratorType
 from typing import Any
 
 import torch
@@ -30,8 +28,9 @@ def is_stream(dataset: Any) -> bool:
     """Return whether a dataset is a restartable stream: iterable, but without random access."""
     if isinstance(dataset, (IterableDataset, DataLoader)):
         return True
-    is_spent = isinstance(dataset, Iterator)  # after one epoch
-    return hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__") and not is_spent
+    if hasattr(dataset, "__getitem__") or not hasattr(dataset, "__iter__"):
+        return False
+    return iter(dataset) is not iter(dataset)  # the same iterator again ends after one epoch
 
 
 @dataclass(frozen=True)
@@ -159,8 +158,6 @@ class _StreamReader:
             position.restore(self._source, state)
         with rng.forked(rng.derive("stream", self._stream.seed, epoch)):
             self._rows = start_workers(lambda: iter(self._source))
-        # Checked now: an iterator that has ended no longer refers to what it read.
-        self._ends_on_error = isinstance(self._source, DataLoader) or _has_generator(self._rows)
         self._samples = 0
         if has_state:
             self._samples = batch * self._stream.global_batch_size
@@ -206,7 +203,7 @@ class _StreamReader:
             try:
                 return next(self._rows)
             except StopIteration:
-                if broken is None or not self._ends_on_error:
+                if broken is None:
                     raise
                 raise DataError(
                     f"{name} cannot be read: {damage.reason(broken)}; the stream ended with "
@@ -265,15 +262,6 @@ class _StreamReader:
             f"batch of {self._stream.global_batch_size:,}; check that its files exist and that "
             "iter() starts over"
         )
-
-
-def _has_generator(rows: Any, depth: int = 5) -> bool:
-    """Return whether an iterator is or reads a generator, which ends with its first error."""
-    if isinstance(rows, GeneratorType) or depth == 0:
-        return isinstance(rows, GeneratorType)
-    referents = [*gc.get_referents(rows), *getattr(rows, "__dict__", {}).values()]
-    kinds = (Iterator, tuple)  # map stores its source in a tuple
-    return any(_has_generator(item, depth - 1) for item in referents if isinstance(item, kinds))
 
 
 def _part(source: Any, name: str) -> Any:

@@ -5,7 +5,8 @@ import random
 import signal
 import subprocess
 import sys
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -133,10 +134,41 @@ def test_stream_with_workers_reads_ahead_in_one_process(kind):
 
 def test_is_stream_accepts_restartable_iterables_only():
     plain = TensorDataset(torch.arange(3))
-    yes = (Numbers(), DataLoader(plain), StatefulDataLoader(plain), {1, 2})
-    no = (plain, [1, 2], iter([1, 2]), 3, torch.utils.data.Subset(plain, [0]))
+    yes = (Numbers(), DataLoader(plain), StatefulDataLoader(plain), {1, 2}, Rows(range(3)))
+    spent = (iter([1, 2]), (n for n in range(3)), map(abs, [1]), Rows(iter([1, 2])))
+    no = (plain, [1, 2], 3, torch.utils.data.Subset(plain, [0]), *spent)
     assert all(map(is_stream, yes))
     assert not any(map(is_stream, no))
+
+
+class Rows:
+    """Iterable whose iterators are those of its rows."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+class ReadOnce(IterableDataset):
+    """Dataset with a single iterator for all epochs."""
+
+    def __init__(self, wrap):
+        self.rows = wrap(iter(torch.arange(SIZE)[:, None]))
+
+    def __iter__(self):
+        return self.rows
+
+
+@pytest.mark.parametrize("wrap", [
+    iter, partial(map, torch.clone), zip, lambda rows: islice(rows, SIZE), chain,
+])  # fmt: skip
+def test_dataset_that_cannot_start_over_is_named_in_the_second_epoch(wrap):
+    feed = Streamed(ReadOnce(wrap), World(), 5, BATCH).batches(BEGINNING)
+    assert len(list(islice(feed, PER_EPOCH))) == PER_EPOCH
+    with pytest.raises(DataError, match=r"epoch 1 of the stream has 0 samples.*iter\(\) starts"):
+        next(feed)
 
 
 # --- resume ------------------------------------------------------------------------------------
@@ -306,18 +338,19 @@ def test_stream_damage_is_named_or_skipped(workers):
     ranks = [read_batches(Torn((7, 8)), 4, rank=r, size=2, **skipped) for r in range(2)]
     assert joined(ranks) == result
     dead_ones = [kind((7,)) for kind in (TornGenerator, BehindMap, BehindClass)]
-    for dead in (*dead_ones, DataLoader(dead_ones[0], batch_size=None)):
+    cut_off = Torn((SIZE - 1,))  # a generator that failed here would end in the same way
+    for dead in (*dead_ones, DataLoader(dead_ones[0], batch_size=None), cut_off):
         with pytest.raises(DataError, match="ended with this error, as generators do"):
-            read_batches(dead, 2, **skipped)
+            read_batches(dead, PER_EPOCH + 1, **skipped)
     with pytest.raises(DataError, match="and the 9 after it cannot be read"):
         read_batches(Torn(range(7, 30), size=40), 2, **skipped)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_stream_damage_at_the_end_is_reported_with_the_last_batch(workers):
+def test_stream_damage_in_the_dropped_batch_is_reported_with_the_last_one(workers):
     per_epoch = (SIZE - 1) // BATCH
     for rank in range(2):
-        source = Torn((SIZE - 1,))
+        source = Torn((SIZE - 2,))
         feed = Streamed(source, World(rank, 2), 5, BATCH, workers=workers, skip_damaged=True)
         feed = feed.batches(BEGINNING)
         for epoch in range(2):
@@ -325,7 +358,7 @@ def test_stream_damage_at_the_end_is_reported_with_the_last_batch(workers):
             assert feed.take_damaged() == []
             next(feed)
             texts = feed.take_damaged()
-            assert [f"sample {SIZE - 1} of epoch {epoch}" in text for text in texts] == (
+            assert [f"sample {SIZE - 2} of epoch {epoch}" in text for text in texts] == (
                 [True] if rank == 0 else []
             )
 
