@@ -1,5 +1,7 @@
 """Jobs built and trained without Hydra in one process, and their complete training state."""
 
+from contextlib import suppress
+
 import torch
 from support.savers import a_saver_for
 from torch import nn
@@ -93,7 +95,8 @@ class Prompt(Saver):
     def at_boundary(self, state, collect, **votes):
         super().at_boundary(state, collect, **votes)
         if self._flight is not None:
-            self._flight.save._thread.join()
+            with suppress(Exception):  # raised again at the next boundary
+                self._flight.save.result()
 
 
 def a_saver(folder, start=None, *, every=None, store=None, kind=Prompt, **settings):

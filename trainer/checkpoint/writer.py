@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -27,28 +28,28 @@ class PendingSave:
     def __init__(
         self, run: Callable[[], Manifest], after_commit: Callable[[Manifest], None]
     ) -> None:
-        self._outcome: Manifest | BaseException | None = None
+        self._outcome: Future[Manifest] = Future()
         self.duration_s = 0.0
         """Seconds from the start to the commit, on this rank; 0 until then."""
-        self._thread = threading.Thread(
+        threading.Thread(
             target=self._body, args=(run, after_commit), name="checkpoint-save", daemon=True
-        )
-        self._thread.start()
+        ).start()
 
     def _body(self, run: Callable[[], Manifest], after_commit: Callable[[Manifest], None]) -> None:
         began = time.monotonic()
         try:
-            outcome = run()
+            committed = run()
             self.duration_s = time.monotonic() - began
-            after_commit(outcome)
-            self._outcome = outcome
+            after_commit(committed)
         except BaseException as error:  # raised by `result` on the caller's thread
-            self._outcome = error
+            self._outcome.set_exception(error)
+        else:
+            self._outcome.set_result(committed)
 
     @property
     def is_done(self) -> bool:
         """True if `result` would return or raise immediately."""
-        return not self._thread.is_alive()
+        return self._outcome.done()
 
     def result(self, timeout_s: float | None = None) -> Manifest:
         """Wait for the save to end and return the committed manifest. Any rank.
@@ -59,13 +60,7 @@ class PendingSave:
             SupersededError: a newer attempt owns the run.
             TimeoutError: the save has not ended after `timeout_s` seconds.
         """
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            raise TimeoutError
-        if isinstance(self._outcome, Manifest):
-            return self._outcome
-        assert self._outcome is not None  # noqa: S101 (for the type checker)
-        raise self._outcome
+        return self._outcome.result(timeout_s)
 
 
 class Writer:
