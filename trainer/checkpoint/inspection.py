@@ -11,6 +11,7 @@ from trainer.checkpoint.location import Location, numbers
 from trainer.checkpoint.manifest import Manifest, is_shard_name, parse_folder
 from trainer.errors import CheckpointError
 from trainer.storage import Store
+from trainer.storage.store import has_size
 
 State = Literal["intact", "damaged", "abandoned", "unfinished", "orphaned"]
 
@@ -68,7 +69,8 @@ def is_complete(store: Store, status: CheckpointStatus) -> bool:
     """Return whether every shard has the size in the manifest. Asks the store for each shard."""
     files = status.manifest.files if status.manifest else {}
     return bool(status.manifest) and all(
-        _size(store, f"{status.commit.folder}/{name}") == file.bytes for name, file in files.items()
+        has_size(store, f"{status.commit.folder}/{name}", file.bytes)
+        for name, file in files.items()
     )
 
 
@@ -77,7 +79,10 @@ def _committed(
 ) -> CheckpointStatus:
     """Return the state of a committed checkpoint; outside of a run `commit` is None."""
     try:
-        manifest = location.read(folder) if commit is None else location.manifest(commit)
+        if commit is None:
+            manifest = lineage.manifest_in(location.store, folder)
+        else:
+            manifest = location.manifest(commit)
     except CheckpointError as error:
         commit = commit or Commit(*numbers(folder), folder)
         return CheckpointStatus(commit, "damaged", str(error))

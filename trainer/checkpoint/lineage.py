@@ -241,17 +241,25 @@ def read_manifest(store: Readable, commit: Commit) -> Manifest:
         CheckpointError: the manifest is damaged, void, deleted, or of another version or step.
         StoreError: the store failed; the checkpoint may be intact.
     """
-    where = f"{store.url}/{commit.manifest_key}"
-    try:
-        manifest = from_bytes(store.read(commit.manifest_key), where)
-    except FileNotFoundError:
-        raise CheckpointError(f"{where}: deleted in the meantime") from None
+    manifest = manifest_in(store, commit.folder)
     if (manifest.step, manifest.attempt) != (commit.step, commit.attempt):
         raise CheckpointError(
-            f"{where}: this is the manifest of step {manifest.step:,}, attempt {manifest.attempt}; "
-            "it was copied or renamed"
+            f"{store.url}/{commit.manifest_key}: this is the manifest of step {manifest.step:,}, "
+            f"attempt {manifest.attempt}; it was copied or renamed"
         )
     return manifest
+
+
+def manifest_in(store: Readable, folder: str) -> Manifest:
+    """Read and validate the manifest of a folder with any name. Any rank; raises the same errors.
+
+    Its step and attempt may differ from those in the folder's name.
+    """
+    key = f"{folder}/{MANIFEST}"
+    try:
+        return from_bytes(store.read(key), f"{store.url}/{key}")
+    except FileNotFoundError:
+        raise CheckpointError(f"{store.url}/{key}: deleted in the meantime") from None
 
 
 def measurements(manifest: Manifest) -> dict[str, float]:

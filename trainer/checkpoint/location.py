@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import FOLDER, MANIFEST, Commit
-from trainer.checkpoint.manifest import Manifest, from_bytes, parse_folder
+from trainer.checkpoint.manifest import Manifest, parse_folder
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.replicas import Replicas, Survey
 from trainer.config.schema import ObjectStore
@@ -52,7 +52,7 @@ class Location:
         commits, errors = [], []
         for folder in self.folders:
             try:
-                manifest = self.read(folder)
+                manifest = lineage.manifest_in(self.store, folder)
             except CheckpointError as error:
                 errors.append(error)
             else:
@@ -72,18 +72,6 @@ class Location:
     def reader(self, commit: Commit) -> Reader:
         """Return a reader of a checkpoint's tensors."""
         return Reader(self.store, commit.folder, self.manifest(commit))
-
-    def read(self, folder: str) -> Manifest:
-        """Read the manifest of a folder with any name.
-
-        Raises:
-            CheckpointError: the manifest is damaged, void, deleted, or of another version.
-        """
-        key = f"{folder}/{MANIFEST}"
-        try:
-            return from_bytes(self.store.read(key), f"{self.store.url}/{key}")
-        except FileNotFoundError:
-            raise CheckpointError(f"{self.store.url}/{key}: deleted in the meantime") from None
 
     def in_run(self, settings: ObjectStore) -> "Location":
         """Return a run's checkpoint folder as seen from its run directory; other locations as is.

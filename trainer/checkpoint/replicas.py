@@ -20,7 +20,7 @@ from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.transfer import copy_shard
 from trainer.cluster.world import World
 from trainer.errors import CheckpointError, ConfigError, PerdureError, StoreError, SupersededError
-from trainer.storage.store import AlreadyExists, Store
+from trainer.storage.store import AlreadyExists, Store, has_size
 
 _RETRY_S = 60.0
 """Seconds from a failed copy to the next try, unless a checkpoint is committed before."""
@@ -324,7 +324,12 @@ class Mirror:
         files = list(manifest.files)
         if manifest.attempt == self._attempt.number:
             return [files[self._world.rank]]
-        visible = self._world.gather_results(lambda: [self._sees(manifest, file) for file in files])
+        visible = self._world.gather_results(
+            lambda: [
+                has_size(self._source, f"{_folder(manifest)}/{file}", record.bytes)
+                for file, record in manifest.files.items()
+            ]
+        )
         assigned = []
         for index, file in enumerate(files):
             holders = [rank for rank, sees in enumerate(visible) if sees[index]]
@@ -335,12 +340,6 @@ class Mirror:
             if holders[index % len(holders)] == self._world.rank:
                 assigned.append(file)
         return assigned
-
-    def _sees(self, manifest: Manifest, file: str) -> bool:
-        with suppress(FileNotFoundError):
-            size = self._source.size(f"{_folder(manifest)}/{file}")
-            return size == manifest.files[file].bytes
-        return False
 
     def _commit(self, manifest: Manifest) -> None:
         """Create the manifest in the mirror, then apply the retention policy. Rank 0 only."""

@@ -17,7 +17,7 @@ from trainer.checkpoint.plan import DTYPE_NAMES
 from trainer.checkpoint.reader import DamagedError, Reader
 from trainer.checkpoint.shard_writer import LiveTensors, write_shard
 from trainer.errors import CheckpointError
-from trainer.storage.store import AlreadyExists, Readable, Store
+from trainer.storage.store import AlreadyExists, Readable, Store, has_size
 
 if TYPE_CHECKING:
     from trainer.importing.formats import Source  # a heavy import, needed for types only
@@ -74,11 +74,7 @@ def copy_checkpoint(
         copy_shard(reader, file, target, target_folder, manifest_)
         progress(record.bytes)
     for file, record in manifest_.files.items():  # concurrent copies may delete each other's files
-        try:
-            size = target.size(f"{target_folder}/{file}")
-        except FileNotFoundError:
-            size = -1
-        if size != record.bytes:
+        if not has_size(target, f"{target_folder}/{file}", record.bytes):
             raise CheckpointError(
                 f"{target.url}/{target_folder}/{file} was changed during the copy, perhaps by "
                 "another copy in progress. Nothing was committed; copy again"

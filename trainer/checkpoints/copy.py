@@ -134,7 +134,7 @@ def _prepare(
     data = store.read(f"{folder}/{MANIFEST}")
     if source is not None and data == source[0].store.read(source[1].manifest_key):
         try:
-            Reader(store, folder, Location(url, store, [folder]).read(folder)).verify()
+            Reader(store, folder, lineage.manifest_in(store, folder)).verify()
         except CheckpointError as error:
             ask(f"{url} is damaged ({error}); delete it and copy it again", is_agreed=is_agreed)
         else:

@@ -109,6 +109,13 @@ class Store(Readable, Protocol):
         """
 
 
+def has_size(store: Readable, key: str, size_bytes: int) -> bool:
+    """Return whether `key` exists with this size."""
+    with suppress(FileNotFoundError):
+        return store.size(key) == size_bytes
+    return False
+
+
 class Fallback:
     """Reads each key from the first of several stores that has it.
 
