@@ -1,8 +1,8 @@
 """Compare two checkpoints with a few MiB of each in memory."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf, prod, sqrt
+from math import inf, sqrt
 from typing import Any
 
 import torch
@@ -90,18 +90,11 @@ def compare(
             comparison.recast.append((name, _described(one, name), _described(other, name)))
     changes = {name: _Change(name, one) for name in common}
     for batch in _batches(one, common):
-        pairs = []
-        for name, box in batch:
-            dtype = TORCH_DTYPES[one.resolve(name).dtype]
-            pairs.append(
-                (torch.empty(box.lengths, dtype=dtype), torch.empty(box.lengths, dtype=dtype))
-            )
-        named = list(zip(batch, pairs, strict=True))
-        one_reader.read_boxes((name, box, pair[0]) for (name, box), pair in named)
-        other_reader.read_boxes((name, box, pair[1]) for (name, box), pair in named)
-        for (name, _), (first_part, second_part) in named:
-            changes[name].add(first_part, second_part)
-            progress(first_part.nbytes)
+        parts = _read(one, one_reader, batch)
+        other_parts = _read(other, other_reader, batch)
+        for (name, _), part, other_part in zip(batch, parts, other_parts, strict=True):
+            changes[name].add(part, other_part)
+            progress(part.nbytes)
     comparison.changed = [change.result() for change in changes.values() if change.differs]
     comparison.equal = len(changes) - len(comparison.changed)
     before, after = _values(one), _values(other)
@@ -110,6 +103,13 @@ def compare(
         if type(old) is not type(new) or (old != new and not (old != old and new != new)):
             comparison.values.append((key, old, new))
     return comparison
+
+
+def _read(manifest: Manifest, reader: Reader, boxes: Sequence[tuple[str, Box]]) -> list[Tensor]:
+    dtypes = [TORCH_DTYPES[manifest.resolve(name).dtype] for name, _ in boxes]
+    parts = [torch.empty(box.lengths, dtype=t) for (_, box), t in zip(boxes, dtypes, strict=True)]
+    reader.read_boxes((name, box, part) for (name, box), part in zip(boxes, parts, strict=True))
+    return parts
 
 
 def _described(manifest: Manifest, name: str) -> str:
@@ -168,7 +168,7 @@ def _batches(manifest: Manifest, names: Iterable[str]) -> Iterator[list[tuple[st
     for name in names:
         entry = manifest.resolve(name)
         item_bytes = TORCH_DTYPES[entry.dtype].itemsize
-        for box in _boxes((0,) * len(entry.shape), entry.shape, _BATCH_BYTES // item_bytes):
+        for box in _boxes(Box.full(entry.shape), _BATCH_BYTES // item_bytes):
             if batch and box.elements * item_bytes > room:
                 yield batch
                 batch, room = [], _BATCH_BYTES
@@ -178,18 +178,15 @@ def _batches(manifest: Manifest, names: Iterable[str]) -> Iterator[list[tuple[st
         yield batch
 
 
-def _boxes(offsets: tuple[int, ...], lengths: tuple[int, ...], max_elements: int) -> Iterator[Box]:
+def _boxes(box: Box, max_elements: int) -> Iterator[Box]:
     """Split a box into boxes of at most `max_elements`, along its first axis longer than 1."""
-    if prod(lengths) <= max_elements:
-        yield Box(offsets, lengths)
+    if box.elements <= max_elements:
+        yield box
         return
-    axis = next(axis for axis, length in enumerate(lengths) if length > 1)
-    rows = max(max_elements // prod(lengths[axis + 1 :]), 1)
-    for start in range(0, lengths[axis], rows):
-        part_offsets, part_lengths = list(offsets), list(lengths)
-        part_offsets[axis] += start
-        part_lengths[axis] = min(rows, lengths[axis] - start)
-        yield from _boxes(tuple(part_offsets), tuple(part_lengths), max_elements)
+    axis, length = next((a, n) for a, n in enumerate(box.lengths) if n > 1)
+    rows = max(max_elements * length // box.elements, 1)
+    for start in range(0, length, rows):
+        yield from _boxes(box.shifted(axis, start, min(rows, length - start)), max_elements)
 
 
 def _values(manifest: Manifest) -> dict[str, Any]:

@@ -11,7 +11,7 @@ Format: https://github.com/huggingface/safetensors#format
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
 
@@ -93,34 +93,30 @@ def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Layout:
         spans.append(Chunk(key, dtype, shape, position, position + nbytes, blocks))
         position += nbytes
         blocks += block_count(nbytes)
-    unpadded = len(_header_json(spans, "0" * (DIGEST_DIGITS * blocks)))
+    unpadded = len(_header_json(spans, 0, "0" * (DIGEST_DIGITS * blocks)))
     header_bytes = -(-(8 + unpadded) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     chunks = tuple(
-        Chunk(c.key, c.dtype, c.shape, c.start + header_bytes, c.stop + header_bytes, c.block)
-        for c in spans
+        replace(span, start=span.start + header_bytes, stop=span.stop + header_bytes)
+        for span in spans
     )
     return Layout(chunks, header_bytes, header_bytes + position)
 
 
 def header(layout: Layout, digests: Sequence[str]) -> bytes:
     """Return the first `layout.header_bytes` bytes of a shard with these block checksums."""
-    spans = [
-        Chunk(c.key, c.dtype, c.shape, c.start - layout.header_bytes, c.stop - layout.header_bytes)
-        for c in layout.chunks
-    ]
-    text = _header_json(spans, "".join(digests))
+    text = _header_json(layout.chunks, layout.header_bytes, "".join(digests))
     length = layout.header_bytes - 8
     return length.to_bytes(8, "little") + text.ljust(length, b" ")
 
 
-def _header_json(spans: Sequence[Chunk], blocks: str) -> bytes:
+def _header_json(chunks: Sequence[Chunk], data_start: int, blocks: str) -> bytes:
     content: dict[str, Any] = {METADATA: {"algorithm": "xxh3_64", "blocks": blocks}}
-    for span in spans:
-        shape = list(span.shape)
-        content[span.key] = {
-            "dtype": "F64" if span.dtype == "C128" else span.dtype,
-            "shape": [*shape, 2] if span.dtype == "C128" else shape,
-            "data_offsets": [span.start, span.stop],
+    for chunk in chunks:
+        shape = list(chunk.shape)
+        content[chunk.key] = {
+            "dtype": "F64" if chunk.dtype == "C128" else chunk.dtype,
+            "shape": [*shape, 2] if chunk.dtype == "C128" else shape,
+            "data_offsets": [chunk.start - data_start, chunk.stop - data_start],
         }
     return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
 
