@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -112,20 +113,19 @@ class HuggingFace:
             ConfigError: the number of classes differs from the model's.
         """
         split = self._split(self._streamed if self._streaming else self._loaded, "train")
-        sampler = self._make_sampler(split, training=True)
+        rows, sampler = self._sampled(split, training=True)
         if not self._streaming:
-            return Rows(sampler.rows, sampler)
+            return Rows(rows, sampler)
         if self._buffer:
-            sampler.rows = sampler.rows.shuffle(seed=self._seed, buffer_size=self._buffer)
-        return RowStream(sampler.rows, sampler)
+            rows = rows.shuffle(seed=self._seed, buffer_size=self._buffer)
+        return RowStream(rows, sampler)
 
     @cached_property
     def eval(self) -> "Rows | None":
         """Evaluation rows, or None; raises as `train`."""
         if self._names["eval"] is None and not any(n in self._loaded for n in _EVAL_NAMES):
             return None
-        sampler = self._make_sampler(self._split(self._loaded, "eval"), training=False)
-        return Rows(sampler.rows, sampler)
+        return Rows(*self._sampled(self._split(self._loaded, "eval"), training=False))
 
     @property
     def classes(self) -> list[str] | None:
@@ -174,8 +174,8 @@ class HuggingFace:
             )
         return loaded[name]
 
-    def _make_sampler(self, rows: Any, *, training: bool) -> "_Sampler":
-        """Return the sampler of these rows, with undecoded images."""
+    def _sampled(self, rows: Any, *, training: bool) -> tuple[Any, "_Sampler"]:
+        """Return the rows with undecoded images, and their sampler."""
         import datasets
 
         try:
@@ -191,16 +191,20 @@ class HuggingFace:
         pictures = [n for n, feature in features.items() if isinstance(feature, datasets.Image)]
         for name in pictures:
             rows = rows.cast_column(name, datasets.Image(decode=False))
-        transform = None
-        if any(name in columns_used for name in pictures):
-            transform = Transform(*self._picture)
+        has_images = any(name in columns_used for name in pictures)
+        to_tensor = Transform(*self._picture) if has_images else None
         if pictures:
             images.need_pillow("data=huggingface")
-        classes = self._classes(rows, features) if self._label in columns_used else None
-        return _Sampler(
-            rows, self._columns, self._as_dict, self._label, classes, pictures, transform,
-            self._transform, training,
-        )  # fmt: skip
+        return rows, _Sampler(
+            columns=self._columns,
+            as_dict=self._as_dict,
+            label=self._label,
+            classes=self._classes(rows, features) if self._label in columns_used else None,
+            pictures=pictures,
+            to_tensor=to_tensor,
+            user_transform=self._transform,
+            training=training,
+        )
 
     def _classes(self, rows: Any, features: Mapping[str, Any]) -> list[str] | None:
         """Return the class names if labels are classes; raise if their number is wrong."""
@@ -223,39 +227,34 @@ class HuggingFace:
         return list(names)
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Sampler:
     """Converts a row to a sample."""
 
-    def __init__(
-        self,
-        rows: Any,
-        columns: Sequence[str],
-        as_dict: bool,
-        label: str,
-        classes: list[str] | None,
-        pictures: Sequence[str],
-        picture: Transform | None,
-        transform: Callable[[Mapping[str, Any]], Any] | None,
-        training: bool,
-    ) -> None:
-        self.rows, self.classes = rows, classes
-        self._columns, self._as_dict, self._label = columns, as_dict, label
-        self._pictures, self._picture, self._user_transform = pictures, picture, transform
-        self._training = training
+    columns: Sequence[str]
+    as_dict: bool
+    label: str
+    classes: list[str] | None
+    pictures: Sequence[str]
+    """Columns with images."""
+    to_tensor: Transform | None
+    """Conversion of an image; set if `columns` has one."""
+    user_transform: Callable[[Mapping[str, Any]], Any] | None
+    training: bool
 
     def __call__(self, row: Mapping[str, Any]) -> Any:
-        if self._user_transform is not None:
-            decoded = {name: _decoded(row[name]) for name in self._pictures}
-            return self._user_transform({**row, **decoded})
-        values = {name: self._value(name, row[name]) for name in self._columns}
-        return values if self._as_dict else tuple(values.values())
+        if self.user_transform is not None:
+            decoded = {name: _decoded(row[name]) for name in self.pictures}
+            return self.user_transform({**row, **decoded})
+        values = {name: self._value(name, row[name]) for name in self.columns}
+        return values if self.as_dict else tuple(values.values())
 
     def _value(self, name: str, value: Any) -> Any:
-        if name in self._pictures:
-            if self._picture is None:
+        if name in self.pictures:
+            if self.to_tensor is None:
                 raise AssertionError  # set if a used column has images
-            return self._picture(_decoded(value), training=self._training)
-        if name == self._label and self.classes is not None and isinstance(value, str):
+            return self.to_tensor(_decoded(value), training=self.training)
+        if name == self.label and self.classes is not None and isinstance(value, str):
             if value not in self.classes:
                 raise ValueError(
                     f"the label {value!r} is not a class{closest(value, self.classes)}"
@@ -265,7 +264,7 @@ class _Sampler:
 
     def file_of(self, row: Mapping[str, Any]) -> str:
         """Return the file of a row's image, or an empty string."""
-        files = [(row[name] or {}).get("path") for name in self._pictures]
+        files = [(row[name] or {}).get("path") for name in self.pictures]
         return ", ".join(file for file in files if file)
 
 
