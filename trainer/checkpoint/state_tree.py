@@ -108,9 +108,8 @@ def add_model(content: Content, model: nn.Module, *, with_buffers: bool) -> None
             elif name in parameters:
                 content.tensors[f"model.{name}"] = value.detach()
                 if not value.requires_grad:
-                    content.deferrable.add(
-                        f"model.{name}"
-                    )  # frozen; `add_optimizers` adds the trained ones
+                    # Frozen; `add_optimizers` adds the trained ones.
+                    content.deferrable.add(f"model.{name}")
             else:
                 content.rank_local[f"model.{name}"] = value.detach()
     if values:

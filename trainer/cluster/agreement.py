@@ -50,9 +50,8 @@ class _Reduction:
 
     def __init__(self, world: World) -> None:
         self._group = world.control
-        self._sent = torch.zeros(
-            4, dtype=torch.int64
-        )  # reused: allocating costs as much as sending
+        # Reused: allocating costs as much as sending.
+        self._sent = torch.zeros(4, dtype=torch.int64)
         self._numbers = self._sent.numpy()
         self._work: Any = None
 

@@ -157,9 +157,6 @@ def _type_text(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
-_SIMPLE = (int, float, bool, str, type(None))
-
-
 def accepts(annotation: Any, value: Any) -> bool:
     """Return whether a value from YAML may fit an annotation; True if that cannot be decided."""
     if annotation in (Any, inspect.Parameter.empty) or isinstance(value, Mapping):
@@ -192,13 +189,8 @@ def accepts(annotation: Any, value: Any) -> bool:
 def _numbers_only(members: Sequence[Any]) -> bool:
     """Return whether a union holds only numbers, None and tensors, so that a string cannot fit."""
     names = {getattr(member, "__name__", "") for member in members}
-    return bool(names & {"int", "float"}) and names <= {
-        "int",
-        "float",
-        "bool",
-        "NoneType",
-        "Tensor",
-    }
+    fitting = {"int", "float", "bool", "NoneType", "Tensor"}
+    return bool(names & {"int", "float"}) and names <= fitting
 
 
 def make(node: Mapping[str, Any], key: str, *provided: Any) -> Any:

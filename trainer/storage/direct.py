@@ -150,10 +150,8 @@ def _exchange(
 ) -> Answer:
     try:
         connection.request(method, target, body=body, headers=dict(headers))
-    except (
-        BrokenPipeError,
-        ConnectionResetError,
-    ):  # the server may have rejected the request early
+    except (BrokenPipeError, ConnectionResetError):
+        # The server may have rejected the request early.
         try:
             answer = connection.getresponse()
         except (OSError, http.client.HTTPException):

@@ -324,9 +324,8 @@ class _Upload:
                 "complete_multipart_upload", self._key,
                 UploadId=self._upload, MultipartUpload={"Parts": parts},
             )  # fmt: skip
-        except (
-            FileNotFoundError
-        ):  # no such upload: the response to its completion may have been lost
+        except FileNotFoundError:
+            # No such upload: the response to its completion may have been lost.
             if self._store.size(self._key) != self._total_bytes:
                 raise
 
