@@ -19,9 +19,9 @@ _WARN_S = 30.0
 """Seconds until rank 0 names the missing ranks."""
 _ALONE_S = 45.0
 """Seconds until a task of an interactive shell stops waiting for the other tasks."""
-_POLL_S = 0.2
-_WAIT_S = 5.0
-"""Seconds of one request to wait for rank 0's decision."""
+_POLL_S = 0.1
+_LONGEST_POLL_S = 1.0
+"""Longest pause of a rank between two looks at rank 0's decision, seconds."""
 _COMPLETE = "complete"
 _MAX_LISTED = 8
 
@@ -39,6 +39,9 @@ def meet(rank: int, size: int, *, timeout_s: float) -> TCPStore:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_master = rank == 0 and not has_agent
+    # The agent's store has the keys of earlier restarts; agents count restarts differently.
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if has_agent else "0"
+    prefix = f"join/{restart}/{size}"
     try:
         store = TCPStore(
             host, port, size, is_master, timedelta(seconds=timeout_s), wait_for_workers=False
@@ -48,7 +51,6 @@ def meet(rank: int, size: int, *, timeout_s: float) -> TCPStore:
         if is_master:
             raise ConfigError(f"cannot listen on MASTER_PORT={port}: {reason}") from None
         raise PeerLostError(f"rank 0 does not answer at {host}:{port}: {reason}") from None
-    prefix = f"join/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{size}"
     store.set(f"{prefix}/{rank}", socket.gethostname())
     try:
         _await_all(store, prefix, size, timeout_s) if rank == 0 else _await_verdict(store, prefix)
@@ -68,6 +70,7 @@ def _await_all(store: TCPStore, prefix: str, size: int, timeout_s: float) -> Non
         text = f"{size - len(missing)} of {size} ranks started; missing: {_listed(missing)}."
         if waited_s >= limit_s:
             store.set(f"{prefix}/verdict", text)
+            time.sleep(2 * _LONGEST_POLL_S)  # the store is in this process: let all ranks read it
             if is_alone:
                 raise ConfigError(f"{text} {_shell_advice(size)}")
             raise PeerLostError(f"{text} They did not start within {timeout_s:.0f} s")
@@ -80,12 +83,10 @@ def _await_all(store: TCPStore, prefix: str, size: int, timeout_s: float) -> Non
 
 def _await_verdict(store: TCPStore, prefix: str) -> None:
     """Wait for rank 0's result; raise if ranks are missing."""
-    while True:
-        try:
-            store.wait([f"{prefix}/verdict"], timedelta(seconds=_WAIT_S))
-            break
-        except DistStoreError:  # not yet
-            continue
+    pause_s = _POLL_S
+    while not store.check([f"{prefix}/verdict"]):
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_POLL_S)
     verdict = store.get(f"{prefix}/verdict").decode()
     if verdict != _COMPLETE:
         raise PeerLostError(verdict)

@@ -20,7 +20,6 @@ def environ(monkeypatch):
     monkeypatch.setattr("os.environ", variables)
     monkeypatch.setattr(joining, "_ALONE_S", 0.6)
     monkeypatch.setattr(joining, "_WARN_S", 0.3)
-    monkeypatch.setattr(joining, "_WAIT_S", 0.2)
     return variables
 
 
@@ -46,6 +45,20 @@ def test_all_ranks_meet_at_one_store(environ):
     stores = meet_on_threads(range(5), 5, 30)
     stores[3].set("key", "value")
     assert stores[0].get("key") == b"value"
+
+
+def test_meet_ignores_restart_counts_which_agents_count_differently(environ):
+    environ["TORCHELASTIC_RESTART_COUNT"] = "2"
+    stores = []
+    first = threading.Thread(target=lambda: stores.append(joining.meet(0, 2, timeout_s=30)))
+    first.start()
+    with socket.socket() as probe:
+        while probe.connect_ex(("127.0.0.1", int(environ["MASTER_PORT"]))) != 0:
+            assert first.is_alive()
+    environ["TORCHELASTIC_RESTART_COUNT"] = "0"
+    joining.meet(1, 2, timeout_s=30)
+    first.join(60)
+    assert len(stores) == 1
 
 
 @pytest.mark.parametrize("terminal", [{"LOCAL_WORLD_SIZE": "4"}, {"SLURM_PTY_PORT": "1"}])
