@@ -5,10 +5,10 @@ from trainer.cluster.early_stop import NAMES, early_stop
 if __name__ == "__main__":
     early_stop.record()  # before the slow imports
 
+import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -24,6 +24,7 @@ from trainer.config.redact import stored
 from trainer.config.schema import Run
 from trainer.config.validate import validate_world
 from trainer.core import threads
+from trainer.core.scratch import user_folder
 from trainer.errors import (
     DONE,
     FAILURE,
@@ -134,7 +135,8 @@ def _logs_folder(run: Run) -> Path:
 
     if (path := local_path(run.run_dir)) is not None:
         return path / "logs"
-    return Path(tempfile.gettempdir(), "perdure-logs", run.name)
+    digest = hashlib.blake2b(run.run_dir.encode(), digest_size=4).hexdigest()
+    return user_folder() / "logs" / f"{run.name}-{digest}"  # the same name in two buckets
 
 
 def _worker(file: Path) -> int:

@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from trainer.cluster import outcome
 from trainer.cluster.early_stop import numbers, restored_handlers, watch_arrivals
 from trainer.config.schema import Launch
+from trainer.core.scratch import scratch_folder
 from trainer.errors import FAILURE, RUN_AGAIN
 
 _MAX_THREADS = 16
@@ -91,8 +91,8 @@ def run_ranks(payload: Mapping[str, Any], launch: Launch, *, logs: Path, grace_s
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a new store for each restart
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # each rank sets its own number later
     logs.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="perdure-") as folder:
-        outcome_file, worker_file = Path(folder, "outcome"), Path(folder, "worker.json")
+    with scratch_folder("ranks") as folder:
+        outcome_file, worker_file = folder / "outcome", folder / "worker.json"
         worker_file.write_text(json.dumps(payload))
         start = elastic_launch(_elastic_config(launch, logs, grace_s), sys.executable)
         end_watching = watch_arrivals(stop.SecondInterrupt())

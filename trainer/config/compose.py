@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from trainer.config import overrides
 from trainer.config.merge import merge
 from trainer.config.schema import Run
+from trainer.core.scratch import user_folder
 from trainer.errors import ConfigError, Problem, closest, problems_text
 
 _FLAGS = ("--config-dir", "--help")
@@ -79,9 +80,10 @@ def compose_node(
 
 
 def store_schema() -> None:
-    """Register the defaults with Hydra as `schema`, the base of conf/config.yaml."""
+    """Register with Hydra what conf/config.yaml refers to: `schema` with all defaults."""
     from hydra.core.config_store import ConfigStore
 
+    OmegaConf.register_new_resolver("perdure.user_folder", lambda: str(user_folder()), replace=True)
     node = OmegaConf.to_container(OmegaConf.structured(Run))
     ConfigStore.instance().store(name="schema", node=node)
 

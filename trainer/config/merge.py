@@ -8,8 +8,12 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from trainer.config.schema import Run
 from trainer.config.validate import validate
+from trainer.core.locations import normalized
 from trainer.core.nested import dotted, leaves
 from trainer.errors import Problem, closest
+
+_LOCATIONS = ("run_dir", "checkpoint.mirror", "resume", "init.weights")
+"""Settings that are brought to the normal form of paths and URLs."""
 
 
 def merge(composed: DictConfig) -> tuple[Run, list[Problem]]:
@@ -85,6 +89,12 @@ def _merge_node(cls: type, node: DictConfig, target: DictConfig, prefix: str) ->
             continue
         if hints[key] == dict[str, Any] and value is None:
             value = {}
+        if full in _LOCATIONS and isinstance(value, str):
+            try:
+                value = normalized(value)
+            except ValueError as error:
+                problems.append(Problem(full, str(error)))
+                continue
         problems += assign(target, key, value, full)
     return problems
 

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from trainer.config.schema import ObjectStore
 from trainer.core.atomic_file import TEMPORARY, sync
+from trainer.core.scratch import scratch_folder
 from trainer.errors import ConfigError
 from trainer.storage import local_path, open_store
 from trainer.storage.transfer import download, upload
@@ -48,7 +48,7 @@ class Destination:
         """
         path = self.path
         if path is None:
-            with tempfile.TemporaryDirectory(prefix="perdure-") as folder:
+            with scratch_folder("export") as folder:
                 yield Path(folder, self.name)
             return
         if path.is_dir() and not record_path(path).is_file():
@@ -116,7 +116,7 @@ def local_copy(url: str, settings: ObjectStore) -> Iterator[Path]:
         return
     parent, _, name = url.rstrip("/").rpartition("/")
     store = open_store(parent, settings)
-    with tempfile.TemporaryDirectory(prefix="perdure-") as folder:
+    with scratch_folder("export") as folder:
         for key in [*(store.list(name) or [name]), name + _RECORD_SUFFIX]:
             try:
                 download(store, key, Path(folder, key))

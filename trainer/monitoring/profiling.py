@@ -1,6 +1,5 @@
 """Traces of training steps with torch.profiler."""
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from trainer.core.formatting import table
+from trainer.core.scratch import scratch_folder
 
 FOLDER = "profile"
 """Folder for traces in the run."""
@@ -75,7 +75,7 @@ class Profiler:
         profile, self._profile = self._profile, None
         profile.stop()
         key = f"{FOLDER}/{self._name}-steps-{self._first_step + 1}-{step}.json.gz"
-        with tempfile.TemporaryDirectory(prefix="perdure-profile-") as folder:
+        with scratch_folder("profile") as folder:
             file = Path(folder, "trace.json.gz")
             profile.export_chrome_trace(str(file))
             self._write(key, file.read_bytes())

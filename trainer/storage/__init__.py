@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from trainer.config.schema import ObjectStore
+from trainer.core.locations import is_remote, normalized
+from trainer.errors import ConfigError
 from trainer.storage.local import LocalStore
 from trainer.storage.store import AlreadyExists, NewFile, Store
 
@@ -10,10 +12,13 @@ __all__ = ["AlreadyExists", "LocalStore", "NewFile", "Store", "local_path", "ope
 
 
 def local_path(url: str) -> Path | None:
-    """Return the path of a local URL (a plain path, or `file://…`); None for a remote one."""
-    if "://" in url and not url.startswith("file://"):
-        return None
-    return Path(url.removeprefix("file://"))
+    """Return the path of a local URL (a plain path, or `file://…`); None for a remote one.
+
+    Raises:
+        ConfigError: neither a path nor a URL; see `normalized`.
+    """
+    location = _normalized(url)
+    return None if is_remote(location) else Path(location)
 
 
 def open_store(url: str, settings: ObjectStore = ObjectStore()) -> Store:  # noqa: B008 (frozen)
@@ -22,12 +27,21 @@ def open_store(url: str, settings: ObjectStore = ObjectStore()) -> Store:  # noq
     Creates nothing; a missing directory is an empty store.
 
     Raises:
-        ConfigError: the URL's protocol is unknown or its library is not installed.
+        ConfigError: neither a path nor a URL, or the URL's protocol is unknown or its library is
+            not installed.
     """
-    if (path := local_path(url)) is not None:
-        return LocalStore(path)
+    location = _normalized(url)
+    if not is_remote(location):
+        return LocalStore(location)
     from trainer.storage.remote import FsspecStore  # imports fsspec, only when needed
     from trainer.storage.s3 import S3Store
 
-    kind = S3Store if url.startswith(("s3://", "s3a://")) else FsspecStore
-    return kind(url, settings)
+    kind = S3Store if location.startswith(("s3://", "s3a://")) else FsspecStore
+    return kind(location, settings)
+
+
+def _normalized(url: str) -> str:
+    try:
+        return normalized(url)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

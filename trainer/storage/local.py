@@ -1,4 +1,4 @@
-"""Store in a directory: direct I/O, fsync of files and folders, publication by link and rename.
+"""Store in a directory: direct I/O, fsync of files and folders, publication by link or rename.
 
 Large parts bypass the page cache (open(2), O_DIRECT) if the file system supports it: the cache
 would cost a copy, and evict the training data.
@@ -27,6 +27,9 @@ _PERMANENT = (
     "EFBIG", "EINVAL", "EOPNOTSUPP", "ENOSYS",
 )  # fmt: skip
 """Errors that do not pass without a change of rights, mounts or names."""
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
+"""Errors of link(2) and renameat2(2) on file systems without them."""
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 _NO_DIRECT = (errno.EINVAL, errno.EFAULT, errno.EOPNOTSUPP)
 
 
@@ -38,6 +41,7 @@ class LocalStore:
     def __init__(self, root: str | Path) -> None:
         self.url = str(root)
         self._root = Path(root)
+        self._is_atomic = True  # until a file could only be published by O_EXCL
 
     def open_new(self, key: str, total_bytes: int) -> "_NewFile":
         """Create the file and allocate its blocks, so that a full disk is detected at once."""
@@ -57,18 +61,41 @@ class LocalStore:
                 raise AlreadyExists(f"{path} exists already") from None
 
     def create(self, key: str, data: bytes) -> None:
-        """Publish by link(2), which never replaces; NFS may answer EEXIST after its own success."""
+        """Publish without replacing; NFS may answer EEXIST after its own success."""
         path = self._path(key)
         with _store_errors("create", path):
             temporary = self._write_temporary(path, data)
             try:
-                os.link(temporary, path)
+                self._publish(temporary, path, data)
             except FileExistsError:
                 if path.read_bytes() != data:
                     raise AlreadyExists(f"{path} exists already") from None
             finally:
-                os.unlink(temporary)
+                temporary.unlink(missing_ok=True)
             sync(path.parent)
+
+    def _publish(self, temporary: Path, path: Path, data: bytes) -> None:
+        """Give a complete file its name, which must be free.
+
+        link(2) and renameat2(2) do so at once. Without both (FAT, some SMB and FUSE mounts), the
+        name is created exclusively and then written: of two processes one succeeds, but a process
+        killed in between leaves a truncated file. Readers detect that by the checksum.
+        """
+        try:
+            os.link(temporary, path)
+            return
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise OSError(error.errno, f"hard link: {error.strerror}") from error
+        try:
+            _rename_to_new(temporary, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            self._is_atomic = False
+            _write_new(path, data)
 
     def replace(self, key: str, data: bytes) -> None:
         """Publish by rename(2)."""
@@ -130,12 +157,14 @@ class LocalStore:
     def list(self, prefix: str, *, unfinished: bool = False) -> list[str]:
         """Walk the folder; files that `create` and `replace` have not published are left out.
 
-        Shards that are being written are listed.
+        Shards that are being written are listed, and so are folders behind symbolic links.
         """
         keys: list[str] = []
         top = self._path(prefix)
         with _store_errors("list", top):
-            for folder, _, names in os.walk(top, onerror=_raise_unless_missing):
+            walk = os.walk(top, onerror=_raise_unless_missing, followlinks=True)
+            for folder, folders, names in walk:
+                folders[:] = [name for name in folders if not _is_loop(folder, name)]
                 relative = Path(folder).relative_to(self._root)
                 keys += [str(relative / n) for n in names if not n.startswith(TEMPORARY)]
         return sorted(keys)
@@ -167,7 +196,13 @@ class LocalStore:
         key = f"{TEMPORARY}probe-{secrets.token_hex(4)}"
         self.create(key, b"probe")
         self.delete([key])
-        return ""
+        if self._is_atomic:
+            return ""
+        return (
+            f"the file system of {self._root} supports neither hard links nor exclusive renames. "
+            "Two jobs still cannot commit the same checkpoint, but a job killed while committing "
+            "leaves a damaged one, which is skipped"
+        )
 
     def _path(self, key: str) -> Path:
         if key.startswith("/") or ".." in key.split("/"):
@@ -205,7 +240,9 @@ class LocalStore:
         if all(path.name.startswith(TEMPORARY) for path in paths):
             for path in paths:
                 path.unlink(missing_ok=True)
-            folder.rmdir()
+            folder.resolve().rmdir()
+            if folder.is_symlink():
+                folder.unlink()
             sync(folder.parent)
 
 
@@ -284,6 +321,21 @@ def _allocate(descriptor: int, total_bytes: int) -> None:
         os.ftruncate(descriptor, total_bytes)
 
 
+def _rename_to_new(old: Path, new: Path) -> None:
+    """Rename a file unless the new name exists: renameat2(2) with RENAME_NOREPLACE."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    paths = (_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new))
+    if libc.renameat2(*paths, _RENAME_NOREPLACE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(new))
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    with open(path, "xb", buffering=0) as file:
+        _write_all(file.fileno(), data)
+        os.fsync(file.fileno())
+
+
 def _on_pages(start: int, view: memoryview) -> bool:
     """Return whether a range of a file and its buffer are both aligned to pages."""
     address = np.frombuffer(view, np.uint8).ctypes.data
@@ -318,6 +370,16 @@ def _write_all(descriptor: int, data: bytes | memoryview, start: int = 0) -> Non
     while view:
         count = os.pwrite(descriptor, view, start)
         view, start = view[count:], start + count
+
+
+def _is_loop(folder: str, name: str) -> bool:
+    """Return whether a subfolder is a symbolic link to a folder that contains it."""
+    path = Path(folder, name)
+    if not path.is_symlink():
+        return False
+    target = path.resolve()
+    here = Path(folder).resolve()
+    return target == here or target in here.parents
 
 
 def _raise_unless_missing(error: OSError) -> None:

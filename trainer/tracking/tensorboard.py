@@ -6,13 +6,13 @@ between nodes). It starts with the session mark by which TensorBoard drops repea
 """
 
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from trainer.core.scratch import scratch_folder
 from trainer.errors import ConfigError
 from trainer.storage import Store, local_path
 from trainer.tracking import jsonl, libraries
@@ -47,6 +47,7 @@ class TensorBoard:
         self._store: Store | None = None  # upload destination, if remote
         self._name = ""
         self._folder = Path()
+        self._scratch = ExitStack()
 
     @classmethod
     def problem(cls, arguments: Mapping[str, Any]) -> str:
@@ -63,7 +64,7 @@ class TensorBoard:
             self._folder.mkdir(parents=True, exist_ok=True)
         else:
             self._store = facts["store"]
-            self._folder = Path(tempfile.mkdtemp(prefix="perdure-tensorboard-"))
+            self._folder = self._scratch.enter_context(scratch_folder("tensorboard"))
         is_first = not any(self._folder.glob("*tfevents*"))
         void_from = 0 if is_first else _void_from(facts)
         self._name = f"events.out.tfevents.{facts['attempt']:010d}.perdure"
@@ -116,8 +117,7 @@ class TensorBoard:
         self.flush()
         self._file.close()
         self._file = None
-        if self._store is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._scratch.close()
 
 
 def _void_from(facts: Mapping[str, Any]) -> int:

@@ -127,6 +127,7 @@ def progress_of(state: State, saver: Saver, stop: Stop, timing: Timing, began: f
         totals = timing.totals()
         return {
             "last_step": state.step,
+            "committed_step": saver.committed_step,
             "save_s": saver.save_s,
             "starting_s": round(starting_s, 3),
             "training_s": round(now - began - starting_s, 3),

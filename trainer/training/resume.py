@@ -103,7 +103,8 @@ def choose(
 
     Raises:
         ConfigError: this configuration cannot continue the run, or `resume` matches nothing.
-        CheckpointError: checkpoints exist, and all are damaged.
+        CheckpointError: checkpoints exist, and all are damaged; or the run had some, and none is
+            there.
     """
     survey = replicas.survey()
     commits = survey.commits
@@ -123,9 +124,11 @@ def choose(
         start = replace(_newest(survey, run, damaged, [commit]), is_named=True)
     elif survey.with_damaged:
         start = _newest(survey, run, damaged)
-    elif request == "auto":
-        return Start()
     else:
+        if run.resume != "never":
+            _check_none_lost(earlier, run)
+        if request == "auto":
+            return Start()
         start = _fork(request, run.store)
     assert start.manifest is not None  # noqa: S101 (for the type checker)
     if contents.RUN not in start.manifest.objects:
@@ -143,6 +146,22 @@ def choose(
             "Start from the weights only: init.weights=<file>, exported by python -m trainer.export"
         )
     return replace(start, differences=differences)
+
+
+def _check_none_lost(records: Sequence[Mapping[str, Any]], run: Run) -> None:
+    """Raise if attempts since the last start from scratch had a checkpoint; none is there now."""
+    for record in reversed(records):
+        start = (record.get("resumed_from") or {}).get("step")
+        step = record.get("committed_step") or start
+        if step:
+            raise CheckpointError(
+                f"{run.run_dir} has no checkpoint, but its attempt {record['attempt']} had one at "
+                f"step {step:,}. It was deleted or moved, or its disk is not mounted. Refusing to "
+                "start from scratch: restore it, start over in the same directory with "
+                "resume=never, or start a new run with name=…"
+            )
+        if start == 0:
+            return
 
 
 def _newest(

@@ -33,6 +33,29 @@ def test_merge_values_override_defaults_and_open_groups_stay_unchanged():
     assert type(run.model["deep"]) is dict
 
 
+def test_merge_brings_locations_to_their_normal_form(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    run, problems = merge(
+        composed(
+            run_dir="~/runs//a/", resume="file:///old/", init__weights="./w.safetensors",
+            checkpoint__mirror="S3://bucket/a//b/",
+        )
+    )  # fmt: skip
+    assert problems == []
+    assert (run.run_dir, run.resume) == ("/home/someone/runs/a", "/old")
+    assert (run.checkpoint.mirror, run.init.weights) == ("s3://bucket/a/b", "w.safetensors")
+
+
+def test_merge_rejects_what_only_looks_like_a_location():
+    problems = problems_of(
+        run_dir="s3:/bucket/a", resume="gs:/b/c", init__weights="s3:b/c",
+        checkpoint__mirror="s3://b/../c",
+    )  # fmt: skip
+    texts = dict(problems)
+    assert set(texts) == {"run_dir", "resume", "init.weights", "checkpoint.mirror"}
+    assert "write s3://bucket/a, or ./s3:/bucket/a" in texts["run_dir"]
+
+
 def test_merge_result_is_frozen():
     run, _ = merge(composed())
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ import pytest
 from support.faulty_stores import put
 
 from trainer.errors import FAILURE, RUN_AGAIN, StoreError
-from trainer.storage import AlreadyExists, LocalStore, Store, open_store
+from trainer.storage import AlreadyExists, LocalStore, Store, local, open_store
 
 
 def test_open_store_accepts_path_and_file_url(tmp_path):
@@ -54,6 +55,70 @@ def test_delete_removes_folder_with_temporary_files(tmp_path):
     assert sorted(path.name for path in (tmp_path / "step").iterdir()) == [".tmp-0123", "b"]
     store.delete(["step/b"])
     assert list(tmp_path.iterdir()) == []
+
+
+def failing(number):
+    def fail(*arguments, **settings):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("can_rename", [True, False], ids=["rename", "O_EXCL"])
+def test_create_without_hard_links_is_exclusive(tmp_path, monkeypatch, number, can_rename):
+    monkeypatch.setattr(os, "link", failing(number))
+    if not can_rename:
+        monkeypatch.setattr(local, "_rename_to_new", failing(errno.EINVAL))
+    store = LocalStore(tmp_path)
+    warning = store.probe()
+    assert ("supports neither hard links nor exclusive renames" in warning) == (not can_rename)
+    store.create("a/x", b"one")
+    store.create("a/x", b"one")
+    with pytest.raises(AlreadyExists):
+        store.create("a/x", b"two")
+    assert (tmp_path / "a" / "x").read_bytes() == b"one"
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "x"]
+
+
+def test_create_without_hard_links_has_one_winner(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", failing(errno.EPERM))
+    results = []
+
+    def create(text):
+        try:
+            LocalStore(tmp_path).create("x", text)
+        except AlreadyExists:
+            return
+        results.append(text)
+
+    texts = [f"writer {number}".encode() * 1000 for number in range(16)]
+    threads = [threading.Thread(target=create, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [(tmp_path / "x").read_bytes()]
+
+
+def test_failing_hard_link_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", failing(errno.EIO))
+    with pytest.raises(StoreError, match=r"hard link: Input/output error \(EIO\)"):
+        LocalStore(tmp_path / "run").create("x", b"one")
+
+
+def test_list_and_delete_follow_links_to_folders(tmp_path):
+    store, disk = LocalStore(tmp_path / "run"), tmp_path / "disk"
+    store.create("checkpoints/one/a", b"x")
+    disk.mkdir()
+    os.rename(tmp_path / "run/checkpoints/one", disk / "one")
+    os.symlink(disk / "one", tmp_path / "run/checkpoints/one")
+    os.symlink(tmp_path / "run", tmp_path / "run/checkpoints/loop")
+    os.symlink("gone", tmp_path / "run/checkpoints/dangling")
+    assert store.list("checkpoints") == ["checkpoints/dangling", "checkpoints/one/a"]
+    store.delete(["checkpoints/one/a"])
+    assert list(disk.iterdir()) == []
+    assert not (tmp_path / "run/checkpoints/one").is_symlink()
 
 
 def fails(store: Store, *, key: str = "folder/key") -> Iterator[StoreError]:

@@ -110,6 +110,38 @@ def test_choose_all_damaged_raises_instead_of_starting_over(run):
             run.choose(request)
 
 
+@pytest.mark.parametrize("request_", ["auto", "other"])
+def test_choose_refuses_to_start_over_if_the_checkpoints_are_gone(run, other, request_):
+    attempt = run.attempt([5])
+    lineage.amend(run.store, attempt, {"committed_step": 5})
+    run.folder.joinpath("checkpoints").rename(run.folder / "moved")
+    request_ = str(other.folder) if request_ == "other" else request_
+    with pytest.raises(CheckpointError, match="no checkpoint, but its attempt 1 had one at step 5"):
+        run.choose(request_)
+    run.folder.joinpath("checkpoints").symlink_to("gone")  # a disk that is not mounted
+    with pytest.raises(CheckpointError, match="start over in the same directory with resume=never"):
+        run.choose(request_)
+    assert run.choose("never") == Start()
+    run.attempt([], resume="never")
+    assert run.choose("auto") == Start()  # the newest start from scratch has lost nothing
+
+
+def test_choose_refuses_to_start_over_if_a_resumed_checkpoint_is_gone(run):
+    run.attempt([5])
+    run.attempt([], resumed=(5, 1))
+    run.folder.joinpath("checkpoints").rename(run.folder / "moved")
+    with pytest.raises(CheckpointError, match="its attempt 2 had one at step 5"):
+        run.choose()
+
+
+def test_choose_follows_links_to_checkpoints(run, tmp_path):
+    run.attempt([5])
+    (folder,) = run.folder.glob("checkpoints/step-*")
+    folder.rename(tmp_path / folder.name)
+    folder.symlink_to(tmp_path / folder.name)
+    assert run.choose().step == 5
+
+
 def test_choose_never_with_checkpoints_raises(run):
     run.attempt([5, 10])
     with pytest.raises(

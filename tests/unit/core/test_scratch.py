@@ -1,0 +1,66 @@
+"""Private temporary folders."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+from trainer.core.scratch import scratch_folder, user_folder
+from trainer.errors import ConfigError
+
+HOLD = """
+import sys
+from trainer.core.scratch import scratch_folder
+with scratch_folder("held") as folder:
+    (folder / "worker.json").write_text("secret")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+def hold(tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD], env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    return process, process.stdout.readline().strip()
+
+
+def test_scratch_folder_is_private_and_deleted():
+    with scratch_folder("a") as folder:
+        assert folder.parent == user_folder()
+        for path in (folder, folder.parent):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    assert not folder.exists()
+
+
+def test_next_start_deletes_folders_of_killed_processes_only(tmp_path):
+    killed, killed_folder = hold(tmp_path)
+    living, living_folder = hold(tmp_path)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert os.path.exists(killed_folder)
+    with scratch_folder("b"):
+        assert not os.path.exists(killed_folder)
+        assert os.path.exists(living_folder)
+    living.communicate("")
+    assert not os.path.exists(living_folder)
+    for pipe in (killed.stdin, killed.stdout):
+        pipe.close()
+
+
+def test_scratch_folder_of_another_user_is_rejected():
+    user_folder().symlink_to("/")
+    taken = pytest.raises(ConfigError, match="belongs to another user; set TMPDIR")
+    with taken, scratch_folder("a"):
+        pass
