@@ -62,7 +62,7 @@ def test_normalized_expands_home(monkeypatch):
         ("mine:/bucket", "write mine://bucket"),
         ("s3:///bucket/../a", "contains . or .."),
         ("s3://bucket/./a", "contains . or .."),
-        ("~nobody-has-this-name/a", "no home directory of ~nobody-has-this-name"),
+        ("~unknown-user-name/a", "no home directory of ~unknown-user-name"),
     ],
 )
 def test_normalized_rejects_what_only_looks_like_a_place(written, advice):

@@ -61,6 +61,6 @@ def test_next_start_deletes_folders_of_killed_processes_only(tmp_path):
 
 def test_scratch_folder_of_another_user_is_rejected():
     user_folder().symlink_to("/")
-    taken = pytest.raises(ConfigError, match="belongs to another user; set TMPDIR")
-    with taken, scratch_folder("a"):
+    expectation = pytest.raises(ConfigError, match="belongs to another user; set TMPDIR")
+    with expectation, scratch_folder("a"):
         pass

@@ -111,7 +111,7 @@ def test_choose_all_damaged_raises_instead_of_starting_over(run):
 
 
 @pytest.mark.parametrize("request_", ["auto", "other"])
-def test_choose_refuses_to_start_over_if_the_checkpoints_are_gone(run, other, request_):
+def test_choose_missing_checkpoints_raises_instead_of_starting_over(run, other, request_):
     attempt = run.attempt([5])
     lineage.amend(run.store, attempt, {"committed_step": 5})
     run.folder.joinpath("checkpoints").rename(run.folder / "moved")
@@ -126,7 +126,7 @@ def test_choose_refuses_to_start_over_if_the_checkpoints_are_gone(run, other, re
     assert run.choose("auto") == Start()  # the newest start from scratch has lost nothing
 
 
-def test_choose_refuses_to_start_over_if_a_resumed_checkpoint_is_gone(run):
+def test_choose_missing_resumed_checkpoint_raises(run):
     run.attempt([5])
     run.attempt([], resumed=(5, 1))
     run.folder.joinpath("checkpoints").rename(run.folder / "moved")
