@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.cluster import outcome
 from trainer.config import overrides
+from trainer.config.changed_target import drop_inherited
 from trainer.config.compose import compose_error, conf_folder, store_schema
 from trainer.errors import DONE, FAILURE, RUN_AGAIN, PerdureError, Problem
 
@@ -148,8 +149,9 @@ def _set_up_job(
     varied = [text.lstrip("+") for text in task if overrides.value_of(text) not in fixed]
     parts = [text for text in varied if not text.startswith("name=")]
     in_sweep = is_sweep()
+    OmegaConf.set_struct(composed, False)
+    drop_inherited(composed)
     if in_sweep and parts and not OmegaConf.is_missing(composed, "name"):
-        OmegaConf.set_struct(composed, False)
         composed.name = job_name(composed.name, parts)
     plain: Any = OmegaConf.to_container(composed, resolve=False)
     raw = str(plain.get("run_dir"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.config import overrides
+from trainer.config.changed_target import drop_inherited
 from trainer.config.merge import merge
 from trainer.config.schema import Run
 from trainer.core.scratch import user_folder
@@ -71,10 +72,11 @@ def compose_node(
                 overrides=[*rewritten, *([f"hydra.searchpath={search_path}"] if folders else [])],
                 return_hydra_config=True,
             )
+            HydraConfig.instance().set_config(node)
+            OmegaConf.set_struct(node, False)
+            drop_inherited(node)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise compose_error(prepared.problems, error) from None
-    HydraConfig.instance().set_config(node)
-    OmegaConf.set_struct(node, False)
     del node["hydra"]
     return node, prepared.problems
 
