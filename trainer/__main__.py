@@ -2,7 +2,7 @@
 
 import sys
 
-from trainer.errors import CONFIGURATION, DONE, closest, print_error
+from trainer.errors import CONFIGURATION, DONE, closest, print_error, version_text
 
 _COMMANDS = {
     "run": "train a model, or resume its run",
@@ -20,6 +20,9 @@ _COMMANDS = {
 def main() -> int:
     """Print the commands; return the exit code."""
     arguments = [argument for argument in sys.argv[1:] if argument not in ("-h", "--help")]
+    if arguments == ["--version"]:
+        print(version_text())
+        return DONE
     if arguments:
         hint = closest(arguments[0], _COMMANDS)
         print_error(

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from omegaconf import OmegaConf
@@ -19,6 +19,7 @@ from trainer.errors import (
     PerdureError,
     closest,
     print_error,
+    version_text,
 )
 
 _STORE = "store."
@@ -43,7 +44,10 @@ def command(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if "--help" in argv or "-h" in argv or not (argv or may_be_empty):
+        if argv == ["--version"]:
+            code = DONE
+            print(version_text())
+        elif "--help" in argv or "-h" in argv or not (argv or may_be_empty):
             code = DONE if argv else CONFIGURATION
             print(usage)
         else:
@@ -96,11 +100,13 @@ def parse(
     """
     parsed = Arguments([], dict(options), set(), ObjectStore())
     store = []
-    for argument in arguments:
+    rest = iter(arguments)
+    for argument in rest:
         key, equals, value = argument.partition("=")
         if argument.startswith("-"):
             if argument not in flags:
-                raise ConfigError(f"no flag {argument!r}{closest(argument, flags)}\n{usage}")
+                hint = _as_option(argument, rest, options) or closest(argument, flags)
+                raise ConfigError(f"no flag {argument!r}{hint}\n{usage}")
             parsed.flags.add(argument)
         elif equals and key.startswith(_STORE):
             store.append(argument.removeprefix(_STORE))
@@ -118,6 +124,15 @@ def parse(
         expected = few + (" path" if max(places) == 1 else " paths")
         raise ConfigError(f"{expected} needed, {len(parsed.places)} given\n{usage}")
     return Arguments(parsed.places, parsed.options, parsed.flags, _object_store(store))
+
+
+def _as_option(flag: str, rest: Iterator[str], options: Mapping[str, str]) -> str:
+    """Return a hint if an option is written as `--key value` or `--key=value`."""
+    key, equals, value = flag.lstrip("-").partition("=")
+    key = key.replace("-", "_")
+    if key not in options and not key.startswith(_STORE):
+        return ""
+    return f"; options have no dashes: {key}={value if equals else next(rest, '…')}"
 
 
 def _object_store(settings: Sequence[str]) -> ObjectStore:

@@ -8,6 +8,7 @@ import difflib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 DONE = 0
 FAILURE = 1
@@ -112,6 +113,19 @@ def closest(name: str, valid: Iterable[str]) -> str:
         return ""
     listed = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
     return f" (valid: {listed})"
+
+
+def version_text() -> str:
+    """Return the versions of Perdure, Python and torch, without an import."""
+    python = sys.version.split()[0]
+    return f"perdure {_installed('perdure')} (Python {python}, torch {_installed('torch')})"
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a checkout that is only on the path
+        return "not installed"
 
 
 def print_error(error: object) -> None:

@@ -36,6 +36,7 @@ from trainer.errors import (
     WorkerLostError,
     print_error,
     problems_text,
+    version_text,
 )
 
 _GROUP_TIMEOUT_S = 600.0
@@ -65,6 +66,9 @@ def _report(error: PerdureError) -> int:
 
 
 def _command(arguments: list[str]) -> int:
+    if arguments == ["--version"]:
+        print(version_text())
+        return DONE
     run_one = partial(_run_one, check_only="--check" in arguments)
     arguments = [argument for argument in arguments if argument != "--check"]
     if not sweep.is_hydra_command(arguments):

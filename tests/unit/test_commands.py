@@ -6,6 +6,7 @@ import re
 import pytest
 
 from trainer import __main__ as listing
+from trainer import run, top
 
 
 def test_listing_names_only_existing_commands(monkeypatch, capsys):
@@ -22,3 +23,29 @@ def test_listing_unknown_command_suggests_the_closest(monkeypatch, capsys, typed
     monkeypatch.setattr("sys.argv", ["trainer", typed])
     assert listing.main() == 2
     assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [run.main, top.main])
+def test_version_of_commands(capsys, main):
+    assert main(["--version"]) == 0
+    assert re.match(r"perdure \S+ \(Python 3\.\d+\.\S+, torch \d", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("main", "arguments", "setting"), [
+    (run.main, ["--trainer.max_epochs", "3"], "trainer.max_epochs=3"),
+    (run.main, ["-m", "--seed=1,2"], "seed=1,2"),
+    (top.main, ["r", "--every-s", "5"], "every_s=5"),
+])  # fmt: skip
+def test_setting_written_as_a_flag_is_reported_without_dashes(capsys, main, arguments, setting):
+    assert main(arguments) == 2
+    assert f" have no dashes: {setting}" in capsys.readouterr().err
+
+
+def test_shown_configuration_reports_an_unknown_choice(capsys):
+    assert run.main(["--cfg", "job", "model=typo"]) == 2
+    assert "no such choice: model=typo" in capsys.readouterr().err
+
+
+def test_comma_without_multirun_shows_the_quoted_form(capsys):
+    assert run.main(["init.weights=a,b"]) == 2
+    assert "To give it as text: \"init.weights='a,b'\"" in capsys.readouterr().err

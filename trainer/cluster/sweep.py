@@ -14,13 +14,23 @@ from omegaconf.errors import OmegaConfBaseException
 from trainer.cluster import outcome
 from trainer.config import overrides
 from trainer.config.changed_target import drop_inherited
-from trainer.config.compose import compose_error, conf_folder, store_schema
-from trainer.errors import DONE, FAILURE, RUN_AGAIN, PerdureError, Problem
+from trainer.config.compose import as_setting, compose_error, conf_folder, store_schema
+from trainer.errors import (
+    DONE,
+    FAILURE,
+    RUN_AGAIN,
+    ConfigError,
+    PerdureError,
+    Problem,
+    problems_text,
+)
 
 _MAX_NAME_PART = 200
 """Maximum length of a swept value in a run's name, in characters."""
 _MAX_NAME_BYTES = 255
 """Maximum length of a run's name, a directory name, on all common file systems."""
+_SHOWING = {"--cfg", "-c", "--info", "-i"}
+"""Flags of Hydra that show the configuration and run nothing."""
 _COMPOSED = ("--config-dir", "-cd")
 
 
@@ -35,6 +45,14 @@ def is_hydra_command(arguments: Sequence[str]) -> bool:
         or argument.lstrip("+~").startswith(("hydra.", "hydra/"))
         for argument in arguments
     )
+
+
+def _check_flags(arguments: Sequence[str]) -> None:
+    """Reject settings that are written as flags, before Hydra's parser prints its usage."""
+    rest = iter(arguments)
+    for argument in rest:
+        if hint := as_setting(argument, rest):
+            raise ConfigError(f"no such argument: {argument!r}{hint}")
 
 
 class JobFailedError(PerdureError):
@@ -67,7 +85,10 @@ def main(
     import hydra
     from hydra.errors import HydraException
 
+    _check_flags(arguments)
     prepared = overrides.prepare(arguments, conf_folder())
+    if prepared.problems and {a.partition("=")[0] for a in arguments} & _SHOWING:
+        raise ConfigError(problems_text(prepared.problems))
     store_schema()
     fixed = overrides.fixed_values(prepared.arguments)
     codes: list[int] = []

@@ -1,4 +1,4 @@
-"""Arguments of a changed `_target_`: only those that are written beside it.
+"""Arguments of a changed `_target_`: only those that are written next to it.
 
 Hydra merges a node of a user's file or of the command line onto the node of the chosen group file.
 With another `_target_`, the file's arguments belong to the old one and would silently override the

@@ -1,7 +1,8 @@
 """Composition of a run's configuration from its arguments, through Hydra's compose API."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -60,8 +61,12 @@ def compose_node(
     dirs = [f"--config-dir={folder}" for folder in folders]
     prepared = overrides.prepare([*dirs, *settings], conf_folder())
     if prepared.swept:
-        keys = ", ".join(prepared.swept)
-        raise ConfigError(f"{keys}: give one value; sweeps need python -m trainer.run --multirun")
+        swept = [a for a in settings if a.partition("=")[0].lstrip("+") in prepared.swept]
+        texts = " ".join(overrides.quoted(*a.split("=", 1)) for a in swept)
+        raise ConfigError(
+            f"{', '.join(prepared.swept)}: give one value; sweeps need python -m trainer.run "
+            f"--multirun. To give it as text: {texts}"
+        )
     search_path = json.dumps([f"file://{folder}" for folder in folders])
     rewritten = [argument for argument in prepared.arguments if argument not in dirs]
     store_schema()
@@ -95,6 +100,22 @@ def compose_error(problems: Sequence[Problem], error: Exception) -> ConfigError:
     return ConfigError(problems_text([*problems, Problem("command line", str(error).strip())]))
 
 
+def as_setting(flag: str, rest: Iterator[str]) -> str:
+    """Return a hint if a flag is written as `--key value` or `--key=value` instead of `key=value`.
+
+    Args:
+        flag: an unknown flag.
+        rest: arguments after it; the flag's value is taken.
+    """
+    key, equals, value = flag.removeprefix("--").partition("=")
+    valid = {item.name for item in fields(Run)}
+    if not flag.startswith("--") or key.partition(".")[0].replace("-", "_") not in valid:
+        return ""
+    return (
+        f"; settings have no dashes: {key.replace('-', '_')}={value if equals else next(rest, '…')}"
+    )
+
+
 def _parse(
     arguments: Sequence[str], usage: str, flags: Sequence[str]
 ) -> tuple[list[str], list[Path]]:
@@ -113,7 +134,7 @@ def _parse(
                 raise ConfigError(f"--config-dir {value!r} is not a directory\n{usage}")
             folders.append(Path(value).resolve())
         elif argument.startswith("-") or not (equals or argument.startswith("~")):
-            hint = closest(argument, [*_FLAGS, *flags])
+            hint = as_setting(argument, rest) or closest(argument, [*_FLAGS, *flags])
             raise ConfigError(f"no such argument: {argument!r}{hint}\n{usage}")
         else:
             settings.append(argument)

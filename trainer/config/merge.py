@@ -14,6 +14,7 @@ from trainer.errors import Problem, closest
 
 _LOCATIONS = ("run_dir", "checkpoint.mirror", "resume", "init.weights")
 """Settings that are brought to the normal form of paths and URLs."""
+_NO_SUCH_KEY = "no such key"
 
 
 def merge(composed: DictConfig) -> tuple[Run, list[Problem]]:
@@ -26,7 +27,7 @@ def merge(composed: DictConfig) -> tuple[Run, list[Problem]]:
         validated by `build.check`.
     """
     node = writable(Run)
-    problems = _merge_node(Run, composed, node, "")
+    problems = [_with_full_key(p, composed) for p in _merge_node(Run, composed, node, "")]
     for key in ("name", "run_dir"):
         if OmegaConf.is_missing(node, key):
             if key not in {problem.key for problem in problems}:
@@ -68,7 +69,7 @@ def _merge_node(cls: type, node: DictConfig, target: DictConfig, prefix: str) ->
     for key in map(str, node):
         full = prefix + key
         if key not in hints:
-            problems.append(Problem(full, f"no such key{closest(key, hints)}"))
+            problems.append(Problem(full, f"{_NO_SUCH_KEY}{closest(key, hints)}"))
             continue
         try:
             value = node[key]
@@ -97,6 +98,20 @@ def _merge_node(cls: type, node: DictConfig, target: DictConfig, prefix: str) ->
                 continue
         problems += assign(target, key, value, full)
     return problems
+
+
+def _with_full_key(problem: Problem, composed: DictConfig) -> Problem:
+    """Suggest the full key for a key that exists in another place, such as `lr`."""
+    if not problem.text.startswith(_NO_SUCH_KEY):
+        return problem
+    plain: Any = OmegaConf.to_container(composed, resolve=False)
+    fields: Any = OmegaConf.to_container(OmegaConf.structured(Run))
+    paths = [*leaves(fields), *((path, leaf) for path, leaf in leaves(plain) if path[0] in fields)]
+    last = problem.key.rpartition(".")[2]
+    keys = dict.fromkeys(dotted(path) for path, _ in paths if path[-1] == last)
+    keys.pop(problem.key, None)
+    names = " or ".join(f"'{key}'" for key in list(keys)[:3])
+    return Problem(problem.key, f"{_NO_SUCH_KEY} (did you mean {names}?)") if keys else problem
 
 
 def _escaped(value: Any, full: str) -> list[Problem]:

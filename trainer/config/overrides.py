@@ -5,11 +5,14 @@ merge checks all of them; a choice that its group does not have is removed and r
 other problems.
 """
 
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from trainer.errors import Problem, closest
@@ -45,18 +48,16 @@ def prepare(arguments: Sequence[str], conf: Path) -> Prepared:
     prepared = Prepared([], [], [])
     flags = [a for a in arguments if not _is_override(a)]
     for argument in filter(_is_override, arguments):
-        try:
-            override = parser.parse_override(argument)
-        except HydraException as error:
-            text = f"{argument!r} cannot be parsed: {str(error).splitlines()[0]}"
-            prepared.problems.append(Problem(argument.partition("=")[0], text))
+        argument, override, problem = _parse(parser, argument)
+        if override is None:
+            prepared.problems.append(problem)
             continue
         key = override.key_or_group
         if override.is_sweep_override():
             prepared.swept.append(key)
-        problem = _group_problem(key, argument, choices)
-        if problem is not None:
-            prepared.problems.append(problem)
+        wrong_choice = _group_problem(key, argument, choices)
+        if wrong_choice is not None:
+            prepared.problems.append(wrong_choice)
         elif key in choices or "/" in key or "@" in argument or key.startswith("hydra."):
             prepared.arguments.append(argument)
         else:
@@ -64,6 +65,45 @@ def prepare(arguments: Sequence[str], conf: Path) -> Prepared:
             prepared.arguments.append("++" + argument if plain else argument)
     # Hydra's argument parser needs all overrides in a row.
     return replace(prepared, arguments=[*flags, *prepared.arguments])
+
+
+def _parse(parser: OverridesParser, argument: str) -> tuple[str, Override | None, Problem]:
+    """Parse an override; quote a value that Hydra's grammar excludes if it is plainly a text.
+
+    Returns:
+        The override as text and parsed, or None and the problem.
+    """
+    key, _, value = argument.partition("=")
+    problem = Problem(key.lstrip("+~"), "")
+    try:
+        return argument, parser.parse_override(argument), problem
+    except HydraException as error:
+        first_line = str(error).splitlines()[0]
+    text = f"{argument!r} cannot be parsed: {first_line}; to give it as text: {quoted(key, value)}"
+    if argument.startswith("~") or not value or _IS_STRUCTURED.match(value):
+        return argument, None, replace(problem, text=text)
+    plain = f"{key}={_literal(value, chr(39))}"
+    try:
+        return plain, parser.parse_override(plain), problem
+    except HydraException:  # the key is not valid either
+        return argument, None, replace(problem, text=text)
+
+
+_IS_STRUCTURED = re.compile(r"""\s*[\[{'"]|\s*\w+\(.*\)\s*$|.*,""", re.DOTALL)
+"""Values that may be meant as a list, a mapping, a quoted text, a function or a sweep."""
+
+
+def quoted(key: str, value: str) -> str:
+    """Return the override `key=value`, with its value as text, in the quotes that a shell needs."""
+    if re.search(r"""['"$`!\\]""", value):
+        return shlex.quote(f"{key}={_literal(value, chr(34))}")
+    return f"\"{key}='{value}'\""
+
+
+def _literal(value: str, quote: str) -> str:
+    """Return a text in quotes, in Hydra's grammar."""
+    escaped = re.sub(rf"(\\*)({quote}|$)", lambda m: 2 * m[1] + (m[2] and f"\\{quote}"), value)
+    return f"{quote}{escaped}{quote}"
 
 
 def fixed_values(arguments: Sequence[str]) -> set[tuple[str, str]]:

@@ -20,7 +20,7 @@ def model(*arguments):
     return run.model
 
 
-def test_changed_target_keeps_only_arguments_written_beside_it():
+def test_changed_target_keeps_only_arguments_written_next_to_it():
     assert model("model._target_=mine.Net") == {"_target_": "mine.Net"}
     assert model("model._target_=mine.Net", "+model.width=3", "model.classes=10") == {
         "_target_": "mine.Net", "width": 3, "classes": 10,
@@ -69,7 +69,7 @@ def test_changed_target_of_other_groups_and_of_one_tracker():
 
 NODES = st.recursive(
     st.integers(0, 3),
-    lambda inner: st.dictionaries(st.sampled_from(["_target_", "a", "b"]), inner, max_size=3),
+    lambda children: st.dictionaries(st.sampled_from(["_target_", "a", "b"]), children, max_size=3),
     max_leaves=8,
 ).filter(lambda node: isinstance(node, dict))
 

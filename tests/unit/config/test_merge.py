@@ -224,3 +224,14 @@ def test_closest_returns_a_near_name_or_lists_valid_ones():
     assert closest("xyz", ["adam", "sgd"]) == " (valid: adam, sgd)"
     assert closest("xyz", []) == ""
     assert closest("x", map(str, range(100, 113))).endswith("111, …)")
+
+
+@pytest.mark.parametrize(("key", "full"), [
+    ("lr", "'optimizer.lr'"), ("max_epochs", "'trainer.max_epochs'"),
+    ("trainer__lr", "'optimizer.lr'"),
+    ("every_steps", "'checkpoint.every_steps'"), ("metric", "'checkpoint.metric'"),
+])  # fmt: skip
+def test_merge_key_of_another_group_suggests_the_full_key(key, full):
+    node = composed(optimizer={"_target_": "x", "lr": 0.1}, **{key: 1})
+    (problem,) = merge(node)[1]
+    assert problem == Problem(key.replace("__", "."), f"no such key (did you mean {full}?)")

@@ -1,9 +1,14 @@
 """Command-line overrides: arguments passed to Hydra, and problems reported instead."""
 
+import shlex
+
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trainer.config import overrides
-from trainer.config.overrides import groups, prepare
+from trainer.config.overrides import groups, prepare, quoted
 
 
 @pytest.fixture
@@ -43,7 +48,7 @@ def test_prepare_forces_plain_values_for_the_strict_merge(conf, argument):
 @pytest.mark.parametrize("argument", [
     "+model.x=1", "++model.x=1", "~model.x", "~model.x=1",  # explicit prefix
     "model=mlp", "model=cnn.yaml", "~model", "a/b=deep", "+a/b=deep", "model@other=mlp",  # groups
-    "hydra.sweep.dir=/tmp", "hydra/launcher=basic",  # Hydra's own
+    "hydra.sweep.dir=/tmp", "hydra/launcher=basic", "hydra/launcher=joblib",  # Hydra's own
     "--help", "-m", "--cfg", "job", "--multirun", "-cn=x", "--config-name=other",  # flags
 ])  # fmt: skip
 def test_prepare_passes_other_arguments_unchanged(conf, argument):
@@ -111,13 +116,32 @@ def test_prepare_passes_a_missing_config_dir_to_hydra(conf):
     assert prepare(arguments, conf).arguments == arguments
 
 
-@pytest.mark.parametrize("argument", ["model.hidden=[1,2", "a=b=c}", "x={a:", "seed=²"])
-def test_prepare_reports_syntax_error_and_parses_the_others(conf, argument):
+@pytest.mark.parametrize(
+    "argument", ["model.hidden=[1,2", "x={a:", "x=rnage(3)", "x=é,b", "x='a", "~x=é", "a b=c"]
+)
+def test_prepare_reports_syntax_error_with_the_quoted_form_and_parses_the_others(conf, argument):
     prepared = prepare([argument, "seed=1"], conf)
+    key, _, value = argument.partition("=")
     assert prepared.arguments == ["++seed=1"]
-    assert keys(prepared) == [argument.partition("=")[0]]
-    assert repr(argument) in prepared.problems[0].text
-    assert "cannot be parsed" in prepared.problems[0].text
+    assert keys(prepared) == [key.lstrip("~")]
+    assert f"{argument!r} cannot be parsed" in prepared.problems[0].text
+    assert f"to give it as text: {quoted(key, value)}" in prepared.problems[0].text
+
+
+@pytest.mark.parametrize("value", [
+    "ckpts/epoch=9-step=100.ckpt", "/home/josé/w", "/data (1)/w", "~/w", "a#b", "b=c}", "seed=²",
+    "it's", "a!b", "f(1", "c'\\",
+])  # fmt: skip
+def test_prepare_quotes_plain_text(conf, value):
+    prepared = prepare([f"init.weights={value}"], conf)
+    assert prepared.problems == prepared.swept == []
+    assert OverridesParser.create().parse_override(prepared.arguments[0]).value() == value
+
+
+@given(st.text(st.characters(exclude_characters="\0\n\r", exclude_categories=["Cs"])))
+def test_quoted_form_survives_shell_and_grammar(value):
+    (argument,) = shlex.split(quoted("key", value))
+    assert OverridesParser.create().parse_override(argument).value() == value
 
 
 def test_prepare_reports_problems_of_all_arguments(conf):
