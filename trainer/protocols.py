@@ -56,7 +56,7 @@ class Task(Protocol):
         """
 
     def metrics(self) -> Mapping[str, Any]:
-        """Return new torchmetrics metrics by name; called once, before the first evaluation."""
+        """Return new torchmetrics metrics by name; called before training and evaluation."""
 
     def update(self, metrics: Mapping[str, Any], outputs: Any, batch: Batch) -> None:
         """Add one evaluation batch to `metrics`."""

@@ -40,6 +40,9 @@ from trainer.errors import (
 )
 
 _GROUP_TIMEOUT_S = 600.0
+_CHECK_RUN = "--check=run"
+_CHECKS = ("--check", _CHECK_RUN)
+"""Flags that check the configuration, and compute one batch of it."""
 _HELP_HINT = "See python -m trainer.run --help."
 
 
@@ -69,24 +72,25 @@ def _command(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(version_text())
         return DONE
-    run_one = partial(_run_one, check_only="--check" in arguments)
-    arguments = [argument for argument in arguments if argument != "--check"]
+    checks = [argument for argument in arguments if argument in _CHECKS]
+    run_one = partial(_run_one, check=checks[-1] if checks else "")
+    arguments = [argument for argument in arguments if argument not in _CHECKS]
     if not sweep.is_hydra_command(arguments):
-        composed, problems = compose_node(arguments, _HELP_HINT, ["--check", "--multirun"])
+        composed, problems = compose_node(arguments, _HELP_HINT, [*_CHECKS, "--multirun"])
         if not sweep.is_sweep():
             return run_one(composed, problems)
     early_stop.answer(NAMES)
     return sweep.main(arguments, run_one, _job_value)
 
 
-def _run_one(composed: DictConfig, problems: Sequence[Problem], *, check_only: bool) -> int:
+def _run_one(composed: DictConfig, problems: Sequence[Problem], *, check: str) -> int:
     try:
-        return _check_and_start(composed, problems, check_only)
+        return _check_and_start(composed, problems, check)
     except PerdureError as error:
         return _report(error)
 
 
-def _check_and_start(composed: DictConfig, problems: Sequence[Problem], check_only: bool) -> int:
+def _check_and_start(composed: DictConfig, problems: Sequence[Problem], check: str) -> int:
     run, merge_problems = merge(composed)
     slurm.set_rank_variables(run.launch.nproc)
     early_stop.answer(run.preemption.signals)
@@ -97,8 +101,14 @@ def _check_and_start(composed: DictConfig, problems: Sequence[Problem], check_on
         problems += validate_world(run, launch.world_size(run.launch))
     if problems:
         raise ConfigError(problems_text(problems))
-    if check_only:
-        print(f"The configuration of {run.run_dir} is fine. Nothing was started.")
+    if check:
+        tried = ""
+        if check == _CHECK_RUN:
+            from trainer.training import rehearsal
+
+            rehearsal.check(run, launch.world_size(run.launch))
+            tried = " A training batch and an evaluation batch were computed."
+        print(f"The configuration of {run.run_dir} is fine.{tried} Nothing was started.")
         return DONE
     plain = stored(composed)
     return _rank(run, plain) if launch.is_rank() else _launch(run, plain)

@@ -93,6 +93,28 @@ def test_check_starts_nothing(here, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_check_run_computes_one_batch_and_writes_nothing(here, tmp_path):
+    small = ["data=synthetic", "sample.shape=[1,8,8]", "checkpoint.metric=accuracy"]
+    code, out, err = here("--check=run", *small)
+    assert code == 0, err
+    assert "A training batch and an evaluation batch were computed" in out
+    code, _, err = here("--check=run", *small, "model.input_shape=[3,8,8]")
+    assert code == 2
+    assert "the training data does not fit the model" in err
+    assert "conv1, Conv2d(3, 32" in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_misspelt_metric_is_rejected_before_the_first_step(here, tmp_path):
+    code, _, err = here(
+        "data=synthetic", "sample.shape=[1,8,8]", "checkpoint.metric=acuracy", "name=a"
+    )
+    assert code == 2
+    assert "did you mean 'accuracy'" in err
+    assert not (tmp_path / "runs/a/metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]])
 def test_hydra_flags_work(command, flags):
     done = command(*flags, "trainer.max_epochs=3")

@@ -90,6 +90,9 @@ class Trainer:
     )
     profile_steps: int = setting(5, "Number of profiled steps, with profile=true.", at_least=1)
     deterministic: bool = setting(True, "Use deterministic kernels on GPUs.")
+    smoke: bool = setting(
+        True, "Try the first training batch and one evaluation batch before the first step."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

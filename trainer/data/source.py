@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -42,12 +43,22 @@ class TrainBatches(ABC):
     """Use the next sample instead of one that cannot be read; otherwise raise a DataError."""
 
     @abstractmethod
-    def batches(self, cursor: Cursor) -> "Feed[tuple[list[Batch], Cursor]]":
-        """Return (this rank's microbatches of a global batch, cursor after it), from `cursor`."""
+    def batches(
+        self, cursor: Cursor, limit: int | None = None
+    ) -> "Feed[tuple[list[Batch], Cursor]]":
+        """Return (this rank's microbatches of a global batch, cursor after it), from `cursor`.
+
+        Ends after `limit` global batches, if given.
+        """
 
     def first(self) -> list[Batch]:
-        """Return this rank's microbatches of the first global batch, made in this process."""
-        return next(replace(self, workers=0).batches(State().cursor))[0]
+        """Return this rank's microbatches of the first global batch.
+
+        With data workers, one of them makes it: files that this process opened would be shared
+        with all workers forked later.
+        """
+        single = replace(self, workers=min(self.workers, 1))
+        return next(single.batches(State().cursor, 1))[0]
 
 
 @dataclass(frozen=True)
@@ -75,11 +86,14 @@ class TrainStream(TrainBatches):
         """Global batches per epoch; the last, incomplete one is dropped."""
         return self.samples // self.global_batch_size
 
-    def batches(self, cursor: Cursor) -> "Feed[tuple[list[Batch], Cursor]]":
+    def batches(
+        self, cursor: Cursor, limit: int | None = None
+    ) -> "Feed[tuple[list[Batch], Cursor]]":
         """Return (this rank's microbatches of a global batch, cursor after it), from `cursor`."""
         batches = order.global_batches(
             cursor, seed=self.seed, size=self.samples, global_batch_size=self.global_batch_size
         )
+        batches = islice(batches, limit)
         rank_indices = partial(
             order.microbatches,
             rank=self.world.rank,
@@ -141,7 +155,11 @@ class EvalStream:
         batch, _ = fetch_readable(self.dataset, first, "eval", skip=skip, replace=True)
         return to_device(batch, self.world.device)
 
-    def batches(self) -> "Feed[Batch | None]":
+    def first(self) -> Batch | None:
+        """Return this rank's first batch, made by a data worker if there are any, or None."""
+        return next(replace(self, workers=min(self.workers, 1)).batches(1))
+
+    def batches(self, limit: int | None = None) -> "Feed[Batch | None]":
         """Return this rank's batches, equally many on every rank so that ranks can communicate.
 
         Rank by rank they are in the order of the samples: each rank has a contiguous block. None is
@@ -152,7 +170,7 @@ class EvalStream:
         starts = range(0, len(self) * self.batch_size, self.batch_size)
         return Feed(
             partial(_eval_item, self.dataset, self.skip_damaged),
-            (indices[start : start + self.batch_size] for start in starts),
+            (indices[start : start + self.batch_size] for start in starts[:limit]),
             device=world.device,
             workers=self.workers,
         )

@@ -5,9 +5,9 @@ The last, incomplete batch of an epoch is dropped; one batch is read ahead to de
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any
 
 import torch
@@ -57,26 +57,28 @@ class Streamed(TrainBatches):
         """Unknown for a stream."""
         return
 
-    def batches(self, cursor: Cursor) -> "Feed[tuple[list[Batch], Cursor]]":
+    def batches(
+        self, cursor: Cursor, limit: int | None = None
+    ) -> "Feed[tuple[list[Batch], Cursor]]":
         """Return (this rank's microbatches of a global batch, cursor after it), from `cursor`."""
         is_loader = isinstance(self.dataset, DataLoader)
         return Feed(
             _StreamReader(self, cursor),
-            repeat(None),
+            islice(repeat(None), limit),
             device=self.world.device,
             workers=0 if is_loader else min(self.workers, 1),
             begin=_begin_reader,
         )
 
     def first(self) -> list[Batch]:
-        """Return this rank's microbatches of the first global batch, read in this process."""
+        """Return this rank's microbatches of the first global batch, read as training reads it."""
         generators = [
             generator
             for owner in (self.dataset, getattr(self.dataset, "sampler", None))
             if isinstance(generator := getattr(owner, "generator", None), torch.Generator)
         ]
         states = [generator.get_state() for generator in generators]
-        microbatches = next(replace(self, workers=0).batches(State().cursor))[0]
+        microbatches = next(self.batches(State().cursor, 1))[0]
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)  # training starts from the same state
         return microbatches

@@ -1,7 +1,7 @@
 """Evaluation of the model on all evaluation samples."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from trainer.training.job import Job, Phase
 
 _DAMAGED = "damaged"
 """Metric with the number of skipped samples."""
+_TOO_FEW_SAMPLES = (RuntimeError, ValueError, IndexError, ZeroDivisionError)
+"""Errors of metrics that need more than one batch."""
 _MAX_DAMAGED_NAMES = 5
 """Damaged samples that are named in the log; later ones are only counted."""
 
@@ -58,10 +60,10 @@ def evaluate(
                 if batch is None and not is_collective:
                     continue  # only other ranks have samples left
                 inputs = job.evaluation.one() if batch is None else batch
-                results = [_forward(job, phase, inputs) for phase in job.phases]
+                results = [forward(job, phase, inputs) for phase in job.phases]
                 if batch is not None:
-                    _update_metrics(job, metrics, results, batch)
-            values = _compute(job, metrics)
+                    update_metrics(job, metrics, results, batch)
+            values = compute(job, metrics)
             if job.evaluation.skip_damaged:
                 # Every evaluation meets the same samples, so only the first one names them.
                 reported = _MAX_DAMAGED_NAMES if state.last_eval_step else 0
@@ -84,38 +86,47 @@ def create_metrics(job: Job) -> dict[str, Any]:
 
         names = dict.fromkeys(["loss", *(phase.metric_name("loss") for phase in job.phases)])
         metrics = {**{name: MeanMetric() for name in names}, **job.task.metrics()}
-        for name, metric in metrics.items():
-            problem = metric_states.merge_problem(metric) if job.world.size > 1 else ""
-            if problem:
-                raise ConfigError(f"task: the metric {name!r} {problem}")
+        if job.world.size > 1:
+            check_mergeable(metrics)
+        for metric in metrics.values():
             metric_states.disable_sync(metric)
             if isinstance(metric, nn.Module):
                 metric.to(job.world.device)
-        check_name(job, metrics, is_complete=False)
+        check_name(job, metrics, uncertain=metrics)
         _resolve_mode(job, metrics)
         job.metrics = metrics
     return job.metrics
 
 
-def check_name(job: Job, names: Collection[str], *, is_complete: bool = True) -> None:
+def check_mergeable(metrics: Mapping[str, Any]) -> None:
+    """Check that metrics can be merged over ranks.
+
+    Raises:
+        ConfigError: one of them cannot.
+    """
+    for name, metric in metrics.items():
+        if problem := metric_states.merge_problem(metric):
+            raise ConfigError(f"task: the metric {name!r} {problem}")
+
+
+def check_name(job: Job, names: Collection[str], *, uncertain: Collection[str] = ()) -> None:
     """Check that an evaluation measures `checkpoint.metric`.
 
     Args:
         job: the training run.
         names: the measured metrics.
-        is_complete: False if a metric may still turn out to be several, called `<metric>_<key>`.
+        uncertain: metrics that may still turn out to be several, called `<metric>_<key>`.
 
     Raises:
         ConfigError: it is not measured.
     """
     metric = job.metric
-    if metric is None or metric in names or metric == _DAMAGED:
+    if metric is None or metric in (*names, *uncertain, _DAMAGED):
         return
-    if not is_complete and any(metric.startswith(f"{name}_") for name in names):
+    if any(metric.startswith(f"{name}_") for name in uncertain):
         return
-    raise ConfigError(
-        f"checkpoint.metric={metric!r} is not measured by the evaluation{closest(metric, names)}"
-    )
+    hint = closest(metric, [*names, *uncertain])
+    raise ConfigError(f"checkpoint.metric={metric!r} is not measured by the evaluation{hint}")
 
 
 def _resolve_mode(job: Job, metrics: Mapping[str, Any]) -> None:
@@ -147,17 +158,28 @@ def _reset_metrics(job: Job) -> dict[str, Any]:
     return metrics
 
 
-def _compute(job: Job, metrics: Mapping[str, Any]) -> dict[str, float]:
+def compute(
+    job: Job, metrics: Mapping[str, Any], *, is_rehearsal: bool = False
+) -> dict[str, float]:
     """Return the metrics of all ranks' samples, computed on rank 0. Collective.
 
     Ranks of different machines could round differently, and then disagree about the best step.
+
+    Args:
+        job: the training run.
+        metrics: its metrics, updated with this rank's samples.
+        is_rehearsal: leave out metrics that cannot be computed, since they may need more samples.
     """
     ranks = job.world.gather_on_rank0(metric_states.collect(metrics) if job.world.size > 1 else [])
 
     def compute() -> dict[str, float]:
         if job.world.size > 1:
             metric_states.merge(metrics, ranks)
-        return dict(_scalars({name: metric.compute() for name, metric in metrics.items()}))
+        values = {}
+        for name, metric in metrics.items():
+            with suppress(*_TOO_FEW_SAMPLES) if is_rehearsal else nullcontext():
+                values[name] = metric.compute()
+        return dict(_scalars(values))
 
     return job.world.run_on_rank0(compute)
 
@@ -183,7 +205,8 @@ def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             ) from None
 
 
-def _forward(job: Job, phase: Phase, batch: Batch) -> tuple[Tensor, Any]:
+def forward(job: Job, phase: Phase, batch: Batch) -> tuple[Tensor, Any]:
+    """Return a phase's loss and outputs of a batch. Collective if the model is sharded."""
     with parallel.autocast(job.precision, job.world.device):
         result: tuple[Tensor, Any] = parallel.inside(
             phase.wrapped, job.model, job.task.loss, batch, *phase.task_arguments
@@ -191,7 +214,7 @@ def _forward(job: Job, phase: Phase, batch: Batch) -> tuple[Tensor, Any]:
     return result
 
 
-def _update_metrics(
+def update_metrics(
     job: Job, metrics: dict[str, Any], results: Sequence[tuple[Tensor, Any]], batch: Batch
 ) -> None:
     """Add each phase's loss and outputs of a batch to the metrics."""

@@ -248,18 +248,27 @@ def settle_buckets(
     if world.size < 3 and not wrapped.static_graph:
         return
     generators = rng.capture()
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    for _ in range(_WARM_UP_PASSES):
-        passes()
+    with buffers_restored(model):
+        for _ in range(_WARM_UP_PASSES):
+            passes()
     for parameter in model.parameters():
         parameter.grad = None
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
     rng.restore(generators)
     rebuilds_by_now = not (wrapped.find_unused_parameters or wrapped.static_graph)
     if rebuilds_by_now and not has_rebuilt_buckets(wrapped):
         raise RuntimeError("DDP did not rebuild its buckets in the warm-up: resume is not exact")
+
+
+@contextmanager
+def buffers_restored(model: nn.Module) -> Iterator[None]:
+    """Restore the buffers at the end of the block."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def has_rebuilt_buckets(wrapped: DistributedDataParallel) -> bool:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -126,8 +126,10 @@ def _update(job: Job, phase: Phase, grad_norm: Tensor | None) -> bool:
 def warm_up(job: Job) -> None:
     """Run the passes after which DDP's buckets are final; call before loading. Collective."""
 
+    first_batches = cache(job.data.first)
+
     def forward_backward(phase: Phase) -> None:
-        microbatches = job.data.first()
+        microbatches = first_batches()
         with phase.own_gradients(job.model):
             with parallel.autocast(job.precision, job.world.device):
                 loss, _ = phase.loss(job.task, microbatches[0])
