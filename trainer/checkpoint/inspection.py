@@ -9,6 +9,7 @@ from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import DAMAGED, FOLDER, MANIFEST, Commit
 from trainer.checkpoint.location import Location, numbers
 from trainer.checkpoint.manifest import Manifest, is_shard_name, parse_folder
+from trainer.core import intervals, metric_mode
 from trainer.errors import CheckpointError
 from trainer.storage import Store
 from trainer.storage.store import has_size
@@ -39,6 +40,19 @@ class CheckpointStatus:
         first = lineage.retention_of(self.manifest).get("metric")
         values = lineage.measurements(self.manifest)
         return {key: values[key] for key in sorted(values, key=lambda key: (key != first, key))}
+
+
+def best(statuses: Sequence[CheckpointStatus]) -> CheckpointStatus | None:
+    """Return the intact checkpoint with the best `checkpoint.metric`, the earliest of equals."""
+    intact = {s.commit.step: s for s in statuses if s.state == "intact" and s.manifest is not None}
+    newest = intact[max(intact)].manifest if intact else None
+    policy = lineage.retention_of(newest) if newest is not None else {}
+    metric = policy.get("metric")
+    if not metric:
+        return None
+    values = {step: status.metrics.get(metric) for step, status in intact.items()}
+    ranked = intervals.best_first(values, metric_mode.resolve(metric, policy.get("mode")))
+    return intact[ranked[0]] if ranked else None
 
 
 def inspect(location: Location) -> list[CheckpointStatus]:

@@ -1,6 +1,6 @@
 """`list`: one line for each checkpoint folder."""
 
-from trainer.checkpoint.inspection import inspect
+from trainer.checkpoint.inspection import best, inspect
 from trainer.checkpoints.answer import Answer, open_checkpoints, status_json
 from trainer.cli import Arguments
 from trainer.core.formatting import age, size, table
@@ -11,6 +11,7 @@ def list_checkpoints(arguments: Arguments) -> Answer:
     """Return a table of all checkpoint folders."""
     location = open_checkpoints(arguments.places[0], arguments.store)
     statuses = inspect(location)
+    best_status = best(statuses)
     rows = [["step", "attempt", "size", "age", "ranks", "state", "metrics"]]
     for status in statuses:
         rows.append(
@@ -21,12 +22,15 @@ def list_checkpoints(arguments: Arguments) -> Answer:
                 "" if status.saved_s is None else age(status.saved_s),
                 "" if status.manifest is None else str(status.manifest.world_size),
                 status.state + (f": {status.reason}" if status.reason else ""),
-                ", ".join(f"{name} {value:.4g}" for name, value in status.metrics.items()),
+                ", ".join(f"{name} {value:.4g}" for name, value in status.metrics.items())
+                + (" (best)" if status is best_status else ""),
             ]
         )
     content = {
         "path": location.url,
         "is_run": location.is_run,
-        "checkpoints": [*map(status_json, statuses)],
+        "checkpoints": [
+            {**status_json(status), "best": status is best_status} for status in statuses
+        ],
     }
     return DONE, content, table(rows) if statuses else f"{location.url} has no checkpoints yet"
