@@ -156,7 +156,7 @@ class EvalStream:
         return to_device(batch, self.world.device)
 
     def first(self) -> Batch | None:
-        """Return this rank's first batch, made by a data worker if there are any, or None."""
+        """Return this rank's first batch or None; with data workers, one of them makes it."""
         return next(replace(self, workers=min(self.workers, 1)).batches(1))
 
     def batches(self, limit: int | None = None) -> "Feed[Batch | None]":
