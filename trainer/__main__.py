@@ -4,7 +4,7 @@ import sys
 
 from trainer.errors import CONFIGURATION, DONE, closest, print_error, version_text
 
-_COMMANDS = {
+COMMANDS = {
     "run": "train a model, or resume its run",
     "prepare": "prepare the data before training",
     "doctor": "check this machine or cluster before training",
@@ -24,15 +24,15 @@ def main() -> int:
         print(version_text())
         return DONE
     if arguments:
-        hint = closest(arguments[0], _COMMANDS)
+        hint = closest(arguments[0], COMMANDS)
         print_error(
             f"python -m trainer takes no argument {arguments[0]!r}{hint}; "
             "type python -m trainer.COMMAND"
         )
         return CONFIGURATION
-    width = max(map(len, _COMMANDS))
+    width = max(map(len, COMMANDS))
     print("Training jobs that are killed and finish anyway.\n")
-    for name, description in _COMMANDS.items():
+    for name, description in COMMANDS.items():
         print(f"  python -m trainer.{name:<{width}}  {description}")
     print("\nRun a command with --help for its options.")
     return DONE

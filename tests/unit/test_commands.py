@@ -1,12 +1,17 @@
 """python -m trainer lists the commands."""
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import perdure
 from trainer import __main__ as listing
-from trainer import run, top
+from trainer import protocols, run, task, top
 
 
 def test_listing_names_only_existing_commands(monkeypatch, capsys):
@@ -16,6 +21,9 @@ def test_listing_names_only_existing_commands(monkeypatch, capsys):
     assert len(names) == len(set(names)) >= 8
     for name in names:
         assert importlib.util.find_spec(name) is not None, name
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(("typed", "hint"), [("exprt", "did you mean 'export'?"), ("xyz", "valid")])
@@ -49,3 +57,32 @@ def test_shown_configuration_reports_an_unknown_choice(capsys):
 def test_comma_without_multirun_shows_the_quoted_form(capsys):
     assert run.main(["init.weights=a,b"]) == 2
     assert "To give it as text: \"init.weights='a,b'\"" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["top", "--help"], ["run", "--version"], ["checkpoints", "x"]]
+)
+def test_perdure_command_equals_the_module_also_next_to_a_trainer_of_the_user(tmp_path, arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    commands = [
+        ["-m", "perdure", *arguments],
+        ["-m", f"trainer.{arguments[0]}", *arguments[1:]],
+    ]
+    module, reference = (
+        subprocess.run(
+            [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True
+        )
+        for command, folder in zip(commands, (tmp_path, ROOT), strict=True)
+        if folder == ROOT or (folder / "trainer.py").write_text("import nothing\n")
+    )
+    assert module.returncode == reference.returncode
+    assert module.stdout == reference.stdout
+    assert module.stderr == reference.stderr
+
+
+def test_perdure_exports_the_objects_of_trainer():
+    assert perdure.Task is protocols.Task
+    assert perdure.task is task
+    assert {"Task", "checkpoint"} <= set(dir(perdure))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = perdure.nothing
