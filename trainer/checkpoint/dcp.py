@@ -11,24 +11,14 @@ import dataclasses
 import io
 import os
 import secrets
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    STORAGE_TYPES,
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import (
     LoadItemType,
     LoadPlan,
@@ -41,19 +31,16 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from trainer.checkpoint import location, manifest, select, shard, values
+from trainer.checkpoint import dcp_items, dcp_metadata, location, manifest, select, shard
 from trainer.checkpoint.box import Box
 from trainer.checkpoint.commit import commit, deleted_unless_committed, readable_bytes
 from trainer.checkpoint.lineage import MANIFEST
-from trainer.checkpoint.manifest import DCP_OBJECT, Manifest, ShardFile, TensorEntry
-from trainer.checkpoint.plan import DTYPE_NAMES, TORCH_DTYPES, columns
+from trainer.checkpoint.manifest import DCP_OBJECT, Manifest
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.shard_writer import LiveTensors, write_shard
 from trainer.config.schema import ObjectStore
 from trainer.errors import CheckpointError, ConfigError, StoreError
 from trainer.storage.store import AlreadyExists
-
-_OPAQUE = {"bytes": bytes, "bytearray": bytearray, "BytesIO": io.BytesIO}
 
 
 @dataclass(frozen=True)
@@ -62,21 +49,6 @@ class _RankInfo:
 
     rank: int
     world_size: int
-
-
-@dataclass(frozen=True)
-class _ItemRecord:
-    """Result of writing one item of a plan."""
-
-    file: str = ""
-    record: ShardFile | None = None
-    dtype: str = ""
-    """Set for tensors and opaque bytes."""
-    box: Box = field(default_factory=lambda: Box((), ()))
-    opaque: str = ""
-    """A key of `_OPAQUE`, or `stream` for data in the planner's private format."""
-    value: Any = None
-    """Encoded value, if neither a tensor nor opaque."""
 
 
 class PerdureStorageWriter(StorageWriter):
@@ -154,14 +126,14 @@ class PerdureStorageWriter(StorageWriter):
             rank=info.rank, world_size=info.world_size, token=token, save=self._saves
         )
         tensors: dict[str, Tensor | WriteItem] = {}  # by key in the shard
-        records: list[tuple[WriteItem, _ItemRecord]] = []
+        records: list[tuple[WriteItem, dcp_items.ItemRecord]] = []
         sizes: dict[str, tuple[str, tuple[int, ...]]] = {}
         for item in plan.items:
             data: Tensor | None = None
             if item.type is WriteItemType.BYTE_IO:
-                key, item_record, data = item.index.fqn, *_object(item, planner)
+                key, item_record, data = item.index.fqn, *dcp_items.object_record(item, planner)
             else:
-                key, item_record = _tensor(item)
+                key, item_record = dcp_items.tensor_record(item)
             if item_record.dtype:
                 if key in tensors:
                     raise CheckpointError(
@@ -176,7 +148,7 @@ class PerdureStorageWriter(StorageWriter):
 
             def tensor_of(key: str) -> Tensor:
                 source = tensors[key]
-                return source if isinstance(source, Tensor) else _resolved(source, planner)
+                return source if isinstance(source, Tensor) else dcp_items.resolved(source, planner)
 
             file = self._store.open_new(f"{self._folder}/{name}", layout.total_bytes)
             shard_file = write_shard(file, layout, LiveTensors(layout, tensor_of))
@@ -196,7 +168,7 @@ class PerdureStorageWriter(StorageWriter):
             (result.index, record)
             for rank_results in results
             for result in rank_results
-            if isinstance(record := result.storage_data, _ItemRecord)
+            if isinstance(record := result.storage_data, dcp_items.ItemRecord)
         ]
         files = {r.file: r.record for _, r in items if r.record is not None}
         paths = metadata.planner_data or {}
@@ -210,7 +182,7 @@ class PerdureStorageWriter(StorageWriter):
             save=self._saves,
             world_size=len(results),
             versions={"torch": torch.__version__},
-            tensors=_entries(metadata, items, list(files)),
+            tensors=dcp_items.tensor_entries(metadata, items, list(files)),
             files=files,
             objects={
                 DCP_OBJECT: {
@@ -280,15 +252,11 @@ class PerdureStorageReader(StorageReader):
         newest = select.pick(directory, "latest")
         self._manifest = directory.manifest(newest)
         self._reader = Reader(directory.store, newest.folder, self._manifest)
-        self._extra = _extra(self._manifest, f"{directory.store.url}/{newest.folder}")
+        self._extra = dcp_metadata.other_values(
+            self._manifest, f"{directory.store.url}/{newest.folder}"
+        )
         self._identity = (newest.folder, self._manifest.token, self._manifest.save)
-        opaque, objects = self._extra["opaque"], self._extra["objects"]
-        entries: dict[str, STORAGE_TYPES] = {
-            name: _storage(self._manifest, name) for name in self._manifest.tensors
-        }
-        entries |= {name: BytesStorageMetadata() for name in (*opaque, *objects)}
-        paths = {name: tuple(path) for name, path in self._extra["paths"].items()}
-        return Metadata(entries, planner_data=paths)
+        return dcp_metadata.metadata_of(self._manifest, self._extra)
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
@@ -348,7 +316,7 @@ class PerdureStorageReader(StorageReader):
                         "that wrote it"
                     )
                 return io.BytesIO(data)
-            value = _OPAQUE[kind](data)
+            value = dcp_items.OPAQUE[kind](data)
         stream = io.BytesIO()
         torch.save(value, stream)
         stream.seek(0)
@@ -364,146 +332,3 @@ def _url(checkpoint_id: str | os.PathLike[str] | None) -> str:
     if not checkpoint_id:
         raise ConfigError("checkpoint_id is not set; pass the checkpoint's folder")
     return os.fspath(checkpoint_id)
-
-
-# --- writing -----------------------------------------------------------------------------------
-
-
-def _tensor(item: WriteItem) -> tuple[str, _ItemRecord]:
-    """Return an item's key in the shard, and its record."""
-    name, data = item.index.fqn, item.tensor_data
-    assert data is not None  # noqa: S101 (for the type checker)
-    dtype = DTYPE_NAMES.get(data.properties.dtype)
-    if dtype is None or name == shard.METADATA:
-        raise CheckpointError(
-            f"tensor {name!r} ({data.properties.dtype}) cannot be stored: unsupported name or dtype"
-        )
-    box = Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
-    is_complete = box.lengths == tuple(data.size)
-    return shard.part_key(name, None if is_complete else box.offsets), _ItemRecord(
-        dtype=dtype, box=box
-    )
-
-
-def _resolved(item: WriteItem, planner: SavePlanner) -> Tensor:
-    tensor = planner.resolve_data(item)
-    data = item.tensor_data
-    assert isinstance(tensor, Tensor)  # noqa: S101 (the planner's promise)
-    assert data is not None  # noqa: S101 (for the type checker)
-    planned = (data.properties.dtype, data.chunk.sizes)
-    if (tensor.dtype, tensor.shape) != planned:
-        raise CheckpointError(
-            f"tensor {item.index.fqn!r} was planned as {planned[0]} {list(planned[1])} but "
-            f"is {tensor.dtype} {list(tensor.shape)}; do not change tensors during a save"
-        )
-    return tensor
-
-
-def _object(item: WriteItem, planner: SavePlanner) -> tuple[_ItemRecord, Tensor | None]:
-    """Return the record of a value that is not a tensor, and its bytes if it is opaque."""
-    name = item.index.fqn
-    raw = _raw(planner)
-    if raw is None:  # the planner has a private format and reads it back itself
-        written = planner.resolve_data(item)
-        assert isinstance(written, io.BytesIO)  # noqa: S101 (the planner's promise)
-        return _opaque("stream", written.getbuffer())
-    value = raw.lookup_object(item.index)
-    if type(value) in (bytes, bytearray):
-        return _opaque(type(value).__name__, value)
-    if type(value) is io.BytesIO:
-        return _opaque("BytesIO", value.getbuffer())
-    return _ItemRecord(value=values.decode(values.encode(value, name))), None
-
-
-def _raw(planner: SavePlanner) -> DefaultSavePlanner | None:
-    """Return the planner if it pickles values as torch's default planner does, else None."""
-    if not isinstance(planner, DefaultSavePlanner):
-        return None
-    kind = type(planner)
-    overridden = kind.resolve_data is not DefaultSavePlanner.resolve_data or (
-        kind.transform_object is not DefaultSavePlanner.transform_object
-    )
-    return None if overridden else planner
-
-
-def _opaque(kind: str, data: Any) -> tuple[_ItemRecord, Tensor]:
-    tensor = torch.frombuffer(bytearray(data) or bytearray(1), dtype=torch.uint8)[: len(data)]
-    return _ItemRecord(dtype="U8", box=Box((0,), (len(data),)), opaque=kind), tensor
-
-
-def _entries(
-    metadata: Metadata, items: Sequence[tuple[MetadataIndex, _ItemRecord]], files: list[str]
-) -> dict[str, TensorEntry]:
-    numbers = {file: number for number, file in enumerate(files)}
-    parts: dict[str, list[tuple[int, Box]]] = {}
-    dtypes: dict[str, str] = {}
-    for index, record in items:
-        if record.dtype:
-            parts.setdefault(index.fqn, []).append((numbers[record.file], record.box))
-            dtypes[index.fqn] = record.dtype
-    entries = {}
-    for name, boxes in parts.items():
-        declared = metadata.state_dict_metadata[name]
-        shape = boxes[0][1].lengths
-        if isinstance(declared, TensorStorageMetadata):
-            shape = tuple(declared.size)
-        entry = TensorEntry(dtypes[name], shape)
-        entries[name] = _even(entry, boxes) or columns(entry, boxes)
-    return entries
-
-
-def _even(entry: TensorEntry, boxes: Sequence[tuple[int, Box]]) -> TensorEntry | None:
-    """Return the entry as an even sharding over the first files, or None if it is uneven."""
-    pieces = [len({box.offsets[axis] for _, box in boxes}) for axis in range(len(entry.shape))]
-    even = dataclasses.replace(entry, grid=tuple(pieces))
-    if len(boxes) < 2 or prod(pieces) != len(boxes):
-        return None
-    cells = [(number, even.cell(number)) for number in range(len(boxes))]
-    return even if cells == list(boxes) else None
-
-
-# --- reading -----------------------------------------------------------------------------------
-
-
-def _storage(manifest_: Manifest, name: str) -> TensorStorageMetadata:
-    entry = manifest_.resolve(name)
-    chunks = [
-        ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.lengths))
-        for _, box in entry.boxes(list(manifest_.files), Box.full(entry.shape))
-    ]
-    properties = TensorProperties(dtype=TORCH_DTYPES[entry.dtype])
-    return TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
-
-
-def _extra(manifest_: Manifest, where: str) -> Mapping[str, Any]:
-    """Return the writer's record of values that are not tensors, or derive it for a run.
-
-    Raises:
-        CheckpointError: it is malformed.
-    """
-    extra = manifest_.objects.get(DCP_OBJECT)
-    if extra is None:
-        return _extra_of_run(manifest_)
-    try:
-        is_valid = all(
-            type(extra[key]) is dict and all(type(name) is str for name in extra[key])
-            for key in ("objects", "opaque", "paths")
-        )
-        is_valid = is_valid and set(extra["opaque"].values()) <= {*_OPAQUE, "stream"}
-        is_valid = is_valid and extra["opaque"].keys() <= manifest_.tensors.keys()
-        is_valid = is_valid and all(
-            type(path) is list and all(type(key) in (str, int) for key in path)
-            for path in extra["paths"].values()
-        )
-    except (LookupError, TypeError):
-        is_valid = False
-    if not is_valid:
-        raise CheckpointError(f"{where}: objects.{DCP_OBJECT} in its manifest is malformed")
-    return extra  # type: ignore[no-any-return]
-
-
-def _extra_of_run(manifest_: Manifest) -> Mapping[str, Any]:
-    """Return the record that the writer would have stored for a run's checkpoint."""
-    objects = {f"objects.{name}": value for name, value in manifest_.objects.items()}
-    paths = {name: tuple(name.split(".", 1)) for name in (*manifest_.tensors, *objects)}
-    return {"objects": objects, "opaque": {}, "paths": paths}
