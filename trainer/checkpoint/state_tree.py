@@ -253,8 +253,23 @@ def load_optimizers(
     Raises:
         CheckpointError: the parameter groups differ from the checkpoint's.
     """
-    names = parameter_names(model, optimizers)
     groups = objects["groups"]
+    check_groups(model, optimizers, groups)
+    for group, stored in zip(_groups(optimizers), groups, strict=True):
+        values = {key: value for key, value in stored.items() if key != "params"}
+        group.update(join(values, fetch))
+    load_optimizer_state(model, optimizers, objects["state"], slots, fetch)
+
+
+def check_groups(
+    model: nn.Module, optimizers: Sequence[Optimizer], groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Check that the optimizers have the stored parameter groups.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    names = parameter_names(model, optimizers)
     current = [[names[id(p)] for p in group["params"]] for group in _groups(optimizers)]
     if current != [group["params"] for group in groups]:
         raise CheckpointError(
@@ -263,9 +278,17 @@ def load_optimizers(
             f"{[len(g['params']) for g in groups]}, or their order changed. To start a changed "
             "optimizer from these weights, use init.weights=<safetensors>"
         )
-    for group, stored in zip(_groups(optimizers), groups, strict=True):
-        values = {key: value for key, value in stored.items() if key != "params"}
-        group.update(join(values, fetch))
+
+
+def load_optimizer_state(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    scalars: Mapping[str, Mapping[Any, Any]],
+    slots: Mapping[str, Slot],
+    fetch: Callable[[str], Tensor],
+) -> None:
+    """Replace the optimizers' state by the slots' tensors and the stored values by parameter."""
+    names = parameter_names(model, optimizers)
     states = {}
     for optimizer in optimizers:
         optimizer.state.clear()
@@ -273,6 +296,6 @@ def load_optimizers(
             states[names[id(parameter)]] = (optimizer.state, parameter)
     for slot in slots.values():
         slot.optimizer.state[slot.parameter][slot.key] = slot.tensor
-    for name, values in objects["state"].items():
+    for name, values in scalars.items():
         state, parameter = states[name]
         state[parameter].update(join(values, fetch))

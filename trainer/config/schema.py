@@ -261,7 +261,14 @@ class Run:
     name: str = setting("???", "Name of the run. Default: names of data and model.")
     run_dir: str = setting("???", "Run directory; the same directory is the same run.")
     seed: int = setting(0, "Seed of initial weights, sample order and dropout.", at_least=0)
-    resume: str = setting("auto", "auto, never, best, a step, or the path of a checkpoint or run.")
+    resume: str = setting(
+        "auto", "auto, never, best, a step, the path of a checkpoint or run, or RUN@STEP."
+    )
+    resume_override: list[str] = setting(
+        [],
+        "Keys of changed settings that the same run takes over on resume: optimizer, scheduler, "
+        "trainer.freeze, or a part such as optimizer.lr.",
+    )
     sample: Sample = setting(Sample, "Shape and classes of one sample.")
     model: dict[str, Any] = setting({}, "The nn.Module, by _target_.")
     data: dict[str, Any] = setting({}, "The data, by _target_.")

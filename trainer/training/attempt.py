@@ -333,6 +333,7 @@ def _record_start(
         "first_step": state.step,
         **length,
         "changed": [str(difference) for difference in start.differences],
+        **({"resume_override": run.resume_override} if run.resume_override else {}),
     }
     replicas.amend(attempt, values)
     store.replace("config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(stored))).encode())

@@ -1,8 +1,9 @@
 """Objects from a configuration, and the checks of it that come first."""
 
+import copy
 import inspect
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -366,22 +367,42 @@ def _build_phases(
         parts = [part for part in parts if part["params"] or not patterns]
         node = {**_arguments(run.optimizer), **changes.get(name, {})}
         optimizer = targets.make(node, "optimizer", parts if rules else parts[0]["params"])
-        scheduler = _build_scheduler(run, optimizer, max_steps, steps_per_epoch)
-        phases.append(Phase(name=name, wrapped=module, optimizer=optimizer, scheduler=scheduler))
+        make = _scheduler_maker(run, optimizer, steps_per_epoch)
+        phases.append(
+            Phase(
+                name=name,
+                wrapped=module,
+                optimizer=optimizer,
+                scheduler=make(max_steps) if make is not None else None,
+                make_scheduler=make,
+            )
+        )
     return phases, [*lines, *matches]
 
 
-def _build_scheduler(
-    run: Run, optimizer: Optimizer, max_steps: int, steps_per_epoch: int
-) -> LRScheduler | None:
+def _scheduler_maker(
+    run: Run, optimizer: Optimizer, steps_per_epoch: int
+) -> Callable[[int], LRScheduler] | None:
+    """Return a function that builds a schedule of so many steps for the optimizer as it is now."""
     if not run.scheduler:
         return None
-    epochs = -(-max_steps // max(steps_per_epoch, 1))  # unused by streams
-    horizon = dict(zip(schedule.HORIZON_WORDS, (max_steps, epochs, steps_per_epoch), strict=True))
-    node = {
-        key: horizon[value] if _is_horizon(value) else value
-        for key, value in run.scheduler.items()
-        if key != "interval"
-    }
-    scheduler: LRScheduler = targets.make(node, "scheduler", optimizer)
-    return scheduler
+    groups = optimizer.param_groups
+    configured = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+    configured = copy.deepcopy(configured)
+
+    def make(steps: int) -> LRScheduler:
+        for group, values in zip(groups, configured, strict=True):
+            parameters = group["params"]
+            group.clear()
+            group |= {"params": parameters, **copy.deepcopy(values)}
+        epochs = -(-steps // max(steps_per_epoch, 1))  # unused by streams
+        horizon = dict(zip(schedule.HORIZON_WORDS, (steps, epochs, steps_per_epoch), strict=True))
+        node = {
+            key: horizon[value] if _is_horizon(value) else value
+            for key, value in run.scheduler.items()
+            if key != "interval"
+        }
+        scheduler: LRScheduler = targets.make(node, "scheduler", optimizer)
+        return scheduler
+
+    return make

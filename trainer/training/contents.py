@@ -7,6 +7,7 @@
 | averages    | `ema.<parameter>`                             |                            |
 | generators  | `rng.<rank>.<generator>`                      |                            |
 | schedules   | `scheduler.…`, for tensors in a schedule      | `scheduler`                |
+| their start |                                               | `schedule_starts`, if not 0 |
 | phases      |                                               | `phases`                   |
 | loss scaler | `scaler.…`, for tensors in its state          | `scaler`                   |
 | progress    |                                               | `run`: see `core.state`    |
@@ -16,11 +17,12 @@
 are absent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from trainer import schedule
 from trainer.checkpoint import state_tree
@@ -32,6 +34,7 @@ from trainer.core import rng
 from trainer.core.state import State
 from trainer.errors import CheckpointError, ConfigError
 from trainer.training.job import Job, Phase
+from trainer.training.takeover import SCHEDULER_KEYS, Takeover
 
 if TYPE_CHECKING:
     from trainer.training.resume import Start
@@ -41,11 +44,8 @@ EMA = "ema."
 """Name prefix of averaged parameters."""
 RNG = "rng."
 SCHEDULER, PHASES, SCALER = "scheduler", "phases", "scaler"
+SCHEDULE_STARTS = "schedule_starts"
 RUN, DATA, SAMPLES = "run", "data", "samples"
-_LENGTH_SETTINGS = ("trainer.max_steps", "trainer.max_epochs")
-
-_Changes = dict[str, Any]
-"""New values of changed optimizer settings, by name."""
 
 
 def collect(job: Job, state: State) -> Content:
@@ -75,21 +75,30 @@ def restore(job: Job, start: "Start", manifest: Manifest, reader: Reader) -> Sta
         CheckpointError: the checkpoint does not fit this model or optimizer.
         ConfigError: the training data has another number of samples than the run's.
     """
-    state = State()
-    state.load_state_dict(dict(manifest.objects[RUN]))
+    takeover = start.takeover
+    state = _restore_state(manifest, takeover)
     data_moved = _restore_data(job, start, manifest, state)
     _restore_model(job, manifest, reader)
-    changes = [_changed_settings(phase, start) for phase in job.phases]
-    longer = data_moved or start.differs(*_LENGTH_SETTINGS)
-    replay = longer and _depends_on_length(manifest) and state.step < job.max_steps
-    replayed = _restore_schedules(job, start, manifest, reader, changes, replay=replay)
-    _restore_optimizers(job, manifest, reader, changes)
+    longer = (data_moved or not takeover.same_length) and _depends_on_length(manifest)
+    replay = longer and state.step < job.max_steps
+    replayed = _restore_schedules(job, takeover, manifest, reader, state.step, replay=replay)
+    _restore_optimizers(job, takeover, manifest, reader)
     for scheduler, position in replayed:
         position.restore(scheduler)
     _restore_averages(job, manifest, reader)
     if job.scaler.is_enabled() and manifest.objects.get(SCALER):
         job.scaler.load_state_dict(state_tree.join(manifest.objects[SCALER], reader.fetch))
-    _restore_generators(job, manifest, reader, state.step)
+    _restore_generators(job, takeover, manifest, reader, state.step)
+    return state
+
+
+def _restore_state(manifest: Manifest, takeover: Takeover) -> State:
+    state = State()
+    state.load_state_dict(dict(manifest.objects[RUN]))
+    if not takeover.best:
+        state.best, state.stale_evals = None, 0
+    if not takeover.evaluation:
+        state.last_eval_step, state.metrics = 0, {}
     return state
 
 
@@ -122,32 +131,57 @@ def _collect_optimizers(job: Job, content: Content) -> None:
     state_tree.add_optimizers(content, job.model, [phase.optimizer for phase in job.phases])
 
 
-def _restore_optimizers(
-    job: Job, manifest: Manifest, reader: Reader, changes: Sequence[_Changes]
-) -> None:
+def _restore_optimizers(job: Job, takeover: Takeover, manifest: Manifest, reader: Reader) -> None:
+    optimizers = [phase.optimizer for phase in job.phases]
+    objects = manifest.objects[OPTIMIZER]
+    if takeover.same_parameters:
+        state_tree.check_groups(job.model, optimizers, objects["groups"])
+    names = state_tree.parameter_names(job.model, optimizers)
+    groups = {name: group for group in objects["groups"] for name in group["params"]}
+    trained = {names[id(p)] for o in optimizers for g in o.param_groups for p in g["params"]}
     stored = {
         name: (TORCH_DTYPES[entry.dtype], entry.shape)
         for name, entry in manifest.tensors.items()
         if name.startswith(f"{OPTIMIZER}.")
     }
-    optimizers = [phase.optimizer for phase in job.phases]
+    scalars = objects["state"]
+    if not takeover.same_parameters:  # what is frozen now leaves its state behind
+        stored = {
+            n: e for n, e in stored.items() if n.split(".", 1)[1].rpartition(".")[0] in trained
+        }
+        scalars = {name: values for name, values in scalars.items() if name in trained}
+    for phase in job.phases:
+        for group in phase.optimizer.param_groups:
+            members = [names[id(p)] for p in group["params"]]
+            values = _stored_settings(takeover, phase, members, groups)
+            group |= state_tree.join(values, reader.fetch)
     slots = state_tree.optimizer_slots(job.model, optimizers, stored)
     reader.read({name: slot.tensor for name, slot in slots.items()})
-    objects = manifest.objects[OPTIMIZER]
-    state_tree.load_optimizers(job.model, optimizers, objects, slots, reader.fetch)
-    for optimizer, changed in zip(optimizers, changes, strict=True):
-        for group in optimizer.param_groups:
-            group |= changed | ({"initial_lr": changed["lr"]} if "lr" in changed else {})
+    state_tree.load_optimizer_state(job.model, optimizers, scalars, slots, reader.fetch)
 
 
-def _changed_settings(phase: Phase, start: "Start") -> _Changes:
-    """Return the optimizer settings that a fork's configuration changes; they replace the stored.
+def _stored_settings(
+    takeover: Takeover, phase: Phase, members: Sequence[str], groups: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the stored settings that a parameter group takes over.
 
-    Values are the optimizer's own: a removed setting has torch's default.
+    Args:
+        takeover: the decision.
+        phase: the phase of the group.
+        members: names of the group's parameters.
+        groups: the stored group of each parameter that was trained.
     """
-    (group, *_), defaults = phase.optimizer.param_groups, phase.optimizer.defaults
-    changed = start.changed_optimizer_settings(phase.name)
-    return {key: defaults.get(key, value) for key, value in changed.items() if key in group}
+    sources = [groups[name] for name in members if name in groups]
+    skipped = {"params"}.union(*(takeover.changed(name, phase.name) for name in members))
+    if not takeover.keeps_schedule(phase.name):
+        skipped |= set(SCHEDULER_KEYS)
+    elif "lr" in skipped:
+        skipped.add("initial_lr")
+    return {
+        key: value
+        for key, value in (sources[0].items() if sources else ())
+        if key not in skipped and all(source.get(key) == value for source in sources)
+    }
 
 
 # --- averages ----------------------------------------------------------------------------------
@@ -162,10 +196,9 @@ def _collect_averages(job: Job, content: Content) -> None:
 def _restore_averages(job: Job, manifest: Manifest, reader: Reader) -> None:
     if job.ema is None:
         return
-    if any(name.startswith(EMA) for name in manifest.tensors):
-        reader.read({EMA + name: average for name, average in job.ema.averages.items()})
-    else:
-        job.ema.restart()  # the run had no averages
+    job.ema.restart()  # for parameters without a stored average
+    stored = {EMA + name: average for name, average in job.ema.averages.items()}
+    reader.read({name: average for name, average in stored.items() if name in manifest.tensors})
 
 
 # --- generators --------------------------------------------------------------------------------
@@ -176,10 +209,12 @@ def _collect_generators(job: Job, content: Content) -> None:
         content.rank_local[f"{RNG}{job.world.rank}.{name}"] = value
 
 
-def _restore_generators(job: Job, manifest: Manifest, reader: Reader, step: int) -> None:
+def _restore_generators(
+    job: Job, takeover: Takeover, manifest: Manifest, reader: Reader, step: int
+) -> None:
     prefix = f"{RNG}{job.world.rank}."
     names = [name for name in manifest.tensors if name.startswith(prefix)]
-    if manifest.world_size == job.world.size and names:
+    if takeover.generators and manifest.world_size == job.world.size and names:
         rng.restore({name.removeprefix(prefix): reader.fetch(name) for name in names})
     else:
         rng.seed_all(rng.derive("rank", job.seed, step, job.world.rank))
@@ -193,36 +228,56 @@ def _collect_schedules(job: Job, content: Content, rank0s: dict[str, Tensor]) ->
     if states:
         by_phase = states.get("", states)  # a step without phases stores its only schedule
         content.objects[SCHEDULER] = state_tree.split(by_phase, SCHEDULER, rank0s)
+    starts = {p.name: p.schedule_start for p in job.phases if p.schedule_start}
+    if starts:
+        content.objects[SCHEDULE_STARTS] = starts
     if job.phases[0].name:
         content.objects[PHASES] = [[p.name, len(p.optimizer.param_groups)] for p in job.phases]
 
 
 def _restore_schedules(
-    job: Job,
-    start: "Start",
-    manifest: Manifest,
-    reader: Reader,
-    changes: Sequence[_Changes],
-    *,
-    replay: bool,
+    job: Job, takeover: Takeover, manifest: Manifest, reader: Reader, step: int, *, replay: bool
 ) -> list[tuple[LRScheduler, schedule.ScheduleState]]:
-    """Load the schedules; with `replay`, return the positions of those replayed instead.
+    """Load the schedules that continue, start the others over at this step.
 
-    A schedule starts over if its settings or its learning rate are changed.
+    Returns the positions of schedules that were computed again, because the length of the run, a
+    scheduled setting or the groups changed; they apply after the stored settings.
     """
-    if start.differs(SCHEDULER):
-        return []
     stored, replayed = manifest.objects.get(SCHEDULER, {}), []
-    for phase, changed in zip(job.phases, changes, strict=True):
-        if phase.scheduler is None or "lr" in changed:
+    starts = manifest.objects.get(SCHEDULE_STARTS, {})
+    job.phases = [
+        _starting_at(phase, starts.get(phase.name, 0), job.max_steps)
+        if takeover.keeps_schedule(phase.name)
+        else _starting_at(phase, step, job.max_steps)
+        for phase in job.phases
+    ]
+    for phase in job.phases:
+        if phase.scheduler is None or not takeover.keeps_schedule(phase.name):
             continue
         state = state_tree.join(stored[phase.name] if phase.name else stored, reader.fetch)
-        position = schedule.replay(phase.scheduler, state) if replay else None
-        if position is None:
-            phase.scheduler.load_state_dict(state)
-        else:
+        groups = manifest.objects[OPTIMIZER]["groups"]
+        names = [name for group in groups for name in group["params"]]
+        changed = set().union(*(takeover.changed(name, phase.name) for name in names))
+        changed &= set(SCHEDULER_KEYS)
+        is_new = replay or bool(changed) or not takeover.same_parameters
+        position = schedule.replay(phase.scheduler, state) if is_new else None
+        if position is not None:
             replayed.append((phase.scheduler, position))
+            continue
+        phase.scheduler.load_state_dict(state)
+        if isinstance(phase.scheduler, ReduceLROnPlateau) and not takeover.same_metric:
+            phase.scheduler._reset()
     return replayed
+
+
+def _starting_at(phase: Phase, step: int, max_steps: int) -> Phase:
+    """Return the phase with a schedule from `step` to the end of the run."""
+    if phase.scheduler is None or step == 0:
+        return phase
+    make, scheduler = phase.make_scheduler, phase.scheduler
+    if make is not None:
+        scheduler = make(max(max_steps - step, 1))
+    return replace(phase, scheduler=scheduler, schedule_start=step)
 
 
 def _depends_on_length(manifest: Manifest) -> bool:
@@ -253,7 +308,7 @@ def _restore_data(job: Job, start: "Start", manifest: Manifest, state: State) ->
             "the sample order differs. Restore the data to continue, or start a new run from the "
             f"full state: name=… resume={start.urls[0]}"
         )
-    moved = start.is_fork and (changed or any(d.moves_data for d in start.differences))
+    moved = start.is_fork and (changed or not start.takeover.data_position)
     if moved:
         state.cursor = {"epoch": state.cursor["epoch"], "batch": 0}
     return moved

@@ -8,10 +8,12 @@ from trainer.core.nested import flatten
 
 _STATE_GROUPS = ("model", "data", "task", "optimizer", "scheduler", "seed")
 """Groups whose values the saved state depends on."""
-_STATE_KEYS = ("trainer.global_batch_size",)
+_STATE_KEYS = ("trainer.global_batch_size", "trainer.freeze")
+_OVERRIDABLE = ("optimizer", "scheduler", "trainer.freeze")
+"""Settings, also parts of them, that `resume_override` may change in the same run."""
 _DATA_LOCATIONS = ("dir", "path", "root", "cache_dir")
 """Data settings that may change: a copy of the data elsewhere is the same data."""
-_IGNORED_KEYS = ("name", "run_dir", "resume")
+_IGNORED_KEYS = ("name", "run_dir", "resume", "resume_override")
 _IGNORED_GROUPS = ("store.", "init.")
 _INFERRED_KEYS = ("checkpoint.mode",)
 """Settings whose null means a value that the run computes and stores."""
@@ -37,7 +39,17 @@ class Difference:
     @property
     def moves_data(self) -> bool:
         """True if a saved position in the data points to other samples under the new value."""
-        return self.key.partition(".")[0] in ("seed", "data") or self.key in _STATE_KEYS
+        group = self.key.partition(".")[0]
+        return group in ("seed", "data") or self.key == "trainer.global_batch_size"
+
+    def is_below(self, key: str) -> bool:
+        """Return whether this is the setting `key` or a part of it."""
+        return self.key == key or self.key.startswith(f"{key}.")
+
+    def is_overridden(self, overrides: Sequence[str]) -> bool:
+        """Return whether one of these keys allows the change in the same run."""
+        may_be = any(self.is_below(key) for key in _OVERRIDABLE)
+        return may_be and any(self.is_below(key) for key in overrides)
 
     def __str__(self) -> str:
         old, new = ("null" if value is None else value for value in (self.old, self.new))
@@ -62,37 +74,38 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Difference,
     )
 
 
-def optimizer_changes(
-    differences: Sequence[Difference], old: Mapping[str, Any], phase: str
-) -> dict[str, Any]:
-    """Return new values of the optimizer settings that changed for a phase, by name.
-
-    Args:
-        differences: between the checkpoint's configuration and the present one.
-        old: the checkpoint's configuration.
-        phase: the phase's name; its own settings precede general ones. Empty: no phases.
-    """
-    unchanged = set(flatten(old)) - {difference.key for difference in differences}
-    prefix = f"optimizer.phases.{phase}." if phase else "optimizer."
-    changes = {}
-    for difference in differences:
-        key = difference.key.removeprefix(prefix).removeprefix("optimizer.")
-        is_general = difference.key == f"optimizer.{key}"
-        if difference.key == prefix + key or (is_general and prefix + key not in unchanged):
-            changes[key] = difference.new
-    return changes
+def check_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return a sentence for each key of `resume_override` that cannot be overridden."""
+    return [
+        f"{key!r} cannot be overridden; use {', '.join(_OVERRIDABLE)}, or a part such as "
+        "optimizer.lr"
+        for key in overrides
+        if key == "optimizer._target_"
+        or not any(Difference(key, 0, 0).is_below(k) for k in _OVERRIDABLE)
+    ]
 
 
 def rejection_text(run_dir: str, step: int, differences: Sequence[Difference]) -> str:
-    """Return the error text for a run that cannot resume because of `differences`."""
+    """Return the error text for a run that cannot resume because of `differences`.
+
+    Args:
+        run_dir: directory of the run.
+        step: step of the checkpoint.
+        differences: those that are not overridden; only those that prevent a resume are listed.
+    """
+    differences = [difference for difference in differences if difference.prevents_resume]
+    allowed = [d.key for d in differences if d.is_overridden(_OVERRIDABLE)]
+    only_those = len(allowed) == len(differences)
+    override = f"  in this run             resume_override=[{','.join(allowed)}]"
     return "\n".join(
         [
             f"cannot continue {run_dir} from step {step:,} with these changes:",
-            *(f"  {difference}" for difference in differences if difference.prevents_resume),
-            "Undo them to continue this run, or start a new one:",
-            "  from scratch           name=…",
-            f"  from its full state    name=… resume={run_dir}",
-            "  from its weights only  name=… init.weights=<file>, exported with",
-            f"                         python -m trainer.export {run_dir} format=safetensors",
+            *(f"  {difference}" for difference in differences),
+            "Undo them to continue this run, or make them:",
+            *([override] if only_those else []),
+            "  in a new run            name=…",
+            f"  from its full state     name=… resume={run_dir}",
+            "  from its weights only   name=… init.weights=<file>, exported with",
+            f"                          python -m trainer.export {run_dir} format=safetensors",
         ]
     )

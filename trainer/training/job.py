@@ -34,6 +34,11 @@ class Phase:
     `Inside` module from `parallel.wrap_phases`."""
     optimizer: Optimizer
     scheduler: LRScheduler | None = None
+    make_scheduler: Callable[[int], LRScheduler] | None = None
+    """Reset the optimizer's settings to the configured ones and build a schedule of this many
+    steps; None: the schedule does not depend on the number of steps."""
+    schedule_start: int = 0
+    """Step of the run at which the schedule starts."""
 
     @property
     def task_arguments(self) -> tuple[str, ...]:

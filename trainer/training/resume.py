@@ -10,6 +10,7 @@ import torch
 from trainer import checkpoint
 from trainer.checkpoint import DamagedError, lineage, select
 from trainer.checkpoint.lineage import Attempt, Commit
+from trainer.checkpoint.location import find_location
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import MissingError
 from trainer.checkpoint.replicas import Replicas, Survey
@@ -20,8 +21,9 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.storage import local_path, open_store
 from trainer.storage.store import Fallback
 from trainer.training import contents
-from trainer.training.differences import Difference, compare, optimizer_changes, rejection_text
+from trainer.training.differences import Difference, check_overrides, compare, rejection_text
 from trainer.training.job import Job
+from trainer.training.takeover import EVERYTHING, Takeover, decide
 
 
 @dataclass(frozen=True)
@@ -40,21 +42,12 @@ class Start:
     is_copied: bool = True
     """False if the run's mirror does not have it."""
     differences: tuple[Difference, ...] = ()
+    takeover: Takeover = EVERYTHING
+    """What is taken from the checkpoint."""
     skipped: tuple[str, ...] = ()
     """Errors of newer checkpoints, which are damaged."""
     notes: tuple[str, ...] = ()
     """Lines about the initial weights."""
-
-    def differs(self, *keys: str) -> bool:
-        """Return whether a setting with one of these keys, or below one, differs."""
-        return any(
-            d.key == key or d.key.startswith(f"{key}.") for d in self.differences for key in keys
-        )
-
-    def changed_optimizer_settings(self, phase: str) -> dict[str, Any]:
-        """Return new values of the optimizer settings that changed for a phase, by name."""
-        config = self.manifest.config if self.manifest else {}
-        return optimizer_changes(self.differences, config, phase)
 
     @property
     def step(self) -> int:
@@ -137,15 +130,21 @@ def choose(
             f"start from its weights only: init.weights={run.resume}"
         )
     differences = compare(start.manifest.config, config)
-    if not start.is_fork and any(d.prevents_resume for d in differences):
-        raise ConfigError(rejection_text(run.run_dir, start.step, differences))
+    if unknown := check_overrides(run.resume_override):
+        raise ConfigError("resume_override: " + "; ".join(unknown))
+    rejected = [
+        d for d in differences if d.prevents_resume and not d.is_overridden(run.resume_override)
+    ]
+    if not start.is_fork and rejected:
+        raise ConfigError(rejection_text(run.run_dir, start.step, rejected))
     other_optimizer = next((d for d in differences if d.key == "optimizer._target_"), None)
     if other_optimizer is not None:
         raise ConfigError(
             f"resume={run.resume}: {other_optimizer}; the saved optimizer state does not fit. "
             "Start from the weights only: init.weights=<file>, exported by python -m trainer.export"
         )
-    return replace(start, differences=differences)
+    takeover = decide(start.manifest.config, config, differences, is_fork=start.is_fork)
+    return replace(start, differences=differences, takeover=takeover)
 
 
 def _check_none_lost(records: Sequence[Mapping[str, Any]], run: Run) -> None:
@@ -204,10 +203,18 @@ def _named(survey: Survey, request: str, run: Run) -> Commit:
 def _fork(request: str, settings: ObjectStore) -> Start:
     """Return the start from a checkpoint of another run."""
     selection = select.from_path(str(local_path(request) or request), settings)
+    place, at, step = request.rpartition("@")
+    if selection is None and at and step.isdecimal():
+        url = str(local_path(place) or place)
+        location = find_location(url, settings)
+        if location is not None:
+            survey = location.survey()
+            commit = select.named_step(survey, step, url, "resume")
+            selection = select.newest_intact(survey, url, commits=[commit])
     if selection is None:
         raise ConfigError(
             f"resume={request}: no committed checkpoint there; use auto, never, best, a step, a "
-            "run directory, or a checkpoint folder"
+            "run directory, RUN@STEP, or a checkpoint folder"
         )
     return replace(_start(selection), is_fork=True)
 
@@ -221,7 +228,9 @@ def finished(run: Run, start: Start) -> bool:
     by_epochs = limits.max_epochs is not None and start.manifest.epoch >= limits.max_epochs
     state = start.manifest.objects[contents.RUN]
     patience = limits.patience_evals
-    by_patience = patience is not None and state.get("stale_evals", 0) >= patience
+    by_patience = (
+        patience is not None and start.takeover.best and state.get("stale_evals", 0) >= patience
+    )
     return (by_steps or by_epochs or by_patience) and state["last_eval_step"] == start.step
 
 
