@@ -383,7 +383,7 @@ def _build_phases(
 def _scheduler_maker(
     run: Run, optimizer: Optimizer, steps_per_epoch: int
 ) -> Callable[[int], LRScheduler] | None:
-    """Return a function that builds a schedule of so many steps for the optimizer as it is now."""
+    """Return a function that builds the schedule for a number of steps."""
     if not run.scheduler:
         return None
     groups = optimizer.param_groups

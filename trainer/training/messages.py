@@ -129,8 +129,8 @@ def resume_lines(
     if start.differences:
         lines.append("changed settings:")
         lines += [f"  {difference}" for difference in start.differences]
-    if taken := start.takeover.lines():
-        lines += ["not from the checkpoint:", *(f"  {line}" for line in taken)]
+    if parts := start.takeover.lines():
+        lines += ["not from the checkpoint:", *(f"  {line}" for line in parts)]
     changes = [
         f"{key} {earlier.get(key)} -> {record[key]}"
         for key in ("world_size", "threads", "device", "versions")

@@ -43,7 +43,7 @@ class Start:
     """False if the run's mirror does not have it."""
     differences: tuple[Difference, ...] = ()
     takeover: Takeover = EVERYTHING
-    """What is taken from the checkpoint."""
+    """Parts of the state that come from the checkpoint."""
     skipped: tuple[str, ...] = ()
     """Errors of newer checkpoints, which are damaged."""
     notes: tuple[str, ...] = ()
@@ -203,9 +203,9 @@ def _named(survey: Survey, request: str, run: Run) -> Commit:
 def _fork(request: str, settings: ObjectStore) -> Start:
     """Return the start from a checkpoint of another run."""
     selection = select.from_path(str(local_path(request) or request), settings)
-    place, at, step = request.rpartition("@")
+    parent, at, step = request.rpartition("@")
     if selection is None and at and step.isdecimal():
-        url = str(local_path(place) or place)
+        url = str(local_path(parent) or parent)
         location = find_location(url, settings)
         if location is not None:
             survey = location.survey()

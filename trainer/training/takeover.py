@@ -66,7 +66,7 @@ class Takeover:
             "generators": (self.generators, "derived from the seed and the step"),
             "parameter groups": (
                 self.same_parameters,
-                "as configured; fresh optimizer state where there is none",
+                "as configured; fresh optimizer state for new parameters",
             ),
         }
         lines = [f"{name}: {text}" for name, (is_taken, text) in parts.items() if not is_taken]
@@ -128,8 +128,8 @@ def _settings(optimizer: Mapping[str, Any], parameter: str, phase: str) -> dict[
     rule: Mapping[str, Any] = next(
         (r for r in rules if any(fnmatchcase(parameter, n) for n in r["names"])), {}
     )
-    own = {key: value for key, value in rule.items() if key not in _GROUPING_KEYS}
-    return {**_base(optimizer, phase), **own}
+    group = {key: value for key, value in rule.items() if key not in _GROUPING_KEYS}
+    return {**_base(optimizer, phase), **group}
 
 
 EVERYTHING = decide({}, {}, (), is_fork=False)

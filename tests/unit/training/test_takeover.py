@@ -1,4 +1,4 @@
-"""What a resume or a fork takes from the checkpoint, against values by hand."""
+"""State of a resume or a fork, against values by hand."""
 
 import math
 
