@@ -57,6 +57,8 @@ def find(path: str) -> tuple[Any, str]:
     parts = path.split(".")
     if not all(parts):
         return None, f"{path!r} is not a dotted name"
+    if text := _hidden(parts) if len(parts) > 1 else "":
+        return None, text
     value: Any = None
     for count in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:count])
@@ -102,6 +104,24 @@ def _shadowed(name: str) -> str:
         f"; 'models' is imported from {folders[0] if folders else module}, which hides Perdure's: "
         "rename that folder, or start from another directory"
     )
+
+
+def _hidden(parts: Sequence[str]) -> str:
+    """Return an error if Perdure's package hides the user's module with this dotted name.
+
+    Python prefers a package with an `__init__.py` anywhere on the path to a folder without one.
+    """
+    folder = Path.cwd() / parts[0]
+    is_shipped = folder.resolve() == Path(__file__).resolve().parents[2] / parts[0]
+    if parts[0] not in ("models", "trainer") or is_shipped or (folder / "__init__.py").exists():
+        return ""
+    for file in (folder / f"{parts[1]}.py", folder / parts[1] / "__init__.py"):
+        if file.is_file():
+            return (
+                f"{'.'.join(parts)}: Perdure's package {parts[0]!r} hides {file}; rename the "
+                f"folder {folder.name}, and the _target_ with it"
+            )
+    return ""
 
 
 def _check_arguments(
