@@ -5,7 +5,8 @@ Names come from a walk over model and optimizer: `model.<name>`, `optimizer.<nam
 `step` on an optimizer without state.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import io
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -63,6 +64,8 @@ def join(value: Any, fetch: Callable[[str], Tensor]) -> Any:
     """Undo `split`: replace every TensorRef by `fetch(name)`."""
     if isinstance(value, TensorRef):
         return fetch(value.name)
+    if type(value) is io.BytesIO:
+        return io.BytesIO(value.getvalue())  # at its start for each reader
     if type(value) is list:
         return [join(item, fetch) for item in value]
     if type(value) is tuple:
@@ -117,23 +120,71 @@ def add_model(content: Content, model: nn.Module, *, with_buffers: bool) -> None
 
 
 def load_model(
-    model: nn.Module, objects: Mapping[str, Any], fetch: Callable[[str], Tensor]
+    model: nn.Module,
+    objects: Mapping[str, Any],
+    stored: Collection[str],
+    fetch: Callable[[str], Tensor],
 ) -> None:
-    """Hand `_extra_state` values back; the tensors themselves were read in place."""
-    for name, value in objects.get("model_extra", {}).items():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        owner.set_extra_state(join(value, fetch))
+    """Hand values back that modules compute for their `state_dict`, through `load_state_dict`.
+
+    Parameters and buffers were read in place.
+
+    Args:
+        model: the unwrapped module.
+        objects: the checkpoint's values that are not tensors.
+        stored: names of all stored tensors.
+        fetch: returns a stored tensor.
+
+    Raises:
+        CheckpointError: a module rejects its value.
+    """
+    live = model.state_dict(keep_vars=True)
+    computed = _computed(model, live)
+    values = {name: join(value, fetch) for name, value in objects.get("model_extra", {}).items()}
+    tensors = (name for name in computed if f"model.{name}" in stored and name not in values)
+    values |= {name: fetch(f"model.{name}") for name in tensors}
+    if not values:
+        return
+    # Parameters and buffers are copied to themselves, which does nothing.
+    state = {name: value for name, value in live.items() if name not in computed} | values
+    try:
+        result = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        if not str(error).startswith("Error(s) in loading state_dict"):
+            raise  # from a module's own code
+        raise CheckpointError(f"the model rejects its stored state: {error}") from None
+    unknown = sorted(set(values) & set(getattr(result, "unexpected_keys", ())))
+    if unknown:
+        raise CheckpointError(
+            f"no module of this model accepts the stored values {unknown[:4]}. A changed model can "
+            "start from the weights that fit: init.weights=<safetensors>"
+        )
+
+
+def _computed(model: nn.Module, state: Mapping[str, Any]) -> set[str]:
+    """Return the names in a state dict whose values are neither parameters nor buffers."""
+    live = {id(tensor) for tensor in chain(model.parameters(), model.buffers())}
+    return {name for name, value in state.items() if id(value) not in live}
 
 
 def model_targets(model: nn.Module) -> dict[str, Tensor]:
-    """Return the live tensors that a checkpoint is read into, by name, shared storage once."""
+    """Return the live tensors that a checkpoint is read into, by name, shared storage once.
+
+    Tensors that modules compute for their `state_dict` are not among them: see `load_model`.
+    """
     content = Content()
     add_model(content, model, with_buffers=True)
+    computed = computed_names(model)
     return {
         name: value
         for name, value in {**content.tensors, **content.rank_local}.items()
-        if name.startswith("model.")
+        if name.startswith("model.") and name not in computed
     }
+
+
+def computed_names(model: nn.Module) -> set[str]:
+    """Return stored names of the values that modules compute for their `state_dict`."""
+    return {f"model.{name}" for name in _computed(model, model.state_dict(keep_vars=True))}
 
 
 def parameter_names(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[int, str]:

@@ -6,6 +6,7 @@ pickled.
 """
 
 import base64
+import io
 import json
 import math
 import re
@@ -32,8 +33,8 @@ def dump(value: Any) -> str:
 def encode(value: Any, where: str) -> Any:
     """Convert a value to strict JSON, with a tag where JSON alone would lose its type.
 
-    `decode` restores value and type, including integer keys, tuples, counters, sets, bytes, complex
-    and non-finite numbers, and NumPy scalars.
+    `decode` restores value and type, including integer keys, tuples, counters, sets, bytes,
+    `BytesIO`, complex and non-finite numbers, and NumPy scalars.
 
     Args:
         value: the value.
@@ -60,8 +61,9 @@ def encode(value: Any, where: str) -> Any:
         return {f"${kind.__name__}": _encode_pairs(value, where)}
     if kind is TensorRef:
         return {"$tensor": value.name}
-    if kind is bytes:
-        return {"$bytes": base64.b64encode(value).decode()}
+    if kind in (bytes, io.BytesIO):
+        content = value if kind is bytes else value.getvalue()
+        return {f"${kind.__name__}": base64.b64encode(content).decode()}
     if kind is complex:
         return {"$complex": [encode(value.real, where), encode(value.imag, where)]}
     if kind.__module__ == "numpy" and _is_numpy_number(value):
@@ -112,6 +114,7 @@ _TAGS: dict[str, Callable[[Any], Any]] = {
     "$Counter": lambda pairs: Counter({decode(key): decode(item) for key, item in pairs}),
     "$OrderedDict": lambda pairs: OrderedDict((decode(k), decode(item)) for k, item in pairs),
     "$bytes": lambda text: base64.b64decode(text, validate=True),
+    "$BytesIO": lambda text: io.BytesIO(base64.b64decode(text, validate=True)),
     "$complex": lambda pair: complex(decode(pair[0]), decode(pair[1])),
     "$numpy": _decode_numpy,
 }

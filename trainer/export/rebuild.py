@@ -109,4 +109,5 @@ def load_weights(model: nn.Module, checkpoint: LoadedCheckpoint, *, averaged: bo
             f"{checkpoint} does not fit its model: missing {missing[:4] or 'nothing'}, unexpected "
             f"{keys.unexpected_keys[:4] or 'nothing'}. Has the model's code changed?"
         )
-    state_tree.load_model(model, checkpoint.manifest.objects, checkpoint.reader.fetch)
+    manifest = checkpoint.manifest
+    state_tree.load_model(model, manifest.objects, manifest.tensors, checkpoint.reader.fetch)

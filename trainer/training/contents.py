@@ -113,7 +113,8 @@ def _restore_model(job: Job, manifest: Manifest, reader: Reader) -> None:
     targets = state_tree.model_targets(job.model)
     stored = {name for name in manifest.tensors if name.startswith(MODEL)}
     aliases = {name for name in stored if manifest.tensors[name].alias is not None}
-    missing, unexpected = sorted(set(targets) - stored), sorted(stored - aliases - set(targets))
+    expected = set(targets) | state_tree.computed_names(job.model)
+    missing, unexpected = sorted(set(targets) - stored), sorted(stored - aliases - expected)
     if missing or unexpected:
         raise CheckpointError(
             f"step {manifest.step:,} does not fit this model: missing {missing[:4] or 'nothing'}, "
@@ -121,7 +122,7 @@ def _restore_model(job: Job, manifest: Manifest, reader: Reader) -> None:
             "that fit: init.weights=<safetensors>"
         )
     reader.read(targets)
-    state_tree.load_model(job.model, manifest.objects, reader.fetch)
+    state_tree.load_model(job.model, manifest.objects, stored, reader.fetch)
 
 
 # --- optimizers --------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Models and optimizers as checkpoint content: tied weights, buffers, optimizer state."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,81 @@ def test_extra_state_with_tensors_is_restored(tmp_path):
     other = nn.Sequential(Remembering())
     reader = Reader(store, f"checkpoints/{manifest.folder}", manifest)
     reader.read(state_tree.model_targets(other))
-    state_tree.load_model(other, checkpoint.latest(store).objects, reader.fetch)
+    state_tree.load_model(other, manifest.objects, manifest.tensors, reader.fetch)
     assert other[0].memory == model[0].memory
     assert torch.equal(other[0].weight, model[0].weight)
+
+
+class Averaging(nn.BatchNorm1d):
+    """A module whose `state_dict` has a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.hidden = torch.zeros(2)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}hidden"] = self.hidden + 1
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        self.hidden = state.pop(f"{prefix}hidden") - 1
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+def restored_from(folder: Path, model: nn.Module, other: nn.Module) -> None:
+    """Save `model`, and load its checkpoint into `other`."""
+    store, content = LocalStore(folder), Content()
+    state_tree.add_model(content, model, with_buffers=True)
+    checkpoint.save(writer_on(store), content, step=1)
+    manifest = checkpoint.latest(store)
+    reader = Reader(store, f"checkpoints/{manifest.folder}", manifest)
+    reader.read(state_tree.model_targets(other))
+    state_tree.load_model(other, manifest.objects, manifest.tensors, reader.fetch)
+
+
+@pytest.mark.parametrize("memory", [torch.tensor([3.0, 4.0]), torch.tensor(5)])
+def test_extra_state_that_is_a_new_tensor_is_handed_back(tmp_path, memory):
+    class Fresh(Remembering):
+        def get_extra_state(self) -> Any:
+            return None if self.memory is None else self.memory.clone()
+
+    model, other = (
+        nn.Sequential(Fresh(), nn.BatchNorm1d(2)),
+        nn.Sequential(Fresh(), nn.BatchNorm1d(2)),
+    )
+    model[0].memory = memory
+    model(torch.randn(4, 2))
+    restored_from(tmp_path / "absent-before", model, other)
+    assert torch.equal(other[0].memory, memory)
+    assert_equal(dict(other.state_dict()), dict(model.state_dict()))
+
+    model[0].memory = torch.arange(7)
+    restored_from(tmp_path / "other-shape", model, other)
+    assert torch.equal(other[0].memory, torch.arange(7))
+
+
+def test_extra_state_as_binary_stream_is_handed_back_at_its_start(tmp_path):
+    model, other = nn.Sequential(Remembering()), nn.Sequential(Remembering())
+    model[0].memory = {"quantizer": io.BytesIO(b"\x00abc")}
+    model[0].memory["quantizer"].read()
+    restored_from(tmp_path, model, other)
+    assert other[0].memory["quantizer"].read() == b"\x00abc"
+
+
+def test_tensor_computed_for_a_state_dict_is_loaded_by_its_module(tmp_path):
+    model, other = nn.Sequential(Averaging()), nn.Sequential(Averaging())
+    model[0].hidden += torch.tensor([1.0, 2.0])
+    model(torch.randn(4, 2))
+    restored_from(tmp_path, model, other)
+    assert torch.equal(other[0].hidden, torch.tensor([1.0, 2.0]))
+    assert torch.equal(other[0].running_mean, model[0].running_mean)
+
+
+def test_stored_extra_state_without_a_module_is_rejected_by_name(tmp_path):
+    model, other = nn.Sequential(Remembering()), nn.Sequential(nn.Linear(2, 2))
+    model[0].memory = 3
+    with pytest.raises(CheckpointError, match=r"0\._extra_state"):
+        restored_from(tmp_path, model, other)
 
 
 def fetch_optimizer(store: Store, manifest: Any, model: nn.Module, optimizer: Any) -> None:
