@@ -6,7 +6,7 @@ defaults of the new one.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,12 @@ def drop_inherited(composed: DictConfig) -> None:
             continue
         ConfigStore.instance().store(group=group, name=_EMPTY, node={})
         others = [text for text in texts["task"] if text.lstrip("+").partition("=")[0] != group]
+        deleted = [text for text in others if text.startswith(f"~{group}.")]
+        others = [text for text in others if text not in deleted]
         overrides = [*texts["hydra"], *others, f"{group}={_EMPTY}"]
         user = _plain(compose(settings.job.config_name, overrides), group)
+        for text in deleted:  # after composing: the file's arguments are not there to be deleted
+            _delete(user, text.removeprefix(f"~{group}.").partition("=")[0].split("."))
         composed[group] = without_inherited(merged, user, file)
 
 
@@ -77,6 +81,13 @@ def without_inherited(
         if all(isinstance(part, Mapping) for part in parts):
             result[key] = without_inherited(*parts)  # type: ignore[arg-type]
     return result
+
+
+def _delete(node: dict[str, Any], path: Sequence[str]) -> None:
+    *parents, key = path
+    for parent in parents:
+        node = node.get(parent, {})
+    node.pop(key, None)
 
 
 def _is_other(node: Mapping[str, Any], file: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from trainer.config.changed_target import without_inherited
 from trainer.config.compose import compose
+from trainer.errors import ConfigError
 
 FILE = """# @package _global_
 defaults:
@@ -25,6 +26,18 @@ def test_changed_target_keeps_only_arguments_written_next_to_it():
     assert model("model._target_=mine.Net", "+model.width=3", "model.classes=10") == {
         "_target_": "mine.Net", "width": 3, "classes": 10,
     }  # fmt: skip
+
+
+def test_deleting_an_argument_of_a_changed_target_is_accepted(tmp_path):
+    assert model("model._target_=mine.Net", "~model.classes", "~model.input_shape") == {
+        "_target_": "mine.Net"
+    }
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(FILE)
+    mine = ["--config-dir", str(tmp_path), "experiment=mine"]
+    assert model(*mine, "~model.classes") == {"_target_": "mine.Net"}
+    with pytest.raises(ConfigError, match="classrooms"):
+        model("model._target_=mine.Net", "~model.classrooms")
 
 
 def test_argument_equal_to_the_shipped_one_is_kept_if_written():
