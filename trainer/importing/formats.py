@@ -19,6 +19,7 @@ from trainer.storage import Store, local_path, open_store
 from trainer.storage.transfer import local_file
 
 _INDEX = "model.safetensors.index.json"
+_TORCH_INDEX = "pytorch_model.bin.index.json"
 _SUFFIX = ".safetensors"
 _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -91,10 +92,12 @@ def open_external(
     if dcp_folder.METADATA in names:
         return dcp_folder.DcpFolder(url, store)
     if _INDEX in names:
-        names = _indexed(store)
+        names = _indexed(store, _INDEX)
     files = [name for name in names if name.endswith(_SUFFIX)]
     if files:
         return _Safetensors(url, "a folder of safetensors files", files, settings)
+    if _TORCH_INDEX in names:
+        return TorchFile(url, settings, files=_indexed(store, _TORCH_INDEX))
     if oneflow.is_folder(store, names):
         return oneflow.OneflowFolder(url, store, names)
     return None if names else _open_file(url, settings, on_pickle)
@@ -116,8 +119,7 @@ def _open_file(
     except FileNotFoundError:
         return None
     if head.startswith(_ZIP) or _LEGACY in head:
-        is_zip = head.startswith(_ZIP)
-        return TorchFile(url, settings, is_zip=is_zip, on_pickle=on_pickle)
+        return TorchFile(url, settings, on_pickle=on_pickle)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return _Safetensors(url, "a safetensors file", [""], settings)
     return None
@@ -126,14 +128,14 @@ def _open_file(
 # --- safetensors -------------------------------------------------------------------------------
 
 
-def _indexed(store: Store) -> list[str]:
+def _indexed(store: Store, index: str) -> list[str]:
     """Return the file names in a folder's index."""
-    where = f"{store.url}/{_INDEX}"
+    where = f"{store.url}/{index}"
     try:
-        files = set(json.loads(store.read(_INDEX))["weight_map"].values())
+        files = set(json.loads(store.read(index))["weight_map"].values())
         return sorted(dcp_folder.relative_path(file, where) for file in files)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not an index of safetensors files: {error}") from None
+        raise CheckpointError(f"{where} is not an index of weight files: {error}") from None
 
 
 class _Safetensors:

@@ -1,7 +1,8 @@
 """Read torch.save files: a nested dict with dotted tensor names."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ class TorchFile:
     """A formats.Source for a nested dict, or for the state dict of a pickled module.
 
     Args:
-        url: the file.
+        url: the file, or a folder.
         settings: object store settings.
-        is_zip: the file has torch's zip format; the legacy format cannot be memory-mapped.
+        files: names of the files in a folder whose tensors belong together.
         on_pickle: see `pickles.load`; required for a pickled module.
 
     Raises:
@@ -35,30 +36,24 @@ class TorchFile:
         url: str,
         settings: ObjectStore,
         *,
-        is_zip: bool,
+        files: Sequence[str] = ("",),
         on_pickle: Callable[[str], None] | None = None,
     ) -> None:
         self.url = url
-        with local_file(url, settings) as path:
-            state = pickles.load(path, url, mmap=is_zip, on_pickle=on_pickle)
-        if isinstance(state, nn.Module):
-            state = state.state_dict()
-        if not isinstance(state, Mapping):
-            raise CheckpointError(
-                f"{url} contains a {type(state).__name__}; expected a dict of named tensors, as "
-                "written by torch.save(model.state_dict(), path)"
-            )
         self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self.aliases: dict[str, str] = {}
         self.paths: dict[str, _Where] = {}
         self.objects: dict[str, Any] = {}
         self._tensors: dict[str, Tensor] = {}
         owners: dict[tuple[Any, ...], str] = {}
-        try:
-            for path_, value in _leaves(state, ()):
-                self._add(path_, value, owners)
-        except RecursionError:
-            raise CheckpointError(f"{url} is nested too deeply, or contains itself") from None
+        for file in files:
+            where = f"{url}/{file}" if file else url
+            state = _state(where, settings, on_pickle)
+            try:
+                for path, value in _leaves(state, ()):
+                    self._add(path, value, owners)
+            except RecursionError:
+                raise CheckpointError(f"{where} is nested too deeply, or contains itself") from None
 
     def _add(self, path: _Where, value: Any, owners: dict[tuple[Any, ...], str]) -> None:
         name = ".".join(map(str, path))
@@ -84,6 +79,26 @@ class TorchFile:
         if tensor is None:
             raise CheckpointError(f"{self.url} has no tensor {name!r}")
         return pickles.plain(tensor)
+
+
+def _state(
+    url: str, settings: ObjectStore, on_pickle: Callable[[str], None] | None
+) -> Mapping[Any, Any]:
+    """Load one file's dict."""
+    try:
+        with local_file(url, settings) as path, open(path, "rb"):
+            # Files in the format before zip archives cannot be memory-mapped.
+            state = pickles.load(path, url, mmap=is_zipfile(path), on_pickle=on_pickle)
+    except FileNotFoundError:
+        raise CheckpointError(f"{url} is missing") from None
+    if isinstance(state, nn.Module):
+        state = state.state_dict()
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"{url} contains a {type(state).__name__}; expected a dict of named tensors, as "
+            "written by torch.save(model.state_dict(), path)"
+        )
+    return state
 
 
 def _leaves(value: Any, path: _Where) -> Iterator[tuple[_Where, Any]]:

@@ -152,6 +152,38 @@ def test_names_that_safetensors_left_out_are_aliases(tmp_path):
     assert torch.equal(source.fetch("b.weight"), model["a"].weight)
 
 
+def torch_folder(folder, files, index):
+    """Write torch.save files and their index, as older snapshots of the Hugging Face Hub have."""
+    folder.mkdir()
+    for name, state in files.items():
+        torch.save(state, folder / name)
+    index = {"weight_map": index}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_folder_of_torch_files_with_an_index_is_read(tmp_path, brought):
+    files = {"1.bin": {"a.w": TENSORS["a.w"]}, "2.bin": {"a.b": TENSORS["a.b"], "n": TENSORS["n"]}}
+    index = {name: file for file, state in files.items() for name in state}
+    folder = torch_folder(
+        tmp_path / "hub", {**files, "optimizer.bin": {"x": Bomb(tmp_path)}}, index
+    )
+    source = open_external(brought(folder))
+    assert set(source.tensors) == set(TENSORS)
+    assert all(torch.equal(source.fetch(name), value) for name, value in TENSORS.items())
+
+
+@pytest.mark.parametrize(("state", "text"), [
+    (None, "b.bin is missing"), (lambda path: {"w": Bomb(path)}, "could execute any code"),
+])  # fmt: skip
+def test_folder_of_torch_files_is_complete_and_runs_no_pickle(tmp_path, brought, state, text):
+    files = {"a.bin": TENSORS} | ({"b.bin": state(tmp_path / "bomb")} if state else {})
+    folder = torch_folder(tmp_path / "hub", files, {"a.w": "a.bin", "w": "b.bin"})
+    with pytest.raises(CheckpointError, match=text):
+        open_external(brought(folder), on_pickle=print)
+    assert not (tmp_path / "bomb").exists()
+
+
 @pytest.mark.parametrize(("files", "text"), [
     ({"a.safetensors": TENSORS, "b.safetensors": TENSORS}, "both have 'a.b'"),
     ({"a.safetensors": b"x" * 99}, "a.safetensors cannot be read"),
