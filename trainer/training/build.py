@@ -53,6 +53,9 @@ def check(run: Run) -> list[Problem]:
             problems += targets.check_target(node, group, provided)
     if text := parameters.check_rules(run.optimizer.get("groups", [])):
         problems.append(Problem("optimizer.groups", text))
+    optimizer = targets.find(str(run.optimizer.get("_target_", "")))[0]
+    if text := parameters.check_step(optimizer):
+        problems.append(Problem("optimizer._target_", text))
     problems += _check_phases(run)
     if run.scheduler:
         node = {key: value for key, value in run.scheduler.items() if key != "interval"}

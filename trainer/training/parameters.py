@@ -1,5 +1,6 @@
 """Frozen parameters, optimizer groups and phases, selected by name patterns."""
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -33,6 +34,24 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
             f"trainer.freeze={list(patterns)} freezes every parameter; nothing can be trained"
         )
     return lines
+
+
+def check_step(optimizer: Any) -> str:
+    """Return the problem of an optimizer class whose `step` has required arguments; "" if none.
+
+    Args:
+        optimizer: the class; a function or None is not checked.
+    """
+    step = getattr(optimizer, "step", None)
+    arguments = list(inspect.signature(step).parameters.values())[1:] if step else []
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needs = [a.name for a in arguments if a.default is a.empty and a.kind not in variable]
+    if not needs:
+        return ""
+    return (
+        f"{optimizer.__name__}.step needs the argument {needs[0]!r}, but the gradients of a step "
+        "are computed once, before it; use an optimizer whose step needs none"
+    )
 
 
 def groups(

@@ -351,6 +351,17 @@ def test_check_covers_every_group():
     ]  # fmt: skip
 
 
+def test_check_rejects_an_optimizer_that_needs_a_closure_by_name():
+    (problem,) = build.check(a_run(optimizer={"_target_": "torch.optim.LBFGS", "lr": 0.5}))
+    assert problem.key == "optimizer._target_"
+    assert "LBFGS.step needs the argument 'closure'" in problem.text
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "Rprop"])
+def test_check_accepts_optimizers_whose_closure_is_optional(name):
+    assert build.check(a_run(optimizer={"_target_": f"torch.optim.{name}", "lr": 0.5})) == []
+
+
 @pytest.mark.parametrize("word", ["total_steps", "total_epochs", "steps_per_epoch"])
 def test_check_accepts_horizon_words_in_schedulers_only(word):
     scheduler = {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": word}
