@@ -1,6 +1,7 @@
 """python -m trainer.evaluate returns the metrics that the run logged."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -23,7 +24,8 @@ def evaluated(command):
 def measure(command, capsys, monkeypatch):
     """Call the command in the run's folder; return (code, stdout, stderr)."""
     monkeypatch.chdir(command.folder)
-    monkeypatch.syspath_prepend(command.env["PYTHONPATH"])
+    for folder in reversed(command.env["PYTHONPATH"].split(os.pathsep)):
+        monkeypatch.syspath_prepend(folder)
 
     def call(*arguments):
         code = evaluate.main(["runs/a", *arguments])
