@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import xxhash
 
 from trainer.checkpoint import manifest
 from trainer.checkpoint.lineage import Commit
 from trainer.checkpoint.manifest import Manifest, ShardFile, TensorEntry
 from trainer.checkpoint.values import TensorRef
+from trainer.errors import CheckpointError
 from trainer.storage import Store
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "manifest.json"
@@ -71,6 +73,13 @@ def parsed_golden() -> dict[str, Any]:
     top = json.loads(GOLDEN.read_bytes())
     del top["checksum"]
     return top
+
+
+def rejection(data: bytes) -> CheckpointError:
+    with pytest.raises(CheckpointError) as caught:
+        manifest.from_bytes(data, "here/manifest.json")
+    assert str(caught.value).startswith("here/manifest.json: ")
+    return caught.value
 
 
 def commit_manifest(

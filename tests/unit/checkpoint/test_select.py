@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.manifests import commit_manifest, evaluated, spoil
+from support.timelines import start
 
 from trainer.checkpoint import lineage, location, manifest, select
-from trainer.checkpoint.lineage import Attempt, Commit
+from trainer.checkpoint.lineage import Commit
 from trainer.checkpoint.replicas import Replicas
 from trainer.errors import CheckpointError, ConfigError
 from trainer.storage import LocalStore
@@ -226,7 +227,7 @@ def test_selection_agrees_with_the_documented_rules(
 
 def test_pick_newest_best_and_a_step(tmp_path):
     store = LocalStore(str(tmp_path))
-    lineage.begin(store, RUN_FACTS)
+    start(store)
     config = {"checkpoint": {"metric": "loss", "mode": "min"}}
     for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0)):
         commit_manifest(store, step, evaluated(step, loss=loss), config=config)
@@ -242,7 +243,7 @@ def test_pick_newest_best_and_a_step(tmp_path):
 
 def test_pick_uses_the_metric_of_the_newest_checkpoint(tmp_path):
     store = LocalStore(str(tmp_path))
-    lineage.begin(store, RUN_FACTS)
+    start(store)
     commit_manifest(
         store, 10, evaluated(10, loss=1.0, accuracy=0.1), config={"checkpoint": {"metric": "x"}}
     )
@@ -261,7 +262,7 @@ def test_pick_uses_the_metric_of_the_newest_checkpoint(tmp_path):
 )
 def test_pick_best_without_a_measured_metric_fails(tmp_path, config, error, message):
     store = LocalStore(str(tmp_path))
-    lineage.begin(store, RUN_FACTS)
+    start(store)
     commit_manifest(store, 10, evaluated(10, loss=1.0), config=config)
     with pytest.raises(error, match=message):
         select.pick(location.open_location(str(tmp_path)), "best")
@@ -269,7 +270,7 @@ def test_pick_best_without_a_measured_metric_fails(tmp_path, config, error, mess
 
 @pytest.mark.parametrize("request_", ["latest", "best", "10"])
 def test_pick_without_checkpoints_names_the_run_directory(tmp_path, request_):
-    lineage.begin(LocalStore(str(tmp_path)), RUN_FACTS)
+    start(LocalStore(str(tmp_path)))
     run = location.open_location(str(tmp_path))
     with pytest.raises(ConfigError, match="has no committed checkpoint; pass the run directory"):
         select.pick(run, request_)
@@ -280,10 +281,8 @@ def test_pick_without_checkpoints_names_the_run_directory(tmp_path, request_):
 
 def test_newest_listed_uses_the_newest_record_and_skips_void_ones(tmp_path):
     store = LocalStore(str(tmp_path))
-    attempts: list[Attempt] = []
     for step in (0, 10):
-        attempts.append(lineage.begin(store, {}))
-        lineage.amend(store, attempts[-1], {"resumed_from": {"step": step}})
+        start(store, step)
     assert select.newest_listed(store, {}) is None
     ten = commit_manifest(store, 10)
     abandoned = commit_manifest(store, 20)

@@ -2,12 +2,11 @@
 
 import pytest
 from support.manifests import commit_manifest, spoil
+from support.timelines import start
 
 from trainer.checkpoint import lineage, select
 from trainer.errors import CheckpointError
 from trainer.storage import open_store
-
-RUN_FACTS = {"resumed_from": {"step": 0}}
 
 
 @pytest.fixture(params=["local", "relative", "file", "memory"])
@@ -20,7 +19,7 @@ def root(request, tmp_path, monkeypatch) -> str:
 
 def test_from_path_accepts_every_form(root):
     store = open_store(f"{root}/run")
-    lineage.begin(store, RUN_FACTS)
+    start(store)
     first, second = commit_manifest(store, 10), commit_manifest(store, 20)
     expected = {
         "run": second,
@@ -54,7 +53,7 @@ def test_from_path_of_copies_outside_a_run(root):
 def test_from_path_of_run_ignores_abandoned_checkpoints(root):
     store = open_store(f"{root}/run")
     for step in (0, 10):
-        lineage.amend(store, lineage.begin(store, {}), {"resumed_from": {"step": step}})
+        start(store, step)
     commit_manifest(store, 10)
     abandoned = commit_manifest(store, 20)
     assert select.from_path(f"{root}/run").manifest.step == 10
@@ -72,7 +71,7 @@ def test_from_path_without_a_checkpoint_returns_none(root, content):
 
 def test_from_path_with_a_damaged_newest_returns_the_next(root):
     store = open_store(f"{root}/run")
-    lineage.begin(store, RUN_FACTS)
+    start(store)
     first, second = commit_manifest(store, 10), commit_manifest(store, 20)
     spoil(store, second)
     for path in ("run", "run/checkpoints"):
