@@ -107,7 +107,7 @@ def best(survey: Survey, metric: str | None, mode: str | None) -> Commit | None:
     Args:
         survey: the checkpoints.
         metric: metric name; None selects nothing.
-        mode: `max` or `min`; None: as the run stored it, or from the name. Of equal values, the
+        mode: `max` or `min`; None: from the name, else as the run stored it. Of equal values, the
             earliest wins.
 
     Raises:

@@ -146,6 +146,22 @@ def test_best_ignores_checkpoints_without_the_metric_at_their_step(replicas):
     assert select.best(Replicas(replicas.mirror).survey(), "accuracy", "max") is None
 
 
+@pytest.mark.parametrize(
+    ("metric", "stored", "step"),
+    [
+        ("loss", {"metric": "loss", "mode": "max"}, 20),  # the name decides
+        ("score", {"metric": "score", "mode": "min"}, 20),  # then the run's mode
+        ("score", {"metric": "other", "mode": "min"}, 10),  # which is another metric's
+        ("score", {}, 10),
+    ],
+)
+def test_best_without_mode_uses_metric_name_then_stored_mode(replicas, metric, stored, step):
+    for number, value in ((10, 0.5), (20, 0.1), (30, 0.3)):
+        state = evaluated(number, **{metric: value})
+        commit_manifest(replicas.run, number, state, config={"checkpoint": stored})
+    assert select.best(replicas.survey(), metric, None).step == step
+
+
 def test_best_reports_a_damaged_manifest_unless_the_mirror_has_it(replicas):
     commit_manifest(replicas.stores, 10, evaluated(10, accuracy=0.5))
     damaged = commit_manifest(replicas.stores, 20, evaluated(20, accuracy=0.9))
