@@ -1,8 +1,10 @@
 """TensorBoard event files in `tensorboard/`; each step is shown exactly once.
 
 Written with TensorBoard's record writer, one event per line. Each attempt has a file whose name
-sorts after those of earlier attempts (torch's SummaryWriter names files by clock, which may differ
-between nodes). It starts with the session mark by which TensorBoard drops repeated steps.
+sorts after those of earlier attempts. It starts with the session mark by which TensorBoard drops
+repeated steps. torch's SummaryWriter writes the same mark (`purge_step`), but names files by clock:
+if the next node's clock is behind, the mark is read too early and repeated steps are shown. It also
+has no fsync, and a killed process loses its queue.
 """
 
 import os
@@ -18,7 +20,6 @@ from trainer.storage import Store, local_path
 from trainer.tracking import jsonl, libraries
 
 FOLDER = "tensorboard"
-_POSITION = ("step", "epoch", "samples", "time", "split")
 
 
 class TensorBoard:
@@ -135,7 +136,7 @@ def _event(line: Mapping[str, Any]) -> dict[str, Any]:
     values = [
         Summary.Value(tag=f"{line['split']}/{key}", simple_value=_number(value))
         for key, value in line.items()
-        if key not in _POSITION
+        if key not in jsonl.POSITION
     ]
     summary = Summary(value=values)
     return {"wall_time": line["time"], "step": line["step"], "summary": summary}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -137,6 +138,21 @@ def test_superseded_attempt_changes_nothing(tmp_path):
     dead.close()
     alive.close()
     assert scalars(tmp_path / "tensorboard")["train/loss"] == [(1, 0.5), (2, 0.25)]
+
+
+def test_clocks_of_nodes_do_not_matter(tmp_path, monkeypatch):
+    """A writer that names its files by clock fails here: readers sort event files by name."""
+    store, now_s = open_store(str(tmp_path)), time.time()
+    for number, behind_s in enumerate((0, 3600, 60), 1):
+        monkeypatch.setattr(time, "time", lambda behind_s=behind_s: now_s - behind_s)
+        first = 3 * number - 3  # each attempt commits three steps and loses two
+        tracker = attempt(store, str(tmp_path), number, step=first, last_eval_step=first)
+        for step in range(first + 1, first + 6):
+            tracker.log(line("train", step, loss=step / 8 + number * (step > first + 3)))
+            if step == first + 3:
+                tracker.flush()
+        kill(tracker)
+    assert scalars(tmp_path / "tensorboard") == expected(store)
 
 
 def test_flush_on_an_object_store_uploads_when_due(tmp_path):
