@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -67,13 +66,19 @@ def _versions() -> dict[str, str]:
 
 
 def _driver() -> str:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return "unknown"
-    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)  # noqa: S603
-    lines = done.stdout.split()
-    return lines[0] if lines else "unknown"
+    output = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return ((output or "").split() or ["unknown"])[0]
+
+
+def output_of(*command: str) -> str | None:
+    """Return the standard output of a command; None if it is missing, fails or hangs."""
+    try:
+        done = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
 
 
 def check_versions(ranks: Sequence[RankInfo]) -> Finding:

@@ -3,10 +3,10 @@
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Sequence
 
 from trainer.doctor.finding import Finding
+from trainer.doctor.machine import output_of
 
 _SPARE_S = 5.0
 """Seconds for the current step and the exit, in addition to the save."""
@@ -17,15 +17,18 @@ _DEFAULT_LEAD_S = "60"
 
 
 def settings() -> dict[str, str] | None:
-    """Return SLURM's configuration, overridden by this job's partition; None without SLURM."""
+    """Return SLURM's configuration, overridden by this job's partition.
+
+    None without SLURM; empty if scontrol does not respond in a job.
+    """
     if shutil.which("scontrol") is None:
         return None
-    output = _run("scontrol", "show", "config")
-    if output is None:
-        return None
+    output = output_of("scontrol", "show", "config")
+    if output is None:  # outside of a job: the programs are installed, but no cluster is set up
+        return {} if "SLURM_JOB_ID" in os.environ else None
     config = dict(re.findall(r"^(\w+)\s*= *(.*?)\s*$", output, re.MULTILINE))
     partition = os.environ.get("SLURM_JOB_PARTITION")
-    output = _run(
+    output = output_of(
         "scontrol", "show", "--oneliner", "partition", *([partition] if partition else [])
     )
     matching = [line for line in (output or "").splitlines() if partition or "Default=YES" in line]
@@ -38,7 +41,7 @@ def settings() -> dict[str, str] | None:
 
 def _job_settings(job: str) -> dict[str, str]:
     """Return Requeue, TimeLimit and SignalLead (seconds) of a job; empty texts if unknown."""
-    description = _run("scontrol", "show", "--oneliner", "job", job) or ""
+    description = output_of("scontrol", "show", "--oneliner", "job", job) or ""
     matches = {key: re.search(rf"\b{key}=(\S+)", description) for key in ("Requeue", "TimeLimit")}
     texts = {key: match[1] if match else "" for key, match in matches.items()}
     return {**texts, "SignalLead": _signal_lead(job, description)}
@@ -50,26 +53,15 @@ def _signal_lead(job: str, description: str) -> str:
     Options of sbatch come from its command line, then from SBATCH_SIGNAL, then from the script.
     SLURM 22 and 23 show the command line in the accounting only.
     """
-    script = _run("scontrol", "write", "batch_script", job, "-") or ""
+    script = output_of("scontrol", "write", "batch_script", job, "-") or ""
     options = [line for line in script.splitlines() if line.startswith("#SBATCH")]
-    submitted = _run("sacct", "-X", "-n", "-P", "-o", "SubmitLine%1000", "-j", job) or ""
+    submitted = output_of("sacct", "-X", "-n", "-P", "-o", "SubmitLine%1000", "-j", job) or ""
     variable = os.environ.get("SBATCH_SIGNAL", "")
     sources = [description, submitted, f"--signal={variable}", *options]
     for text in sources:
         if lead := re.search(_SIGNAL, text):
             return lead[1] or _DEFAULT_LEAD_S
     return ""
-
-
-def _run(*command: str) -> str | None:
-    """Return the output of a SLURM command; None if it fails."""
-    try:
-        done = subprocess.run(  # noqa: S603
-            command, capture_output=True, text=True, timeout=30, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout
 
 
 def check_slurm(config: dict[str, str] | None, save_s: float | None) -> Sequence[Finding]:

@@ -281,6 +281,24 @@ def test_settings_read_the_lead_and_limit_of_the_present_job(
     assert (settings["SignalLead"], settings["TimeLimit"]) == (lead, "1-00:00:00")
 
 
+def test_scontrol_that_fails_in_a_job_is_reported(tmp_path, monkeypatch):
+    slurm_programs(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (finding,) = slurm.check_slurm(slurm.settings(), None)
+    assert (finding.state, "does not respond" in finding.message) == ("yellow", True)
+
+
+@pytest.mark.parametrize(("program", "version"), [
+    ("echo 570.1\necho 570.1", "570.1"), ("echo failed; exit 9", "unknown"), ("true", "unknown"),
+])  # fmt: skip
+def test_driver_version_is_unknown_if_nvidia_smi_fails(tmp_path, monkeypatch, program, version):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{program}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert machine._driver() == version
+
+
 @pytest.mark.parametrize(("limit", "lead", "state", "text"), [
     ("1-00:00:00", "180", "green", "signaled 180 s before its time limit of 1-00:00:00"),
     ("00:03:00", "180", "yellow", "so at its start"),
