@@ -6,16 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from trainer.errors import ConfigError
-from trainer.export.calls import Call, outputs_of
-from trainer.export.contract import Arrays, ExportError, Format, Runner
+from trainer.export.calls import Call
+from trainer.export.contract import ExportError, Format, Runner
 from trainer.export.exported_model import ExportedModel
-from trainer.export.parity import as_array
-from trainer.export.tracing import quiet, reason
+from trainer.export.tracing import Flat, Signature, TorchRunner, quiet, reason
 from trainer.export.training_state import save
 
 _CALL = "perdure_call"
@@ -58,28 +56,7 @@ def _open_runner(path: Path, device: str) -> Runner:
             f"{path} has a {type(module).__name__} in it, not a model that this command exported"
         )
     call = Call(stored["arguments"], stored["keywords"], tuple(stored["inputs"]))
-    return _Runner(module, call, stored["outputs"], torch.device(device))
-
-
-class _Runner:
-    """An unpickled module; see `contract.Runner`."""
-
-    def __init__(
-        self, module: nn.Module, call: Call, outputs: list[str], device: torch.device
-    ) -> None:
-        self._module, self._call, self._device = module, call, device
-        self.inputs, self.outputs = list(call.names), outputs
-
-    def run(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
-        """Return the outputs by name."""
-        tensors = [
-            torch.tensor(inputs[name], dtype=like.dtype, device=self._device)
-            for name, like in self._call.tensors().items()
-        ]
-        arguments, keywords = self._call.with_tensors(tensors)
-        with torch.no_grad():
-            outputs = outputs_of(self._module(*arguments, **keywords)).values()
-        return {name: as_array(t) for name, t in zip(self.outputs, outputs, strict=True)}
+    return TorchRunner(Flat(module, call), Signature.of(call, stored["outputs"]), device)
 
 
 FORMAT = Format(

@@ -81,7 +81,7 @@ def _script(model: ExportedModel, submodules: list[str]) -> tuple[Any, Signature
             "that cannot be scripted (traced=its.name) or the complete model (method=trace), or "
             "use format=torch_export"
         ) from None
-    return scripted, Signature.of(model, call, by_name=bool(call.keywords))
+    return scripted, Signature.of(call, model.outputs, by_name=bool(call.keywords))
 
 
 def _with_traced(model: ExportedModel, submodules: list[str]) -> nn.Module:

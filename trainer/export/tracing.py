@@ -61,10 +61,10 @@ class Signature:
     """Pass the inputs as keywords."""
 
     @classmethod
-    def of(cls, model: ExportedModel, call: Call, *, by_name: bool = False) -> "Signature":
-        """Return the signature of a call."""
+    def of(cls, call: Call, outputs: Sequence[str], *, by_name: bool = False) -> "Signature":
+        """Return the signature of a call with these outputs."""
         dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in call.tensors().values()]
-        return cls(list(call.names), dtypes, list(model.outputs), by_name)
+        return cls(list(call.names), dtypes, list(outputs), by_name)
 
     def to_text(self) -> str:
         """Return it as JSON."""
@@ -109,7 +109,7 @@ def traceable(model: ExportedModel, count: int) -> Traceable:
     is_flat = not call.keywords and type(values) is tuple
     if not (is_flat and all(isinstance(v, Tensor) for v in (*call.arguments, *values))):
         module = Flat(module, call).eval()
-    return Traceable(module, tensors, Signature.of(model, call))
+    return Traceable(module, tensors, Signature.of(call, model.outputs))
 
 
 class TorchRunner:
