@@ -22,7 +22,8 @@ from trainer.storage import Store
 
 METADATA = ".metadata"
 _ZIP = b"PK\x03\x04"
-_READERS = 8
+READERS = 8
+"""Parallel requests per folder."""
 _Path = tuple[str | int, ...]
 
 
@@ -92,7 +93,7 @@ class DcpFolder:
         def read(name: str) -> None:
             values[name] = self._object(self._blobs[name])
 
-        in_parallel(read, list(self._blobs), _READERS)
+        in_parallel(read, list(self._blobs), READERS)
         return values
 
     # --- .metadata -------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ class DcpFolder:
                 )
             stream = io.BytesIO(bytes(blob.length))
             with stream.getbuffer() as memory:
-                self._fill(memory, blob, where)
+                read_range(self._store, blob.file, blob.start, memory, where)
                 is_zip = bytes(memory[:4]) == _ZIP
         except FileNotFoundError:
             raise CheckpointError(f"{where} is missing") from None
@@ -179,15 +180,20 @@ class DcpFolder:
             )
         return stream
 
-    def _fill(self, memory: memoryview, blob: _Blob, where: str) -> None:
-        step = self._store.read_bytes
 
-        def read(start: int) -> None:
-            piece = memory[start : start + step]
-            if self._store.read_into(blob.file, blob.start + start, piece) < len(piece):
-                raise CheckpointError(f"{where} was truncated during the read")
+def read_range(store: Store, key: str, start: int, memory: memoryview, where: str) -> None:
+    """Read a file from byte `start` into `memory`, with parallel requests.
 
-        in_parallel(read, range(0, blob.length, step), _READERS)
+    Raises:
+        CheckpointError: the file ends earlier; the message names it as `where`.
+    """
+
+    def read(offset: int) -> None:
+        piece = memory[offset : offset + store.read_bytes]
+        if store.read_into(key, start + offset, piece) < len(piece):
+            raise CheckpointError(f"{where} was truncated during the read")
+
+    in_parallel(read, range(0, len(memory), store.read_bytes), READERS)
 
 
 def relative_path(path: Any, where: str) -> str:

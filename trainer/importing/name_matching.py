@@ -4,10 +4,10 @@ import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import combinations
 
+from trainer.core.formatting import listing, pluralize
 from trainer.errors import CheckpointError, ConfigError, closest
 
 _WRAPPERS = (
@@ -223,9 +223,7 @@ def _unique(assigned: Mapping[str, Sequence[str]]) -> dict[str, str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _MAX_NAMES
-    text = ", ".join(f'"{name}"' for name in names[:_MAX_NAMES])
-    return f"{text} and {more:,} more" if more > 0 else text
+    return listing([f'"{name}"' for name in names], _MAX_NAMES)
 
 
 def _tails(name: str) -> list[str]:
@@ -271,7 +269,7 @@ class _Rules:
         tails = {tail for name in names for tail in _tails(name)} if rename else set()
         for (pattern, _), old in zip(self._rules, rename, strict=True):
             if not any(pattern.fullmatch(tail) for tail in tails):
-                near = get_close_matches(old, tails, n=1)
+                near = difflib.get_close_matches(old, tails, n=1)
                 hint = f" (did you mean '{near[0]}'?)" if near else ""
                 raise ConfigError(f"init.rename: no tensor matches {old!r}{hint}")
 
@@ -353,8 +351,7 @@ def _section(
 ) -> Iterator[str]:
     if not names:
         return
-    count = "1 tensor" if len(names) == 1 else f"{len(names):,} tensors"
-    yield f"  {title:<{_INDENT}}{count}{remark}"
+    yield f"  {title:<{_INDENT}}{pluralize(len(names), 'tensor')}{remark}"
     listed = names[:_MAX_ROWS]
     width = min(max(len(name) for name in listed), _MAX_WIDTH)
     for name in listed:

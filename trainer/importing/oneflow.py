@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.checkpoint.memory import bytes_of
 from trainer.core.threads import in_parallel
 from trainer.errors import CheckpointError
-from trainer.importing.dcp_folder import relative_path
+from trainer.importing.dcp_folder import READERS, read_range, relative_path
 from trainer.storage import Store
 
 DONE = "snapshot_done"
@@ -26,7 +26,6 @@ KINDS = {
     "kFloat16": (9, torch.float16), "kBFloat16": (11, torch.bfloat16), "kBool": (12, torch.bool),
 }  # fmt: skip
 """Enum value and dtype of each supported DataType."""
-_READERS = 8
 _MAX_META_BYTES = 1 << 16
 _MAX_INT64 = (1 << 63) - 1
 _MAX_AXES = 64
@@ -174,7 +173,7 @@ class OneflowFolder:
         def read(name: str) -> None:
             kinds[name] = self._read_meta(relative_path(name, url))
 
-        in_parallel(read, variables, _READERS)
+        in_parallel(read, variables, READERS)
         self.tensors = {name: kinds[name] for name in variables}
         self.paths: dict[str, tuple[str | int, ...]] = {name: (name,) for name in variables}
 
@@ -204,15 +203,8 @@ class OneflowFolder:
         tensor = torch.empty(shape, dtype=dtype)
         if tensor.numel() == 0:
             return tensor
-        memory = bytes_of(tensor).data
-        step, key = self._store.read_bytes, f"{name}/{OUT}"
-
-        def read(start: int) -> None:
-            piece = memory[start : start + step]
-            if self._store.read_into(key, start, piece) < len(piece):
-                raise CheckpointError(f"{self.url}/{key} was truncated during the read")
-
-        in_parallel(read, range(0, len(memory), step), _READERS)
+        where = f"{self.url}/{name}/{OUT}"
+        read_range(self._store, f"{name}/{OUT}", 0, bytes_of(tensor).data, where)
         if dtype == torch.bool and int(tensor.view(torch.uint8).max()) > 1:
-            raise CheckpointError(f"{self.url}/{key} has bytes other than 0 and 1 in a kBool")
+            raise CheckpointError(f"{where} has bytes other than 0 and 1 in a kBool")
         return tensor
