@@ -264,6 +264,17 @@ def test_copy_run_copies_surviving_checkpoints(run, tmp_path, capsys):
     assert call(capsys, "diff", run, target)[0] == 0
 
 
+def test_copy_has_the_save_durations_of_a_run(run, tmp_path, capsys):
+    target = tmp_path / "target"
+    (run / "saves.jsonl").write_text('{"step": 10}\n')
+    (run / "saves").mkdir()
+    (run / "saves/0002-000001.jsonl").write_text('{"step": 30}\n')  # not joined yet
+    assert call(capsys, "copy", run, target)[0] == 0
+    copied, source = tree(target), tree(run)
+    for name in ("saves.jsonl", "saves/0002-000001.jsonl"):
+        assert copied[name] == source[name]
+
+
 def test_copy_continues_after_interruption(run, tmp_path, capsys):
     target = tmp_path / "target"
     call(capsys, "copy", run, target)

@@ -85,7 +85,7 @@ def _check_no_overlap(source: str, target: str) -> None:
 
 
 def _copy_records(source: Store, target: Store) -> None:
-    """Copy a run's attempt records, configuration and metrics.
+    """Copy a run's attempt records, configuration, metrics and save durations.
 
     Raises:
         ConfigError: the target belongs to another run, or is not a run.
@@ -99,18 +99,17 @@ def _copy_records(source: Store, target: Store) -> None:
                 f"{number} was started {record.get('started')} on {record.get('host')}. Choose "
                 "another target"
             )
-    keys = [
-        key for key in source.entries("") if re.fullmatch(r"config\.yaml|metrics.*\.jsonl", key)
-    ]
-    keys += source.list("metrics")
-    present = set(target.entries("")) | set(target.list("metrics"))
+    pattern = r"config\.yaml|(metrics|saves).*\.jsonl"
+    keys = [key for key in source.entries("") if re.fullmatch(pattern, key)]
+    keys += [*source.list("metrics"), *source.list("saves")]
+    present = {*target.entries(""), *target.list("metrics"), *target.list("saves")}
     if not stored and present & set(keys):
         raise ConfigError(
             f"{target.url} is not a run, but contains {sorted(present & set(keys))[0]}; choose "
             "another folder"
         )
     for key in keys:
-        if key not in present or target.size(key) <= source.size(key):  # metrics only grow
+        if key not in present or target.size(key) <= source.size(key):  # files of lines only grow
             target.replace(key, source.read(key))
     for number, record in records.items():
         if number not in stored or ("ended" in record and "ended" not in stored[number]):
