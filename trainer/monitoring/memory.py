@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.optim import Optimizer
 
+from trainer.checkpoint import plan
+
 _RNG_BYTES = 10_100
 """Size of one rank's generator states (Python, NumPy, torch on the CPU) in a checkpoint, bytes."""
 
@@ -59,8 +61,8 @@ def measure(
     return Sizes(
         parameters=sum(parameter.numel() for parameter in parameters),
         trained=sum(parameter.numel() for parameter in trained),
-        weights_bytes=sum(_local(parameter).nbytes for parameter in parameters) + buffers_bytes,
-        gradients_bytes=sum(_local(parameter).nbytes for parameter in trained),
+        weights_bytes=sum(plan.local(parameter).nbytes for parameter in parameters) + buffers_bytes,
+        gradients_bytes=sum(plan.local(parameter).nbytes for parameter in trained),
         optimizer_bytes=local_bytes,
         checkpoint_bytes=checkpoint_bytes,
     )
@@ -68,11 +70,6 @@ def measure(
 
 def _global_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()  # of a DTensor: over all ranks
-
-
-def _local(tensor: Tensor) -> Tensor:
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local
 
 
 def _state_bytes(optimizers: Sequence[Optimizer], *, local: bool) -> int | None:
@@ -86,7 +83,7 @@ def _state_bytes(optimizers: Sequence[Optimizer], *, local: bool) -> int | None:
             for parameter in group["params"]:
                 if not parameter.requires_grad:
                     continue
-                shape = (_local(parameter) if local else parameter).shape
+                shape = (plan.local(parameter) if local else parameter).shape
                 kind = (shape, parameter.dtype)
                 try:
                     if kind not in sizes:

@@ -1,6 +1,5 @@
 """The facts of a run, read from its directory or bucket."""
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,6 @@ from trainer.storage import Store, local_path, open_store
 from trainer.tracking import jsonl
 
 T = TypeVar("T")
-SAVES = "saves.jsonl"
 _MARKS = ("attempts/", jsonl.FILE_NAME)
 """Entries of which every run directory has at least one."""
 
@@ -63,34 +61,51 @@ class Facts:
         folder = path.resolve().name if path is not None else self.url.rpartition("/")[2]
         return name if isinstance(name, str) and name else folder or self.url
 
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """Return the newest attempt's record; empty without one."""
+        return self.records[-1] if self.records else {}
+
     @cached_property
     def condition(self) -> Condition:
         """Return whether the run is active, and if not, how it ended."""
-        newest = self.records[-1] if self.records else None
+        times = [line.get("time") for line in self.lines[-20:]]
+        last_activity_s = max((float(at) for at in times if is_number(at)), default=None)  # type: ignore[arg-type]
         return attempts.condition(
-            newest, last_activity_s=last_activity_s(self.lines), now_s=self.read_s
+            self.record or None, last_activity_s=last_activity_s, now_s=self.read_s
         )
 
     @property
     def step(self) -> int:
-        """Return the newest recorded step."""
-        return newest_step(self.lines, self.records[-1] if self.records else {})
+        """Return the newest step in the metrics or the newest attempt's record."""
+        recorded = [self.record.get(key) for key in ("last_step", "first_step")]
+        steps_known = [step for step in recorded if type(step) is int]
+        return max([*steps_known, *(line["step"] for line in self.lines[-20:])], default=0)
 
     @cached_property
     def steps_per_epoch(self) -> int | None:
         """Return the number of steps per epoch, if recorded or derivable."""
-        recorded = self.records[-1].get("steps_per_epoch") if self.records else None
-        return (
-            recorded
-            if type(recorded) is int and recorded > 0
-            else curves.steps_per_epoch(self.lines)
-        )
+        recorded = self.record.get("steps_per_epoch")
+        is_valid = type(recorded) is int and recorded > 0
+        return recorded if is_valid else curves.steps_per_epoch(self.lines)
 
     @property
     def max_steps(self) -> int | None:
-        """Return the number of steps at which the run ends, if known."""
-        newest = self.records[-1] if self.records else {}
-        return max_steps(newest, self.config, self.steps_per_epoch)
+        """Return the step at which the run ends, as recorded or from its configuration."""
+        recorded = self.record.get("max_steps")
+        if type(recorded) is int:
+            return recorded
+        limits = self.config.get("trainer")
+        if not isinstance(limits, Mapping):
+            return None
+        steps, epochs, length = (
+            limits.get("max_steps"),
+            limits.get("max_epochs"),
+            self.steps_per_epoch,
+        )
+        by_epochs = epochs * length if type(epochs) is int and length else None
+        steps_known = [n for n in (steps, by_epochs) if type(n) is int and n < 1 << 63]
+        return min(steps_known, default=None)
 
     @property
     def goodput(self) -> Goodput:
@@ -136,14 +151,14 @@ def gather(url: str, settings: ObjectStore) -> Facts:
             notes.append(f"{subject} cannot be read: {error}")
             return default
 
-    salvaged = attempt("metrics.jsonl", lambda: jsonl.salvage(store), jsonl.Salvage())
-    if salvaged.damaged:
-        verb = "line was" if salvaged.damaged == 1 else "lines were"
-        notes.append(f"{salvaged.damaged:,} damaged {verb} skipped in {jsonl.FILE_NAME}.")
-    saves = attempt("saves.jsonl", lambda: _saves(store), jsonl.Salvage())
-    if saves.damaged:
-        verb = "line was" if saves.damaged == 1 else "lines were"
-        notes.append(f"{saves.damaged:,} damaged {verb} skipped in {SAVES}.")
+    def lines(name: str) -> list[dict[str, Any]]:
+        salvaged = attempt(name, lambda: jsonl.salvage(store, name), jsonl.Salvage())
+        if salvaged.damaged:
+            verb = "line was" if salvaged.damaged == 1 else "lines were"
+            notes.append(f"{salvaged.damaged:,} damaged {verb} skipped in {name}.")
+        return salvaged.lines
+
+    metrics, saves = lines(jsonl.FILE_NAME), lines(jsonl.SAVES_NAME)
     no_records: list[dict[str, Any]] = []
     records = attempt("attempts/", lambda: lineage.records(store), no_records)
     return Facts(
@@ -151,10 +166,10 @@ def gather(url: str, settings: ObjectStore) -> Facts:
         store,
         time.time(),
         records,
-        sorted(salvaged.lines, key=lambda line: line["step"]),
+        sorted(metrics, key=lambda line: line["step"]),
         attempt("config.yaml", lambda: read_config(store), {}),
         attempt("checkpoints/", lambda: inspect(Location(url, store)), []),
-        saves.lines,
+        saves,
         notes,
     )
 
@@ -179,35 +194,6 @@ def require_run(url: str, names: Sequence[str]) -> None:
     )
 
 
-def last_activity_s(lines: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the time of the newest line, in seconds since 1970."""
-    times = [line.get("time") for line in lines[-20:]]
-    return max((float(at) for at in times if is_number(at)), default=None)  # type: ignore[arg-type]
-
-
-def newest_step(lines: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> int:
-    """Return the newest step in the metrics or the newest attempt's record."""
-    recorded = [record.get(key) for key in ("last_step", "first_step")]
-    steps_known = [step for step in recorded if type(step) is int]
-    return max([*steps_known, *(line["step"] for line in lines[-20:])], default=0)
-
-
-def max_steps(
-    record: Mapping[str, Any], config: Mapping[str, Any], steps_per_epoch: int | None
-) -> int | None:
-    """Return the step at which a run ends, as recorded by it or from its configuration."""
-    recorded = record.get("max_steps")
-    if type(recorded) is int:
-        return recorded
-    limits = config.get("trainer")
-    if not isinstance(limits, Mapping):
-        return None
-    steps, epochs = limits.get("max_steps"), limits.get("max_epochs")
-    by_epochs = epochs * steps_per_epoch if type(epochs) is int and steps_per_epoch else None
-    steps_known = [n for n in (steps, by_epochs) if type(n) is int and n < 1 << 63]
-    return min(steps_known, default=None)
-
-
 def read_config(store: Store) -> dict[str, Any]:
     """Return the configuration of the newest attempt; empty without one.
 
@@ -222,22 +208,3 @@ def read_config(store: Store) -> dict[str, Any]:
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"config.yaml is not YAML ({text})") from None
     return config if isinstance(config, dict) else {}
-
-
-def _saves(store: Store) -> jsonl.Salvage:
-    salvaged = jsonl.Salvage()
-    try:
-        texts = store.read(SAVES).split(b"\n")
-    except FileNotFoundError:
-        return salvaged
-    for text in filter(bytes.strip, texts):
-        try:
-            line = json.loads(text)
-            is_valid = type(line["step"]) is int
-        except (ValueError, LookupError, TypeError, RecursionError):
-            is_valid = False
-        if is_valid:
-            salvaged.lines.append(line)
-        else:
-            salvaged.damaged += 1
-    return salvaged

@@ -8,8 +8,8 @@ from trainer.reporting.charts import Axis, Chart
 from trainer.reporting.curves import Curve, is_number, points, smoothed
 from trainer.reporting.facts import Facts
 from trainer.reporting.scales import quantity
+from trainer.tracking import jsonl
 
-_POSITION = ("step", "epoch", "samples", "time", "split")
 _STEP_TIMES = {
     "step_p50_s": "median",
     "step_p95_s": "95th percentile",
@@ -43,7 +43,7 @@ def keys(lines: Iterable[Mapping[str, Any]], split: str | None = None) -> list[s
         for line in lines
         if split in (None, line["split"])
         for key, value in line.items()
-        if key not in _POSITION and is_number(value)
+        if key not in jsonl.POSITION and is_number(value)
     }
     return list(names)
 

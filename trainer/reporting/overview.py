@@ -6,12 +6,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from trainer.checkpoint import attempts as history
 from trainer.checkpoint import lineage, select
 from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError, PerdureError, StoreError
 from trainer.reporting import curves, facts
 from trainer.reporting.curves import is_number
+from trainer.reporting.facts import Facts
 from trainer.storage import Store, open_store
 from trainer.tracking import jsonl
 
@@ -115,15 +115,9 @@ def _assemble(url: str, store: Store, attempts: Sequence[int]) -> Row:
         config = facts.read_config(store)
     except ConfigError:
         config = {}
-    last_activity_s = facts.last_activity_s(lines)
-    condition = history.condition(
-        record or None, last_activity_s=last_activity_s, now_s=time.time()
-    )
-    step = facts.newest_step(lines, record)
-    recorded = record.get("steps_per_epoch")
-    per_epoch = recorded if type(recorded) is int else curves.steps_per_epoch(lines)
-    limit = facts.max_steps(record, config, per_epoch)
-    metric, value, eval_step = _evaluation(lines, config)
+    run = Facts(url, store, time.time(), [record] if record else [], lines, config)
+    condition = run.condition
+    metric, value, eval_step = _evaluation(run)
     saved = _newest_checkpoint(store, record)
     losses = [value for _, value in curves.points(lines, "train", "loss")]
     return Row(
@@ -131,9 +125,9 @@ def _assemble(url: str, store: Store, attempts: Sequence[int]) -> Row:
         condition.state,
         condition.reason,
         condition.since_s,
-        step,
-        limit,
-        _eta_s(lines, record, step, limit) if condition.state == "running" else None,
+        run.step,
+        run.max_steps,
+        _eta_s(run) if condition.state == "running" else None,
         losses[-200:],
         metric,
         value,
@@ -143,33 +137,29 @@ def _assemble(url: str, store: Store, attempts: Sequence[int]) -> Row:
     )
 
 
-def _evaluation(
-    lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
-) -> tuple[str | None, float | None, int | None]:
+def _evaluation(run: Facts) -> tuple[str | None, float | None, int | None]:
     """Return name, value and step of the newest evaluation: `checkpoint.metric`, or the loss."""
-    newest = next((line for line in reversed(lines) if line["split"] == "eval"), None)
-    if newest is None:
-        return None, None, None
-    settings = config.get("checkpoint")
+    newest = run.last("eval")
+    settings = run.config.get("checkpoint")
     metric_setting = settings.get("metric") if isinstance(settings, Mapping) else None
     for key in (str(metric_setting), "loss", *newest):
         if key not in ("step", "epoch", "samples", "time") and is_number(newest.get(key)):
             return str(key), float(newest[key]), newest["step"]
-    return None, None, newest["step"]
+    return None, None, newest.get("step")
 
 
-def _eta_s(
-    lines: Sequence[Mapping[str, Any]], record: Mapping[str, Any], step: int, limit: int | None
-) -> float | None:
+def _eta_s(run: Facts) -> float | None:
     """Return the remaining seconds at the recent speed, evaluations and saves included."""
-    first_step = record.get("first_step")
+    first_step, limit = run.record.get("first_step"), run.max_steps
     first_step = first_step if type(first_step) is int else 0
-    timed = [line for line in lines if is_number(line.get("time")) and line["step"] > first_step]
+    timed = [
+        line for line in run.lines if is_number(line.get("time")) and line["step"] > first_step
+    ]
     if limit is None or len(timed) < 2 or timed[-1]["step"] == timed[0]["step"]:
         return None
     elapsed_s = timed[-1]["time"] - timed[0]["time"]
     step_s = elapsed_s / (timed[-1]["step"] - timed[0]["step"])
-    return float(max(limit - step, 0) * max(step_s, 0.0))
+    return float(max(limit - run.step, 0) * max(step_s, 0.0))
 
 
 def _newest_checkpoint(store: Store, record: Mapping[str, Any]) -> tuple[int | None, float | None]:

@@ -9,8 +9,9 @@ from datetime import timedelta
 from typing import Any
 
 from trainer.tracking.estimate import Estimate
+from trainer.tracking.jsonl import POSITION
 
-_POSITION = ("step", "epoch", "samples", "time", "split", "lr", "skipped")
+_HIDDEN = (*POSITION, "lr", "skipped")  # the last two are added in a shorter form
 _REFRESH_PER_S = 2.0
 
 
@@ -161,7 +162,7 @@ def _epoch_text(facts: Mapping[str, Any], step: int) -> str:
 
 
 def _metrics_text(line: Mapping[str, Any]) -> str:
-    hidden = {key for key in line if key in _POSITION or key.endswith(("_s", "_per_s"))}
+    hidden = {key for key in line if key in _HIDDEN or key.endswith(("_s", "_per_s"))}
     parts = [f"{key} {_number(value)}" for key, value in line.items() if key not in hidden]
     if line["split"] == "train":
         parts += [f"lr {line['lr']:.3g}"] if "lr" in line else []

@@ -20,6 +20,8 @@ from trainer.storage import Store, local_path
 
 FILE_NAME = "metrics.jsonl"
 SAVES_NAME = "saves.jsonl"
+POSITION = ("step", "epoch", "samples", "time", "split")
+"""Keys of a line of metrics that are not metrics."""
 _PART = r"/([0-9]{4,})-[0-9]{6}\.jsonl"
 _Line = Mapping[str, Any]
 
@@ -156,27 +158,27 @@ def read(store: Store, name: str = FILE_NAME) -> list[dict[str, Any]]:
 
 @dataclass
 class Salvage:
-    """Readable metric lines of a run, for display only."""
+    """Readable lines of a run, for display only."""
 
     lines: list[dict[str, Any]] = field(default_factory=list)
     damaged: int = 0
     """Number of damaged lines, which are skipped."""
 
 
-def salvage(store: Store) -> Salvage:
+def salvage(store: Store, name: str = FILE_NAME) -> Salvage:
     """Return every readable line, including those after a damaged one. For display only.
 
     `read` ends at the first damaged line, since later lines may not belong to the run's timeline.
     """
     salvaged = Salvage()
     with suppress(FileNotFoundError):
-        _salvage(store.read(FILE_NAME), salvaged)
-    _salvage_parts(store, salvaged)
+        _salvage(store.read(name), name, salvaged)
+    _salvage_parts(store, name, salvaged)
     return salvaged
 
 
 def newest(store: Store, max_bytes: int = 1 << 17) -> Salvage:
-    """Return the lines in about the last `most_bytes`, of any run at little cost."""
+    """Return the metrics in about the last `max_bytes`, of any run at little cost."""
     salvaged = Salvage()
     with suppress(FileNotFoundError):
         size_bytes = store.size(FILE_NAME)
@@ -184,35 +186,42 @@ def newest(store: Store, max_bytes: int = 1 << 17) -> Salvage:
         data = bytearray(size_bytes - start)
         count = store.read_into(FILE_NAME, start, memoryview(data))
         tail = bytes(data[:count])
-        _salvage(tail.partition(b"\n")[2] if start else tail, salvaged)
-    _salvage_parts(store, salvaged, max_parts=3)
+        _salvage(tail.partition(b"\n")[2] if start else tail, FILE_NAME, salvaged)
+    _salvage_parts(store, FILE_NAME, salvaged, max_parts=3)
     return salvaged
 
 
-def _salvage_parts(store: Store, salvaged: Salvage, max_parts: int | None = None) -> None:
-    parts = _parts(store, FILE_NAME)
+def _salvage_parts(
+    store: Store, name: str, salvaged: Salvage, max_parts: int | None = None
+) -> None:
+    parts = _parts(store, name)
     newest_attempt = max((number for number, _ in parts), default=0)
-    last = {line["split"]: line["step"] for line in salvaged.lines}
+    last = {_series(line): line["step"] for line in salvaged.lines}
     keys = [key for number, key in parts if number == newest_attempt]
     for key in keys if max_parts is None else keys[-max_parts:]:
         with suppress(FileNotFoundError):  # joined in the meantime
-            _salvage(store.read(key), salvaged, after=last)
+            _salvage(store.read(key), name, salvaged, after=last)
 
 
-def _salvage(data: bytes, salvaged: Salvage, after: Mapping[str, int] | None = None) -> None:
-    for text in data.split(b"\n"):
-        if not text.strip():
-            continue
+def _salvage(
+    data: bytes, name: str, salvaged: Salvage, after: Mapping[object, int] | None = None
+) -> None:
+    for text in filter(bytes.strip, data.split(b"\n")):
         try:
             line = json.loads(text)
-            step, split = line["step"], line["split"]
-        except (ValueError, LookupError, TypeError, RecursionError):
+            step, last = line["step"], (after or {}).get(_series(line), -1)
+            is_valid = name == SAVES_NAME or type(line["split"]) is str
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            is_valid = False
+        if not is_valid or type(step) is not int or not 0 <= step < 1 << 63:
             salvaged.damaged += 1
-            continue
-        if type(step) is not int or not 0 <= step < 1 << 63 or type(split) is not str:
-            salvaged.damaged += 1
-        elif step > (after or {}).get(split, -1):
+        elif step > last:
             salvaged.lines.append(line)
+
+
+def _series(line: _Line) -> object:
+    """Return what lines with ascending steps share: their split, for saves their attempt."""
+    return line.get("split", line.get("attempt"))
 
 
 def read_text(store: Store, name: str = FILE_NAME) -> bytes:

@@ -16,7 +16,7 @@ from trainer.checkpoint import lineage
 from trainer.core.nested import flatten
 from trainer.errors import ConfigError, StoreError
 from trainer.reporting import clock, facts, settings
-from trainer.storage import LocalStore
+from trainer.storage import LocalStore, open_store
 from trainer.tracking.jsonl import FILE_NAME
 
 
@@ -99,6 +99,17 @@ def test_optional_metrics_are_drawn_if_present(run):
     assert "peak bytes3 GB (the largest of 2)" in page.text
     assert "1 damaged line was skipped in saves.jsonl" in page.text
     assert len(page.all("i", "save")) == 2
+
+
+def test_saves_of_the_running_attempt_in_a_bucket_are_drawn(tmp_path):
+    store = open_store(f"memory:/{tmp_path}")
+    lineage.begin(store, {})
+    store.replace(FILE_NAME, b"")
+    saves = [{"step": s, "attempt": 1, "time": 1.0, "save_s": s / 10} for s in (10, 20)]
+    for number, one in enumerate(saves, 1):
+        store.replace(f"saves/0001-{number:06d}.jsonl", (json.dumps(one) + "\n").encode())
+    page_charts = charts(parsed(reporting.render([store.url])))
+    assert curve(page_charts["Saves"], "save") == [(10, 1.0), (20, 2.0)]
 
 
 def test_only_a_loss_that_spans_decades_has_a_log_scale(run):

@@ -323,6 +323,22 @@ def test_jsonl_flushed_saves_are_stored_once_on_an_object_store(tmp_path_factory
         if closes:
             tracker.close()
         assert jsonl.read(store, SAVES_NAME) == expected
+        assert jsonl.salvage(store, SAVES_NAME) == jsonl.Salvage(expected)
+
+
+def test_salvage_skips_saves_that_are_joined_but_not_deleted(tmp_path):
+    store = open_store(f"memory:/{tmp_path}")
+    saves = [a_save(30, 1), a_save(20, 2), a_save(30, 2)]  # attempt 2 resumed before step 20
+    store.replace(SAVES_NAME, "".join(json.dumps(one) + "\n" for one in saves[:2]).encode())
+    for number, one in enumerate(saves[1:], 1):
+        store.replace(f"saves/0002-{number:06d}.jsonl", (json.dumps(one) + "\n").encode())
+    assert jsonl.salvage(store, SAVES_NAME) == jsonl.Salvage(saves)
+
+
+@pytest.mark.parametrize("damage", ['{"step": 1, "attempt": [1]}', '{"attempt": 1}', "[1]", "{"])
+def test_salvage_counts_damaged_saves(tmp_path, damage):
+    (tmp_path / SAVES_NAME).write_text(f'{damage}\n{{"step": 2}}\n')
+    assert jsonl.salvage(open_store(str(tmp_path)), SAVES_NAME) == jsonl.Salvage([{"step": 2}], 1)
 
 
 # --- trackers that fail ---------------------------------------------------------------------------
