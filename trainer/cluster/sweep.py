@@ -166,8 +166,9 @@ def _set_up_job(
     from hydra.core.hydra_config import HydraConfig
 
     texts: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-    task = [text for text in texts if not text.startswith("~")]
-    varied = [text.lstrip("+") for text in task if overrides.value_of(text) not in fixed]
+    values = {text: overrides.value_of(text) for text in texts if not text.startswith("~")}
+    newest = {key: text for text, (key, _) in values.items()}  # the last override of a key counts
+    varied = [text.lstrip("+") for text in newest.values() if values[text] not in fixed]
     parts = [text for text in varied if not text.startswith("name=")]
     in_sweep = is_sweep()
     OmegaConf.set_struct(composed, False)

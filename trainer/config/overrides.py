@@ -107,13 +107,17 @@ def _literal(value: str, quote: str) -> str:
 
 
 def fixed_values(arguments: Sequence[str]) -> set[tuple[str, str]]:
-    """Return the values that all jobs of a sweep have, as `value_of` does."""
+    """Return the values that all jobs of a sweep have, as `value_of` does.
+
+    A key that is also swept has none.
+    """
     parser = OverridesParser.create()
     parsed = [(a, parser.parse_override(a)) for a in arguments if _is_override(a)]
+    swept = {override.key_or_group for _, override in parsed if override.is_sweep_override()}
     return {
         value_of(argument)
         for argument, override in parsed
-        if not (argument.startswith("~") or override.is_sweep_override())
+        if not argument.startswith("~") and override.key_or_group not in swept
     }
 
 

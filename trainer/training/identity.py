@@ -48,7 +48,7 @@ def _code_digest(config: Mapping[str, Any]) -> str:
         named.add(getattr(value, "__module__", None))
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if not isinstance(file, str) or Path(file).is_relative_to(sources.PROJECT):
+        if not isinstance(file, str) or file.startswith(f"{sources.PROJECT}/"):
             continue
         if file.endswith(".py") and (name in named or not sources.is_library(file)):
             files[name] = Path(file)

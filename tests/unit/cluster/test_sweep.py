@@ -88,6 +88,11 @@ def test_sweep_on_the_command_line_keeps_fixed_values_out_of_the_name(run_sweep)
     assert names(jobs) == ["a-seed=1", "a-seed=2"]
 
 
+def test_sweep_over_a_key_that_is_also_fixed_names_each_job(run_sweep):
+    _, jobs = run_sweep("-m", "name=a", "seed=1", "seed=1,2", values=(1, 1))
+    assert names(jobs) == ["a-seed=1", "a-seed=2"]
+
+
 def test_sweep_over_files_and_arguments_has_both_in_the_name(tmp_path, run_sweep):
     mine = write_grid(tmp_path, "hydra: {sweeper: {params: {seed: '1,2'}}}")
     _, jobs = run_sweep(*mine, "-m", "model=cnn,mlp", values=[1] * 4)
