@@ -1,5 +1,6 @@
 """Resharding on load: FSDP2, two-dimensional meshes, plain tensors, any world sizes."""
 
+from support.saved_tensors import fetch_optimizer
 from support.sharded_models import make, parallelise, full_tensor
 import json
 import random
@@ -62,16 +63,7 @@ def load(world: World, folder: str, how: str):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
     reader = checkpoint.Reader(store, f"checkpoints/{manifest.folder}", manifest)
     reader.read(state_tree.model_targets(model))
-    stored = {
-        name: (next(t for t, n in DTYPE_NAMES.items() if n == entry.dtype), entry.shape)
-        for name, entry in manifest.tensors.items()
-        if name.startswith("optimizer.")
-    }
-    slots = state_tree.optimizer_slots(model, [optimizer], stored)
-    reader.read({name: slot.tensor for name, slot in slots.items()})
-    state_tree.load_optimizers(
-        model, [optimizer], manifest.objects["optimizer"], slots, reader.fetch
-    )
+    fetch_optimizer(store, manifest, model, optimizer)
     shardings = {isinstance(p, DTensor) for p in model.parameters()}
     assert shardings == {how != "plain"}
     assert isinstance(optimizer.state[next(model.parameters())]["exp_avg"], DTensor) == (

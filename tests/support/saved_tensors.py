@@ -1,12 +1,17 @@
 """Checkpoints of named tensors, saved and loaded in one process."""
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from trainer import checkpoint
-from trainer.checkpoint import lineage
+from trainer.checkpoint import lineage, state_tree
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.plan import TORCH_DTYPES
+from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.state_tree import Content
 from trainer.checkpoint.writer import Writer
 from trainer.cluster.world import World
@@ -33,6 +38,48 @@ def save(writer: Writer, tensors: dict[str, Tensor], step: int = 1, **more: Any)
 def raw_bytes(tensor: Tensor) -> bytes:
     plain = torch.empty(tensor.numel(), dtype=tensor.dtype)
     return bytes(plain.copy_(tensor.detach().reshape(-1)).view(torch.uint8).numpy())
+
+
+def restore_optimizers(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    objects: Mapping[str, Any],
+    stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    read: Callable[[Mapping[str, Tensor]], object],
+    fetch: Callable[[str], Tensor],
+) -> None:
+    """Restore optimizers as a resume without changes does.
+
+    Args:
+        model: the unwrapped module.
+        optimizers: they hold its parameters.
+        objects: the stored `optimizer` object.
+        stored: dtype and shape of each stored optimizer tensor, by name.
+        read: fills tensors by stored name.
+        fetch: returns a stored tensor.
+    """
+    state_tree.check_groups(model, optimizers, objects["groups"])
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, saved in zip(groups, objects["groups"], strict=True):
+        values = {key: value for key, value in saved.items() if key != "params"}
+        group.update(state_tree.join(values, fetch))
+    slots = state_tree.optimizer_slots(model, optimizers, stored)
+    read({name: slot.tensor for name, slot in slots.items()})
+    state_tree.load_optimizer_state(model, optimizers, objects["state"], slots, fetch)
+
+
+def fetch_optimizer(
+    store: Store, manifest: Manifest, model: nn.Module, optimizer: Optimizer
+) -> None:
+    """Restore an optimizer from a checkpoint."""
+    reader = Reader(store, f"checkpoints/{manifest.folder}", manifest)
+    stored = {
+        name: (TORCH_DTYPES[entry.dtype], entry.shape)
+        for name, entry in manifest.tensors.items()
+        if name.startswith("optimizer.")
+    }
+    objects = manifest.objects["optimizer"]
+    restore_optimizers(model, [optimizer], objects, stored, reader.read, reader.fetch)
 
 
 def blank(tensor: Tensor) -> Tensor:

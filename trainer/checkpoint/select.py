@@ -86,7 +86,7 @@ def named_step(survey: Survey, step: str, url: str, option: str) -> Commit:
         survey: the checkpoints.
         step: the step, as typed.
         url: location of the checkpoints, for the error.
-        option: name of the option that was typed, for the error.
+        option: what was typed before the step, such as `step=`, for the error.
 
     Raises:
         ConfigError: no checkpoint has that step; lists the steps.
@@ -96,7 +96,7 @@ def named_step(survey: Survey, step: str, url: str, option: str) -> Commit:
     if not commits:
         steps = ", ".join(f"{commit.step}" for commit in survey.commits) or "none"
         raise ConfigError(
-            f"{option}={step}: no checkpoint of that step in {url}; steps available: {steps}"
+            f"{option}{step}: no checkpoint of that step in {url}; steps available: {steps}"
         )
     return commits[-1]
 
@@ -144,7 +144,7 @@ def pick(location: Location, request: str) -> Commit:
     if request == "latest":
         return survey.commits[-1]
     if request != "best":
-        return named_step(survey, request, location.url, "step")
+        return named_step(survey, request, location.url, "step=")
     settings = lineage.retention_of(_manifest(survey, survey.commits[-1]))
     metric = settings.get("metric")
     if metric is None:

@@ -292,26 +292,6 @@ def optimizer_slots(
     return slots
 
 
-def load_optimizers(
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    objects: Mapping[str, Any],
-    slots: Mapping[str, Slot],
-    fetch: Callable[[str], Tensor],
-) -> None:
-    """Restore state and hyperparameters of the optimizers.
-
-    Raises:
-        CheckpointError: the parameter groups differ from the checkpoint's.
-    """
-    groups = objects["groups"]
-    check_groups(model, optimizers, groups)
-    for group, stored in zip(_groups(optimizers), groups, strict=True):
-        values = {key: value for key, value in stored.items() if key != "params"}
-        group.update(join(values, fetch))
-    load_optimizer_state(model, optimizers, objects["state"], slots, fetch)
-
-
 def check_groups(
     model: nn.Module, optimizers: Sequence[Optimizer], groups: Sequence[Mapping[str, Any]]
 ) -> None:

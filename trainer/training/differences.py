@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.core.nested import flatten
+from trainer.errors import closest
 
 _STATE_GROUPS = ("model", "data", "task", "optimizer", "scheduler", "seed")
 """Groups whose values the saved state depends on."""
@@ -44,12 +45,11 @@ class Difference:
 
     def is_below(self, key: str) -> bool:
         """Return whether this is the setting `key` or a part of it."""
-        return self.key == key or self.key.startswith(f"{key}.")
+        return _is_below(self.key, key)
 
     def is_overridden(self, overrides: Sequence[str]) -> bool:
         """Return whether one of these keys allows the change in the same run."""
-        may_be = any(self.is_below(key) for key in _OVERRIDABLE)
-        return may_be and any(self.is_below(key) for key in overrides)
+        return _may_override(self.key) and any(self.is_below(key) for key in overrides)
 
     def __str__(self) -> str:
         old, new = ("null" if value is None else value for value in (self.old, self.new))
@@ -74,15 +74,35 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Difference,
     )
 
 
-def check_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return a sentence for each key of `resume_override` that cannot be overridden."""
-    return [
-        f"{key!r} cannot be overridden; use {', '.join(_OVERRIDABLE)}, or a part such as "
-        "optimizer.lr"
-        for key in overrides
-        if key == "optimizer._target_"
-        or not any(Difference(key, 0, 0).is_below(k) for k in _OVERRIDABLE)
-    ]
+def check_overrides(
+    overrides: Sequence[str], old: Mapping[str, Any], new: Mapping[str, Any]
+) -> list[str]:
+    """Return a sentence for each key of `resume_override` that names nothing to override.
+
+    Args:
+        overrides: the keys.
+        old: the checkpoint's configuration.
+        new: the present configuration.
+    """
+    settings = [key for key in {**flatten(old), **flatten(new)} if _may_override(key)]
+    problems = []
+    for key in overrides:
+        if key == "optimizer._target_" or not _may_override(key):
+            problems.append(
+                f"{key!r} cannot be overridden; use {', '.join(_OVERRIDABLE)}, or a part such as "
+                "optimizer.lr"
+            )
+        elif key not in _OVERRIDABLE and not any(_is_below(name, key) for name in settings):
+            problems.append(f"{key!r} is not a setting{closest(key, settings)}")
+    return problems
+
+
+def _may_override(key: str) -> bool:
+    return any(_is_below(key, group) for group in _OVERRIDABLE)
+
+
+def _is_below(key: str, group: str) -> bool:
+    return key == group or key.startswith(f"{group}.")
 
 
 def rejection_text(run_dir: str, step: int, differences: Sequence[Difference]) -> str:

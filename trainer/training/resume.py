@@ -130,7 +130,7 @@ def choose(
             f"start from its weights only: init.weights={run.resume}"
         )
     differences = compare(start.manifest.config, config)
-    if unknown := check_overrides(run.resume_override):
+    if unknown := check_overrides(run.resume_override, start.manifest.config, config):
         raise ConfigError("resume_override: " + "; ".join(unknown))
     rejected = [
         d for d in differences if d.prevents_resume and not d.is_overridden(run.resume_override)
@@ -190,7 +190,7 @@ def _start(selection: Selection) -> Start:
 
 def _named(survey: Survey, request: str, run: Run) -> Commit:
     if request != "best":
-        return select.named_step(survey, request, run.run_dir, "resume")
+        return select.named_step(survey, request, run.run_dir, "resume=")
     best = select.best(survey, run.checkpoint.metric, run.checkpoint.mode)
     if best is None:
         raise ConfigError(
@@ -209,7 +209,7 @@ def _fork(request: str, settings: ObjectStore) -> Start:
         location = find_location(url, settings)
         if location is not None:
             survey = location.survey()
-            commit = select.named_step(survey, step, url, "resume")
+            commit = select.named_step(survey, step, url, f"resume={parent}@")
             selection = select.newest_intact(survey, url, commits=[commit])
     if selection is None:
         raise ConfigError(

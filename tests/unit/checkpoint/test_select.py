@@ -98,17 +98,17 @@ def test_named_step_accepts_leading_zeros_and_lists_the_steps(replicas):
     zero, ten = commit_manifest(replicas.run, 0), commit_manifest(replicas.run, 10)
     survey = replicas.survey()
     for text in ("10", "010", "00000010"):
-        assert select.named_step(survey, text, "runs/a", "step") == ten
+        assert select.named_step(survey, text, "runs/a", "step=") == ten
     for text in ("0", "000"):
-        assert select.named_step(survey, text, "runs/a", "step") == zero
+        assert select.named_step(survey, text, "runs/a", "step=") == zero
     for text in ("1", "100", "", "-10", "1e1", "١٠", "next"):
         with pytest.raises(ConfigError) as error:
-            select.named_step(survey, text, "runs/a", "resume")
+            select.named_step(survey, text, "runs/a", "resume=")
         assert str(error.value) == (
             f"resume={text}: no checkpoint of that step in runs/a; steps available: 0, 10"
         )
     with pytest.raises(ConfigError, match="steps available: none"):
-        select.named_step(Replicas(replicas.mirror).survey(), "10", "runs/a", "step")
+        select.named_step(Replicas(replicas.mirror).survey(), "10", "runs/a", "step=")
 
 
 def test_step_in_two_folders_selects_newest_attempt(tmp_path):
@@ -116,7 +116,7 @@ def test_step_in_two_folders_selects_newest_attempt(tmp_path):
     _, newer = commit_manifest(store, 10, attempt=1), commit_manifest(store, 10, attempt=2)
     survey = location.open_location(str(tmp_path)).survey()
     assert select.at_step(survey, 10) == newer
-    assert select.named_step(survey, "10", "runs/a", "step") == newer
+    assert select.named_step(survey, "10", "runs/a", "step=") == newer
     assert select.at_step(survey, 11) is None
 
 
@@ -210,7 +210,7 @@ def test_selection_agrees_with_the_documented_rules(
         expected = commits[step] if step in listed else None
         assert select.at_step(survey, step) == expected
         if expected is not None:
-            assert select.named_step(survey, "0" * zeros + str(step), "run", "step") == expected
+            assert select.named_step(survey, "0" * zeros + str(step), "run", "step=") == expected
 
     if intact:
         selection = select.newest_intact(survey, "run")

@@ -6,16 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.saved_tensors import assert_equal, raw_bytes, writer_on
+from support.saved_tensors import assert_equal, fetch_optimizer, raw_bytes, writer_on
 from torch import nn
 
 from trainer import checkpoint
 from trainer.checkpoint import state_tree
-from trainer.checkpoint.plan import DTYPE_NAMES
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.state_tree import Content
 from trainer.errors import CheckpointError
-from trainer.storage import LocalStore, Store
+from trainer.storage import LocalStore
 
 
 class Tied(nn.Module):
@@ -151,20 +150,6 @@ def test_stored_extra_state_without_a_module_is_rejected_by_name(tmp_path):
     model[0].memory = 3
     with pytest.raises(CheckpointError, match=r"0\._extra_state"):
         restored_from(tmp_path, model, other)
-
-
-def fetch_optimizer(store: Store, manifest: Any, model: nn.Module, optimizer: Any) -> None:
-    reader = Reader(store, f"checkpoints/{manifest.folder}", manifest)
-    stored = {
-        name: (next(d for d, n in DTYPE_NAMES.items() if n == entry.dtype), entry.shape)
-        for name, entry in manifest.tensors.items()
-        if name.startswith("optimizer.")
-    }
-    slots = state_tree.optimizer_slots(model, [optimizer], stored)
-    reader.read({name: slot.tensor for name, slot in slots.items()})
-    state_tree.load_optimizers(
-        model, [optimizer], manifest.objects["optimizer"], slots, reader.fetch
-    )
 
 
 def test_save_of_new_optimizer_takes_no_step(tmp_path):

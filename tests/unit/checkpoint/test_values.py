@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.saved_tensors import restore_optimizers
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 
@@ -332,12 +333,14 @@ def test_restored_optimizer_continues_exactly(name):
         for key, tensor in content.tensors.items()
         if key.startswith("optimizer.")
     }
-    slots = state_tree.optimizer_slots(other_model, [other], stored)
-    for key, slot in slots.items():
-        slot.tensor.copy_(content.tensors[key])
     copies = {key: tensor.clone() for key, tensor in content.tensors.items()}
-    state_tree.load_optimizers(
-        other_model, [other], restored["optimizer"], slots, copies.__getitem__
+
+    def read(tensors):
+        for key, tensor in tensors.items():
+            tensor.copy_(copies[key])
+
+    restore_optimizers(
+        other_model, [other], restored["optimizer"], stored, read, copies.__getitem__
     )
 
     take_step(model, optimizer, 3)

@@ -143,6 +143,8 @@ def test_resume_with_changes_is_rejected_with_all_of_them_and_the_override(tmp_p
     assert "optimizer.lr:" not in str(caught.value)
     with pytest.raises(ConfigError, match="'seed' cannot be overridden"):
         started(tmp_path / "a", new, is_fork=False, override=["seed"])
+    with pytest.raises(ConfigError, match=r"'optimizer.lrr' is not a setting .*'optimizer.lr'"):
+        started(tmp_path / "a", new, is_fork=False, override=["optimizer.lrr"])
 
 
 @pytest.mark.parametrize("is_fork", [True, False])
@@ -185,5 +187,7 @@ def test_resume_path_with_a_step_forks_that_checkpoint(tmp_path):
     start = resume.choose(Replicas(open_store(run.run_dir)), run, stored)
     assert (start.step, start.is_fork) == (2, True)
     run = Run(name="b", run_dir=str(tmp_path / "b"), resume=f"{tmp_path}/a@3")
-    with pytest.raises(ConfigError, match=r"no checkpoint of that step .*available: 2, 4"):
+    with pytest.raises(
+        ConfigError, match=r"^resume=.*/a@3: no checkpoint of that .*available: 2, 4"
+    ):
         resume.choose(Replicas(open_store(run.run_dir)), run, stored)
