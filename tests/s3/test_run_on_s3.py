@@ -57,7 +57,8 @@ def test_run_whose_saves_fail_exits_with_1_only_if_they_would_fail_again(
     command, bucket, s3, ranks, status, code
 ):
     proxy = Proxy(s3.endpoint)
-    proxy.faults = [Fault("answer", -1, "PUT", "step-00000010", status=status, code="Rejected")]
+    end_of_epoch = "step-00000020"  # saved at its own step, also if another save is in flight
+    proxy.faults = [Fault("answer", -1, "PUT", end_of_epoch, status=status, code="Rejected")]
     try:
         failed = command(
             *FRAGILE, f"run_dir={bucket}/a", f"launch.nproc={ranks}", "checkpoint.on_error=stop",

@@ -98,8 +98,8 @@ def main(
         problems = [*prepared.problems, *_set_up_job(composed, fixed, run_dirs)]
         code = _run_job(lambda: run_one(composed, problems))
         codes.append(code)
-        if code == RUN_AGAIN and is_sweep() and not _slurm_requeues():
-            raise SystemExit(RUN_AGAIN)
+        if code == RUN_AGAIN and is_sweep():
+            raise SystemExit(RUN_AGAIN)  # of submitit's jobs too: no result before they ran again
         if code not in (DONE, RUN_AGAIN):
             raise JobFailedError(code)
         return value(composed) if code == DONE else None
@@ -135,11 +135,6 @@ def _run_job(run_one: Callable[[], int]) -> int:
         raise
     outcome.write(code)
     return code
-
-
-def _slurm_requeues() -> bool:
-    """Return whether the batch script of this job requeues it by its outcome."""
-    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
 
 
 def is_sweep() -> bool:
