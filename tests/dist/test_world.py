@@ -17,10 +17,15 @@ def answers_and_errors(world: World):
             raise CheckpointError("disk full")
         return world.rank
 
-    def fail_on_0():
+    def fail():
         raise DataError("no data")
 
-    for call in (lambda: world.run_on_all(fail_on_1), lambda: world.run_on_rank0(fail_on_0)):
+    calls = [
+        lambda: world.run_on_all(fail_on_1),
+        lambda: world.run_on_rank0(fail),
+        lambda: world.run_on_all(fail),
+    ]
+    for call in calls:
         try:
             call()
         except (CheckpointError, DataError) as error:
@@ -39,6 +44,7 @@ def test_results_and_errors_are_equal_on_every_rank(on_ranks):
         10,
         [0, 1],
         ("CheckpointError", "rank 1: disk full", True),
+        ("DataError", "no data", True),
         ("DataError", "no data", True),
         True,
         [0, 2],

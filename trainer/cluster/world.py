@@ -72,14 +72,17 @@ class World:
         """Call `function` on every rank; return this rank's result, or raise the first error.
 
         Collective. `function` must not communicate, unless it does so equally on every rank.
-        The error of the lowest failed rank is raised on every rank, with its type and rank.
+        The error of the lowest failed rank is raised on every rank, with its type, and with its
+        rank unless all ranks failed alike.
         """
         if self.size == 1:
             return function()
         outcome = _attempt(function)
-        for rank, error in enumerate(self.gather(outcome[1])):
+        errors = self.gather(outcome[1])
+        are_alike = len({(type(error), str(error)) for error in errors}) == 1
+        for rank, error in enumerate(errors):
             if error is not None:
-                raise _agreed(error, f"rank {rank}: ")
+                raise _agreed(error, "" if are_alike else f"rank {rank}: ")
         return outcome[0]  # type: ignore[no-any-return]
 
     def gather_results(self, function: Callable[[], T]) -> list[T]:
