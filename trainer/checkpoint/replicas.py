@@ -182,8 +182,6 @@ class Mirror:
         """Messages for the log, on rank 0; the reader removes them."""
         self.superseded: SupersededError | None = None
         """Set when a newer attempt owns the run; nothing is committed after that."""
-        self.copied_step: int | None = None
-        """Newest step that this attempt copied."""
         self.copy_s = 0.0
         """Duration of the last copy."""
         self._source, self._target, self._attempt = source, target, attempt
@@ -264,7 +262,7 @@ class Mirror:
         with self._changed:
             self._offered = {}
             if failure is None:
-                self._done, self.copied_step = number, manifest.step
+                self._done = number
                 self.copy_s = time.monotonic() - start_s
                 self._queue = {n: queued for n, queued in self._queue.items() if n > number}
             self._note(manifest, failure)

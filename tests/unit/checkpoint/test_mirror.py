@@ -96,7 +96,7 @@ def test_mirror_copies_same_bytes_under_same_keys(run):
     assert keys == run.source.list("checkpoints")
     assert all(run.target.read(key) == run.source.read(key) for key in keys)
     assert run.target.read("metrics.jsonl") == b"{}\n"
-    assert run.mirror.copied_step == 3
+    assert run.copied() == [3]
 
 
 def test_slow_mirror_copies_newest_checkpoint_next(run):
