@@ -58,7 +58,7 @@ bench-s3: $(VENV)/.installed-test
 	$(BIN)/python scripts/bench_s3.py $(ARGS)
 
 chaos: $(VENV)/.installed$(if $(filter s3,$(STORE)),-test)
-	$(BIN)/python $(if $(filter s3,$(STORE)),-m scripts.chaos_s3,scripts/chaos.py) --kills $(KILLS) $(ARGS)
+	$(BIN)/python -m scripts.$(if $(filter s3,$(STORE)),chaos_s3,chaos) --kills $(KILLS) $(ARGS)
 
 s3: $(VENV)/.installed-test
 	@$(BIN)/python scripts/s3_server.py $(ARGS)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,80 +26,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from bench_plan import bench_plan, bench_scale
+from bench_state import Job, drop_caches, fio, gpt2_small_shapes, store_alone
 
 from trainer import checkpoint
-from trainer.checkpoint import lineage, plan, state_tree, values
+from trainer.checkpoint import lineage
 from trainer.checkpoint.memory import HostBuffer
 from trainer.cluster.world import World, connect
-from trainer.core.threads import in_parallel
 from trainer.storage import LocalStore
 
 STEP_S = 0.4
 STEPS = 8
-
-
-# --- the state -----------------------------------------------------------------------------------
-
-
-def gpt2_small_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the 148 parameters of GPT-2 small (Radford et al. 2019)."""
-    width = 768
-    yield from [("wte", (50257, width)), ("wpe", (1024, width))]
-    for layer in range(12):
-        for name, shape in {
-            "ln_1_weight": (width,), "ln_1_bias": (width,),
-            "attn_c_attn_weight": (width, 3 * width), "attn_c_attn_bias": (3 * width,),
-            "attn_c_proj_weight": (width, width), "attn_c_proj_bias": (width,),
-            "ln_2_weight": (width,), "ln_2_bias": (width,),
-            "mlp_c_fc_weight": (width, 4 * width), "mlp_c_fc_bias": (4 * width,),
-            "mlp_c_proj_weight": (4 * width, width), "mlp_c_proj_bias": (width,),
-        }.items():  # fmt: skip
-            yield f"h_{layer}_{name}", shape
-    yield from [("ln_f_weight", (width,)), ("ln_f_bias", (width,))]
-
-
-class Job:
-    """A model and an optimizer with state, and a synthetic training step."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.model = nn.ParameterDict(
-            {name: nn.Parameter(torch.randn(shape) * 0.02) for name, shape in gpt2_small_shapes()}
-        )
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, foreach=True)
-        for parameter in self.model.values():
-            parameter.grad = torch.full_like(parameter, 1e-3)
-        self.optimizer.step()
-        self.square = torch.randn(700, 700)
-
-    def content(self) -> checkpoint.Content:
-        """Return the content of a Perdure checkpoint: model and optimizer state."""
-        content = checkpoint.Content(objects={"run": {"step": 1}})
-        state_tree.add_model(content, self.model, with_buffers=True)
-        state_tree.add_optimizers(content, self.model, [self.optimizer])
-        return content
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state for the other libraries: nested dicts of the same tensors."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors, flat."""
-        return self.content().tensors
-
-    def nbytes(self) -> int:
-        """Bytes of the state."""
-        return sum(tensor.nbytes for tensor in self.tensors().values())
-
-    def compute(self, seconds: float) -> None:
-        """Emulate a forward and backward pass: matrix products on one core for `seconds`."""
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            torch.mm(self.square, self.square)
-
-
-# --- other libraries and the raw disk ---
 
 
 def fsync_tree(folder: Path) -> None:
@@ -107,49 +44,6 @@ def fsync_tree(folder: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-
-
-def drop_caches(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-
-
-def fio(folder: Path, nbytes: int, direction: str, *, direct: bool) -> float:
-    """Return the seconds fio needs to transfer `nbytes`."""
-    file = folder / "fio"
-    command = [
-        "fio", "--name=raw", f"--filename={file}", f"--size={nbytes // 4096 * 4096}",
-        f"--rw={direction}", "--bs=4m", "--iodepth=8", "--ioengine=libaio",
-        f"--direct={int(direct)}", "--end_fsync=1", "--output-format=json",
-    ]  # fmt: skip
-    if direction == "write":
-        file.unlink(missing_ok=True)
-    done = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    return float(nbytes / done["jobs"][0][direction]["bw_bytes"])
-
-
-def store_alone(folder: Path, buffer: HostBuffer, direction: str) -> float:
-    """Return the seconds of bare store calls for the bytes of `buffer`: a tighter limit than fio.
-
-    Huge pages, eight threads, nothing copied and nothing checked.
-    """
-    store, part_bytes = LocalStore(folder), 4 << 20
-    starts = range(0, len(buffer), part_bytes)
-    began = time.perf_counter()
-    if direction == "write":
-        (folder / "alone").unlink(missing_ok=True)
-        file = store.open_new("alone", len(buffer))
-        in_parallel(lambda at: file.put(at, buffer.view[at : at + part_bytes]), starts, 8)
-        file.finish()
-    else:
-        in_parallel(
-            lambda at: store.read_into("alone", at, buffer.view[at : at + part_bytes]), starts, 8
-        )
-    return time.perf_counter() - began
 
 
 def timed(do: Callable[[], object], world: World) -> float:
@@ -340,97 +234,6 @@ def bench_stall(job: Job, world: World, folder: Path, rounds: int) -> dict[str, 
             seconds["perdure blocked"].append(perdure_blocked)
             seconds["dcp blocked"].append(dcp_blocked)
     return seconds
-
-
-def resident_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def bench_plan(job: Job, world: World, folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Measure the seconds before the snapshot, and the memory a save adds, in bytes."""
-    store = LocalStore(folder / "perdure")
-    writer = checkpoint.Writer(store, world, world.run_on_rank0(lambda: lineage.begin(store, {})))
-    content = job.content()
-    began = time.perf_counter()
-    first = plan.make(content, world)
-    seconds = {"first plan": [time.perf_counter() - began], "second plan": [], "state": []}
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident_bytes("VmRSS")
-    checkpoint.save(writer, content, step=1)
-    extra = resident_bytes("VmHWM") - before
-    seconds["extra memory / (state / world size)"] = [extra / (job.nbytes() / world.size)]
-    for _ in range(10 * rounds):
-        began = time.perf_counter()
-        content = job.content()
-        values.decode(values.encode(content.objects, "objects"))
-        seconds["state"].append(time.perf_counter() - began)
-        began = time.perf_counter()
-        assert plan.make(content, world, first) is first
-        seconds["second plan"].append(time.perf_counter() - began)
-    return seconds
-
-
-def bench_scale(ranks: int, count: int) -> dict[str, float]:
-    """Measure plan and manifest on rank 0 of `ranks` simulated ranks with sharded tensors."""
-    from torch.distributed.tensor import DTensor, Shard
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from trainer.checkpoint import manifest
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (ranks,))
-    content = checkpoint.Content()
-    rows = 4
-    for number in range(count):
-        for key in ("model.layer_{}.weight", "optimizer.layer_{}.weight.exp_avg",
-                    "optimizer.layer_{}.weight.exp_avg_sq"):  # fmt: skip
-            content.tensors[key.format(number)] = DTensor.from_local(
-                torch.zeros(rows, 8), mesh, [Shard(0)], run_check=False
-            )
-        content.tensors[f"optimizer.layer_{number}.weight.step"] = torch.zeros(())
-    world = _Alone(0, ranks)
-    before = resident_bytes("VmRSS")
-    began = time.perf_counter()
-    division = plan.make(content, world)
-    first_s = time.perf_counter() - began
-    began = time.perf_counter()
-    assert plan.make(content, world, division) is division
-    second_s = time.perf_counter() - began
-    files = {
-        manifest.shard_name(rank=rank, world_size=ranks, token="0" * 8, save=1): manifest.ShardFile(
-            division.layout.total_bytes, division.layout.header_bytes, "0" * 16
-        )
-        for rank in range(ranks)
-    }
-    record = manifest.Manifest(
-        step=1, epoch=0, samples=0, attempt=1, token="0" * 8, save=1, world_size=ranks,
-        versions={}, tensors=division.entries, files=files, objects={},
-    )  # fmt: skip
-    began = time.perf_counter()
-    data = manifest.to_bytes(record)
-    dump_s = time.perf_counter() - began
-    began = time.perf_counter()
-    assert manifest.from_bytes(data, "x") == record
-    parse_s = time.perf_counter() - began
-    memory_bytes = resident_bytes("VmHWM") - before
-    dist.destroy_process_group()
-    return {
-        "first plan, s": first_s, "second plan, s": second_s, "manifest, MB": len(data) / 1e6,
-        "write manifest, s": dump_s, "parse manifest, s": parse_s,
-        "header of a shard, MB": division.layout.header_bytes / 1e6,
-        "memory, MB": memory_bytes / 1e6,
-    }  # fmt: skip
-
-
-class _Alone(World):
-    """Rank 0 of a simulated world in which all ranks contribute the same values."""
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value] * self.size
-
-    def all(self, value: bool) -> bool:
-        return value
 
 
 BENCHES = {"save": bench_save, "load": bench_load, "stall": bench_stall, "plan": bench_plan}

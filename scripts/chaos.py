@@ -1,6 +1,6 @@
 """SIGKILL at random instants of a real training that saves every few steps, and a tally.
 
-python scripts/chaos.py [--kills 500] [--ranks 1,2] [--seed 0] [--folder DIR]
+python -m scripts.chaos [--kills 500] [--ranks 1,2] [--seed 0] [--folder DIR]
 
 A run is started, killed, examined and started again until the kills are used up; then it is left
 alone. What must hold; at the first failure the exit code is 1 and the folder stays:
@@ -15,387 +15,42 @@ alone. What must hold; at the first failure the exit code is 1 and the folder st
 
 Of the kills of several ranks, half take one rank first, so that the others see it die. The aims
 are drawn from --seed; the tally counts what each kill actually interrupted.
-
-One process imports everything once and forks the ranks of every attempt, so that they start in
-tenths of a second. It never computes and never has a second thread: a fork copies a pool of
-threads without its threads, and a wait for one of them never ends.
 """
 
 import argparse
-import gc
-import importlib
-import json
-import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
 
-ROOT = Path(__file__).resolve().parents[1]
-
-EPOCHS, STEPS_PER_EPOCH, GLOBAL_BATCH_SIZE = 8, 20, 12
-LAST_STEP = EPOCHS * STEPS_PER_EPOCH
-KEEP_LAST = 2
-
-# The settings of tests/support/run_commands.py, with a model so wide that a save writes
-# 5 MB and takes as long as some steps.
-SETTINGS = [
-    "data=synthetic", "sample.shape=[1,8,8]", "data.eval_samples=70",
-    f"data.train_samples={STEPS_PER_EPOCH * GLOBAL_BATCH_SIZE}",
-    "model.batch_norm=true", "model.channels=[4,8]", "model.hidden=10000", "scheduler=cosine",
-    f"trainer.max_epochs={EPOCHS}", f"trainer.global_batch_size={GLOBAL_BATCH_SIZE}",
-    "trainer.log_every_steps=1", "trainer.clip_norm=1.0", "trainer.eval_every_steps=7",
-    "checkpoint.every_steps=3", f"checkpoint.keep_last={KEEP_LAST}",
-    "launch.threads=1", "launch.device=cpu",
-    "launch.max_attempts_without_progress=0",  # kills may come faster than saves
-]  # fmt: skip
-
-START_UP = "start-up"
-TRAINING = "training alone"
-WRITING = "a save: shards"
-PUBLISHING = "a save: manifest"
-PRUNING = "after a commit: pruning"
-STATES = (START_UP, TRAINING, WRITING, PUBLISHING, PRUNING)
-"""Activities of a killed attempt, as counted in the tally."""
-
-_POLL_S = 0.0005
-_PATIENCE_S = 180.0
-"""Timeout of every wait, in seconds; the machine may have other work."""
-
-
-class Broken(Exception):
-    """A promise does not hold."""
-
-
-# --- processes ---------------------------------------------------------------------------------
-
-_children: set[int] = set()
-"""Process ids of all that is alive, so that nothing outlives this process."""
-
-_IMPORTS = (
-    "torch.distributed.checkpoint.default_planner", "torch.distributed.tensor",
-    "torch._dynamo",  # every optimizer imports it
-    "torchmetrics", "hydra", "omegaconf", "trainer.run", "trainer.training.attempt",
-    "trainer.schedule", "trainer.task", "trainer.data.synthetic", "trainer.tracking.console",
-    "models.cnn", "scripts.compare_runs",
-)  # fmt: skip
-
-
-def preload() -> None:
-    """Import all that a rank needs, from this checkout."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "PERDURE_OUTCOME"):
-        os.environ.pop(name, None)
-    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    sys.path[0] = str(ROOT)
-    for name in _IMPORTS:
-        importlib.import_module(name)
-    from hydra.core.plugins import Plugins
-
-    Plugins.instance()  # looks through packages, once
-    gc.freeze()  # or the collector of a child would copy every page
-
-
-def fork(body: Callable[[], int], log: Path) -> int:
-    """Run `body` in a child that dies with this process; return its process id."""
-    threads = len(os.listdir("/proc/self/task"))
-    if threads > 1:
-        raise RuntimeError(f"there are {threads} threads here; a fork could hang")
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        _be_child(body, log)
-    _children.add(pid)
-    return pid
-
-
-def _be_child(body: Callable[[], int], log: Path) -> NoReturn:
-    code: Any = 1
-    try:
-        from trainer.core import threads
-
-        threads.die_with_parent()
-        os.setsid()  # a Ctrl-C is meant for the parent
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        code = body()
-    except SystemExit as error:
-        code = error.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
-
-
-def ask(question: Callable[[], Any], log: Path) -> Any:
-    """Return the answer of a child, which may compute; it travels as JSON."""
-    reading, writing = os.pipe()
-
-    def answer() -> int:
-        os.close(reading)
-        try:
-            finding = {"answer": question()}
-        except Exception as error:
-            finding = {"error": "".join(traceback.format_exception(error)).rstrip()}
-        with open(writing, "w") as pipe:
-            json.dump(finding, pipe)
-        return 0
-
-    pid = fork(answer, log)
-    os.close(writing)
-    with open(reading) as pipe:
-        text = pipe.read()
-    os.waitpid(pid, 0)
-    _children.discard(pid)
-    finding = json.loads(text or '{"error": "the process that examined the run was killed"}')
-    if "error" in finding:
-        raise Broken(finding["error"])
-    return finding["answer"]
-
-
-def kill_children() -> None:
-    """Kill all children."""
-    for pid in tuple(_children):
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        _children.discard(pid)
-
-
-class Ranks:
-    """The processes of one attempt."""
-
-    def __init__(self, run_dir: Path, count: int, log: Path) -> None:
-        self.codes: dict[int, int] = {}
-        """Exit codes of the ranks that exited early."""
-        port = _free_port()
-        self._pids = {
-            rank: fork(lambda rank=rank: _train(run_dir, rank, count, port), log)
-            for rank in range(count)
-        }
-
-    def alive(self) -> list[int]:
-        """Return the ranks that are alive."""
-        for rank, pid in tuple(self._pids.items()):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                self._bury(rank, status)
-        return list(self._pids)
-
-    def kill(self, ranks: Sequence[int]) -> None:
-        """SIGKILL ranks at the same time, and wait until the kernel is done with them."""
-        for rank in ranks:
-            os.kill(self._pids[rank], signal.SIGKILL)
-        for rank in ranks:
-            self._bury(rank, os.waitpid(self._pids[rank], 0)[1])
-
-    def _bury(self, rank: int, status: int) -> None:
-        _children.discard(self._pids.pop(rank))
-        code = os.waitstatus_to_exitcode(status)
-        if code != -signal.SIGKILL:
-            self.codes[rank] = code
-
-    def wait(self, condition: Callable[[], bool]) -> bool:
-        """Wait until a condition holds; return False if a rank exited early before."""
-        deadline_s = time.monotonic() + _PATIENCE_S
-        while not condition():
-            self.alive()
-            if self.codes:
-                return False
-            if time.monotonic() > deadline_s:
-                raise Broken(f"an attempt did not get on for {_PATIENCE_S:.0f} s")
-            time.sleep(_POLL_S)
-        return True
-
-    def let_end(self) -> None:
-        """Wait until all ranks have left, and all with success."""
-        deadline_s = time.monotonic() + _PATIENCE_S
-        while self.alive() and not any(self.codes.values()):
-            if time.monotonic() > deadline_s:
-                raise Broken(f"an attempt did not end within {_PATIENCE_S:.0f} s")
-            time.sleep(0.01)
-        if any(self.codes.values()):
-            raise Broken(f"no rank was killed; the exit codes are {self.codes}")
-
-
-def _train(run_dir: Path, rank: int, count: int, port: int) -> int:
-    """Be a rank: a user's command, with the environment that torchrun would give it."""
-    from trainer import run
-
-    if count > 1:
-        os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
-    return run.main([*SETTINGS, f"name={run_dir.name}", f"run_dir={run_dir}"])
-
-
-def _free_port() -> int:
-    """Return a free port below those that the kernel assigns automatically."""
-    while True:
-        port = random.randrange(10_000, 32_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-
-
-# --- what can be seen of a run -----------------------------------------------------------------
-
-
-class Watch:
-    """Progress of an attempt, observed from outside."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._attempts, self._checkpoints = run_dir / "attempts", run_dir / "checkpoints"
-        self._earlier_folders = set(_names(self._checkpoints))
-        self.earlier_attempts = len(self._records())
-
-    def _records(self) -> list[str]:
-        return [name for name in _names(self._attempts) if not _is_temporary(name)]
-
-    def has_begun(self) -> bool:
-        """Return whether the attempt has a record, and so owns the run."""
-        return len(self._records()) > self.earlier_attempts
-
-    def is_training(self) -> bool:
-        """Return whether it has recorded where it starts from; its first step comes next."""
-        if not self.has_begun():
-            return False
-        record = json.loads((self._attempts / max(self._records())).read_text())
-        return "resumed_from" in record
-
-    def is_saving(self) -> bool:
-        """Return whether a checkpoint of this attempt is being written (or deleted)."""
-        from trainer.checkpoint.lineage import MANIFEST
-
-        return any(MANIFEST not in files for _, files in self._folders())
-
-    def is_publishing(self) -> bool:
-        """Return whether a manifest is being published."""
-        return any(_is_temporary(name) for _, files in self._folders() for name in files)
-
-    def committed_step(self) -> int:
-        """Return the newest step that this attempt has committed, or 0."""
-        from trainer.checkpoint.lineage import MANIFEST
-
-        return max((step for step, files in self._folders() if MANIFEST in files), default=0)
-
-    def _folders(self) -> list[tuple[int, list[str]]]:
-        """Return the step and files of each checkpoint of this attempt."""
-        from trainer.checkpoint.manifest import parse_folder
-
-        folders = set(_names(self._checkpoints)) - self._earlier_folders
-        parsed = [(parse_folder(name), _names(self._checkpoints / name)) for name in folders]
-        return [(finding[0], files) for finding, files in parsed if finding]
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
-
-
-def _is_temporary(name: str) -> bool:
-    """Return whether a file has not been given its name yet, as a LocalStore does it."""
-    return name.startswith(".tmp-")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Files of a killed attempt, every byte verified."""
-
-    newest_step: int
-    """Step of the newest checkpoint; 0 without one."""
-    resumed_step: int | None
-    """Step that the attempt recorded as its start, if any."""
-    state: str
-    """Activity, one of STATES."""
-    left_files: int
-    """Files of no use, which a later attempt has to delete."""
-
-
-def examine(run_dir: Path, earlier_attempts: int) -> dict[str, Any]:
-    """Return a Finding as a dict. It computes: call it in a child."""
-    from trainer import checkpoint
-    from trainer.checkpoint import lineage
-    from trainer.storage import LocalStore
-
-    store = LocalStore(run_dir)
-    newest, commits = checkpoint.latest(store), checkpoint.steps(store)
-    for commit in commits:
-        checkpoint.verify(store, lineage.read_manifest(store, commit))
-    records = lineage.records(store)
-    record = records[-1] if len(records) > earlier_attempts else {}
-    start = record.get("resumed_from")
-    return vars(
-        Finding(
-            newest_step=newest.step if newest else 0,
-            resumed_step=start["step"] if start else None,
-            state=_state(run_dir, record["attempt"], commits) if start else START_UP,
-            left_files=len(useless_files(run_dir)),
-        )
-    )
-
-
-def _state(run_dir: Path, attempt: int, commits: Sequence[Any]) -> str:
-    """Return the activity of an attempt that had started to train. Saves follow each other."""
-    from trainer.checkpoint.lineage import MANIFEST
-    from trainer.checkpoint.manifest import parse_folder
-
-    newest_step = commits[-1].step if commits else 0
-    checkpoints = run_dir / "checkpoints"
-    folders = {name: _names(checkpoints / name) for name in _names(checkpoints)}
-    has_committed = any(commit.attempt == attempt for commit in commits)
-    used = [name for name, files in folders.items() if not all(map(_is_temporary, files))]
-    state = PRUNING if has_committed and len(used) > KEEP_LAST else TRAINING
-    for name, files in folders.items():
-        parsed = parse_folder(name)
-        if parsed is None or parsed[1] != attempt:
-            continue  # an earlier attempt left it
-        if MANIFEST not in files and parsed[0] > newest_step:
-            return PUBLISHING if any(map(_is_temporary, files)) else WRITING
-        if MANIFEST not in files or any(map(_is_temporary, files)):
-            state = PRUNING
-    return state
-
-
-def useless_files(run_dir: Path) -> list[str]:
-    """Return the files that belong neither to the run itself nor to a checkpoint that counts."""
-    from trainer.checkpoint import lineage
-    from trainer.storage import LocalStore
-
-    store = LocalStore(run_dir)
-    useful = {"config.yaml", "metrics.jsonl", *store.list("attempts")}
-    for commit in lineage.commits(store):
-        shards = lineage.read_manifest(store, commit).files
-        useful |= {commit.manifest_key, *(f"{commit.folder}/{shard}" for shard in shards)}
-    files = (path for path in run_dir.rglob("*") if path.is_file())
-    return sorted({path.relative_to(run_dir).as_posix() for path in files} - useful)
-
-
-def compare(undisturbed: Path, run_dir: Path) -> tuple[list[str], list[str]]:
-    """Return how two finished runs differ, and the second's useless files. For a child."""
-    from scripts.compare_runs import differences
-
-    return differences(str(undisturbed), str(run_dir)), useless_files(run_dir)
-
-
-# --- kills -------------------------------------------------------------------------------------
+from scripts.chaos_findings import (
+    PUBLISHING,
+    START_UP,
+    STATES,
+    TRAINING,
+    WRITING,
+    Finding,
+    Watch,
+    compare,
+    examine,
+    file_names,
+)
+from scripts.chaos_ranks import (
+    GLOBAL_BATCH_SIZE,
+    LAST_STEP,
+    POLL_S,
+    Broken,
+    Ranks,
+    ask,
+    kill_children,
+    preload,
+)
 
 
 @dataclass(frozen=True)
@@ -469,7 +124,7 @@ class Run:
             self._tally.one_first += 1
             until_s = time.monotonic() + shot.ahead * self._step_s
             while time.monotonic() < until_s and ranks.alive():
-                time.sleep(_POLL_S)
+                time.sleep(POLL_S)
         self._see(watch)
         ranks.kill(ranks.alive())
         finding = ask(lambda: examine(self._run_dir, watch.earlier_attempts), self._log)
@@ -605,7 +260,7 @@ def _parse() -> argparse.Namespace:
     arguments.ranks = [int(text) for text in arguments.ranks.split(",")]
     if any(count < 1 or GLOBAL_BATCH_SIZE % count for count in arguments.ranks):
         parser.error(f"--ranks: each must divide the {GLOBAL_BATCH_SIZE} samples of a step")
-    if arguments.folder is not None and _names(arguments.folder):
+    if arguments.folder is not None and file_names(arguments.folder):
         parser.error(f"--folder: {arguments.folder} is not empty")
     return arguments
 

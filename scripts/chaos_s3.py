@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from scripts.chaos import SETTINGS, Broken
+from scripts.chaos_ranks import SETTINGS, Broken
 from scripts.compare_runs import differences
 from scripts.s3_server import BUCKET, S3Server
 from trainer import checkpoint

@@ -12,10 +12,10 @@ from support.run_commands import ROOT
 def test_twenty_kills_at_random_instants_lose_nothing(tmp_path):
     done = subprocess.run(
         [
-            sys.executable, ROOT / "scripts/chaos.py", "--kills", "20", "--ranks", "1,2",
+            sys.executable, "-m", "scripts.chaos", "--kills", "20", "--ranks", "1,2",
             "--folder", tmp_path / "chaos",
         ],
-        cwd=tmp_path, capture_output=True, text=True, timeout=600,
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Every promise held." in done.stdout
