@@ -7,9 +7,9 @@ from safetensors import safe_open
 from torch import nn
 
 from trainer import checkpoint
-from trainer.core import rng
 from trainer.checkpoint import lineage, state_tree
 from trainer.cluster.world import World
+from trainer.core import rng
 from trainer.errors import CheckpointError, StoreError
 from trainer.storage import LocalStore
 
@@ -101,9 +101,7 @@ def save_then_fail(world: World, folder: str):
     return "saved"
 
 
-def test_failure_on_one_rank_aborts_all_and_keeps_previous_checkpoint(
-    on_ranks, tmp_path
-):
+def test_failure_on_one_rank_aborts_all_and_keeps_previous_checkpoint(on_ranks, tmp_path):
     assert on_ranks(2, save_then_fail, str(tmp_path)) == ["rank 1: no space left"] * 2
     store = LocalStore(tmp_path)
     manifest = checkpoint.latest(store)

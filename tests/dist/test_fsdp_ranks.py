@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.config.schema import Parallel
-from trainer.training import parallel
 from trainer.cluster.world import World
+from trainer.config.schema import Parallel
 from trainer.errors import ConfigError
+from trainer.training import parallel
 
 
 class Tied(nn.Module):

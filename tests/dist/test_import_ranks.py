@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from support.sharded_models import make, parallelise, full_tensor
+from support.sharded_models import full_tensor, make, parallelise
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from trainer.importing.formats import open_external
 from trainer.cluster.world import World
+from trainer.importing.formats import open_external
 
 SHAPES = {"even": (8, 3), "uneven": (5, 3), "one_row": (1, 7), "vector": (6,), "empty": (0, 2)}
 

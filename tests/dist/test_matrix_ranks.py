@@ -8,12 +8,11 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from support import step_matrix
 import numpy as np
 import pytest
-import torch
-from support.step_matrix import EXTRAS, Case
+from support import step_matrix
 from support.ranks import free_ports, joined
+from support.step_matrix import EXTRAS, Case
 
 from trainer.cluster.world import World
 

@@ -66,7 +66,8 @@ def evaluated(world):
 @pytest.mark.filterwarnings("ignore")
 def test_evaluation_with_list_states_equals_one_rank(on_ranks):
     expected = evaluated(World())
-    assert len(expected[0]) == 7 and "scores_MulticlassRecall" in expected[0]
+    assert len(expected[0]) == 7
+    assert "scores_MulticlassRecall" in expected[0]
     for values in on_ranks(4, evaluated):
         assert values[0] == pytest.approx(expected[0], rel=1e-6)
         assert values == [values[0]] * 2  # a second evaluation starts from empty states
@@ -90,5 +91,5 @@ def test_metric_without_states_is_rejected_by_name_on_two_ranks():
     job = a_job(task=Counting())
     assert create_metrics(job)["counted"]
     job.metrics, job.world = None, World(size=2)
-    with pytest.raises(ConfigError, match="'counted' is a Counter, not a torchmetrics.Metric"):
+    with pytest.raises(ConfigError, match=r"'counted' is a Counter, not a torchmetrics\.Metric"):
         create_metrics(job)

@@ -1,10 +1,8 @@
 """A straggler is reported by rank, for a slow forward pass and for slow data."""
 
-import sys
 import time
-from pathlib import Path
-from trainer.config.schema import Parallel
 
+from trainer.config.schema import Parallel
 
 SLOW_S = 0.05
 
@@ -12,20 +10,18 @@ SLOW_S = 0.05
 def train(world, folder, slow_rank, slow_part, strategy):
     """Train 30 steps with one slow rank; return the messages and the ranks' peak memory."""
     import torch
-    import torch.distributed as dist
-    from support.loop_jobs import DATA, Lines, Net, a_saver
-    from torch.utils.data import TensorDataset
-
-    from trainer.training import loop, parallel
-    from trainer.training.job import Job, Phase
-    from trainer.checkpoint import lineage
+    from support.loop_jobs import DATA, Lines, Net
     from support.savers import a_saver_for
-    from trainer.data.source import TrainStream
-    from trainer.core.intervals import Every
+
+    from trainer.checkpoint import lineage
     from trainer.cluster.stop import Stop
+    from trainer.core.intervals import Every
     from trainer.core.state import State
+    from trainer.data.source import TrainStream
     from trainer.storage import open_store
     from trainer.task import Classification
+    from trainer.training import loop, parallel
+    from trainer.training.job import Job, Phase
 
     is_slow = world.rank == slow_rank
 

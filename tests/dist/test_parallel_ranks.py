@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from trainer.config.schema import Parallel
-from trainer.training import parallel
-from trainer.core import rng
 from trainer.cluster.world import World
+from trainer.config.schema import Parallel
+from trainer.core import rng
+from trainer.training import parallel
 
 
 def make_model():

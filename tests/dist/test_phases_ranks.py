@@ -1,11 +1,10 @@
 """Phases on several ranks: each update equals the large batch's, and a resume is exact."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+
 from trainer.config.schema import Parallel
 
 
@@ -62,7 +61,7 @@ def pair_job(world, options=None, accumulate=1):
 
 def steps(world, options, accumulate, clip_norm):
     """Train three steps; return the means of the ranks' losses, and the weights."""
-    from trainer.training import loop, parallel
+    from trainer.training import parallel
     from trainer.training.step import train_step, warm_up
 
     job = pair_job(world, options, accumulate)
@@ -80,23 +79,23 @@ def steps(world, options, accumulate, clip_norm):
 def runs(world, folder, options):
     """Train with and without a stop; return differing tensors, and whether objects are equal."""
     import torch
-    from support.loop_jobs import saved_steps
     from support.gan_jobs import gan_job, images, phased
-
-    from trainer.training import loop, parallel, resume, sample_outputs
-    from trainer.training.contents import collect
-    from trainer.training.step import warm_up
-    from trainer.core import rng
-    from trainer.checkpoint import lineage
-    from trainer.checkpoint.retention import Retention
+    from support.loop_jobs import saved_steps
     from support.savers import a_saver_for
+
+    from trainer.checkpoint import lineage
     from trainer.checkpoint.replicas import Replicas
-    from trainer.config.schema import Run
-    from trainer.data.source import EvalStream, TrainStream
-    from trainer.training.ema import Ema
-    from trainer.core.intervals import Every
+    from trainer.checkpoint.retention import Retention
     from trainer.cluster.stop import Stop
+    from trainer.config.schema import Run
+    from trainer.core import rng
+    from trainer.core.intervals import Every
+    from trainer.data.source import EvalStream, TrainStream
     from trainer.storage import open_store
+    from trainer.training import loop, resume, sample_outputs
+    from trainer.training.contents import collect
+    from trainer.training.ema import Ema
+    from trainer.training.step import warm_up
 
     measures = options.strategy == "fsdp"  # with other strategies, evaluation is as without phases
 
@@ -141,7 +140,6 @@ def runs(world, folder, options):
 
 def both(world, folder, strategies):
     """Return all results of one launch of the ranks, whose startup takes most of the time."""
-    from trainer.training import parallel
 
     options = {
         "ddp": Parallel(bucket_cap_mb=0.0005),

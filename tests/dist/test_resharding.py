@@ -1,7 +1,5 @@
 """Resharding on load: FSDP2, two-dimensional meshes, plain tensors, any world sizes."""
 
-from support.saved_tensors import fetch_optimizer
-from support.sharded_models import make, parallelise, full_tensor
 import json
 import random
 import tempfile
@@ -9,9 +7,9 @@ import tempfile
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from support.saved_tensors import fetch_optimizer
+from support.sharded_models import full_tensor, make, parallelise
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from trainer import checkpoint

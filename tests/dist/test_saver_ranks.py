@@ -6,17 +6,16 @@ from functools import partial
 import pytest
 import torch
 from support.faulty_stores import FaultyStore
+from support.savers import a_saver_for
 
 from trainer import checkpoint
 from trainer.checkpoint import lineage
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
-from support.savers import a_saver_for
-from trainer.cluster.world import World
-from trainer.errors import SaveHangsError, StoreError
-from trainer.core.intervals import Every
 from trainer.cluster.stop import Stop
+from trainer.cluster.world import World
 from trainer.core.state import State
+from trainer.errors import SaveHangsError, StoreError
 from trainer.storage import LocalStore
 
 

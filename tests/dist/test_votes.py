@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from trainer.cluster import agreement
-from trainer.cluster.world import World
 from trainer.cluster.agreement import RankEndedError, Vote
+from trainer.cluster.world import World
 
 SIZE = 3
 

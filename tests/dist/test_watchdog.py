@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from trainer.cluster.world import World
 from trainer.cluster.watchdog import Watchdog
+from trainer.cluster.world import World
 
 
 class Exited(Exception):

@@ -1,10 +1,8 @@
 """Steps of ranks with unequally weighted microbatches equal those of one process."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+
 from trainer.config.schema import Parallel
 
 

@@ -4,9 +4,9 @@ import os
 import signal
 from types import SimpleNamespace
 
+from trainer.cluster.stop import Stop
 from trainer.cluster.world import World
 from trainer.errors import CheckpointError, DataError
-from trainer.cluster.stop import Stop
 
 
 def answers_and_errors(world: World):
