@@ -51,6 +51,11 @@ def prepared(tmp_path_factory):
         "from trainer.tracking.several import Silent\n"
         "class Tracker(Silent):\n"
         "    def __init__(self, every: int): self.every = every\n"
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def __init__(self, width: int):\n"
+        "        layers = nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10)\n"
+        "        super().__init__(nn.Flatten(), *layers)\n"
     )
     (folder / "docs").symlink_to(ROOT / "docs")
     (folder / "pictures").mkdir()
