@@ -11,11 +11,14 @@ from pathlib import Path
 
 from trainer.errors import ConfigError
 
+_SCRATCH = "scratch"
+"""Subfolder whose contents may be deleted; logs and files of sweeps are stored next to it."""
+
 
 def user_folder() -> Path:
     """Return this user's own folder for temporary files; it is not created.
 
-    Two users of one machine get different folders.
+    Two users of one machine get different folders. Only what `scratch_folder` creates is deleted.
     """
     return Path(tempfile.gettempdir(), f"perdure-{os.getuid()}")
 
@@ -32,17 +35,19 @@ def scratch_folder(name: str) -> Iterator[Path]:
     Raises:
         ConfigError: another user owns the place of this user's folder.
     """
-    parent = user_folder()
-    parent.mkdir(mode=0o700, exist_ok=True)
-    status = parent.lstat()
+    user = user_folder()
+    user.mkdir(mode=0o700, exist_ok=True)
+    status = user.lstat()
     if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
         raise ConfigError(
-            f"{parent} for temporary files belongs to another user; set TMPDIR to a folder of "
-            "your own"
+            f"{user} for temporary files belongs to another user; set TMPDIR to a folder of your "
+            "own"
         )
-    parent.chmod(0o700)
-    _delete_abandoned(parent)
-    folder, descriptor = _locked_folder(parent, name)
+    user.chmod(0o700)
+    scratch = user / _SCRATCH
+    scratch.mkdir(exist_ok=True)
+    _delete_abandoned(scratch)
+    folder, descriptor = _locked_folder(scratch, name)
     try:
         yield folder
     finally:

@@ -38,8 +38,8 @@ def hold(tmp_path):
 
 def test_scratch_folder_is_private_and_deleted():
     with scratch_folder("a") as folder:
-        assert folder.parent == user_folder()
-        for path in (folder, folder.parent):
+        assert folder.is_relative_to(user_folder())
+        for path in (folder, user_folder()):
             assert stat.S_IMODE(path.stat().st_mode) == 0o700
     assert not folder.exists()
 
@@ -50,9 +50,13 @@ def test_next_start_deletes_folders_of_killed_processes_only(tmp_path):
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert os.path.exists(killed_folder)
+    others = [user_folder() / name for name in ("multirun/.submitit", "logs/a")]
+    for folder in others:  # of sweeps and runs, which have no lock
+        folder.mkdir(parents=True)
     with scratch_folder("b"):
         assert not os.path.exists(killed_folder)
         assert os.path.exists(living_folder)
+        assert all(folder.exists() for folder in others)
     living.communicate("")
     assert not os.path.exists(living_folder)
     for pipe in (killed.stdin, killed.stdout):
