@@ -14,7 +14,7 @@ def test_two_ranks_killed_in_the_second_epoch_end_well_and_the_same(command):
     arguments = [
         "data=mnist", f"data.dir={DATA}", "data.mean=0.2860", "data.std=0.3530", "model=mlp",
         "trainer.max_epochs=3", "trainer.global_batch_size=128", "launch.nproc=2",
-        "launch.threads=1", "scheduler=cosine", "checkpoint.every_steps=150",
+        "launch.threads=1", "scheduler=cosine", "checkpoint.every_steps=600",
         "checkpoint.metric=accuracy", "optimizer.lr=0.001", "task._target_=mine.task.Fragile",
     ]  # fmt: skip
     undisturbed = command(*arguments, "name=a")

@@ -8,7 +8,8 @@ from support.run_commands import HARD, committed, in_folder
 
 from scripts.compare_runs import differences
 
-FRAGILE = [*HARD, "task._target_=mine.task.Fragile"]
+# One save before the kill: it starts at its step, since no earlier save can still be in flight.
+FRAGILE = [*HARD, "task._target_=mine.task.Fragile", "checkpoint.every_steps=10"]
 
 
 @pytest.fixture
