@@ -130,7 +130,7 @@ def _launch(run: Run, stored: Mapping[str, Any]) -> int:
     admission.check_stores(run, replicas)
     start = resume.choose(replicas, run, stored)
     if resume.finished(run, start):
-        print(messages.finished_text(run, start.step, start.epoch))
+        print(messages.finished_text(run, start.state))
         return DONE
     if launch.ranks_on_this_node(run.launch) == 1:
         return _rank(run, stored, is_checked=True)

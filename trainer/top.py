@@ -11,14 +11,12 @@ from typing import Any
 from trainer import cli
 from trainer.cli import Arguments
 from trainer.core.formatting import age, duration, number, plain, table
-from trainer.core.threads import in_parallel
 from trainer.errors import DONE, ConfigError, PerdureError
 from trainer.reporting import overview
 from trainer.reporting.overview import Row
 from trainer.reporting.scales import SIZE, fitting
 
 _MOST_PLACES = 1000
-_MOST_AT_ONCE = 8
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 16
 _STYLES = {
@@ -79,13 +77,7 @@ def _read_all(arguments: Arguments, rows_before: Mapping[str, Row]) -> list[Row]
         for url_or_folder in arguments.places
         for url in overview.find(url_or_folder, arguments.store)
     ]
-    rows_by_url: dict[str, Row] = {}
-
-    def read(url: str) -> None:
-        rows_by_url[url] = overview.read_row(url, arguments.store, rows_before.get(url))
-
-    in_parallel(read, list(dict.fromkeys(urls)), _MOST_AT_ONCE)
-    return overview.ordered(list(rows_by_url.values()))
+    return overview.read_rows(urls, arguments.store, rows_before)
 
 
 def _live(arguments: Arguments, rows: list[Row], every_s: float) -> None:
@@ -106,18 +98,22 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
     return [plain(f"{row.run}: {row.reason}") for row in rows if row.reason]
 
 
-_TITLES = ["run", "state", "step", "left", "loss", "lately", "evaluation", "saved", "attempts"]
+_TITLES = [
+    "run", "state", "step", "left", "loss", "lately", "evaluation", "best", "saved", "attempts",
+]  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:
     """Return a row as cells under `_TITLES`."""
-    state = row.state
+    is_early = row.state == "finished" and row.reason  # without one, it reached its last step
+    state = "finished early" if is_early else row.state
     if row.since_s is not None and state not in ("running", "starting"):
         state += f" {age(row.since_s)} ago"
     step = f"{row.step:,}"
     if row.max_steps:
         step += f"/{row.max_steps:,} {100 * min(row.step / row.max_steps, 1):.0f} %"
     evaluation = f"{row.metric} {number(row.value)}" if row.metric else ""
+    best = f"{row.best.metric} {number(row.best.value)} at {row.best.step:,}" if row.best else ""
     saved = ""
     if row.checkpoint_step is not None:
         saved = f"{row.checkpoint_step:,}"
@@ -125,7 +121,7 @@ def cells(row: Row) -> list[str]:
             saved += f", {age(row.checkpoint_s)} ago"
     loss = number(row.losses[-1]) if row.losses else ""
     eta = "" if row.eta_s is None else duration(row.eta_s)
-    titles = [row.run, state, step, eta, loss, sparkline(row.losses), evaluation, saved]
+    titles = [row.run, state, step, eta, loss, sparkline(row.losses), evaluation, best, saved]
     return [plain(cell) for cell in [*titles, str(len(row.attempts))]]
 
 
@@ -142,7 +138,7 @@ def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
     return "".join(_BLOCKS[min(int(scale(mean) / SIZE * 8), 7)] for mean in means)
 
 
-_NARROW = {"lately": 130, "attempts": 115, "loss": 105, "saved": 95, "evaluation": 75}
+_NARROW = {"lately": 130, "attempts": 115, "loss": 105, "saved": 95, "evaluation": 85, "best": 75}
 """Columns hidden on terminals narrower than this many characters."""
 
 

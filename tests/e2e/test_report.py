@@ -37,6 +37,28 @@ def folder(tmp_path_factory):
     return run
 
 
+def test_early_stop_has_its_reason_in_the_output_report_and_table(tmp_path):
+    command = in_folder(tmp_path)
+    constant = [*HARD, "model.batch_norm=false", "optimizer.lr=0", "trainer.patience_evals=2"]
+    arguments = [*constant, "name=a", "checkpoint.metric=accuracy", "report=true"]
+    done = command(*arguments)
+    assert done.returncode == 0, done.stderr
+    (record,) = lineage.records(LocalStore(command.folder / "runs/a"))
+    best = record["best"]
+    assert (best["metric"], best["step"]) == ("accuracy", 7)  # of equal ones, the first
+    reason = f"accuracy did not improve in 2 evaluations; best {best['value']:.4f} at step 7"
+    assert record["reason"] == reason
+    assert "Finished at step 20 " in done.stdout
+    assert f"Stopped early: {reason}." in done.stdout
+    assert reason in (command.folder / "runs/a/report.html").read_text()
+    again = command(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert f"Stopped early: {reason}." in again.stdout
+    table = command("runs", "--once", module="trainer.top").stdout
+    assert "finished early" in table
+    assert reason in table
+
+
 def test_report_matches_the_run_files(folder):
     page = parsed((folder / "report.html").read_text())
     written = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]

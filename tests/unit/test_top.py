@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from trainer.cluster.world import World
 from trainer.config.schema import ObjectStore
 from trainer.errors import StoreError
 from trainer.reporting import overview
+from trainer.reporting.facts import Best
 from trainer.storage import LocalStore
 from trainer.tracking import jsonl
 
@@ -237,7 +239,53 @@ def test_top_refreshes_on_a_terminal_until_ctrl_c(runs):
         os.close(main)
 
 
-def test_rows_are_ordered_by_urgency():
+BESTS = st.builds(
+    Best,
+    metric=st.sampled_from(["accuracy", "loss"]),
+    mode=st.sampled_from(["min", "max"]),
+    value=st.floats(-2, 2),
+    step=st.integers(0, 9),
+)
+
+
+@given(st.lists(st.none() | BESTS))
+def test_rows_of_one_metric_are_ordered_by_best_value(bests):
+    rows = [overview.Row(f"r{i}", "finished", best=best) for i, best in enumerate(bests)]
+    in_order = [row.best for row in overview.ordered(rows)]
+    measured = [best for best in in_order if best is not None]
+    assert in_order == measured + [None] * (len(bests) - len(measured))
+    groups = [key for key, _ in groupby(measured, lambda best: (best.metric, best.mode))]
+    assert len(groups) == len(set(groups))
+    for metric, mode in groups:
+        values = [best.value for best in measured if (best.metric, best.mode) == (metric, mode)]
+        assert values == sorted(values, reverse=mode == "max")
+
+
+def test_best_value_outside_of_the_newest_lines_is_that_of_the_record(tmp_path):
+    best = {"metric": "accuracy", "value": 0.99, "step": 7}
+    write(tmp_path / "a", lines(), records=[second(best=best)])
+    assert overview.read_row(str(tmp_path / "a"), HERE).best == Best("accuracy", "max", 0.99, 7)
+    for other in ({**best, "metric": "f1"}, {**best, "value": "x"}, {**best, "step": None}, [1]):
+        write(tmp_path / "b", lines(), records=[second(best=other)])
+        row = overview.read_row(str(tmp_path / "b"), HERE)
+        assert row.best == Best("accuracy", "max", 0.9, 30)  # from the lines
+
+
+def test_run_that_stopped_early_shows_its_reason_and_best_value(tmp_path, capsys):
+    reason = "accuracy did not improve in 3 evaluations; best 0.9 at step 30"
+    write(tmp_path / "a", lines(), records=[{**second(), "reason": reason}])
+    _, out, _ = rendered(capsys, tmp_path, "--once")
+    _, row, text = out.splitlines()
+    assert "finished early" in row
+    assert "accuracy 0.9 at 30" in row
+    assert text == f"{tmp_path}/a: {reason}"
+    _, out, _ = rendered(capsys, tmp_path, "--json")
+    (row,) = json.loads(out)["runs"]
+    assert row["best"] == {"metric": "accuracy", "mode": "max", "value": 0.9, "step": 30}
+    assert (row["state"], row["why"]) == ("finished", reason)
+
+
+def test_rows_without_a_best_value_are_ordered_by_urgency():
     states = (
         "finished",
         "silent",
@@ -258,11 +306,11 @@ def test_rows_are_ordered_by_urgency():
 @pytest.mark.parametrize("width", [60, 80, 100, 120, 160])
 def test_narrow_terminal_hides_columns(width):
     row = overview.Row("runs/a", "silent", "", time.time() - 800, 2640, 2640, None, [1e-5] * 20,
-                    "accuracy", 0.9916, 40, 2640, time.time() - 800, [1, 2])  # fmt: skip
+                    "accuracy", 0.9916, 40, None, 2640, time.time() - 800, [1, 2])  # fmt: skip
     screen = Console(width=width, file=io.StringIO(), color_system=None)
     screen.print(top._table([row], width))
     head, *below = screen.file.getvalue().rstrip().splitlines()
     assert len(below) == 1
     assert re.search("silent 1[34] min ago", below[0])
     assert "…" not in below[0]
-    assert ("evaluation" in head) == (width >= 75)
+    assert ("evaluation" in head) == (width >= 85)

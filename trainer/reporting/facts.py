@@ -35,6 +35,13 @@ class Best:
     step: int
 
 
+def rank(best: Best | None) -> tuple[Any, ...]:
+    """Return a sort key: by metric and mode, from the best value to the worst; None is last."""
+    if best is None:
+        return (True,)
+    return False, best.metric, best.mode, best.value if best.mode == "min" else -best.value
+
+
 @dataclass(frozen=True)
 class Facts:
     """Facts of a run, read at one time."""
@@ -114,18 +121,29 @@ class Facts:
 
     @cached_property
     def best(self) -> Best | None:
-        """Return the best evaluation, by `checkpoint.metric` or else by the loss."""
+        """Return the best evaluation, by `checkpoint.metric` or else by the loss.
+
+        The newest attempt's record has it too, for readers of the newest lines only.
+        """
         checkpoint_settings = self.config.get("checkpoint")
         settings = checkpoint_settings if isinstance(checkpoint_settings, Mapping) else {}
         for metric in (settings.get("metric"), "loss"):
             if not isinstance(metric, str):
                 continue
-            if values := curves.points(self.lines, "eval", metric):
+            points = [*self._recorded_best(metric), *curves.points(self.lines, "eval", metric)]
+            if points:
                 mode = metric_mode.resolve(metric, settings.get("mode"))
-                choose = min if mode == "min" else max
-                step, value = choose(values, key=lambda point: point[1])
-                return Best(metric, mode, value, step)
+                bests = [Best(metric, mode, value, step) for step, value in points]
+                return min(bests, key=lambda best: (rank(best), best.step))
         return None
+
+    def _recorded_best(self, metric: str) -> curves.Points:
+        best = self.record.get("best")
+        if not isinstance(best, Mapping) or best.get("metric") != metric:
+            return []
+        step: Any = best.get("step")
+        value: Any = best.get("value")
+        return [(step, float(value))] if type(step) is int and is_number(value) else []
 
     def last(self, split: str) -> Mapping[str, Any]:
         """Return the newest line of a split; empty without one."""

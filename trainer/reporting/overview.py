@@ -8,14 +8,16 @@ from typing import Any
 
 from trainer.checkpoint import lineage, select
 from trainer.config.schema import ObjectStore
+from trainer.core.threads import in_parallel
 from trainer.errors import ConfigError, PerdureError, StoreError
 from trainer.reporting import curves, facts
 from trainer.reporting.curves import is_number
-from trainer.reporting.facts import Facts
+from trainer.reporting.facts import Best, Facts
 from trainer.storage import Store, open_store
 from trainer.tracking import jsonl
 
 UNREADABLE = "unreadable"
+_MOST_AT_ONCE = 8
 _DEPTH = 2
 """Folder levels searched for runs."""
 _OVER = ("finished", "stopped", "died")
@@ -40,6 +42,8 @@ class Row:
     value: float | None = None
     """Metric of the newest evaluation."""
     eval_step: int | None = None
+    best: Best | None = None
+    """Best value of the run's metric so far."""
     checkpoint_step: int | None = None
     checkpoint_s: float | None = None
     attempts: Sequence[int] = field(default=())
@@ -132,6 +136,7 @@ def _assemble(url: str, store: Store, attempts: Sequence[int]) -> Row:
         metric,
         value,
         eval_step,
+        run.best,
         *saved,
         attempts=attempts,
     )
@@ -172,6 +177,28 @@ def _newest_checkpoint(store: Store, record: Mapping[str, Any]) -> tuple[int | N
     return None, None
 
 
+def read_rows(
+    urls: Sequence[str], settings: ObjectStore, before: Mapping[str, Row] | None = None
+) -> list[Row]:
+    """Return the rows of runs, several read at a time, in the order of `ordered`.
+
+    Args:
+        urls: of the runs.
+        settings: of the store.
+        before: previous rows by URL.
+    """
+    rows: dict[str, Row] = {}
+
+    def read(url: str) -> None:
+        rows[url] = read_row(url, settings, (before or {}).get(url))
+
+    in_parallel(read, list(dict.fromkeys(urls)), _MOST_AT_ONCE)
+    return ordered(list(rows.values()))
+
+
 def ordered(rows: Sequence[Row]) -> list[Row]:
-    """Return running runs first, then those that need attention, then finished ones."""
-    return sorted(rows, key=lambda row: (_ORDER.index(row.state), row.run))
+    """Return runs of the same metric from the best value to the worst, then those without a value.
+
+    Among equal ones, running runs come first, then those that need attention.
+    """
+    return sorted(rows, key=lambda row: (facts.rank(row.best), _ORDER.index(row.state), row.run))

@@ -34,8 +34,8 @@ def single(run: Facts) -> str:
     return _document(run.name, head, parts, run.read_s)
 
 
-def several(runs: Sequence[Facts]) -> str:
-    """Return the page that compares runs."""
+def several(runs: Sequence[Facts], note: str = "") -> str:
+    """Return the page that compares runs, in this order, with a note about all of them."""
     names = distinct(runs)
     axis = metric_charts.axis(runs)
     parts = [
@@ -44,7 +44,10 @@ def several(runs: Sequence[Facts]) -> str:
         ("configuration", "Differences in configuration", settings.differences(runs, names)),
     ]
     title = f"{len(runs)} runs"
-    notes = [f"{name}: {note}" for run, name in zip(runs, names, strict=True) for note in run.notes]
+    notes = [note] if note else []
+    notes += [
+        f"{name}: {text}" for run, name in zip(runs, names, strict=True) for text in run.notes
+    ]
     urls = joined((tag("code", run.url) for run in runs), " · ")
     head = [tag("h1", title), tag("p", urls, class_="since"), _notes(notes)]
     return _document(title, head, parts, min(run.read_s for run in runs))

@@ -16,7 +16,7 @@ _OMITTED = frozenset(
     {
         "attempt", "token", "started", "ended", "told", "first_step", "last_step", "outcome",
         "reason", "error", "resumed_from", "save_s", "starting_s", "training_s", "resume", "pid",
-        "max_steps", "steps_per_epoch", "changed",
+        "max_steps", "steps_per_epoch", "changed", "best",
     }
 )  # fmt: skip
 """Keys of an attempt's record that other sections show, or that do not help a reader."""

@@ -82,7 +82,7 @@ def run_attempt(
         start = world.run_on_rank0(lambda: resume.choose(replicas, run, stored))
         if resume.finished(run, start):
             if world.rank == 0:
-                print(messages.finished_text(run, start.step, start.epoch))
+                print(messages.finished_text(run, start.state))
             return DONE
     earlier, facts = admission.admit(run, stored, replicas, world)
     threads = launch.threads_per_rank(run.launch, earlier[-1].get("threads") if earlier else None)
@@ -126,7 +126,7 @@ def run_attempt(
         )
         saver.compare_with_grace()
         timing = loop.start_timing(job, state, saver, stop)
-        record.start_heartbeat(progress_of(state, saver, stop, timing, began))
+        record.start_heartbeat(progress_of(job, state, saver, stop, timing, began))
         trained = time.monotonic()
         position = state.step, state.last_eval_step
         profiler = _profiler(run, job, replicas.run, record.attempt)
@@ -137,11 +137,10 @@ def run_attempt(
         in_vain = (state.step, state.last_eval_step) == position
         if stop.reason == DEADLINE and in_vain and not repeats_evaluation(job, state):
             world.run_on_rank0(lambda: _check_progress(run, trained - began, seconds))
-        record.outcome = {"outcome": "done" if done else "preempted"}
+        reason = messages.early_stop_reason(run, state) if done else reason_text(stop.reason)
+        record.outcome = {"outcome": "done" if done else "preempted", "reason": reason}
         is_saved = saver.committed_step == state.step
         samples = sample_outputs.show(job, state.step, replicas.run) if done and is_saved else []
-        if not done:
-            record.outcome["reason"] = reason_text(stop.reason)
     if world.rank == 0:
         text = messages.end_text(run, state, saver, stop, timing, done, seconds)
         _print("\n".join([text, *samples]))

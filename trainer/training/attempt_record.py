@@ -15,6 +15,7 @@ from trainer.cluster.world import World
 from trainer.core.state import State
 from trainer.errors import StoreError
 from trainer.monitoring.timing import Timing
+from trainer.training.job import Job
 
 _HEARTBEAT_S = 30.0
 """Maximum seconds between two heartbeats."""
@@ -107,10 +108,13 @@ def recorded(
         record.end()
 
 
-def progress_of(state: State, saver: Saver, stop: Stop, timing: Timing, began: float) -> Progress:
+def progress_of(
+    job: Job, state: State, saver: Saver, stop: Stop, timing: Timing, began: float
+) -> Progress:
     """Return a function that returns the attempt's progress as the record's values.
 
     Args:
+        job: the training run.
         state: the state of the run.
         saver: the saver.
         stop: the source of the number of step boundaries.
@@ -127,6 +131,7 @@ def progress_of(state: State, saver: Saver, stop: Stop, timing: Timing, began: f
         totals = timing.totals()
         return {
             "last_step": state.step,
+            **({"best": {"metric": job.metric, **best}} if (best := state.best) else {}),
             "committed_step": saver.committed_step,
             "save_s": saver.save_s,
             "starting_s": round(starting_s, 3),

@@ -92,9 +92,19 @@ def restore(job: Job, start: "Start", manifest: Manifest, reader: Reader) -> Sta
     return state
 
 
-def _restore_state(manifest: Manifest, takeover: Takeover) -> State:
+def stored_state(manifest: Manifest) -> State:
+    """Return a checkpoint's state, apart from the tensors.
+
+    Raises:
+        CheckpointError: a newer version wrote it.
+    """
     state = State()
     state.load_state_dict(dict(manifest.objects[RUN]))
+    return state
+
+
+def _restore_state(manifest: Manifest, takeover: Takeover) -> State:
+    state = stored_state(manifest)
     if not takeover.best:
         state.best, state.stale_evals = None, 0
     if not takeover.evaluation:

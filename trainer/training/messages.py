@@ -197,36 +197,60 @@ def end_text(
         )
     metrics = "  ".join(f"{name} {_number(value)}" for name, value in state.metrics.items())
     lines = [f"Finished at step {state.step:,} after {seconds:.1f} s.  {metrics}"]
+    lines += _early_stop_lines(run, state)
     if saver.committed_step != state.step:
         lines.append(
             f"warning: the last step was not saved; newest checkpoint: {newest}.\n"
             "Run the same command again to repeat the missing steps."
         )
     lines += end_lines(timing.totals())
-    return "\n".join([*lines, *_next_steps(run, state.step, state.epoch)])
+    return "\n".join([*lines, *_next_steps(run, state)])
+
+
+def early_stop_reason(run: Run, state: State) -> str:
+    """Return why a complete run ended before its last step, with its best value; else ''."""
+    limits, metric = run.trainer, run.checkpoint.metric
+    if limits.patience_evals is None or state.stale_evals < limits.patience_evals:
+        return ""
+    if _reached(limits.max_steps, state.step) or _reached(limits.max_epochs, state.epoch):
+        return ""
+    text = f"{metric} did not improve in {pluralize(state.stale_evals, 'evaluation')}"
+    if state.best is None:
+        return f"{text}: it was NaN"
+    return f"{text}; best {_number(state.best['value'])} at step {state.best['step']:,}"
+
+
+def _reached(limit: int | None, position: int) -> bool:
+    return limit is not None and position >= limit
+
+
+def _early_stop_lines(run: Run, state: State) -> list[str]:
+    reason = early_stop_reason(run, state)
+    return [f"Stopped early: {reason}."] if reason else []
 
 
 def _number(value: float) -> str:
     return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
-def finished_text(run: Run, step: int, epoch: int) -> str:
+def finished_text(run: Run, state: State) -> str:
     """Return the text for a run that was already finished when started."""
     return "\n".join(
         [
-            f"{run.run_dir} is finished at step {step:,}. Nothing to do.",
-            *_next_steps(run, step, epoch),
+            f"{run.run_dir} is finished at step {state.step:,}. Nothing to do.",
+            *_early_stop_lines(run, state),
+            *_next_steps(run, state),
         ]
     )
 
 
-def _next_steps(run: Run, step: int, epoch: int) -> list[str]:
+def _next_steps(run: Run, state: State) -> list[str]:
     limits = run.trainer
     longer = []
-    if limits.max_steps is not None and step >= limits.max_steps:
-        longer.append(f"trainer.max_steps={2 * step}")
-    if limits.max_epochs is not None and epoch >= limits.max_epochs:
-        longer.append(f"trainer.max_epochs={2 * epoch}")
+    if _reached(limits.max_steps, state.step):
+        longer.append(f"trainer.max_steps={2 * state.step}")
+    if _reached(limits.max_epochs, state.epoch):
+        longer.append(f"trainer.max_epochs={2 * state.epoch}")
     if not longer and limits.patience_evals is not None:
         longer.append(f"trainer.patience_evals={2 * limits.patience_evals}")
     return [

@@ -59,6 +59,11 @@ class Start:
         """Complete epochs at that step."""
         return self.manifest.epoch if self.manifest else 0
 
+    @property
+    def state(self) -> State:
+        """State stored in the checkpoint, see `contents.stored_state`; from scratch: at step 0."""
+        return contents.stored_state(self.manifest) if self.manifest else State()
+
     def is_in_run(self, replicas: Replicas) -> bool:
         """Return whether the run's own store has the checkpoint."""
         if self.is_fork or self.commit is None or self.urls[0] != replicas.run.url:

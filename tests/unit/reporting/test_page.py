@@ -350,14 +350,53 @@ def test_report_command_writes_into_the_run_or_to_out(run, tmp_path, capsys, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.html", "run", "x.html"]
 
 
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_report_of_a_folder_ranks_its_runs_by_best_value(tmp_path, mode, monkeypatch, capsys):
+    values = {"a": [3.0, 2.0], "b/c": [1.0, 9.0], "d": [5.0, 4.0], "e": []}
+    for name, scores in values.items():
+        evaluations = [
+            {"step": 5 * i, "epoch": 0, "samples": 5 * i, "split": "eval", "score": score}
+            for i, score in enumerate(scores, 1)
+        ]
+        config = {**CONFIG, "name": name, "checkpoint": {"metric": "score", "mode": mode}}
+        write(tmp_path / "runs" / name, evaluations, config, [second()])
+    monkeypatch.chdir(tmp_path)
+    assert report.main(["runs"]) == 0
+    assert capsys.readouterr().out == "wrote compare.html\n"
+    rows = parsed((tmp_path / "compare.html").read_text()).all("table")[0].all("tr")[1:]
+    cells = [
+        [cell.text.strip() for cell in (row.all("td")[0], *row.all("td")[-2:])] for row in rows
+    ]
+    best = {
+        "max": [["b/c", "score 9", "10"], ["d", "score 5", "5"], ["a", "score 3", "5"]],
+        "min": [["b/c", "score 1", "5"], ["a", "score 2", "10"], ["d", "score 4", "10"]],
+    }
+    assert cells == [*best[mode], ["e", "–", "–"]]
+
+
+def test_report_of_many_runs_shows_the_best(tmp_path, monkeypatch):
+    for index in range(43):
+        value = {"step": 5, "epoch": 0, "samples": 5, "split": "eval", "accuracy": index * 7 % 43}
+        write(tmp_path / f"runs/{index}", [value], {**CONFIG, "name": str(index)}, [second()])
+    page = page_of(tmp_path / "runs")
+    assert "The best 40 of 43 runs" in page.all("header")[0].text
+    names = [row.all("td")[0].text.strip() for row in page.all("table")[0].all("tr")[1:]]
+    assert [int(name) * 7 % 43 for name in names] == list(range(42, 2, -1))
+
+
+def test_report_of_a_folder_with_one_run_is_the_page_of_that_run(run, tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"wrote {run}/report.html\n"
+
+
 @pytest.mark.parametrize(("arguments", "text"), [
     (["{}/nope"], "does not exist, or is empty"),
-    (["{}"], "is not a run (it has run/)"),
+    (["{}/run/attempts"], "is not a run (it has 0001.json"),
     (["{}/run", "{}/nope"], "nope does not exist"),
     (["{}/run", "out=/proc/x/report.html"], "choose another path with out="),
     (["{}/run", "out={}/"], "not a file name"),
     (["{}/run", "outt=x"], "did you mean 'out'?"),
-    (["out=x"], "1 to 40 paths needed, 0 given"),
+    (["out=x"], "1 to 1000 paths needed, 0 given"),
 ])  # fmt: skip
 def test_report_command_rejects_bad_arguments_and_writes_nothing(
     run, tmp_path, capsys, arguments, text

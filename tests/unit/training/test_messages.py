@@ -8,6 +8,7 @@ from support.loop_jobs import PER_EPOCH, Net, a_job
 
 from trainer.cluster.world import World
 from trainer.config.schema import Checkpoint, Run, Trainer
+from trainer.core.state import State
 from trainer.monitoring.timing import Totals
 from trainer.training import messages
 
@@ -51,9 +52,27 @@ def test_banner_lists_model_memory_batch_length_and_checkpoints():
 ])  # fmt: skip
 def test_continue_command_raises_every_reached_limit(limits, step, epoch, settings):
     run = Run(name="mine", run_dir="a", trainer=Trainer(**limits))
-    lines = messages.finished_text(run, step, epoch).splitlines()
+    state = State(step=step, cursor={"epoch": epoch, "batch": 0})
+    lines = messages.finished_text(run, state).splitlines()
     assert lines[0] == "a is finished at step 15. Nothing to do."
     assert cell(lines, "continue") == f"same command with {settings}"
+
+
+@pytest.mark.parametrize(("limits", "stale", "best", "reason"), [
+    ({"max_epochs": 9}, 2, {"value": 0.9125, "step": 5},
+     "accuracy did not improve in 2 evaluations; best 0.9125 at step 5"),
+    ({"max_epochs": 9}, 3, None, "accuracy did not improve in 3 evaluations: it was NaN"),
+    ({"max_epochs": 9}, 1, {"value": 0.9125, "step": 5}, ""),
+    ({"max_epochs": 3}, 2, {"value": 0.9125, "step": 5}, ""),  # its last epoch, stale or not
+    ({"max_epochs": 9, "max_steps": 15}, 2, {"value": 0.9125, "step": 5}, ""),
+    ({"max_epochs": 9, "patience_evals": None}, 9, {"value": 0.9125, "step": 5}, ""),
+])  # fmt: skip
+def test_early_stop_names_the_patience_and_the_best_value(limits, stale, best, reason):
+    trainer = Trainer(**{"patience_evals": 2, **limits})
+    run = Run(name="a", run_dir="a", trainer=trainer, checkpoint=Checkpoint(metric="accuracy"))
+    state = State(step=15, cursor={"epoch": 3, "batch": 0}, best=best, stale_evals=stale)
+    assert messages.early_stop_reason(run, state) == reason
+    assert (f"Stopped early: {reason}." in messages.finished_text(run, state)) == bool(reason)
 
 
 def test_banner_shows_frozen_parameters_and_unknown_sizes():
