@@ -4,12 +4,14 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from trainer import cli
 from trainer.cluster.stop import Stop
 from trainer.cluster.world import World
+from trainer.config.compose import config_folders
 from trainer.config.schema import ObjectStore
 from trainer.core.formatting import table
 from trainer.core.state import State
@@ -27,7 +29,9 @@ _USAGE = """usage: python -m trainer.evaluate RUN [step=…] [weights=…] [allo
   weights  model, ema (the moving averages), or auto: ema if the run has averages (default auto)
   allow    packages or names, separated by commas, that the checkpoint's configuration may call
            in addition to this project's and torch.nn
-  key      configuration override, such as data.dir=/elsewhere or trainer.eval_batch_size=256
+  key      configuration override, such as data.dir=/elsewhere or trainer.eval_batch_size=256;
+           data=NAME and task=NAME choose another group
+  --config-dir  folder with additional groups, as in trainer.run
   --json   print one JSON object instead of text"""
 
 
@@ -37,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(argv: list[str]) -> int:
+    argv, config_dirs = config_folders(argv, _USAGE)
     arguments, settings = _split(argv)
     parsed = cli.parse(arguments, _USAGE, options=_OPTIONS, flags=("--json",))
     result = evaluate(
@@ -44,6 +49,7 @@ def _evaluate(argv: list[str]) -> int:
         step=parsed.options["step"],
         weights=parsed.options["weights"],
         settings=settings,
+        config_dirs=config_dirs,
         allowed=[name for name in parsed.options["allow"].split(",") if name],
         store=parsed.store,
     )
@@ -85,6 +91,7 @@ def evaluate(
     step: str = "latest",
     weights: str = "auto",
     settings: Sequence[str] = (),
+    config_dirs: Sequence[Path] = (),
     allowed: Sequence[str] = (),
     store: ObjectStore = ObjectStore(),  # noqa: B008 (frozen)
 ) -> Evaluation:
@@ -94,7 +101,9 @@ def evaluate(
         location: a run directory, a folder of checkpoints, or one checkpoint's folder.
         step: `latest`, `best` or a step number.
         weights: `model`, `ema` or `auto`: `ema` if the checkpoint has averages.
-        settings: `key=value` overrides of the checkpoint's configuration.
+        settings: `key=value` overrides of the checkpoint's configuration; `data=NAME` and
+            `task=NAME` choose another group.
+        config_dirs: folders with additional groups.
         allowed: packages or names it may call in addition to `allowed_targets.ALLOWED`.
         store: object store settings.
 
@@ -106,7 +115,7 @@ def evaluate(
     if weights not in _WEIGHTS:
         raise ConfigError(f"weights={weights}: unknown choice{closest(weights, _WEIGHTS)}")
     checkpoint = open_checkpoint(location, step, store)
-    run = rebuild.configuration(checkpoint, settings, allowed)
+    run = rebuild.configuration(checkpoint, settings, allowed, config_dirs)
     world = World(device=torch.device("cpu"))
     data = build.build_data(run)
     job = build.build_job(run, world, data, Silent())

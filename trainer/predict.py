@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from trainer.cli import Arguments, command, parse
 from trainer.config import targets
-from trainer.config.compose import compose
+from trainer.config.compose import compose, config_folders
 from trainer.core.formatting import pluralize
 from trainer.errors import DONE, ConfigError, problems_text
 from trainer.export import inputs
@@ -22,7 +23,7 @@ _OPTIONS = {
 }  # fmt: skip
 _RUN_KEYS = ("data", "sample")
 _USAGE = """usage: python -m trainer.predict EXPORT input=… [out=…] [device=…] [top=…]
-       python -m trainer.predict EXPORT data=… [data.x=…]
+       python -m trainer.predict EXPORT data=… [data.x=…] [--config-dir FOLDER]
        python -m trainer.predict EXPORT OTHER --compare input=…
   EXPORT      export in a format that can be run, from python -m trainer.export (or model=EXPORT)
   input       images (a file, a folder, a pattern), .npy, .npz, or an IDX file
@@ -31,6 +32,7 @@ _USAGE = """usage: python -m trainer.predict EXPORT input=… [out=…] [device=
   device      cpu or cuda (default cpu)
   batch_size  inputs per batch (default 64)
   top         classes per input (default 1)
+  --config-dir  folder with additional configuration groups for data=…, as in trainer.run
   trusted     true: open a pickled module (format=full_model), which can run any code
   --compare   run two exports on the same inputs: differences, same classes, and speeds"""
 
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _predict(argv: list[str]) -> int:
+    argv, config_dirs = config_folders(argv, _USAGE)
     settings = [a for a in argv if a.partition("=")[0].partition(".")[0] in _RUN_KEYS]
     arguments = [a for a in argv if a not in settings]
     parsed = parse(arguments, _USAGE, options=_OPTIONS, flags=("--compare",), places=(0, 1, 2))
@@ -55,7 +58,7 @@ def _predict(argv: list[str]) -> int:
     with local_copy(urls[0], parsed.store) as path:
         model = open_export(path, device, trusted=trusted)
         spec = InputSpec.of(path)
-        batches = _batches(parsed, settings, spec, spec.batch_size or batch_size)
+        batches = _batches(parsed, settings, config_dirs, spec, spec.batch_size or batch_size)
         if is_comparison:
             with local_copy(urls[1], parsed.store) as other_path:
                 other = open_export(other_path, device, trusted=trusted)
@@ -73,14 +76,18 @@ def _count(parsed: Arguments, key: str) -> int:
 
 
 def _batches(
-    parsed: Arguments, settings: Sequence[str], spec: InputSpec, batch_size: int
+    parsed: Arguments,
+    settings: Sequence[str],
+    config_dirs: Sequence[Path],
+    spec: InputSpec,
+    batch_size: int,
 ) -> Iterator[Batch]:
     location = parsed.options["input"]
     if bool(location) == bool(settings):
         raise ConfigError(f"give either input=… or data=…\n{_USAGE}")
     if location:
         return inputs.read(location, spec, batch_size)
-    run, problems = compose(settings, _USAGE)
+    run, problems = compose([*(f"--config-dir={f}" for f in config_dirs), *settings], _USAGE)
     problems += targets.check_target(run.data, "data")
     if problems:
         raise ConfigError(problems_text(problems))

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import textwrap
 
 import pytest
 
@@ -58,7 +59,9 @@ def test_evaluate_returns_the_metrics_of_the_run(command, measure):
     assert other["samples"] == newest["samples"] > 100
     assert f"runs/a at step {last:,}, averaged weights" in measure()[1]
     for arguments, text in (
-        (["data=mnist"], "groups cannot be replaced after the run"),
+        (["model=cnn"], "only data and task can be replaced after the run"),
+        (["data=digitz"], "did you mean 'digits'"),
+        (["--config-dir", "nowhere"], "--config-dir 'nowhere' is not a directory"),
         (["step=7"], "no checkpoint of that step"),
         (["weights=emma"], "did you mean 'ema'"),
         (["trainer.evil=1"], "no such key"),
@@ -67,6 +70,33 @@ def test_evaluate_returns_the_metrics_of_the_run(command, measure):
     ):
         code, _, err = measure(*arguments)
         assert (code, text in err) == (2, True), err
+
+
+def test_evaluate_with_config_dir_chooses_the_users_groups(command, measure):
+    assert command(*RUN, "name=a", "trainer.max_steps=2").returncode == 0
+    groups = {
+        "data/other": """
+            _target_: trainer.data.synthetic.Synthetic
+            shape: ${sample.shape}
+            classes: ${sample.classes}
+            eval_samples: 30
+            """,
+        "task/own": "_target_: mine.task.Fragile",
+    }
+    for name, text in groups.items():
+        path = command.folder / f"my_conf/{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    for flag in (["--config-dir", "my_conf"], ["--config-dir=my_conf"]):
+        code, out, err = measure("--json", *flag, "data=other", "task=own")
+        assert code == 0, err
+        assert json.loads(out)["samples"] == 30
+        assert "mine.task" in sys.modules
+    few = json.loads(measure("--json", *flag, "data=other", "data.eval_samples=20")[1])
+    assert few["samples"] == 20
+    assert json.loads(measure("--json", *flag)[1])["samples"] > 30  # the run's own data
+    code, _, err = measure(*flag, "data=othr")
+    assert (code, "did you mean 'other'" in err) == (2, True), err
 
 
 def test_evaluate_calls_a_user_task_only_if_allowed(command, measure):

@@ -52,6 +52,19 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.parametrize("flag", [["--config-dir", "{}"], ["--config-dir={}"]])
+def test_predict_with_config_dir_uses_the_users_groups(capsys, exported, tmp_path, flag):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/mine.yaml").write_text(
+        "_target_: trainer.data.synthetic.Synthetic\nshape: [1, 8, 8]\neval_samples: 7\n"
+    )
+    folder = [part.format(tmp_path) for part in flag]
+    run_predict(capsys, exported, "data=mine", *folder, f"out={tmp_path}/a.jsonl")
+    assert len(lines(tmp_path / "a.jsonl")) == 7
+    err = run_predict(capsys, exported, "data=digits", "--config-dir", "nowhere", code=2)
+    assert "--config-dir 'nowhere' is not a directory" in err
+
+
 def test_predict_on_data_group_reports_class_probability_and_accuracy(
     capsys, exported, module, tmp_path
 ):

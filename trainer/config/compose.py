@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -86,6 +87,28 @@ def compose_node(
     return node, prepared.problems
 
 
+def compose_groups(choices: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
+    """Return the nodes of chosen groups, such as `data=mnist`, with their interpolations.
+
+    Args:
+        choices: the groups.
+        folders: folders with additional groups.
+
+    Raises:
+        ConfigError: a choice is unknown, or Hydra cannot compose it.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    try:
+        node, problems = compose_node([*(f"--config-dir={f}" for f in folders), *choices], "")
+    finally:
+        HydraConfig.instance().cfg = None
+    if problems:
+        raise ConfigError(problems_text(problems))
+    keys = [choice.partition("=")[0] for choice in choices]
+    return {key: OmegaConf.to_container(node[key], resolve=False) for key in keys}
+
+
 def store_schema() -> None:
     """Register with Hydra what conf/config.yaml refers to: `schema` with all defaults."""
     from hydra.core.config_store import ConfigStore
@@ -124,18 +147,32 @@ def _parse(
     Raises:
         ConfigError: any other argument.
     """
-    settings, folders = [], []
+    rest, folders = config_folders(arguments, usage)
+    settings = []
+    remaining = iter(rest)
+    for argument in remaining:
+        if argument.startswith("-") or not ("=" in argument or argument.startswith("~")):
+            hint = as_setting(argument, remaining) or closest(argument, [*_FLAGS, *flags])
+            raise ConfigError(f"no such argument: {argument!r}{hint}\n{usage}")
+        settings.append(argument)
+    return settings, folders
+
+
+def config_folders(arguments: Sequence[str], usage: str) -> tuple[list[str], list[Path]]:
+    """Split off `--config-dir FOLDER`; return the other arguments and the folders.
+
+    Raises:
+        ConfigError: a folder is not a directory.
+    """
+    others, folders = [], []
     rest = iter(arguments)
     for argument in rest:
         flag, equals, value = argument.partition("=")
-        if flag in ("--config-dir", "-cd"):
-            value = value if equals else next(rest, "")
-            if not (value and Path(value).is_dir()):
-                raise ConfigError(f"--config-dir {value!r} is not a directory\n{usage}")
-            folders.append(Path(value).resolve())
-        elif argument.startswith("-") or not (equals or argument.startswith("~")):
-            hint = as_setting(argument, rest) or closest(argument, [*_FLAGS, *flags])
-            raise ConfigError(f"no such argument: {argument!r}{hint}\n{usage}")
-        else:
-            settings.append(argument)
-    return settings, folders
+        if flag not in ("--config-dir", "-cd"):
+            others.append(argument)
+            continue
+        value = value if equals else next(rest, "")
+        if not (value and Path(value).is_dir()):
+            raise ConfigError(f"--config-dir {value!r} is not a directory\n{usage}")
+        folders.append(Path(value).resolve())
+    return others, folders

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -11,6 +12,7 @@ from yaml import YAMLError
 
 from trainer.checkpoint import state_tree
 from trainer.config import allowed_targets
+from trainer.config.compose import compose_groups
 from trainer.config.merge import merge
 from trainer.config.schema import Parallel, Run
 from trainer.errors import ConfigError, problems_text
@@ -19,10 +21,15 @@ from trainer.training import build
 
 _GROUPS = ("model", "data", "task")
 """Configuration groups that are rebuilt."""
+_REPLACEABLE = ("data", "task")
+"""Groups of which another may be chosen after the run; the weights fit only the run's model."""
 
 
 def configuration(
-    checkpoint: LoadedCheckpoint, settings: Sequence[str] = (), allowed: Sequence[str] = ()
+    checkpoint: LoadedCheckpoint,
+    settings: Sequence[str] = (),
+    allowed: Sequence[str] = (),
+    config_dirs: Sequence[Path] = (),
 ) -> Run:
     """Return the checkpoint's configuration, reduced to one process that does not train.
 
@@ -30,8 +37,9 @@ def configuration(
 
     Args:
         checkpoint: the checkpoint.
-        settings: `key=value` overrides.
+        settings: `key=value` overrides; `data=NAME` and `task=NAME` replace the group.
         allowed: packages or names it may call in addition to `allowed_targets.ALLOWED`.
+        config_dirs: folders with additional groups.
 
     Raises:
         ConfigError: the checkpoint has no configuration, a target is not allowed, or an override
@@ -43,16 +51,19 @@ def configuration(
             f"{checkpoint} was not written by a run, so its model and data are unknown; export "
             "its weights instead (format=safetensors)"
         )
+    choices = [s for s in settings if s.partition("=")[0] in _REPLACEABLE]
+    settings = [s for s in settings if s not in choices]
     for setting in settings:
         key = setting.partition("=")[0]
         if "." not in key and isinstance(stored.get(key), Mapping):
             raise ConfigError(
-                f"{setting}: groups cannot be replaced after the run; override single keys: "
-                f"{key}.…=…"
+                f"{setting}: only {' and '.join(_REPLACEABLE)} can be replaced after the run; "
+                f"override single keys: {key}.…=…"
             )
+    replaced = compose_groups(choices, config_dirs) if choices else {}
     try:
         overrides = OmegaConf.from_dotlist(list(settings))
-        composed = OmegaConf.merge(OmegaConf.create(dict(stored)), overrides)
+        composed = OmegaConf.merge(OmegaConf.create({**stored, **replaced}), overrides)
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{' '.join(settings)}: {text}") from None
@@ -62,7 +73,7 @@ def configuration(
     overridden = [
         s.partition("=")[2] for s in settings if s.partition("=")[0].endswith("._target_")
     ]
-    nodes = {group: getattr(run, group) for group in _GROUPS}
+    nodes = {group: getattr(run, group) for group in _GROUPS if group not in replaced}
     allowed_targets.reject_targets(nodes, [*allowed, *overridden])
     single = replace(
         run,
