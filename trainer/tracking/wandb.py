@@ -1,24 +1,26 @@
 """Weights & Biases: all attempts of a run are one W&B run; network failures do not stop training.
 
-A separate thread calls the library and takes lines from a queue; training never waits for it.
+A separate thread calls the library and takes lines from a queue; training never waits for it. What
+the site does not have, the thread takes from `metrics.jsonl`.
 """
 
 import netrc
 import os
 import queue
+import shlex
 import sys
-import tempfile
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from trainer.core import metric_mode
+from trainer.core.scratch import scratch_folder
 from trainer.errors import ConfigError, closest
-from trainer.storage import Store, local_path
-from trainer.tracking import code, libraries
+from trainer.storage import local_path
+from trainer.tracking import code, jsonl, libraries, wandb_state
 from trainer.tracking.artifacts import log_artifacts
 
 _MODES = ("online", "offline", "disabled")
@@ -41,7 +43,7 @@ class Wandb:
             `manifests` or `files` of the checkpoints; None: no artifacts.
         init_timeout_s: without a response for this long, the attempt is stored offline.
         close_timeout_s: maximum wait for pending lines at the end of an attempt.
-        queue_lines: maximum pending lines; further ones are dropped.
+        queue_lines: maximum pending lines; once exceeded, later lines are sent at the end.
 
     Raises:
         ConfigError: the library is not installed, or no API key is configured.
@@ -71,11 +73,13 @@ class Wandb:
         self._queue_lines = queue_lines
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
-        self._dropped_lines = 0
+        self._is_behind = False  # the queue was full; the thread takes the rest from the file
         self._is_over = False  # no more logging
         self._outcome = "error"
+        self._next = 0  # number of the first line that is not sent
+        self._offset = 0  # from a line's number to that of its row
         self._folder = Path()
-        self._store: Store | None = None  # upload destination, if remote
+        self._scratch = ExitStack()
 
     @classmethod
     def problem(cls, arguments: Mapping[str, Any]) -> str:
@@ -100,8 +104,7 @@ class Wandb:
             self._folder = folder
             self._folder.mkdir(parents=True, exist_ok=True)
         else:
-            self._store = facts["store"]
-            self._folder = Path(tempfile.mkdtemp(prefix="perdure-wandb-"))
+            self._folder = self._scratch.enter_context(scratch_folder("wandb"))
         self._thread = threading.Thread(
             target=self._work, args=(facts,), name="wandb-tracker", daemon=True
         )
@@ -109,17 +112,13 @@ class Wandb:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Put one line into the queue."""
-        if self._thread is None or self._is_over:
+        if self._thread is None or self._is_over or self._is_behind:
             return
         if self._queue.qsize() >= self._queue_lines:
-            self._dropped_lines += 1
-            if self._dropped_lines == 1:
-                _warn(f"{self._queue_lines:,} lines are pending; further lines are dropped")
+            self._is_behind = True
+            _warn(f"{self._queue_lines:,} lines are pending; later lines are sent at the end")
             return
-        position = {key: line[key] for key in ("step", "epoch", "samples")}
-        hidden = {*position, "time", "split"}
-        metrics = {f"{line['split']}/{k}": v for k, v in line.items() if k not in hidden}
-        self._queue.put({**position, **metrics})
+        self._queue.put(dict(line))
 
     def message(self, text: str) -> None:
         """Do nothing; only metrics are stored."""
@@ -140,10 +139,10 @@ class Wandb:
         if self._thread.is_alive() and not self._is_over:
             _warn(
                 f"did not end in {self._close_timeout_s:g} s (tracker.wandb.close_timeout_s); "
-                "metrics.jsonl has the unsent lines"
+                "metrics.jsonl has the unsent lines, and the next attempt sends them"
             )
-        if self._dropped_lines:
-            _warn(f"{self._dropped_lines:,} lines were dropped; metrics.jsonl has them")
+        if not self._thread.is_alive():
+            self._scratch.close()
         self._thread = None
 
     # --- on the thread ---------------------------------------------------------------------------
@@ -151,9 +150,15 @@ class Wandb:
     def _work(self, facts: Mapping[str, Any]) -> None:
         try:
             run = self._begin(facts)
+            sent = self._read_sent(run, facts)
+            lines = jsonl.read(facts["store"])
+            newest = {"train": facts["step"], "eval": facts["last_eval_step"]}
+            self._send(run, (line for line in lines if line["step"] <= newest[line["split"]]))
             while (line := self._queue.get()) is not None:
-                run.log(line)
-            self._end(run, facts)
+                self._send(run, [line])
+            if self._is_behind:
+                self._send(run, jsonl.read(facts["store"]))
+            self._end(run, sent, facts)
         except Exception as error:  # any error concerns this tracker only
             _warn(f"is disabled for this attempt: {type(error).__name__}: {error}")
         self._is_over = True
@@ -213,30 +218,82 @@ class Wandb:
         finally:
             sys.exit, sys.excepthook = hooks  # `ended` reports the outcome
 
-    def _end(self, run: Any, facts: Mapping[str, Any]) -> None:
+    def _read_sent(self, run: Any, facts: Mapping[str, Any]) -> wandb_state.Sent:
+        """Find the first line to send, and return what earlier attempts stored offline."""
+        sent = wandb_state.read(facts["store"], run.id)
+        if run.offline:
+            self._next = self._offset = sent.next
+        elif not run.disabled:
+            self._next = run.step
+            # This attempt sends everything that is missing, so offline folders are not needed.
+            sent = wandb_state.Sent(self._next)
+            wandb_state.write(facts["store"], run.id, sent)
+        return sent
+
+    def _send(self, run: Any, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Log the lines that W&B does not have."""
+        for line in lines:
+            if (number := wandb_state.number(line)) >= self._next:
+                run.log(_row(line), step=number - self._offset, commit=True)
+                self._next = number + 1
+
+    def _end(self, run: Any, sent: wandb_state.Sent, facts: Mapping[str, Any]) -> None:
         import wandb
 
-        folder = Path(run.settings.sync_dir)
         is_done = self._outcome == "done"
         if is_done and self._artifacts is not None:
             log_artifacts(run, facts, with_files=self._artifacts == "files")
         if self._outcome == "preempted":
             run.mark_preempting()
-        is_sent = not run.offline
+        folder, is_offline = Path(run.settings.sync_dir), run.offline
         try:
             run.finish(exit_code=0 if is_done else 1)
+            is_complete = True
         except TimeoutError:
-            is_sent = False
+            is_complete = False
         wandb.teardown()  # waits for the library's own process, which writes the files
-        if is_sent or run.disabled:
+        if run.disabled:
             return
-        if self._store is not None:
-            for path in folder.glob("*.wandb"):
-                self._store.replace(f"wandb/{folder.name}/{path.name}", path.read_bytes())
-            location = f"{self._store.url}/wandb/{folder.name} (a copy of it)"
-        else:
-            location = str(folder)
-        print(f"wandb: to upload the offline data: wandb sync {location}", flush=True)
+        if is_complete:
+            folders = [*sent.folders, _keep(folder, facts)] if is_offline else []
+            sent = wandb_state.Sent(self._next, folders)
+            wandb_state.write(facts["store"], run.id, sent)
+        elif not is_offline:
+            _warn(
+                f"not everything was sent in {self._close_timeout_s:g} s "
+                "(tracker.wandb.close_timeout_s). The next attempt sends the rest. Without one, "
+                f"`wandb sync --no-skip-online {folder}` sends all lines of this attempt again"
+            )
+        _print_commands(sent.folders, facts)
+
+
+def _keep(folder: Path, facts: Mapping[str, Any]) -> str:
+    """Keep an offline folder in the run; return its name."""
+    if local_path(facts["run_dir"]) is None:
+        for path in folder.glob("*.wandb"):
+            facts["store"].replace(f"wandb/{folder.name}/{path.name}", path.read_bytes())
+    return folder.name
+
+
+def _row(line: Mapping[str, Any]) -> dict[str, Any]:
+    position = {key: line[key] for key in ("step", "epoch", "samples")}
+    metrics = {f"{line['split']}/{k}": v for k, v in line.items() if k not in jsonl.POSITION}
+    return position | metrics
+
+
+def _print_commands(folders: Iterable[str], facts: Mapping[str, Any]) -> None:
+    """Print how to upload the offline folders that are not uploaded yet, in their order."""
+    run = local_path(facts["run_dir"])
+    location = str(run) if run is not None else facts["store"].url
+    missing = [
+        f"{location}/wandb/{folder}"
+        for folder in folders
+        if run is None or not any((run / "wandb" / folder).glob("*.wandb.synced"))
+    ]
+    if missing:
+        commands = " && ".join(f"wandb sync {shlex.quote(path)}" for path in missing)
+        copies = "" if run is not None else " (with local copies of the folders)"
+        print(f"wandb: to upload the offline data: {commands}{copies}", flush=True)
 
 
 def _default_mode() -> str:
