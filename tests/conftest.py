@@ -27,6 +27,12 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _state_home(tmp_path_factory):
+    """Keep the tests' runs out of the user's private state."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture
 def one_thread():
     """Compute on one thread: the bits of the ranks, and no waiting for threads of other tests."""

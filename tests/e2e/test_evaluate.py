@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 
 from trainer import evaluate
+from trainer.checkpoint.manifest import from_bytes, to_bytes
 
 RUN = [
     "data=digits", "model=mlp", "optimizer=adam", "trainer.max_epochs=2", "launch.threads=1",
@@ -28,8 +31,8 @@ def measure(command, capsys, monkeypatch):
     for folder in reversed(command.env["PYTHONPATH"].split(os.pathsep)):
         monkeypatch.syspath_prepend(folder)
 
-    def call(*arguments):
-        code = evaluate.main(["runs/a", *arguments])
+    def call(*arguments, location="runs/a"):
+        code = evaluate.main([location, *arguments])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -99,19 +102,51 @@ def test_evaluate_with_config_dir_chooses_the_users_groups(command, measure):
     assert (code, "did you mean 'other'" in err) == (2, True), err
 
 
-def test_evaluate_calls_a_user_task_only_if_allowed(command, measure):
-    done = command(
-        "data=synthetic", "sample.shape=[1,8,8]", "model=mlp", "name=a", "trainer.max_steps=2",
-        "task._target_=mine.task.Fragile",
-    )  # fmt: skip
+USER_TASK = [
+    "data=synthetic", "sample.shape=[1,8,8]", "model=mlp", "name=a", "trainer.max_steps=2",
+    "task._target_=mine.task.Fragile", "checkpoint.mirror=mirror",
+]  # fmt: skip
+
+
+def test_evaluate_asks_for_user_targets_of_runs_that_the_user_did_not_start(command, measure):
+    done = command(*USER_TASK)
     assert done.returncode == 0, done.stderr
-    code, _, err = measure()
-    assert code == 2
-    assert "allow=mine.task.Fragile" in err
+    folder = command.folder
+    shutil.copytree(folder / "runs/a", folder / "copy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(folder / "another user"))
+        assert measure()[0] == 2
+    for location in ("copy", "copy/checkpoints"):
+        code, _, err = measure(location=location)
+        assert code == 2
+        assert "allow=mine.task.Fragile" in err
     assert "mine" not in sys.modules
-    code, out, err = measure("allow=mine")
+    code, out, err = measure("allow=mine", location="copy")
     assert code == 0, err
     assert "accuracy" in out
+
+
+def test_evaluate_does_not_ask_for_targets_of_a_run_that_the_user_started(command, measure):
+    done = command(*USER_TASK)
+    assert done.returncode == 0, done.stderr
+    (command.folder / "link").symlink_to("runs")
+    (checkpoint,) = (command.folder / "runs/a/checkpoints").iterdir()
+    for location in ("runs/a", "link/a", "runs/a/checkpoints", checkpoint, "mirror"):
+        code, out, err = measure(location=str(location))
+        assert (code, "accuracy" in out) == (0, True), err
+
+
+@pytest.mark.parametrize("key", ["task", "model"])
+def test_evaluate_asks_again_if_the_recorded_configuration_was_edited(command, measure, key):
+    done = command(*USER_TASK)
+    assert done.returncode == 0, done.stderr
+    (path,) = (command.folder / "runs/a/checkpoints").glob("*/manifest.json")
+    manifest = from_bytes(path.read_bytes(), str(path))
+    config = {**manifest.config, key: {"_target_": "os.system", "command": "touch hacked"}}
+    path.write_bytes(to_bytes(replace(manifest, config=config)))
+    code, _, err = measure()
+    assert (code, "allow=" in err, "os.system" in err) == (2, True, True)
+    assert not (command.folder / "hacked").exists()
 
 
 def test_evaluate_as_a_process_prints_metrics(command):

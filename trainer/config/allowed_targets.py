@@ -27,7 +27,7 @@ def reject_targets(nodes: Mapping[str, Any], allowed: Sequence[str] = ()) -> Non
     trusted = (*ALLOWED, *allowed)
     rejected = {
         key: target
-        for key, target in _targets(nodes)
+        for key, target in named_targets(nodes)
         if not (
             _is_below(target, trusted)
             and _is_defined_below(target, trusted)
@@ -44,7 +44,8 @@ def reject_targets(nodes: Mapping[str, Any], allowed: Sequence[str] = ()) -> Non
         )
 
 
-def _targets(nodes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def named_targets(nodes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the key and the text of every `_target_`."""
     for path, leaf in leaves(nodes):
         if "_target_" in path:
             yield dotted(path), str(leaf)

@@ -8,6 +8,7 @@ from trainer.checkpoint import Reader, select
 from trainer.checkpoint.lineage import Commit
 from trainer.checkpoint.location import open_location
 from trainer.checkpoint.manifest import Manifest
+from trainer.config import own_runs
 from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError
 from trainer.importing.name_matching import clean_names
@@ -22,6 +23,8 @@ class LoadedCheckpoint:
     commit: Commit
     manifest: Manifest
     reader: Reader
+    is_own: bool
+    """This user started the run, with the configuration of this checkpoint."""
 
     def __str__(self) -> str:
         return f"{self.location}: step {self.commit.step:,}"
@@ -86,4 +89,7 @@ def open_checkpoint(
     """
     opened = open_location(location, settings)
     commit = select.pick(opened, step)
-    return LoadedCheckpoint(location, commit, opened.manifest(commit), opened.reader(commit))
+    manifest = opened.manifest(commit)
+    run_url = opened.in_run(settings).store.url
+    is_own = own_runs.is_own(run_url, manifest.config, endpoint_url=settings.endpoint_url)
+    return LoadedCheckpoint(location, commit, manifest, opened.reader(commit), is_own)

@@ -33,7 +33,8 @@ def configuration(
 ) -> Run:
     """Return the checkpoint's configuration, reduced to one process that does not train.
 
-    It has no scheduler, trackers or training wrappers, and a default optimizer.
+    It has no scheduler, trackers or training wrappers, and a default optimizer. Targets of a run
+    that this user started need no permission, nor do those of groups that `settings` choose.
 
     Args:
         checkpoint: the checkpoint.
@@ -73,8 +74,13 @@ def configuration(
     overridden = [
         s.partition("=")[2] for s in settings if s.partition("=")[0].endswith("._target_")
     ]
-    nodes = {group: getattr(run, group) for group in _GROUPS if group not in replaced}
-    allowed_targets.reject_targets(nodes, [*allowed, *overridden])
+    trusted = [*allowed, *overridden]
+    stored_nodes = {group: getattr(run, group) for group in _GROUPS if group not in replaced}
+    if not checkpoint.is_own:
+        allowed_targets.reject_targets(stored_nodes, trusted)
+    chosen_nodes = {group: getattr(run, group) for group in replaced}  # may refer to stored values
+    trusted += [target for _, target in allowed_targets.named_targets(replaced)]
+    allowed_targets.reject_targets(chosen_nodes, trusted)
     single = replace(
         run,
         parallel=Parallel(strategy="single"),

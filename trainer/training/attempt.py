@@ -21,7 +21,7 @@ from trainer.cluster import launch, outcome, shared_storage, slurm
 from trainer.cluster.stop import DEADLINE, Stop, reason_text
 from trainer.cluster.watchdog import Watchdog
 from trainer.cluster.world import World
-from trainer.config import validate
+from trainer.config import own_runs, validate
 from trainer.config.schema import Run
 from trainer.core.intervals import Every
 from trainer.core.state import State
@@ -336,6 +336,7 @@ def _record_start(
     }
     replicas.amend(attempt, values)
     store.replace("config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(stored))).encode())
+    own_runs.record((s.url for s in replicas.stores), stored, endpoint_url=run.store.endpoint_url)
     intervals = run.checkpoint
     job.tracker.start(
         {
