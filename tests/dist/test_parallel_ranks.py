@@ -6,7 +6,8 @@ from torch import nn
 from trainer.cluster.world import World
 from trainer.config.schema import Parallel
 from trainer.core import rng
-from trainer.training import parallel
+from trainer.errors import ConfigError
+from trainer.training import parallel, unused_parameters
 
 
 def make_model():
@@ -61,3 +62,41 @@ def test_accumulated_gradients_equal_large_batch_gradients(on_ranks):
     for grad, running_mean in on_ranks(2, gradients, 2):
         torch.testing.assert_close(torch.tensor(grad), model.weight.grad)
         assert running_mean == [0.0, 0.0, 0.0]
+
+
+class SometimesUnused(nn.Module):
+    """The second layer is used in the first two calls only."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.calls = nn.Linear(4, 4), nn.Linear(4, 4), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.first(x) + (self.second(x) if self.calls <= 2 else 0)
+
+
+def errors_of_unused(world: World, in_phase: bool):
+    model = SometimesUnused()
+    if in_phase:
+        wrapped = parallel.wrap_phases(
+            model, world, Parallel(), {"a": [name for name, _ in model.named_parameters()]}
+        )["a"]
+    else:
+        wrapped = parallel.wrap(model, world, Parallel())
+    inputs = torch.randn(2, 4)
+    for _ in range(5):
+        try:
+            with unused_parameters.named(wrapped):
+                loss = (wrapped(lambda m: m(inputs)) if in_phase else wrapped(inputs)).sum()
+        except ConfigError as error:
+            return str(error)
+        loss.backward()
+    return ""
+
+
+def test_parameters_that_become_unused_are_named(on_ranks):
+    for in_phase in (False, True):
+        for text in on_ranks(2, errors_of_unused, in_phase):
+            assert "(second.weight, second.bias)" in text
+            assert "parallel.find_unused_parameters=true" in text

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import CheckpointError, StoreError
+from trainer.importing import numpy_values
 
 _HEAD_BYTES = 4096
 
@@ -56,7 +57,8 @@ def load(
             "save the state dict of the original model"
         )
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        with torch.serialization.safe_globals(numpy_values.STAND_INS):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         request = re.search(r"GLOBAL (\S+)", str(error)) or re.search(
             r"(Unsupported \w+ [^\s.]+|Trying to \w+ unsupported [^\n.]+)", str(error)
@@ -128,7 +130,8 @@ def check_plain(tensor: Any, where: str) -> None:
     """
     kind = ""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
-        kind = f"a {type(tensor).__name__}"
+        is_numpy = isinstance(tensor, numpy_values.NumPyRecord)
+        kind = "a NumPy array" if is_numpy else f"a {type(tensor).__name__}"
     elif tensor.is_nested:
         kind = "a nested tensor"
     elif tensor.is_quantized:

@@ -16,7 +16,7 @@ from trainer.core.state import State
 from trainer.data.source import EvalStream, TrainStream
 from trainer.data.streams import Streamed
 from trainer.protocols import Batch, Task, Tracker
-from trainer.training import parallel
+from trainer.training import parallel, unused_parameters
 from trainer.training.ema import Ema
 
 
@@ -51,10 +51,11 @@ class Phase:
 
     def loss(self, task: Task, batch: Batch) -> tuple[Tensor, Any]:
         """Return the task's loss and outputs in training: one forward of the wrapped module."""
-        if self.name:
-            result: tuple[Tensor, Any] = self.wrapped(task.loss, batch, self.name)
-            return result
-        return task.loss(self.wrapped, batch)
+        with unused_parameters.named(self.wrapped):
+            if self.name:
+                result: tuple[Tensor, Any] = self.wrapped(task.loss, batch, self.name)
+                return result
+            return task.loss(self.wrapped, batch)
 
     def own_gradients(self, model: nn.Module) -> AbstractContextManager[None]:
         """Return a context in which only a named phase's parameters require gradients."""

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from trainer.cluster import launch
 from trainer.cluster.world import World
-from trainer.config.schema import Run
+from trainer.config.schema import Parallel, Run
 from trainer.core import nested, rng
 from trainer.errors import ConfigError, PerdureError
 from trainer.protocols import Batch
 from trainer.tracking.several import Silent
-from trainer.training import build, evaluation, metric_setup, parallel
+from trainer.training import build, evaluation, metric_setup, parallel, unused_parameters
 from trainer.training.evaluation import check_name
 from trainer.training.job import Job
 
@@ -35,20 +35,26 @@ _SHAPE_ERRORS = re.compile(
 """Texts of PyTorch's errors about inputs that do not fit a module."""
 
 
-def rehearse(run: Run, job: Job) -> None:
+def rehearse(run: Run, job: Job, *, world_size: int | None = None) -> None:
     """Compute the loss of the first training batch and evaluate one batch. Collective.
 
     Weights, buffers, generators, numbers kept in modules and the task, metrics, and the position in
     the data are unchanged. Call it before any state is loaded.
+
+    Args:
+        run: the configuration.
+        job: its objects.
+        world_size: number of ranks of the run; None: that of the job.
 
     Raises:
         ConfigError: data, model, task or metrics do not fit together.
         DataError: the data cannot be read.
     """
     problem: PerdureError | None = None
+    must_use_all = (world_size or job.world.size) > 1 and _waits_for_all(run.parallel)
     with _without_trace(run, job):
         try:
-            _rehearse_training(job)
+            _rehearse_training(job, must_use_all=must_use_all)
             metrics = _rehearse_evaluation(job)
         except PerdureError as error:
             problem = error
@@ -80,7 +86,7 @@ def check(run: Run, world_size: int) -> None:
     metric_setup.set_up(single, job)
     if world_size > 1 and job.metrics is not None:
         evaluation.check_mergeable(job.metrics)
-    rehearse(single, job)
+    rehearse(run, job, world_size=world_size)
 
 
 def _raise(problem: PerdureError | None) -> None:
@@ -130,7 +136,14 @@ def _numbers(module: nn.Module) -> dict[str, int | float]:
     return {key: value for key, value in vars(module).items() if type(value) in (int, float)}
 
 
-def _rehearse_training(job: Job) -> None:
+def _waits_for_all(options: Parallel) -> bool:
+    """Return whether a parameter without a gradient stops training on several ranks."""
+    return options.strategy != "fsdp" and not (
+        options.find_unused_parameters or options.static_graph
+    )
+
+
+def _rehearse_training(job: Job, *, must_use_all: bool) -> None:
     """Compute the loss and metrics of this rank's first microbatch; no communication.
 
     A sharded model is left to the evaluation: its forward would expect a backward.
@@ -144,7 +157,9 @@ def _rehearse_training(job: Job) -> None:
             loss, outputs = evaluation.forward(job, phase, batch)
             with torch.no_grad():
                 metrics = job.options.train_metrics(outputs, batch, *phase.task_arguments)
-        _check_loss(loss)
+            _check_loss(loss)
+            if must_use_all:
+                unused_parameters.check(job.model, loss)
         _check_train_metrics(metrics)
 
 
