@@ -2,7 +2,8 @@
 
 import os
 import secrets
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -35,6 +36,23 @@ def atomic_file(path: Path, *, durable: bool) -> Iterator[IO[bytes]]:
         raise
     if durable:
         sync(path.parent)
+
+
+def apply_umask(paths: Sequence[Path]) -> None:
+    """Give files in one file system the permissions of new files there, by umask and default ACLs.
+
+    Some libraries create files that only their owner can read. The umask itself cannot be read
+    without changing it for all threads, so a new file shows what it allows.
+    """
+    if not paths:
+        return
+    sample = paths[0].with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
+    with open(sample, "xb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    sample.unlink()
+    for path in paths:
+        if stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
 
 
 def sync(path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config.schema import ObjectStore
-from trainer.core.atomic_file import TEMPORARY, sync
+from trainer.core.atomic_file import TEMPORARY, apply_umask, sync
 from trainer.core.scratch import scratch_folder
 from trainer.errors import ConfigError
 from trainer.storage import local_path, open_store
@@ -80,9 +80,10 @@ class Destination:
             record: bytes of its record.
             last_file: file of a folder that is uploaded last.
         """
-        _sync(written)
         path = self.path
         if path is not None:
+            apply_umask(files(written))
+            _sync(written)
             record_path(path).unlink(missing_ok=True)
             _replace(written, path)
             open_store(str(path.parent)).replace(record_path(path).name, record)

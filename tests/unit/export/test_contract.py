@@ -3,6 +3,8 @@
 import hashlib
 import importlib.util
 import json
+import os
+import stat
 import sys
 from dataclasses import replace
 
@@ -218,6 +220,33 @@ def test_command_with_wrong_argument_prints_one_message(run, capsys, arguments, 
 def test_missing_device_is_reported(run, capsys):
     assert main([run, "format=torchscript", "device=cuda"]) == 2
     assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+@pytest.mark.parametrize(("form", "options"), [
+    ("safetensors", {}), ("safetensors", {"max_shard_bytes": "5KB"}), ("state_dict", {}),
+    ("checkpoint", {}), ("full_model", {}), ("oneflow", {}),
+])  # fmt: skip
+def test_export_files_have_the_permissions_of_the_umask(run, tmp_path, form, options, umask):
+    assert permissions_after(umask, run, form, tmp_path / "a", options) == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("form", [
+    "torchscript", "torch_export", pytest.param("onnx", marks=pytest.mark.slow), *SLOW,
+])  # fmt: skip
+def test_captured_graph_files_have_the_permissions_of_the_umask(run, tmp_path, form):
+    skip_without(form)
+    assert permissions_after(0o027, run, form, tmp_path / "a", {}) == {0o640}
+
+
+def permissions_after(umask, run, form, out, options):
+    """The permissions of all files of an export and of its record."""
+    before = os.umask(umask)
+    try:
+        export(run, form, out=str(out), options=options)
+    finally:
+        os.umask(before)
+    return {stat.S_IMODE(path.stat().st_mode) for path in out.parent.rglob("*") if path.is_file()}
 
 
 # --- destination -------------------------------------------------------------------------------
