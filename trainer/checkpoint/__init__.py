@@ -5,27 +5,41 @@ that is loaded is verified, and no pickle is ever read.
 """
 
 from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import Attempt, Commit
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.reader import DamagedError, Reader
-from trainer.checkpoint.state_tree import Content
-from trainer.checkpoint.writer import PendingSave, Writer
 from trainer.storage.store import Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.checkpoint.reader import DamagedError, Reader
+    from trainer.checkpoint.state_tree import Content
+    from trainer.checkpoint.writer import PendingSave, Writer
 
 __all__ = [
     "Attempt", "Commit", "Content", "DamagedError", "Manifest", "PendingSave", "Reader", "Writer",
     "delete", "latest", "load", "save", "steps", "verify",
 ]  # fmt: skip
+_MODULES = {
+    "Content": "state_tree", "DamagedError": "reader", "PendingSave": "writer", "Reader": "reader",
+    "Writer": "writer",
+}  # fmt: skip
+"""Modules of the names that are imported when they are used: they import torch."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def save(
-    writer: Writer,
-    content: Content,
+    writer: "Writer",
+    content: "Content",
     *,
     step: int,
     epoch: int = 0,
@@ -61,7 +75,7 @@ def latest(store: Store) -> Manifest | None:
 
 
 def load(
-    store: Store, manifest_: Manifest, targets: Mapping[str, Tensor], *, peers: int = 1
+    store: Store, manifest_: Manifest, targets: "Mapping[str, Tensor]", *, peers: int = 1
 ) -> None:
     """Read stored tensors into the tensors of `targets`, in place, by name. No collectives.
 
@@ -76,6 +90,8 @@ def load(
         CheckpointError: a name, shape or dtype differs.
         DamagedError: bytes failed verification; `targets` may be partly overwritten.
     """
+    from trainer.checkpoint.reader import Reader
+
     folder = f"{lineage.FOLDER}/{manifest_.folder}"
     Reader(store, folder, manifest_, peers=peers).read(targets)
 
@@ -86,6 +102,8 @@ def verify(store: Store, manifest_: Manifest) -> None:
     Raises:
         DamagedError: the first mismatch, with file and tensor.
     """
+    from trainer.checkpoint.reader import Reader
+
     Reader(store, f"{lineage.FOLDER}/{manifest_.folder}", manifest_).verify()
 
 

@@ -1,6 +1,6 @@
 """Compare two checkpoints with a few MiB of each in memory."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf, sqrt
 from typing import Any
@@ -12,7 +12,7 @@ from trainer.checkpoint.box import Box
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.plan import TORCH_DTYPES
 from trainer.checkpoint.reader import Reader
-from trainer.checkpoint.values import TensorRef
+from trainer.checkpoint.values import leaves
 
 _BATCH_BYTES = 8 << 20
 
@@ -197,15 +197,3 @@ def _values(manifest: Manifest) -> dict[str, Any]:
         **dict(leaves(manifest.objects)),
         **{f"config.{key}": value for key, value in leaves(manifest.config)},
     }
-
-
-def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values inside dicts and lists of dicts, each with its dotted key."""
-    if isinstance(value, Mapping) and value:
-        for name, item in value.items():
-            yield from leaves(item, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        for index, item in enumerate(value):
-            yield from leaves(item, f"{key}[{index}]")
-    elif not isinstance(value, TensorRef):
-        yield key, value

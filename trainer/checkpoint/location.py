@@ -3,15 +3,18 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import FOLDER, MANIFEST, Commit
 from trainer.checkpoint.manifest import Manifest, parse_folder
-from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.replicas import Replicas, Survey
 from trainer.config.schema import ObjectStore
 from trainer.errors import CheckpointError, ConfigError
 from trainer.storage import Store, local_path, open_store
+
+if TYPE_CHECKING:
+    from trainer.checkpoint.reader import Reader
 
 
 class Location:
@@ -69,8 +72,10 @@ class Location:
         """
         return lineage.read_manifest(self.store, commit)
 
-    def reader(self, commit: Commit) -> Reader:
+    def reader(self, commit: Commit) -> "Reader":
         """Return a reader of a checkpoint's tensors."""
+        from trainer.checkpoint.reader import Reader  # imports torch
+
         return Reader(self.store, commit.folder, self.manifest(commit))
 
     def in_run(self, settings: ObjectStore) -> "Location":

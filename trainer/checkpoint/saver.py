@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from trainer.checkpoint import lineage
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.replicas import Mirror
+from trainer.checkpoint.mirror import Mirror
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.save_settings import SaveHooks, SavePolicy, SaveTarget
 from trainer.checkpoint.state_tree import Content

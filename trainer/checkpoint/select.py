@@ -3,19 +3,21 @@
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import Commit
 from trainer.checkpoint.location import Location, find_location
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.replicas import Survey
 from trainer.config.schema import ObjectStore
 from trainer.core import intervals, metric_mode
 from trainer.errors import CheckpointError, ConfigError
 from trainer.storage import Store
 from trainer.storage.store import Fallback
+
+if TYPE_CHECKING:
+    from trainer.checkpoint.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,10 @@ class Selection:
         """URLs of the stores."""
         return tuple(store.url for store in self.stores)
 
-    def reader(self) -> Reader:
+    def reader(self) -> "Reader":
         """Return a reader of the checkpoint's tensors."""
+        from trainer.checkpoint.reader import Reader  # imports torch
+
         return Reader(Fallback(self.stores), self.commit.folder, self.manifest)
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,3 +131,15 @@ def decode(value: Any) -> Any:
                 return _TAGS[tag](content)
         return {key: decode(item) for key, item in value.items()}
     return value
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values inside dicts and lists of dicts, each with its dotted key."""
+    if isinstance(value, Mapping) and value:
+        for name, item in value.items():
+            yield from leaves(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for index, item in enumerate(value):
+            yield from leaves(item, f"{key}[{index}]")
+    elif not isinstance(value, TensorRef):
+        yield key, value

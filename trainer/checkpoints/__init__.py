@@ -6,18 +6,15 @@
 import io
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
 from trainer import cli
 from trainer.checkpoints.answer import Answer
-from trainer.checkpoints.copy import copy
-from trainer.checkpoints.diff import diff
 from trainer.checkpoints.listing import list_checkpoints
 from trainer.checkpoints.prune import prune
 from trainer.checkpoints.show import show
-from trainer.checkpoints.verify import verify
 from trainer.cli import Arguments
 from trainer.errors import ConfigError, closest
 
@@ -47,14 +44,6 @@ _OPTIONS = {
     "prune": {"keep_last": "", "keep_best": "", "keep_every_steps": ""},
     "copy": {"step": "all"},
 }
-_VERBS: Mapping[str, Callable[[Arguments], Answer]] = {
-    "list": list_checkpoints,
-    "show": show,
-    "verify": verify,
-    "diff": lambda arguments: diff(arguments, _USAGE),
-    "prune": prune,
-    "copy": copy,
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,16 +56,39 @@ def _run(argv: list[str]) -> int:
     verb, rest = argv[0], argv[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    if verb not in _VERBS:
-        raise ConfigError(f"unknown verb {verb!r}{closest(verb, _VERBS)}\n{_USAGE}")
+    if verb not in _OPTIONS:
+        raise ConfigError(f"unknown verb {verb!r}{closest(verb, _OPTIONS)}\n{_USAGE}")
     flags = ["--json", "--yes"] if verb in ("prune", "copy") else ["--json"]
     places = {"diff": (1, 2), "copy": (2,)}.get(verb, (1,))
     arguments = cli.parse(rest, _USAGE, options=_OPTIONS[verb], flags=flags, places=places)
-    code, content, text = _VERBS[verb](arguments)
+    code, content, text = _answer(verb, arguments)
     if "--json" in arguments.flags:
         text = json.dumps(_strict(content), indent=1, ensure_ascii=False)
     print(text, flush=True)
     return code
+
+
+def _answer(verb: str, arguments: Arguments) -> Answer:
+    """Run a verb. Those that read tensors import torch, which takes longer than to list a run."""
+    match verb:
+        case "list":
+            return list_checkpoints(arguments)
+        case "show":
+            return show(arguments)
+        case "prune":
+            return prune(arguments)
+        case "verify":
+            from trainer.checkpoints.verify import verify
+
+            return verify(arguments)
+        case "diff":
+            from trainer.checkpoints.diff import diff
+
+            return diff(arguments, _USAGE)
+        case _:
+            from trainer.checkpoints.copy import copy
+
+            return copy(arguments)
 
 
 def _strict(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """`show`: files, tensors and values of one checkpoint."""
 
-from trainer.checkpoint import compare, select
+from trainer.checkpoint import select
 from trainer.checkpoint.manifest import Manifest, TensorEntry
+from trainer.checkpoint.values import leaves
 from trainer.checkpoints.answer import Answer, files_bytes, open_checkpoints, tensor_bytes
 from trainer.cli import Arguments
 from trainer.core.formatting import pluralize, short_repr, size, table
@@ -13,7 +14,7 @@ def show(arguments: Arguments) -> Answer:
     location = open_checkpoints(arguments.places[0], arguments.store)
     commit = select.pick(location, arguments.options["step"])
     manifest = location.manifest(commit)
-    objects = dict(compare.leaves(manifest.objects))
+    objects = dict(leaves(manifest.objects))
     content = {
         "path": location.url,
         "folder": commit.folder,

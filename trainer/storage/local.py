@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
-
 from trainer.core.atomic_file import TEMPORARY, sync
 from trainer.errors import StoreError, StoreRefusedError
 from trainer.storage.store import AlreadyExists
@@ -338,6 +336,8 @@ def _write_new(path: Path, data: bytes) -> None:
 
 def _on_pages(start: int, view: memoryview) -> bool:
     """Return whether a range of a file and its buffer are both aligned to pages."""
+    import numpy as np  # slow to import, and only writes and large reads need it
+
     address = np.frombuffer(view, np.uint8).ctypes.data
     return (start | address | len(view)) % _PAGE_BYTES == 0
 

@@ -4,7 +4,8 @@ from contextlib import suppress
 from typing import Any
 
 from trainer.checkpoint.lineage import Attempt
-from trainer.checkpoint.replicas import Mirror, Replicas
+from trainer.checkpoint.mirror import Mirror
+from trainer.checkpoint.replicas import Replicas
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.save_settings import SaveHooks, SavePolicy, SaveTarget
 from trainer.checkpoint.saver import Saver

@@ -15,8 +15,8 @@ from trainer import checkpoint
 from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import Attempt
 from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.mirror import Mirror
 from trainer.checkpoint.reader import Reader
-from trainer.checkpoint.replicas import Mirror
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state_tree import Content

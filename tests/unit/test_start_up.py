@@ -1,0 +1,90 @@
+"""Commands that answer without a tensor do not import torch, which takes seconds."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from trainer import checkpoint
+from trainer.checkpoint import Content, lineage
+from trainer.cluster.world import World
+from trainer.storage import LocalStore
+
+_SLOW = {"torch", "torchmetrics", "numpy"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with a checkpoint, a metrics file and an orphaned checkpoint folder."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    store = LocalStore(folder)
+    attempt = lineage.begin(store, {"host": "a", "started": "2026-01-01T00:00:00+00:00"})
+    writer = checkpoint.Writer(store, World(), attempt)
+    content = Content(tensors={"model.weight": torch.ones(3)}, objects={"run": {"step": 1}})
+    checkpoint.save(writer, content, step=1)
+    lineage.amend(store, attempt, {"ended": "2026-01-02T00:00:00+00:00", "outcome": "finished"})
+    orphan = folder / "checkpoints/step-00000002.0001"
+    orphan.mkdir()
+    (orphan / "rank-00000-of-00001.safetensors").write_bytes(b"unfinished")
+    (folder / "config.yaml").write_text("name: run\n")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    return folder
+
+
+def slow_imports(*command, code=0):
+    """Run a command; return its output, and the slow packages that it imported."""
+    process = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", *command],
+        capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"}, check=False,
+    )  # fmt: skip
+    assert process.returncode == code, process.stderr[-2000:]
+    imported = re.findall(r"^import time:.*\| +(\S+)$", process.stderr, re.MULTILINE)
+    assert "trainer.errors" in imported  # importtime reports what this test reads
+    return process.stdout, _SLOW & set(imported)
+
+
+@pytest.fixture
+def in_runs(run, monkeypatch):
+    """Commands run in the folder of the run, and import this checkout."""
+    monkeypatch.chdir(run.parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+
+
+@pytest.mark.usefixtures("in_runs")
+@pytest.mark.parametrize("prefix", ["trainer.", "perdure "])
+@pytest.mark.parametrize("command", [
+    "checkpoints list run", "checkpoints list run --json", "checkpoints show run",
+    "checkpoints show run step=1 --json", "top run --once", "top . --json",
+    "report run out=page.html",
+])  # fmt: skip
+def test_reading_commands_do_not_import_torch(prefix, command):
+    output, imported = slow_imports(*f"{prefix}{command}".split())
+    assert not imported
+    assert output
+
+
+@pytest.mark.usefixtures("in_runs")
+def test_prune_lists_what_it_would_delete_without_torch(run):
+    assert slow_imports("trainer.checkpoints", "prune", "run", code=2)[1] == set()
+    assert (run / "checkpoints/step-00000002.0001").exists()
+
+
+@pytest.mark.usefixtures("in_runs")
+@pytest.mark.parametrize("verb", ["verify", "diff"])
+def test_verbs_that_read_tensors_import_torch_on_use(verb):
+    arguments = ["step=1,1"] if verb == "diff" else []
+    assert "torch" in slow_imports("trainer.checkpoints", verb, "run", *arguments)[1]
+
+
+@pytest.mark.parametrize("name", ["Content", "DamagedError", "PendingSave", "Reader", "Writer"])
+def test_names_of_the_checkpoint_package_are_imported_on_use(name):
+    assert name in checkpoint.__all__
+    assert getattr(checkpoint, name).__name__ == name
+
+
+def test_checkpoint_package_rejects_unknown_names():
+    with pytest.raises(AttributeError, match="no attribute 'Raeder'"):
+        checkpoint.Raeder  # noqa: B018
