@@ -48,8 +48,9 @@ def warmup_cosine(
 
 def steps(state: Mapping[str, Any]) -> int | None:
     """Return the number of steps in a scheduler's state dict; None if it is not stored there."""
-    chained = state.get("_schedulers")  # of a ChainedScheduler
-    count = state.get("last_epoch", chained[0].get("last_epoch") if chained else None)
+    if "last_epoch" not in state and state.get("_schedulers"):  # of a ChainedScheduler
+        return steps(state["_schedulers"][0])
+    count = state.get("last_epoch")
     return count if isinstance(count, int) else None
 
 

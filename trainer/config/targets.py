@@ -5,7 +5,7 @@ import inspect
 import pkgutil
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from trainer.errors import ConfigError, PerdureError, Problem, closest
 _HYDRA_WORDS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 
 
-def check_target(node: Any, key: str, provided: int = 0) -> list[Problem]:
+def check_target(
+    node: Any, key: str, provided: int = 0, named: Collection[str] = ()
+) -> list[Problem]:
     """Return the problems of a `{_target_: …, argument: …}` node and of its nested nodes.
 
     Args:
@@ -23,6 +25,7 @@ def check_target(node: Any, key: str, provided: int = 0) -> list[Problem]:
         key: its full key, for the messages.
         provided: number of positional arguments that the caller adds, such as an optimizer's
             parameters.
+        named: arguments that the caller adds by name, also in nested nodes, where they exist.
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
         text = "has no _target_, the dotted name of a class or function"
@@ -34,22 +37,31 @@ def check_target(node: Any, key: str, provided: int = 0) -> list[Problem]:
     listed = node.get("_args_")
     problems = []
     for name, value in {**arguments, "_args_": listed}.items():
-        problems += _check_nested(value, f"{key}.{name}")
+        problems += _check_nested(value, f"{key}.{name}", named)
     provided += len(listed) if isinstance(listed, list) else 0
-    direct = _check_arguments(target, str(node["_target_"]), arguments, key, provided)
+    direct = _check_arguments(target, str(node["_target_"]), arguments, key, provided, named)
     if node.get("_partial_"):  # the call supplies missing arguments
         direct = [problem for problem in direct if problem.key.rpartition(".")[2] in arguments]
     return problems + direct
 
 
-def _check_nested(value: Any, key: str) -> list[Problem]:
+def _check_nested(value: Any, key: str, named: Collection[str]) -> list[Problem]:
+    items: list[tuple[str, Any]] = []
     if isinstance(value, Mapping):
         if "_target_" in value:
-            return check_target(value, key)
-        return [p for name, item in value.items() for p in _check_nested(item, f"{key}.{name}")]
-    if isinstance(value, list):
-        return [p for i, item in enumerate(value) for p in _check_nested(item, f"{key}[{i}]")]
-    return []
+            return check_target(value, key, named=named)
+        items = [(f"{key}.{name}", item) for name, item in value.items()]
+    elif isinstance(value, list):
+        items = [(f"{key}[{index}]", item) for index, item in enumerate(value)]
+    return [problem for name, item in items for problem in _check_nested(item, name, named)]
+
+
+def takes(path: Any, argument: str) -> bool:
+    """Return whether the target with this dotted name has an argument of this name."""
+    try:
+        return argument in inspect.signature(find(str(path))[0]).parameters
+    except (TypeError, ValueError):  # no such target, or a builtin without a signature
+        return False
 
 
 def find(path: str) -> tuple[Any, str]:
@@ -125,7 +137,12 @@ def _hidden(parts: Sequence[str]) -> str:
 
 
 def _check_arguments(
-    target: Any, path: str, arguments: Mapping[str, Any], key: str, provided: int
+    target: Any,
+    path: str,
+    arguments: Mapping[str, Any],
+    key: str,
+    provided: int,
+    named: Collection[str],
 ) -> list[Problem]:
     try:
         signature = inspect.signature(target)
@@ -140,7 +157,7 @@ def _check_arguments(
         for name, p in parameters.items()
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    passed = set(positional[:provided])
+    passed = {*positional[:provided], *named}
     valid = [
         n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
@@ -213,8 +230,14 @@ def _numbers_only(members: Sequence[Any]) -> bool:
     return bool(names & {"int", "float"}) and names <= fitting
 
 
-def make(node: Mapping[str, Any], key: str, *provided: Any) -> Any:
+def make(node: Mapping[str, Any], key: str, *provided: Any, **named: Any) -> Any:
     """Call a target; a ValueError about its arguments becomes a ConfigError.
+
+    Args:
+        node: the node.
+        key: its full key, for the messages.
+        provided: positional arguments, passed unchanged.
+        named: arguments by name: objects, or lists of objects.
 
     Raises:
         ConfigError: the target rejected its arguments. Any other exception is passed on.
@@ -223,7 +246,7 @@ def make(node: Mapping[str, Any], key: str, *provided: Any) -> Any:
     from hydra.utils import instantiate
 
     try:
-        return instantiate(dict(node), *provided, _convert_="all")
+        return instantiate(dict(node), *provided, _convert_="all", **named)
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, PerdureError):

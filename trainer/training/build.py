@@ -1,18 +1,15 @@
 """Objects from a configuration, and the checks of it that come first."""
 
-import copy
 import inspect
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from trainer import schedule
 from trainer.cluster import stop
 from trainer.cluster.world import World
 from trainer.config import targets
@@ -28,7 +25,7 @@ from trainer.storage import local_path
 from trainer.tracking.guarded import Guarded
 from trainer.tracking.jsonl import Jsonl
 from trainer.tracking.several import Several, Silent
-from trainer.training import parallel, parameters
+from trainer.training import parallel, parameters, schedules
 from trainer.training.ema import Ema
 from trainer.training.job import Job, Phase, TaskOptions
 
@@ -57,10 +54,7 @@ def check(run: Run) -> list[Problem]:
     if text := parameters.check_step(optimizer):
         problems.append(Problem("optimizer._target_", text))
     problems += _check_phases(run)
-    if run.scheduler:
-        node = {key: value for key, value in run.scheduler.items() if key != "interval"}
-        node |= {key: 1 for key, value in node.items() if _is_horizon(value)}
-        problems += targets.check_target(node, "scheduler", 1)
+    problems += schedules.check(run.scheduler)
     for name, node in run.tracker.items():
         key = f"tracker.{name}"
         problems += targets.check_target(node, key, 0) or _check_tracker(key, node)
@@ -77,10 +71,6 @@ def check(run: Run) -> list[Problem]:
 
 def _arguments(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in optimizer.items() if key not in _GROUPING_KEYS}
-
-
-def _is_horizon(value: Any) -> bool:
-    return isinstance(value, str) and value in schedule.HORIZON_WORDS
 
 
 def _check_phases(run: Run) -> list[Problem]:
@@ -103,28 +93,7 @@ def _check_phases(run: Run) -> list[Problem]:
 def _check_metric_mode(run: Run) -> list[Problem]:
     metric, mode = run.checkpoint.metric, run.checkpoint.mode
     text = metric_mode.contradiction(metric, mode) if metric is not None else ""
-    return [Problem("checkpoint.mode", text)] if text else check_plateau(run, mode)
-
-
-def check_plateau(run: Run, mode: str | None) -> list[Problem]:
-    """Return the problem of a ReduceLROnPlateau whose mode contradicts the metric it follows.
-
-    Args:
-        run: the configuration.
-        mode: `max` or `min` of `checkpoint.metric`; None: as far as its name tells.
-    """
-    metric, mode_setting = run.checkpoint.metric or "loss", run.scheduler.get("mode")
-    expected = metric_mode.by_name(metric) or mode
-    target = str(run.scheduler.get("_target_", ""))
-    is_plateau = target.endswith("ReduceLROnPlateau")
-    if not is_plateau or expected is None or mode_setting in (None, expected):
-        return []
-    better = "smaller" if expected == "min" else "larger"
-    text = (
-        f"{mode_setting!r}, but a {better} {metric!r} is better, which the schedule follows. "
-        "Remove scheduler.mode, or set checkpoint.metric and checkpoint.mode"
-    )
-    return [Problem("scheduler.mode", text)]
+    return [Problem("checkpoint.mode", text)] if text else schedules.check_plateau(run, mode)
 
 
 def _check_tracker(key: str, node: Mapping[str, Any]) -> list[Problem]:
@@ -166,11 +135,8 @@ def _check_stream(run: Run) -> None:
     subject = f"data: {run.data['_target_']} is a stream of unknown length"
     if run.trainer.max_steps is None:
         raise ConfigError(f"{subject}; set trainer.max_steps to end the run")
-    unknown = [
-        f"scheduler.{key}={value}"
-        for key, value in run.scheduler.items()
-        if value in ("total_epochs", "steps_per_epoch")
-    ]
+    words = schedules.horizon_words(run.scheduler)
+    unknown = [f"scheduler.{key}={word}" for key, word in words.items() if word != "total_steps"]
     if unknown:
         raise ConfigError(
             f"{subject}, so {' and '.join(unknown)} cannot be computed; use numbers, or a schedule "
@@ -370,7 +336,7 @@ def _build_phases(
         parts = [part for part in parts if part["params"] or not patterns]
         node = {**_arguments(run.optimizer), **changes.get(name, {})}
         optimizer = targets.make(node, "optimizer", parts if rules else parts[0]["params"])
-        make = _scheduler_maker(run, optimizer, steps_per_epoch)
+        make = schedules.maker(run.scheduler, optimizer, steps_per_epoch)
         phases.append(
             Phase(
                 name=name,
@@ -381,31 +347,3 @@ def _build_phases(
             )
         )
     return phases, [*lines, *matches]
-
-
-def _scheduler_maker(
-    run: Run, optimizer: Optimizer, steps_per_epoch: int
-) -> Callable[[int], LRScheduler] | None:
-    """Return a function that builds the schedule for a number of steps."""
-    if not run.scheduler:
-        return None
-    groups = optimizer.param_groups
-    configured = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-    configured = copy.deepcopy(configured)
-
-    def make(steps: int) -> LRScheduler:
-        for group, values in zip(groups, configured, strict=True):
-            parameters = group["params"]
-            group.clear()
-            group |= {"params": parameters, **copy.deepcopy(values)}
-        epochs = -(-steps // max(steps_per_epoch, 1))  # unused by streams
-        horizon = dict(zip(schedule.HORIZON_WORDS, (steps, epochs, steps_per_epoch), strict=True))
-        node = {
-            key: horizon[value] if _is_horizon(value) else value
-            for key, value in run.scheduler.items()
-            if key != "interval"
-        }
-        scheduler: LRScheduler = targets.make(node, "scheduler", optimizer)
-        return scheduler
-
-    return make

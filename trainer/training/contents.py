@@ -30,7 +30,7 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.plan import TORCH_DTYPES
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.state_tree import Content
-from trainer.core import rng
+from trainer.core import nested, rng
 from trainer.core.state import State
 from trainer.errors import CheckpointError, ConfigError
 from trainer.training.job import Job, Phase
@@ -293,8 +293,8 @@ def _starting_at(phase: Phase, step: int, max_steps: int) -> Phase:
 
 def _depends_on_length(manifest: Manifest) -> bool:
     """Return whether the schedule was built from the length of the run."""
-    arguments = manifest.config.get("scheduler") or {}
-    return any(isinstance(v, str) and v in schedule.HORIZON_WORDS for v in arguments.values())
+    arguments = nested.leaves(manifest.config.get("scheduler") or {})
+    return any(isinstance(v, str) and v in schedule.HORIZON_WORDS for _, v in arguments)
 
 
 # --- data --------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from trainer.config.schema import Run
 from trainer.errors import ConfigError, problems_text
-from trainer.training import build
+from trainer.training import schedules
 from trainer.training.evaluation import create_metrics
 from trainer.training.job import Job
 
@@ -25,7 +25,7 @@ def set_up(run: Run, job: Job) -> None:
     if job.evaluation is None:
         return
     create_metrics(job)
-    if problems := build.check_plateau(run, job.metric_mode):
+    if problems := schedules.check_plateau(run, job.metric_mode):
         raise ConfigError(problems_text(problems))
     mode = job.metric_mode if job.metric is not None else "min"
     for phase in job.phases:

@@ -20,10 +20,18 @@ from trainer.cluster import launch
 from trainer.cluster.world import World
 from trainer.config.schema import Parallel, Run
 from trainer.core import nested, rng
+from trainer.core.state import State
 from trainer.errors import ConfigError, PerdureError
 from trainer.protocols import Batch
 from trainer.tracking.several import Silent
-from trainer.training import build, evaluation, metric_setup, parallel, unused_parameters
+from trainer.training import (
+    build,
+    evaluation,
+    metric_setup,
+    parallel,
+    schedules,
+    unused_parameters,
+)  # fmt: skip
 from trainer.training.evaluation import check_name
 from trainer.training.job import Job
 
@@ -73,7 +81,7 @@ def check(run: Run, world_size: int) -> None:
         world_size: number of ranks of the run; the batch is that of one rank.
 
     Raises:
-        ConfigError, DataError: as in `rehearse`.
+        ConfigError, DataError: as in `rehearse`, or a schedule ends before the run.
     """
     rank_batch_size = run.trainer.global_batch_size // world_size
     single = replace(
@@ -86,6 +94,8 @@ def check(run: Run, world_size: int) -> None:
     metric_setup.set_up(single, job)
     if world_size > 1 and job.metrics is not None:
         evaluation.check_mergeable(job.metrics)
+    if run.resume in ("auto", "never") and not run.resume_override:  # a fork's may start later
+        schedules.check_length(job, State())
     rehearse(run, job, world_size=world_size)
 
 

@@ -20,7 +20,7 @@ from trainer.core.state import State
 from trainer.errors import CheckpointError, ConfigError
 from trainer.storage import local_path, open_store
 from trainer.storage.store import Fallback
-from trainer.training import contents
+from trainer.training import contents, schedules
 from trainer.training.differences import Difference, check_overrides, compare, rejection_text
 from trainer.training.job import Job
 from trainer.training.takeover import EVERYTHING, Takeover, decide
@@ -246,14 +246,17 @@ def load(
 ) -> State:
     """Restore the job from `start`; return the state of the run. No collectives.
 
-    Call it on every rank, then let the ranks vote. Raises as `contents.restore`.
+    Call it on every rank, then let the ranks vote. Raises as `contents.restore`, and a ConfigError
+    if a schedule ends before the run.
     """
-    if start.manifest is None or start.commit is None:
-        return State()
-    stores = Fallback([open_store(url, settings) for url in start.urls])
-    peers = job.world.local_size
-    reader = checkpoint.Reader(stores, start.commit.folder, start.manifest, peers=peers)
-    return contents.restore(job, start, start.manifest, reader)
+    state = State()
+    if start.manifest is not None and start.commit is not None:
+        stores = Fallback([open_store(url, settings) for url in start.urls])
+        peers = job.world.local_size
+        reader = checkpoint.Reader(stores, start.commit.folder, start.manifest, peers=peers)
+        state = contents.restore(job, start, start.manifest, reader)
+    schedules.check_length(job, state)
+    return state
 
 
 def final_value(run: Run) -> float | None:
