@@ -6,20 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from trainer import cli
-from trainer.cluster.stop import Stop
-from trainer.cluster.world import World
 from trainer.config.compose import config_folders
 from trainer.config.schema import ObjectStore
 from trainer.core.formatting import table
-from trainer.core.state import State
 from trainer.errors import DONE, ConfigError, closest
-from trainer.export import rebuild
-from trainer.export.loaded_checkpoint import open_checkpoint
-from trainer.tracking.several import Silent
-from trainer.training import build, evaluation
 
 _WEIGHTS = ("auto", "model", "ema")
 _OPTIONS = {"step": "latest", "weights": "auto", "allow": ""}
@@ -114,6 +105,16 @@ def evaluate(
     """
     if weights not in _WEIGHTS:
         raise ConfigError(f"weights={weights}: unknown choice{closest(weights, _WEIGHTS)}")
+    import torch  # not above: --help does not need it
+
+    from trainer.cluster.stop import Stop
+    from trainer.cluster.world import World
+    from trainer.core.state import State
+    from trainer.export import rebuild
+    from trainer.export.loaded_checkpoint import open_checkpoint
+    from trainer.tracking.several import Silent
+    from trainer.training import build, evaluation
+
     checkpoint = open_checkpoint(location, step, store)
     run = rebuild.configuration(checkpoint, settings, allowed, config_dirs)
     world = World(device=torch.device("cpu"))

@@ -3,19 +3,19 @@
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.cli import Arguments, command, parse
 from trainer.config import targets
 from trainer.config.compose import compose, config_folders
 from trainer.core.formatting import pluralize
 from trainer.errors import DONE, ConfigError, problems_text
-from trainer.export import inputs
 from trainer.export.contract import is_true
 from trainer.export.destination import local_copy
 from trainer.export.formats import open_export
-from trainer.export.inputs import Batch, InputSpec
-from trainer.export.predicting import compare_exports, predict, report
-from trainer.training import build
+
+if TYPE_CHECKING:
+    from trainer.export.inputs import Batch, InputSpec
 
 _OPTIONS = {
     "model": "", "input": "", "out": "", "device": "cpu", "batch_size": "64", "top": "1",
@@ -55,6 +55,9 @@ def _predict(argv: list[str]) -> int:
         raise ConfigError(f"{needed} needed, {len(urls)} given\n{_USAGE}")
     device, batch_size = options["device"], _count(parsed, "batch_size")
     trusted, top = is_true(options, "trusted"), _count(parsed, "top")
+    from trainer.export.inputs import InputSpec  # imports torch, which --help does not need
+    from trainer.export.predicting import compare_exports, predict, report
+
     with local_copy(urls[0], parsed.store) as path:
         model = open_export(path, device, trusted=trusted)
         spec = InputSpec.of(path)
@@ -79,9 +82,12 @@ def _batches(
     parsed: Arguments,
     settings: Sequence[str],
     config_dirs: Sequence[Path],
-    spec: InputSpec,
+    spec: "InputSpec",
     batch_size: int,
-) -> Iterator[Batch]:
+) -> "Iterator[Batch]":
+    from trainer.export import inputs  # imports torch
+    from trainer.training import build
+
     location = parsed.options["input"]
     if bool(location) == bool(settings):
         raise ConfigError(f"give either input=… or data=…\n{_USAGE}")

@@ -10,19 +10,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.cli import command
 from trainer.config import targets
 from trainer.config.compose import compose
 from trainer.core.formatting import progress, size, table
-from trainer.data.token_shards import Prepared
 from trainer.errors import (
     DONE,
     RUN_AGAIN,
     ConfigError,
     problems_text,
 )
+
+if TYPE_CHECKING:
+    from trainer.data.token_shards import Prepared
 
 _USAGE = """usage: python -m trainer.prepare [key=value …] [--config-dir FOLDER] [--json]
   data=text data.files='data/books/**/*.txt' data.tokenizer=tokenizer.json
@@ -86,7 +88,7 @@ def prepare(arguments: Sequence[str], *, is_quiet: bool) -> tuple[dict[str, Any]
     return {"data": target, "is_prepared": True, **described}, _text(prepared)
 
 
-def _text(prepared: Prepared) -> str:
+def _text(prepared: "Prepared") -> str:
     rows = [["part", "documents", "tokens", "size", "bytes per token", "shards"]]
     for name, part in prepared.parts.items():
         counts = [f"{part.documents:,}", f"{part.tokens:,}", size(part.bytes)]

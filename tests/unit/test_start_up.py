@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from trainer import checkpoint
+from trainer.__main__ import COMMANDS
 from trainer.checkpoint import Content, lineage
 from trainer.cluster.world import World
 from trainer.storage import LocalStore
@@ -70,6 +71,21 @@ def test_reading_commands_do_not_import_torch(prefix, command):
 def test_prune_lists_what_it_would_delete_without_torch(run):
     assert slow_imports("trainer.checkpoints", "prune", "run", code=2)[1] == set()
     assert (run / "checkpoints/step-00000002.0001").exists()
+
+
+INFORMATION = [
+    "trainer", "perdure", "trainer --version",
+    *(f"trainer.{name} --help" for name in COMMANDS),
+    *(f"perdure {name} --version" for name in COMMANDS),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("in_runs")
+@pytest.mark.parametrize("command", INFORMATION)
+def test_help_and_version_do_not_import_torch(command):
+    output, imported = slow_imports(*command.split())
+    assert not imported
+    assert ("perdure " if "--version" in command else "python -m trainer") in output
 
 
 @pytest.mark.usefixtures("in_runs")

@@ -5,20 +5,14 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing, redirect_stdout, suppress
 
-import torch
-
 from trainer.cli import command
-from trainer.cluster import launch, shared_storage
-from trainer.cluster import world as distributed
+from trainer.cluster import launch
 from trainer.cluster.slurm import set_rank_variables
-from trainer.cluster.world import World
 from trainer.config import validate
 from trainer.config.compose import compose
-from trainer.config.schema import Run
-from trainer.doctor import links, machine, model, places, slurm, trackers
 from trainer.doctor.finding import Finding, summary, text
 from trainer.errors import (
     CONFIGURATION,
@@ -28,9 +22,6 @@ from trainer.errors import (
     Problem,
     problems_text,
 )
-from trainer.monitoring.memory import Sizes
-from trainer.storage import Store
-from trainer.training import build, resume
 
 _USAGE = """usage: python -m trainer.doctor [key=value …] [--quick] [--json] [--config-dir FOLDER]
   key=value  the arguments of trainer.run
@@ -39,7 +30,6 @@ _USAGE = """usage: python -m trainer.doctor [key=value …] [--quick] [--json] [
 Under torchrun or srun, or with launch.nproc=…, it also checks the links between the ranks.
 exit codes: 0 no problem found, 1 the run would fail, 2 the configuration is invalid"""
 _FLAGS = ("--quick", "--json")
-_TIMEOUT_S = 60.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +42,8 @@ def _check(argv: list[str]) -> int:
     arguments = [argument for argument in argv if argument not in flags]
     run, problems = compose(arguments, _USAGE, _FLAGS)
     set_rank_variables(run.launch.nproc)
+    from trainer.training import build  # imports torch, which --help does not need
+
     problems += build.check(run)
     is_quick = "--quick" in flags
     if not any(p.key.startswith(("launch.", "trainer.", "parallel.")) for p in problems):
@@ -61,7 +53,9 @@ def _check(argv: list[str]) -> int:
     count = 1 if launch.is_rank() else launch.ranks_on_this_node(run.launch)
     if count > 1 and not is_quick:
         return _start_ranks(argv, count)
-    findings = list(_rank(run, is_quick=is_quick))
+    from trainer.doctor import rank
+
+    findings = list(rank.check(run, is_quick=is_quick))
     if os.environ.get("RANK", "0") == "0":
         _print(findings, is_json="--json" in flags)
     return FAILURE if any(finding.state == "red" for finding in findings) else DONE
@@ -100,81 +94,6 @@ def _start_ranks(argv: Sequence[str], count: int) -> int:
             ranks.append(running.enter_context(subprocess.Popen(command, env=environment)))  # noqa: S603
         codes = [process.wait() for process in ranks]
     return max(code if code >= 0 else FAILURE for code in codes)
-
-
-# --- one rank ----------------------------------------------------------------------------------
-
-
-def _rank(run: Run, *, is_quick: bool) -> Iterator[Finding]:
-    """Run the checks on one rank; only rank 0 reports them. Collective."""
-    yield Finding("configuration", "green", f"{run.name}, {run.run_dir}")
-    device = torch.device(launch.device_name(run.launch))
-    if device.type == "cuda" and torch.cuda.is_available():
-        torch.cuda.set_device(device)
-    elif device.type == "cuda":
-        device = torch.device("cpu")  # `check_devices` reports it
-    with ExitStack() as ending:
-        world = World(device=device)
-        if not is_quick:
-            world = distributed.connect(device, timeout_s=_TIMEOUT_S)
-            ending.callback(world.close)
-        yield from _machine(run, world)
-        needs = model.sizes(run, world.size)
-        yield model.check_sizes(needs)
-        if not is_quick:
-            yield links.all_reduce(world, needs.gradients_bytes if needs else None)
-        yield from _places(run, world, needs, is_quick=is_quick)
-        yield from trackers.check_trackers(run, is_quick=is_quick)
-
-
-def _machine(run: Run, world: World) -> Iterator[Finding]:
-    ranks = machine.collect(world)
-    yield machine.check_versions(ranks)
-    yield from machine.check_devices(ranks, run.launch.device)
-    if world.size > 1:
-        yield machine.check_clocks(ranks)
-    findings = world.gather_results(lambda: machine.check_signals(run.preemption.signals))
-    yield next((finding for finding in findings if finding.state != "green"), findings[0])
-
-
-def _places(run: Run, world: World, needs: Sizes | None, *, is_quick: bool) -> Iterator[Finding]:
-    stores = resume.open_replicas(run).stores
-    topics = ("run_dir", "mirror")
-    findings: list[Finding] = []
-    save_s = None
-    if world.rank == 0:
-        settings = run.checkpoint
-        counts = (
-            settings.keep_last + (settings.keep_best if settings.metric else 0) + 1,
-            settings.mirror_keep_last + (settings.mirror_keep_best if settings.metric else 0) + 1,
-        )
-        for topic, store, count in zip(topics, stores, counts, strict=False):
-            findings += places.check_permissions(topic, store)
-            findings += places.check_space(
-                topic, store, needs.checkpoint_bytes if needs else None, count
-            )
-            if not is_quick and not any(f.state == "red" for f in findings):
-                measured, speed = places.measure_speed(topic, store)
-                findings += measured
-                if speed and needs and needs.checkpoint_bytes and topic == "run_dir":
-                    save_s = needs.checkpoint_bytes / speed.write_bytes_per_s
-    yield from findings
-    if world.size != world.local_size:
-        yield _shared(stores, world)
-    if world.rank == 0:
-        for store in stores:
-            places.remove_empty(store)
-        yield from slurm.check_slurm(slurm.settings(), save_s)
-
-
-def _shared(stores: Sequence[Store], world: World) -> Finding:
-    try:
-        is_one = shared_storage.is_shared(stores, world)
-    except ConfigError as error:
-        return Finding("shared", "red", "the nodes do not share run_dir", str(error))
-    if is_one:
-        return Finding("shared", "green", "all ranks share run_dir")
-    return Finding("shared", "green", "each node has a separate run_dir; all share one mirror")
 
 
 if __name__ == "__main__":

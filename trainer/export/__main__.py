@@ -3,12 +3,14 @@
 import math
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from trainer.cli import Arguments, command, parse
 from trainer.errors import DONE, ConfigError, closest
-from trainer.export.exported_model import Choices
-from trainer.export.exporting import Exported, export
 from trainer.export.formats import FORMATS, find
+
+if TYPE_CHECKING:
+    from trainer.export.exporting import Exported
 
 _WEIGHTS = ("model", "ema")
 _OPTIONS = {
@@ -67,7 +69,7 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def text(result: Exported) -> str:
+def text(result: "Exported") -> str:
     """Format the result of an export."""
     lines = [f"{result.url}: {result.tensors:,} tensors, {result.bytes:,} bytes"]
     if result.mismatches is not None:
@@ -78,7 +80,10 @@ def text(result: Exported) -> str:
     return "\n".join(lines)
 
 
-def _export(parsed: Arguments, settings: Sequence[str]) -> Exported:
+def _export(parsed: Arguments, settings: Sequence[str]) -> "Exported":
+    from trainer.export.exported_model import Choices  # imports torch, which --help does not need
+    from trainer.export.exporting import export
+
     options = parsed.options
     weights = options["weights"]
     if weights not in _WEIGHTS:

@@ -6,14 +6,13 @@ from typing import Any
 
 from trainer.errors import ConfigError
 from trainer.export import training_state
-from trainer.export.contract import Format
 from trainer.export.exported_model import ExportedModel
 
 _ROOT = "model"
 """Key prefix for tensors that are in no submodule."""
 
 
-def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
+def write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
     """Write `<child>_state_dict` per child module, and the state of the optimizers.
 
     Optimizers are `optimizer_<phase>_state_dict`, or `optimizer_state_dict` if there is only one.
@@ -61,6 +60,3 @@ def _add(content: dict[str, Any], parts: Mapping[str, Any], end: str = "") -> No
                 "format=checkpoint or safetensors"
             )
         content[key] = value
-
-
-FORMAT = Format(suffix=".tar", write=_write)  # as in PyTorch's tutorial on saving several models

@@ -5,11 +5,10 @@ from pathlib import Path
 
 from trainer.errors import ConfigError
 from trainer.export import training_state
-from trainer.export.contract import Format
 from trainer.export.exported_model import ExportedModel
 
 
-def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
+def write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
     """Write weights, optimizer, scheduler and counters; only torch is needed to read them.
 
     Raises:
@@ -33,6 +32,3 @@ def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None
     if checkpoint.has_averages:
         content["ema_state_dict"] = checkpoint.weights(averaged=True)
     training_state.save(content, path)
-
-
-FORMAT = Format(suffix=".ckpt", write=_write)

@@ -1,20 +1,23 @@
 """The contract of an export format: the `Format` record, and `Runner` for exports that can run.
 
-To add a format, write a module that defines `FORMAT`, and add a row to `formats.FORMATS`.
+To add a format, write a module with the functions of a `Format`, and add a row to
+`formats.FORMATS`.
 """
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from trainer.errors import ConfigError, PerdureError
-from trainer.export.exported_model import ExportedModel
 
-Arrays = Mapping[str, npt.NDArray[Any]]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from trainer.export.exported_model import ExportedModel
+
+Arrays: TypeAlias = "Mapping[str, npt.NDArray[Any]]"
 
 
 class ExportError(PerdureError):
@@ -32,7 +35,7 @@ class Runner(Protocol):
     def outputs(self) -> Sequence[str]:
         """Output names, in order."""
 
-    def run(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
+    def run(self, inputs: Arrays) -> "dict[str, npt.NDArray[Any]]":
         """Return the outputs by name; bfloat16, which NumPy does not have, as float32."""
 
 
@@ -44,17 +47,13 @@ class Option(NamedTuple):
     """Single line for --help."""
 
 
-DYNAMIC = Option("batch", "axes that may vary in size in every input: batch, none, or e.g. batch,1")
-"""The option `dynamic` of the formats that capture a graph."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """A file format, as functions that write it and open it again."""
 
     suffix: str
     """Suffix of the file or folder name."""
-    write: Callable[[ExportedModel, Path, Mapping[str, str]], None]
+    write: "Callable[[ExportedModel, Path, Mapping[str, str]], None]"
     """Write a file or folder at a path that does not exist yet, given the value of every option.
 
     The path is temporary, so its name must not appear in the bytes. The caller makes the result

@@ -1,36 +1,89 @@
 """The table of export formats."""
 
+import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from trainer.errors import ConfigError, closest
-from trainer.export import (
-    bundle,
-    checkpoint,
-    full_model,
-    oneflow,
-    onnx,
-    openvino,
-    safetensors,
-    state_dict,
-    torch_export,
-    torchscript,
-)
-from trainer.export.contract import Format, Runner
+from trainer.export.contract import Format, Option, Runner
 from trainer.export.destination import record_path
 
+
+def _in(module: str, function: str) -> Callable[..., Any]:
+    """Return a function of a format's module, which imports torch and is imported on use."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"trainer.export.{module}"), function)(*arguments)
+
+    return call
+
+
+_DYNAMIC = Option(
+    "batch", "axes that may vary in size in every input: batch, none, or e.g. batch,1"
+)
+"""The option `dynamic` of the formats that capture a graph."""
+
 FORMATS: Mapping[str, Format] = {
-    "safetensors": safetensors.FORMAT,
-    "state_dict": state_dict.FORMAT,
-    "full_model": full_model.FORMAT,
-    "torchscript": torchscript.FORMAT,
-    "torch_export": torch_export.FORMAT,
-    "onnx": onnx.FORMAT,
-    "openvino": openvino.FORMAT,
-    "checkpoint": checkpoint.FORMAT,
-    "bundle": bundle.FORMAT,
-    "oneflow": oneflow.FORMAT,
+    "safetensors": Format(
+        suffix=".safetensors",
+        write=_in("safetensors", "write"),
+        options={"max_shard_bytes": Option("5GB", "maximum bytes per file, e.g. 500MB or 2GiB")},
+        last_file="model.safetensors.index.json",
+    ),
+    "state_dict": Format(suffix=".pt", write=_in("state_dict", "write")),
+    "full_model": Format(
+        suffix=".full.pt",
+        write=_in("full_model", "write"),
+        open_runner=_in("full_model", "open_runner"),
+        warning=(
+            "warning: a pickled module runs code when it is loaded, and needs the model's code "
+            "unchanged. Load it only if you trust its author, and share another format"
+        ),
+    ),
+    "torchscript": Format(
+        suffix=".ts",
+        write=_in("torchscript", "write"),
+        open_runner=_in("torchscript", "open_runner"),
+        options={
+            "method": Option("auto", "script, which keeps branches and loops; trace; or auto"),
+            "traced": Option("", "submodules of a scripted model to trace, separated by commas"),
+            "freeze": Option("false", "true: fold the weights into the graph, for inference only"),
+        },
+    ),
+    "torch_export": Format(
+        suffix=".pt2",
+        write=_in("torch_export", "write"),
+        open_runner=_in("torch_export", "open_runner"),
+        options={"dynamic": _DYNAMIC},
+    ),
+    "onnx": Format(
+        suffix=".onnx",
+        write=_in("onnx", "write"),
+        open_runner=_in("onnx", "open_runner"),
+        options={
+            "dynamic": _DYNAMIC,
+            "opset": Option("", "operator version; empty: the default of torch's exporter"),
+            "simplify": Option("false", "true: fold and remove redundant operators with onnxslim"),
+            "external_bytes": Option(
+                "1500000000", "above this many bytes, weights go to a separate file, in a folder"
+            ),
+        },
+        libraries=("onnx", "onnxscript", "onnxruntime", "onnxslim"),
+    ),
+    "openvino": Format(
+        suffix=".openvino",
+        write=_in("openvino", "write"),
+        open_runner=_in("openvino", "open_runner"),
+        options={"dynamic": _DYNAMIC},
+        libraries=("onnx", "onnxscript", "openvino"),
+        last_file="model.xml",
+    ),
+    "checkpoint": Format(suffix=".ckpt", write=_in("checkpoint", "write")),
+    # as in PyTorch's tutorial on saving several models
+    "bundle": Format(suffix=".tar", write=_in("bundle", "write")),
+    "oneflow": Format(suffix=".oneflow", write=_in("oneflow", "write"), last_file="snapshot_done"),
 }
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from trainer.errors import ConfigError
 from trainer.export.calls import Call
-from trainer.export.contract import ExportError, Format, Runner
+from trainer.export.contract import ExportError, Runner
 from trainer.export.exported_model import ExportedModel
 from trainer.export.tracing import Flat, Signature, TorchRunner, quiet, reason
 from trainer.export.training_state import save
@@ -20,7 +20,7 @@ _CALL = "perdure_call"
 """Attribute of the pickled module with its call signature, in plain tuples and dicts."""
 
 
-def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
+def write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
     """Pickle the module in eval mode."""
     call = model.call(1)
     module: Any = copy.copy(model.module)  # shares everything except the attribute
@@ -37,7 +37,7 @@ def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None
         ) from None
 
 
-def _open_runner(path: Path, device: str) -> Runner:
+def open_runner(path: Path, device: str) -> Runner:
     """Unpickle the file, which can run any code."""
     try:
         with quiet():
@@ -57,14 +57,3 @@ def _open_runner(path: Path, device: str) -> Runner:
         )
     call = Call(stored["arguments"], stored["keywords"], tuple(stored["inputs"]))
     return TorchRunner(Flat(module, call), Signature.of(call, stored["outputs"]), device)
-
-
-FORMAT = Format(
-    suffix=".full.pt",
-    write=_write,
-    open_runner=_open_runner,
-    warning=(
-        "warning: a pickled module runs code when it is loaded, and needs the model's code "
-        "unchanged. Load it only if you trust its author, and share another format"
-    ),
-)

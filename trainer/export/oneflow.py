@@ -5,13 +5,13 @@ from pathlib import Path
 
 from trainer.checkpoint.memory import bytes_of
 from trainer.errors import CheckpointError
-from trainer.export.contract import ExportError, Format
+from trainer.export.contract import ExportError
 from trainer.export.exported_model import ExportedModel
 from trainer.importing import oneflow
 from trainer.importing.dcp_folder import relative_path
 
 
-def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
+def write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
     """Write the weights, and last the file that marks the folder as complete.
 
     Raises:
@@ -32,6 +32,3 @@ def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None
             if tensor.numel():
                 file.write(bytes_of(tensor.contiguous()).data)
     (path / oneflow.DONE).touch()
-
-
-FORMAT = Format(suffix=".oneflow", write=_write, last_file=oneflow.DONE)

@@ -10,16 +10,7 @@ import numpy.typing as npt
 import torch
 
 from trainer.errors import ConfigError
-from trainer.export.contract import (
-    DYNAMIC,
-    Arrays,
-    ExportError,
-    Format,
-    Option,
-    Runner,
-    is_true,
-    library,
-)
+from trainer.export.contract import Arrays, ExportError, Runner, is_true, library
 from trainer.export.exported_model import ExportedModel
 from trainer.export.torch_export import axis_name, captured
 from trainer.export.tracing import quiet, reason
@@ -35,7 +26,7 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
+def write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
     """Write a checked model with inferred shapes; with external data, a folder of two files."""
     max_bytes, opset = _number(options, "external_bytes"), _number(options, "opset")
     tensors = {t.data_ptr(): t for t in model.module.state_dict().values()}.values()
@@ -116,7 +107,7 @@ def _tidy(proto: Any) -> None:
         del node.metadata_props[:]
 
 
-def _open_runner(path: Path, device: str) -> Runner:
+def open_runner(path: Path, device: str) -> Runner:
     """Open it with onnxruntime."""
     runtime = library("onnxruntime")
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
@@ -163,19 +154,3 @@ def _number(options: Mapping[str, str], key: str) -> int | None:
     if not options[key].isdecimal():
         raise ConfigError(f"{key}={options[key]} is not an integer")
     return int(options[key])
-
-
-FORMAT = Format(
-    suffix=".onnx",
-    write=_write,
-    open_runner=_open_runner,
-    options={
-        "dynamic": DYNAMIC,
-        "opset": Option("", "operator version; empty: the default of torch's exporter"),
-        "simplify": Option("false", "true: fold and remove redundant operators with onnxslim"),
-        "external_bytes": Option(
-            "1500000000", "above this many bytes, weights go to a separate file, in a folder"
-        ),
-    },
-    libraries=("onnx", "onnxscript", "onnxruntime", "onnxslim"),
-)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from trainer.errors import ConfigError
-from trainer.export.contract import DYNAMIC, Arrays, ExportError, Format, Runner, library
+from trainer.export.contract import Arrays, ExportError, Runner, library
 from trainer.export.exported_model import ExportedModel
 from trainer.export.onnx import save
 from trainer.export.tracing import reason
@@ -16,7 +16,7 @@ from trainer.export.tracing import reason
 _XML = "model.xml"
 
 
-def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
+def write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
     """Write a folder with `model.xml` and `model.bin`, weights in their stored precision."""
     openvino = library("openvino", "openvino")
     path.mkdir()
@@ -32,7 +32,7 @@ def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None
             ) from None
 
 
-def _open_runner(path: Path, device: str) -> Runner:
+def open_runner(path: Path, device: str) -> Runner:
     """Compile it for the CPU, in the precision of the weights."""
     openvino = library("openvino", "openvino")
     if device != "cpu":
@@ -61,13 +61,3 @@ class _Runner:
         outputs = self._compiled(arrays)
         ports = zip(self.outputs, self._compiled.outputs, strict=True)
         return {name: outputs[port].copy() for name, port in ports}
-
-
-FORMAT = Format(
-    suffix=".openvino",
-    write=_write,
-    open_runner=_open_runner,
-    options={"dynamic": DYNAMIC},
-    libraries=("onnx", "onnxscript", "openvino"),
-    last_file=_XML,
-)

@@ -13,7 +13,6 @@ from pathlib import Path
 from torch import Tensor
 
 from trainer.errors import ConfigError
-from trainer.export.contract import Format, Option
 from trainer.export.exported_model import ExportedModel
 
 _INDEX = "model.safetensors.index.json"
@@ -21,7 +20,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
 
-def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
+def write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
     """Write the weights; the format has no shared storage, so shared tensors are copied."""
     max_bytes = _parse_bytes("max_shard_bytes", options["max_shard_bytes"])
     pointers: set[int] = set()
@@ -74,11 +73,3 @@ def _parse_bytes(key: str, text: str) -> int:
     if count < 1:
         raise ConfigError(f"{key}={text} is not a size in bytes; write e.g. {key}=500MB")
     return count
-
-
-FORMAT = Format(
-    suffix=".safetensors",
-    write=_write,
-    options={"max_shard_bytes": Option("5GB", "maximum bytes per file, e.g. 500MB or 2GiB")},
-    last_file=_INDEX,
-)

@@ -3,13 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from trainer.export.contract import Format
 from trainer.export.exported_model import ExportedModel
 from trainer.export.training_state import save
 
 
-def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
+def write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
+    """Write the weights with torch.save."""
     save(model.weights(), path)
-
-
-FORMAT = Format(suffix=".pt", write=_write)

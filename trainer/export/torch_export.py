@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trainer.errors import ConfigError
-from trainer.export.contract import DYNAMIC, ExportError, Format, Runner
+from trainer.export.contract import ExportError, Runner
 from trainer.export.exported_model import ExportedModel
 from trainer.export.tracing import (
     SIGNATURE_FILE,
@@ -28,13 +28,14 @@ _COUNT = 3
 """Samples in the captured call; torch.export would treat 0 and 1 as constants."""
 
 
-def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
+def write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
+    """Write the captured program, with its signature."""
     program, signature = captured(model, options["dynamic"])
     with quiet(), open(path, "wb") as file:
         torch.export.save(program, file, extra_files={SIGNATURE_FILE: signature.to_text()})
 
 
-def _open_runner(path: Path, device: str) -> Runner:
+def open_runner(path: Path, device: str) -> Runner:
     """Load the file; a program is loaded on the device it was captured on, then moved."""
     extra = {SIGNATURE_FILE: ""}
     with quiet():
@@ -117,6 +118,3 @@ def _shapes(model: Traceable, axes: list[int], limits: Mapping[str, int]) -> Any
         for tensor in model.tensors
     )
     return (shapes,) if isinstance(model.module, Flat) else shapes  # for `*tensors`
-
-
-FORMAT = Format(suffix=".pt2", write=_write, open_runner=_open_runner, options={"dynamic": DYNAMIC})

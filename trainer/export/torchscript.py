@@ -10,7 +10,7 @@ from torch import nn
 
 from trainer.errors import ConfigError, closest
 from trainer.export.calls import call_of
-from trainer.export.contract import ExportError, Format, Option, Runner, is_true
+from trainer.export.contract import ExportError, Runner, is_true
 from trainer.export.exported_model import ExportedModel
 from trainer.export.tracing import (
     SIGNATURE_FILE,
@@ -28,7 +28,7 @@ _COUNT = 3
 """Samples in the traced call."""
 
 
-def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
+def write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
     """Script or trace the module in eval mode; `auto` traces it if it cannot be scripted."""
     method, freeze = options["method"], is_true(options, "freeze")
     submodules = [name for name in options["traced"].split(",") if name]
@@ -47,7 +47,8 @@ def _write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None
             torch.jit.save(compiled, file, _extra_files=extra)
 
 
-def _open_runner(path: Path, device: str) -> Runner:
+def open_runner(path: Path, device: str) -> Runner:
+    """Load the module, with its signature."""
     extra = {SIGNATURE_FILE: ""}
     with quiet():
         try:
@@ -129,15 +130,3 @@ def _trace(model: Traceable, script_error: str) -> Any:
             f"{script_error}"
         )
     return traced
-
-
-FORMAT = Format(
-    suffix=".ts",
-    write=_write,
-    open_runner=_open_runner,
-    options={
-        "method": Option("auto", "script, which keeps branches and loops; trace; or auto"),
-        "traced": Option("", "submodules of a scripted model to trace, separated by commas"),
-        "freeze": Option("false", "true: fold the weights into the graph, for inference only"),
-    },
-)

@@ -100,6 +100,7 @@ def test_record_describes_the_export(exported):
     assert record["parity"]["samples"] == "evaluation data"
     assert record["preprocessing"]["mean"] == 0.0
     assert record["versions"]["torch"] == torch.__version__
+    assert FORMATS[form].last_file in ("", *record["files"])
     for name, file in record["files"].items():
         data = (out if name == "." else out / name).read_bytes()
         assert file == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -123,12 +124,12 @@ def write_other_weights(model, path, options):
     """Write TorchScript with one weight changed."""
     with torch.no_grad():
         model.module.fc2.bias[3] += 1e-2
-    torchscript.FORMAT.write(model, path, options)
+    torchscript.write(model, path, options)
     with torch.no_grad():
         model.module.fc2.bias[3] -= 1e-2
 
 
-WRONG = replace(torchscript.FORMAT, write=write_other_weights)
+WRONG = replace(FORMATS["torchscript"], write=write_other_weights)
 
 
 def test_export_with_wrong_outputs_is_not_written(run, tmp_path, monkeypatch):

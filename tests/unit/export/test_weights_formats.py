@@ -23,6 +23,7 @@ from trainer.errors import ConfigError
 from trainer.export.contract import ExportError
 from trainer.export.exported_model import Choices
 from trainer.export.exporting import export
+from trainer.export.formats import FORMATS
 from trainer.importing import oneflow, weights
 from trainer.importing.formats import open_external
 from trainer.storage import open_store
@@ -356,7 +357,7 @@ def test_oneflow_folder_is_read_by_protobuf_and_our_reader(tmp_path):
         assert info.data_type == NUMBERS[value.dtype]
         flat = value.contiguous().reshape(-1).view(torch.uint8)
         assert (done.path / name / "out").read_bytes() == flat.numpy().tobytes()
-    assert (done.path / "snapshot_done").read_bytes() == b""
+    assert (done.path / FORMATS["oneflow"].last_file).read_bytes() == b""
 
 
 class Named(nn.Module):
@@ -391,7 +392,7 @@ def test_large_weights_are_shards_that_safetensors_opens(tmp_path):
     files = sorted(path.name for path in done.path.glob("*.safetensors"))
     count = len(files)
     assert files == [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
-    index = json.loads((done.path / "model.safetensors.index.json").read_text())
+    index = json.loads((done.path / FORMATS["safetensors"].last_file).read_text())
     saved = {}
     for name, file in index["weight_map"].items():
         with safe_open(done.path / file, "pt") as shard:
