@@ -230,3 +230,29 @@ def test_tracker_constructor_failure_is_a_config_error_and_never_a_crash_loop(co
     assert all("ended" in record for record in records)
     done = command(*TINY, "name=a")
     assert done.returncode == 0, done.stderr
+
+
+DIVIDED = """
+import os
+
+import torch
+from torch.utils.data import IterableDataset
+
+
+class Data(IterableDataset):
+    def __iter__(self):
+        for number in range(int(os.environ.get("RANK", "0")), 480, 2):
+            yield torch.full((1, 8, 8), float(number)), number % 10
+"""
+
+
+def test_stream_divided_by_rank_is_rejected_before_the_first_step(command):
+    (command.folder.parent / "packages/divided.py").write_text(DIVIDED)
+    failed = command(
+        "name=a", "data._target_=divided.Data", "sample.shape=[1,8,8]", "trainer.max_steps=4",
+        "trainer.smoke=false", "launch.nproc=2", "launch.threads=1", "tracker=silent",
+    )  # fmt: skip
+    assert failed.returncode == 2, failed.stderr
+    assert "error: data: divided.Data gives rank 1 other training samples" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert committed(command.folder / "runs/a") == []

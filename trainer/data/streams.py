@@ -4,6 +4,7 @@ Each rank takes its rows of each global batch, so the order does not depend on t
 The last, incomplete batch of an epoch is dropped; one batch is read ahead to detect it.
 """
 
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -67,7 +68,7 @@ class Streamed(TrainBatches):
             islice(repeat(None), limit),
             device=self.world.device,
             workers=0 if is_loader else min(self.workers, 1),
-            begin=_begin_reader,
+            begin=begin_reader,
         )
 
     def first(self) -> list[Batch]:
@@ -100,7 +101,8 @@ class Streamed(TrainBatches):
         )
 
 
-def _begin_reader(number: int) -> None:
+def begin_reader(number: int) -> None:
+    """Set up the worker that reads a stream."""
     begin_worker(number)
     # A single reader: streams that divide themselves by torch's worker info must not.
     torch.utils.data._utils.worker._worker_info = None
@@ -120,7 +122,10 @@ class _StreamReader:
 
     def __call__(self, _: None) -> Item:
         if self._items is None:
-            self._items = self._read()
+            # Without a cycle: torch leaves a loader's workers running if its iterator is collected
+            # as part of one.
+            proxy: Any = weakref.proxy(self)
+            self._items = _StreamReader._read(proxy)
         return next(self._items)
 
     def _read(self) -> Iterator[Item]:
@@ -243,8 +248,9 @@ class _StreamReader:
         if count != size:
             raise DataError(
                 f"the DataLoader returned a batch of {count:,} samples, but a global batch has "
-                f"{size:,}; set trainer.global_batch_size or its batch_size, and drop_last=true "
-                "if its workers end at different times"
+                f"{size:,}, which every rank reads completely; set trainer.global_batch_size or "
+                "its batch_size, remove a DistributedSampler, and use drop_last=true if its "
+                "workers end at different times"
             )
         self._samples += count
         size = size // stream.world.size // stream.accumulate

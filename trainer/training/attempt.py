@@ -45,7 +45,7 @@ from trainer.training.attempt_record import AttemptRecord, progress_of, recorded
 from trainer.training.boundary import interrupted_eval_step, repeats_evaluation
 from trainer.training.job import Job
 from trainer.training.late_start import ending_late_start
-from trainer.training.rehearsal import rehearse
+from trainer.training.rehearsal import check_start
 from trainer.training.resume import Start
 from trainer.training.step import warm_up
 
@@ -105,8 +105,7 @@ def run_attempt(
         job = build.build_job(run, world, source, tracker)
         world.run_on_all(lambda: metric_setup.set_up(run, job))
         stored = metric_setup.with_mode(stored, job)
-        if run.trainer.smoke:
-            rehearse(run, job)
+        check_start(run, job)
         warm_up(job)
         start, state = resume.load_intact(run, stored, job, replicas, record.attempt)
         target = SaveTarget(

@@ -21,6 +21,7 @@ from trainer.cluster.world import World
 from trainer.config.schema import Parallel, Run
 from trainer.core import nested, rng
 from trainer.core.state import State
+from trainer.data.replication import check_replicated
 from trainer.errors import ConfigError, PerdureError
 from trainer.protocols import Batch
 from trainer.tracking.several import Silent
@@ -41,6 +42,20 @@ _SHAPE_ERRORS = re.compile(
     re.IGNORECASE,
 )
 """Texts of PyTorch's errors about inputs that do not fit a module."""
+
+
+def check_start(run: Run, job: Job) -> None:
+    """Rehearse if `trainer.smoke` is set; check that all ranks read the same data. Collective.
+
+    Raises:
+        ConfigError: as in `rehearse`, or the data divides itself by rank.
+        DataError: the data cannot be read.
+    """
+    if run.trainer.smoke:
+        rehearse(run, job)
+    for data in (job.data, job.evaluation):
+        if data is not None:
+            check_replicated(str(run.data["_target_"]), data)
 
 
 def rehearse(run: Run, job: Job, *, world_size: int | None = None) -> None:

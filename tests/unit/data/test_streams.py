@@ -419,6 +419,12 @@ def test_first_batch_leaves_generators_unchanged():
     assert torch.cat(first).tolist() == read_batches(loader(), 1)[0][0]
 
 
+def test_first_batch_leaves_no_worker_of_a_loader():
+    before = active_children()
+    Streamed(loader(num_workers=2), World(), 5, BATCH).first()
+    assert active_children() == before
+
+
 def test_plain_loader_is_shuffled_by_seed_and_epoch_and_read_again():
     def source():
         return DataLoader(TensorDataset(torch.arange(SIZE)[:, None]), BATCH, shuffle=True,
