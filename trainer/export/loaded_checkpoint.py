@@ -31,7 +31,7 @@ class LoadedCheckpoint:
 
     @property
     def has_averages(self) -> bool:
-        """The run kept moving averages of its weights."""
+        """The run's evaluations used averages of its weights."""
         return any(name.startswith(EMA) for name in self.manifest.tensors)
 
     def model_names(self) -> list[str]:
@@ -56,8 +56,8 @@ class LoadedCheckpoint:
             raise ConfigError(f"{self} has no tensors named model.…, so it has no model to export")
         if averaged and not self.has_averages:
             raise ConfigError(
-                f"{self} has no averaged weights, because the run did not set trainer.ema_decay. "
-                "Export the plain weights with weights=model"
+                f"{self} has no averaged weights: the run did not set trainer.ema_decay, and its "
+                "optimizer has no evaluation mode. Export the plain weights with weights=model"
             )
         tensors: dict[str, Tensor] = {}
         for name in names:

@@ -25,7 +25,7 @@ from trainer.storage import local_path
 from trainer.tracking.guarded import Guarded
 from trainer.tracking.jsonl import Jsonl
 from trainer.tracking.several import Several, Silent
-from trainer.training import parallel, parameters, schedules
+from trainer.training import modes, parallel, parameters, schedules
 from trainer.training.ema import Ema
 from trainer.training.job import Job, Phase, TaskOptions
 
@@ -336,6 +336,13 @@ def _build_phases(
         parts = [part for part in parts if part["params"] or not patterns]
         node = {**_arguments(run.optimizer), **changes.get(name, {})}
         optimizer = targets.make(node, "optimizer", parts if rules else parts[0]["params"])
+        if modes.has_modes(optimizer):
+            if run.trainer.ema_decay is not None:
+                raise ConfigError(
+                    f"trainer.ema_decay={run.trainer.ema_decay}, but {node['_target_']} averages "
+                    "the weights itself; remove one of the two"
+                )
+            optimizer.train()
         make = schedules.maker(run.scheduler, optimizer, steps_per_epoch)
         phases.append(
             Phase(

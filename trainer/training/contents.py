@@ -4,7 +4,8 @@
 | ----------- | --------------------------------------------- | -------------------------- |
 | model       | `model.<parameter or buffer>`                 | `model_extra`              |
 | optimizer   | `optimizer.<parameter>.<state key>`           | `optimizer`                |
-| averages    | `ema.<parameter>`                             |                            |
+| averages    | `ema.<parameter>`: moving averages, or the    |                            |
+|             | weights of the optimizer's evaluation mode    |                            |
 | generators  | `rng.<rank>.<generator>`                      |                            |
 | schedules   | `scheduler.…`, for tensors in a schedule      | `scheduler`                |
 | their start |                                               | `schedule_starts`, if not 0 |
@@ -33,6 +34,7 @@ from trainer.checkpoint.state_tree import Content
 from trainer.core import nested, rng
 from trainer.core.state import State
 from trainer.errors import CheckpointError, ConfigError
+from trainer.training import modes
 from trainer.training.job import Job, Phase
 from trainer.training.takeover import SCHEDULER_KEYS, Takeover
 
@@ -202,6 +204,11 @@ def _collect_averages(job: Job, content: Content) -> None:
     for name, average in job.ema.averages.items() if job.ema is not None else ():
         content.tensors[EMA + name] = average
         content.deferrable.add(EMA + name)  # changes just after the weights
+    if job.ema is None and (live := modes.averaged_parameters(job)):
+        with modes.evaluation_weights(job):
+            copies = {EMA + name: parameter.detach().clone() for name, parameter in live.items()}
+        content.tensors |= copies
+        content.deferrable |= copies.keys()
 
 
 def _restore_averages(job: Job, manifest: Manifest, reader: Reader) -> None:

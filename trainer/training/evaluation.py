@@ -13,7 +13,7 @@ from trainer.core.state import State
 from trainer.data.feed import Feed
 from trainer.errors import ConfigError, closest
 from trainer.protocols import Batch
-from trainer.training import metric_states, parallel
+from trainer.training import metric_states, modes, parallel
 from trainer.training.job import Job, Phase
 
 _DAMAGED = "damaged"
@@ -29,7 +29,7 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Evaluate the model on every evaluation sample, once. Collective.
 
-    Uses the averaged weights if available, rank 0's buffers, and a separate random generator,
+    Uses `modes.evaluation_weights`, rank 0's buffers, and a separate random generator,
     so that training is unaffected.
 
     Args:
@@ -48,9 +48,8 @@ def evaluate(
     is_collective = parallel.is_sharded(job.phases[0].wrapped)  # all ranks join every forward
     job.model.eval()
     try:
-        averaged = job.ema.in_place() if job.ema is not None else nullcontext()
         forked_rng = rng.forked(rng.derive("eval", job.seed, state.step, job.world.rank))
-        with forked_rng, averaged, torch.no_grad():
+        with forked_rng, modes.evaluation_weights(job), torch.no_grad():
             batches = job.evaluation.batches()
             for _ in range(len(job.evaluation)):
                 stop.agree(batches.has, saves)

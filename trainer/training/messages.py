@@ -13,6 +13,7 @@ from trainer.monitoring import memory
 from trainer.monitoring.timing import Timing, Totals
 from trainer.training.boundary import leaves_out_evaluation
 from trainer.training.job import Job
+from trainer.training.modes import averaged_parameters
 from trainer.training.resume import Start
 
 
@@ -30,7 +31,7 @@ def banner(run: Run, job: Job, record: Mapping[str, Any]) -> list[str]:
         record: the attempt's record.
     """
     world, trainer = job.world, run.trainer
-    averages = job.ema.averages if job.ema is not None else {}
+    averages = job.ema.averages if job.ema is not None else averaged_parameters(job)
     optimizers = [phase.optimizer for phase in job.phases]
     sizes = memory.measure(job.model, optimizers, averages, world.size)
     frozen = sizes.trained < sizes.parameters

@@ -7,7 +7,7 @@ import struct
 import traceback
 import zlib
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer.core import rng
 from trainer.errors import PerdureError
 from trainer.storage import Store
-from trainer.training import parallel
+from trainer.training import modes, parallel
 from trainer.training.job import Job
 from trainer.training.messages import row
 
@@ -66,10 +66,9 @@ def _samples(job: Job, step: int) -> Mapping[str, Any]:
     parallel.take_rank0_buffers(job.model, job.world)
     job.model.eval()
     try:
-        averaged = job.ema.in_place() if job.ema is not None else nullcontext()
         generators = rng.forked(rng.derive("samples", job.seed, step))  # the same on every rank
         precision = parallel.autocast(job.precision, job.world.device)
-        with generators, averaged, torch.no_grad(), precision:
+        with generators, modes.evaluation_weights(job), torch.no_grad(), precision:
             samples: Mapping[str, Any] = parallel.inside(
                 job.phases[0].wrapped,
                 job.model,
