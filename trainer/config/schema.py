@@ -43,6 +43,11 @@ class Trainer:
     global_batch_size: int = setting(64, "Samples per step over all ranks.", at_least=1)
     accumulate: int = setting(1, "Microbatches per step on each rank.", at_least=1)
     freeze: list[str] = setting([], "Name patterns of parameters to freeze.")
+    freeze_eval: bool = setting(
+        False,
+        "Keep modules without a trained parameter in evaluation mode: BatchNorm statistics stay, "
+        "and dropout is off.",
+    )
     clip_norm: float | None = setting(None, "Maximum 2-norm of the gradient.", above=0)
     precision: str = setting(
         "fp32",

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
@@ -17,7 +18,7 @@ from trainer.config.merge import merge
 from trainer.config.schema import Parallel, Run
 from trainer.errors import ConfigError, problems_text
 from trainer.export.loaded_checkpoint import LoadedCheckpoint
-from trainer.training import build
+from trainer.training import build, structure
 
 _GROUPS = ("model", "data", "task")
 """Configuration groups that are rebuilt."""
@@ -116,6 +117,8 @@ def load_model(run: Run, checkpoint: LoadedCheckpoint, *, averaged: bool = False
 def load_weights(model: nn.Module, checkpoint: LoadedCheckpoint, *, averaged: bool = False) -> None:
     """Load the checkpoint's weights into an unwrapped model; arguments as in `load_model`."""
     tensors: dict[str, Any] = checkpoint.weights(averaged=averaged)
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    structure.create_buffers(model, shapes, torch.device("cpu"))
     try:
         keys = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:  # shapes

@@ -25,7 +25,7 @@ from trainer.storage import local_path
 from trainer.tracking.guarded import Guarded
 from trainer.tracking.jsonl import Jsonl
 from trainer.tracking.several import Several, Silent
-from trainer.training import modes, parallel, parameters, schedules
+from trainer.training import modes, parallel, parameters, schedules, structure
 from trainer.training.ema import Ema
 from trainer.training.job import Job, Phase, TaskOptions
 
@@ -250,7 +250,11 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
     limits = [settings.max_steps, (settings.max_epochs or 0) * per_epoch or None]
     max_steps = min(limit for limit in limits if limit is not None)
     model = build_model(run).to(world.device)
+    declared = structure.declared(model)
     notes = parameters.freeze(model, settings.freeze)
+    frozen = structure.frozen_modules(model)
+    if not settings.freeze_eval and (warning := structure.statistics_warning(frozen)):
+        notes.append(warning)
     peak = settings.peak_flops_per_s or _peak_flops_per_s(run, world)
     counter = flops.StepFlops(model) if peak is not None and world.rank == 0 else None
     parallel.modify(model, run.parallel)
@@ -287,6 +291,8 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
         skip_nonfinite=settings.on_nonfinite == "skip",
         ema=ema,
         patience_evals=settings.patience_evals,
+        declared=declared,
+        frozen=list(frozen.values()) if settings.freeze_eval else [],
         notes=notes,
         metric=run.checkpoint.metric,
         metric_mode=run.checkpoint.mode,

@@ -34,7 +34,7 @@ from trainer.checkpoint.state_tree import Content
 from trainer.core import nested, rng
 from trainer.core.state import State
 from trainer.errors import CheckpointError, ConfigError
-from trainer.training import modes
+from trainer.training import modes, structure
 from trainer.training.job import Job, Phase
 from trainer.training.takeover import SCHEDULER_KEYS, Takeover
 
@@ -118,10 +118,17 @@ def _restore_state(manifest: Manifest, takeover: Takeover) -> State:
 
 
 def _collect_model(job: Job, content: Content) -> None:
+    structure.check(job.model, job.declared)
     state_tree.add_model(content, job.model, with_buffers=job.world.rank == 0)
 
 
 def _restore_model(job: Job, manifest: Manifest, reader: Reader) -> None:
+    shapes = {
+        name.removeprefix(MODEL): (entry.shape, TORCH_DTYPES[entry.dtype])
+        for name, entry in manifest.tensors.items()
+        if name.startswith(MODEL) and entry.alias is None
+    }
+    structure.create_buffers(job.model, shapes, job.world.device)
     targets = state_tree.model_targets(job.model)
     stored = {name for name in manifest.tensors if name.startswith(MODEL)}
     aliases = {name for name in stored if manifest.tensors[name].alias is not None}

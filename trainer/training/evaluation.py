@@ -231,9 +231,11 @@ def update_metrics(
 
 
 def to_training(job: Job) -> None:
-    """Put every phase's module in training mode."""
+    """Put every phase's module in training mode, except modules that stay in evaluation mode."""
     for phase in job.phases:
         phase.wrapped.train()
+    for module in job.frozen:
+        module.eval()
 
 
 def count_damaged(job: Job, batches: "Feed[Any]", *, reported: int) -> int:

@@ -133,6 +133,10 @@ class Job:
     """Skip and count updates with a non-finite gradient; False: stop with an error."""
     ema: Ema | None = None
     patience_evals: int | None = None
+    declared: frozenset[str] | None = None
+    """Names of the model's parameters and buffers, see `structure`; None: not checked."""
+    frozen: Sequence[nn.Module] = ()
+    """Modules that stay in evaluation mode during training."""
     notes: Sequence[str] = ()
     """Lines to log at the start, about how the job was built."""
     metric: str | None = None

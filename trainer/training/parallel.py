@@ -261,13 +261,16 @@ def settle_buckets(
 
 @contextmanager
 def buffers_restored(model: nn.Module) -> Iterator[None]:
-    """Restore the buffers at the end of the block."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    """Restore the buffers at the end of the block, also those that were replaced or created."""
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    owners = [(module, dict(module._buffers)) for module in model.modules()]
     try:
         yield
     finally:
+        for module, buffers in owners:
+            module._buffers.update(buffers)
         with torch.no_grad():
-            for buffer, before in buffers:
+            for buffer, before in values:
                 buffer.copy_(before)
 
 

@@ -31,8 +31,9 @@ from trainer.training import (
     metric_setup,
     parallel,
     schedules,
+    structure,
     unused_parameters,
-)  # fmt: skip
+)
 from trainer.training.evaluation import check_name
 from trainer.training.job import Job
 
@@ -79,6 +80,7 @@ def rehearse(run: Run, job: Job, *, world_size: int | None = None) -> None:
         try:
             _rehearse_training(job, must_use_all=must_use_all)
             metrics = _rehearse_evaluation(job)
+            structure.check(job.model, job.declared)
         except PerdureError as error:
             problem = error
         job.world.run_on_all(lambda: _raise(problem))
