@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.cluster import launch, outcome, slurm, sweep
+from trainer.config import overrides
 from trainer.config.compose import compose_node
 from trainer.config.merge import merge
 from trainer.config.redact import stored
@@ -73,8 +74,12 @@ def _command(arguments: list[str]) -> int:
         print(version_text())
         return DONE
     checks = [argument for argument in arguments if argument in _CHECKS]
-    run_one = partial(_run_one, check=checks[-1] if checks else "")
     arguments = [argument for argument in arguments if argument not in _CHECKS]
+    run_one = partial(
+        _run_one,
+        check=checks[-1] if checks else "",
+        need_no_target=overrides.need_no_target(arguments),
+    )
     if not sweep.is_hydra_command(arguments):
         composed, problems = compose_node(arguments, _HELP_HINT, [*_CHECKS, "--multirun"])
         if not sweep.is_sweep():
@@ -83,20 +88,27 @@ def _command(arguments: list[str]) -> int:
     return sweep.main(arguments, run_one, _job_value)
 
 
-def _run_one(composed: DictConfig, problems: Sequence[Problem], *, check: str) -> int:
+def _run_one(
+    composed: DictConfig, problems: Sequence[Problem], *, check: str, need_no_target: bool
+) -> int:
     try:
-        return _check_and_start(composed, problems, check)
+        return _check_and_start(composed, problems, check, need_no_target=need_no_target)
     except PerdureError as error:
         return _report(error)
 
 
-def _check_and_start(composed: DictConfig, problems: Sequence[Problem], check: str) -> int:
+def _check_and_start(
+    composed: DictConfig, problems: Sequence[Problem], check: str, *, need_no_target: bool
+) -> int:
     run, merge_problems = merge(composed)
     slurm.set_rank_variables(run.launch.nproc)
     early_stop.answer(run.preemption.signals)
+    problems = [*problems, *merge_problems]
+    if problems and need_no_target:
+        raise ConfigError(problems_text(problems))  # before the import of torch, which is slow
     from trainer.training import build
 
-    problems = [*problems, *merge_problems, *build.check(run)]
+    problems += build.check(run)
     if not any(p.key.startswith(("launch.", "trainer.", "parallel.")) for p in problems):
         problems += validate_world(run, launch.world_size(run.launch))
     if problems:

@@ -36,7 +36,7 @@ def run(tmp_path_factory):
 
 
 def slow_imports(*command, code=0):
-    """Run a command; return its output, and the slow packages that it imported."""
+    """Run a command; return its output or error, and the slow packages that it imported."""
     process = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", *command],
         capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"}, check=False,
@@ -44,7 +44,7 @@ def slow_imports(*command, code=0):
     assert process.returncode == code, process.stderr[-2000:]
     imported = re.findall(r"^import time:.*\| +(\S+)$", process.stderr, re.MULTILINE)
     assert "trainer.errors" in imported  # importtime reports what this test reads
-    return process.stdout, _SLOW & set(imported)
+    return process.stdout or process.stderr, _SLOW & set(imported)
 
 
 @pytest.fixture
@@ -86,6 +86,26 @@ def test_help_and_version_do_not_import_torch(command):
     output, imported = slow_imports(*command.split())
     assert not imported
     assert ("perdure " if "--version" in command else "python -m trainer") in output
+
+
+@pytest.mark.usefixtures("in_runs")
+@pytest.mark.parametrize(("arguments", "hint"), [
+    (["trainer.max_epoch=3"], "did you mean 'max_epochs'?"),
+    (["lr=0.1", "data=synthetic"], "did you mean 'optimizer.lr'?"),
+    (["--check", "model=cmn"], "did you mean 'cnn'?"),
+])  # fmt: skip
+def test_run_rejects_misspelt_keys_and_choices_before_it_imports_torch(arguments, hint):
+    error, imported = slow_imports("trainer.run", *arguments, code=2)
+    assert hint in error
+    assert not imported
+
+
+@pytest.mark.usefixtures("in_runs")
+def test_run_reports_all_problems_together_if_a_target_has_to_be_looked_up():
+    error, imported = slow_imports("trainer.run", "seeed=1", "model.hiden=3", code=2)
+    assert "did you mean 'seed'?" in error
+    assert "did you mean 'hidden'?" in error
+    assert "torch" in imported
 
 
 @pytest.mark.usefixtures("in_runs")

@@ -10,11 +10,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from trainer.config.schema import Run
 from trainer.errors import Problem, closest
 
 _CONFIG_DIR_FLAGS = ("--config-dir", "-cd")
@@ -104,6 +106,29 @@ def _literal(value: str, quote: str) -> str:
     """Return a text in quotes, in Hydra's grammar."""
     escaped = re.sub(rf"(\\*)({quote}|$)", lambda m: 2 * m[1] + (m[2] and f"\\{quote}"), value)
     return f"{quote}{escaped}{quote}"
+
+
+def need_no_target(arguments: Sequence[str]) -> bool:
+    """Return whether the strict merge finds all problems of these arguments.
+
+    True for choices of the shipped groups and for settings whose validation neither looks up a
+    `_target_` nor a file. False for flags, since they can add groups and configurations.
+    """
+    return all(map(_needs_no_target, arguments))
+
+
+_OPEN = {name for name, hint in get_type_hints(Run).items() if hint == dict[str, Any]}
+_CHECKED_LATER = _OPEN | {"init", "preemption", "checkpoint", "hydra"}
+"""Sections of which `build.check` validates more than the merge."""
+
+
+def _needs_no_target(argument: str) -> bool:
+    key, _, value = argument.partition("=")
+    section = re.split(r"[./@]", key.lstrip("+"))[0]
+    if not _is_override(argument) or argument.startswith("~"):
+        return False
+    is_choice = key == section and re.fullmatch(r"[\w-]+", value) is not None
+    return is_choice or section not in _CHECKED_LATER
 
 
 def fixed_values(arguments: Sequence[str]) -> set[tuple[str, str]]:

@@ -147,3 +147,25 @@ def test_quoted_form_survives_shell_and_grammar(value):
 def test_prepare_reports_problems_of_all_arguments(conf):
     prepared = prepare(["model=x", "optimizer=y", "a=[", "seed=1"], conf)
     assert keys(prepared) == ["model", "optimizer", "a"]
+
+
+# --- arguments of which the merge finds all problems ---------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [
+    [], ["trainer.max_epoch=3"], ["lr=0.1"], ["modle=mlp"], ["modle.hidden=3"], ["data=synthetic"],
+    ["experiment=fashion_cnn", "seed=-1"], ["+extra.thing=1"], ["++trainer.max_steps=2"],
+    ["run_dir=/tmp/model.x"], ["sample.shape=[1,2]"],
+])  # fmt: skip
+def test_settings_without_targets_need_none(arguments):
+    assert overrides.need_no_target(arguments)
+
+
+@pytest.mark.parametrize("argument", [
+    "model.hidden=3", "+model.hidden=3", "++optimizer.lr=1", "~optimizer.lr", "~model",
+    "optimizer={lr:1}", "model@other=mlp", "tracker.mine._target_=mine.Tracker", "model=${x}",
+    "init.weights=no.safetensors", "preemption.signals=[SIGKILL]", "checkpoint.mode=max",
+    "hydra.searchpath=[conf]", "hydra/launcher=basic", "--config-dir=conf", "--config-dir", "-m",
+])  # fmt: skip
+def test_settings_of_targets_and_flags_need_a_look_at_the_targets(argument):
+    assert not overrides.need_no_target(["seed=1", argument])
