@@ -80,6 +80,17 @@ def test_perdure_command_equals_the_module_also_next_to_a_trainer_of_the_user(tm
     assert module.stderr == reference.stderr
 
 
+def test_perdure_starts_ranks_and_data_workers_next_to_a_trainer_of_the_user(tmp_path):
+    (tmp_path / "trainer.py").write_text("import nothing\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "perdure", "run", "data=synthetic", "sample.shape=[1,8,8]",
+         "trainer.max_steps=2", "launch.nproc=2", "trainer.data_workers=1", "name=a"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Finished at step 2" in done.stdout
+
+
 def test_perdure_exports_the_objects_of_trainer():
     assert perdure.Task is protocols.Task
     assert perdure.task is task

@@ -72,7 +72,7 @@ def threads_per_rank(launch: Launch, stored: int | None) -> int:
 
 
 def run_ranks(payload: Mapping[str, Any], launch: Launch, *, logs: Path, grace_s: float) -> int:
-    """Start all local ranks as `python -m trainer.run --worker FILE`; return the exit code.
+    """Start all local ranks as `python -m perdure run --worker FILE`; return the exit code.
 
     Args:
         payload: input of the ranks; passed in a file, never on a command line.
@@ -98,7 +98,7 @@ def run_ranks(payload: Mapping[str, Any], launch: Launch, *, logs: Path, grace_s
         end_watching = watch_arrivals(stop.SecondInterrupt())
         try:
             with outcome.file_for_ranks(outcome_file), restored_handlers():
-                start("-m", "trainer.run", "--worker", str(worker_file))
+                start("-m", "perdure", "run", "--worker", str(worker_file))
             return outcome.read(outcome_file, FAILURE)
         except ChildFailedError as error:
             return _report_failure(error, outcome.read(outcome_file, FAILURE) or FAILURE, logs)
