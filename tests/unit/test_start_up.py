@@ -89,13 +89,21 @@ def test_help_and_version_do_not_import_torch(command):
 
 
 @pytest.mark.usefixtures("in_runs")
+def test_path_that_does_not_exist_is_rejected_without_torch():
+    error, imported = slow_imports("trainer.checkpoints", "show", "rum", code=2)
+    assert "error: rum does not exist" in error
+    assert not imported
+
+
+@pytest.mark.usefixtures("in_runs")
+@pytest.mark.parametrize("command", ["run", "doctor"])
 @pytest.mark.parametrize(("arguments", "hint"), [
     (["trainer.max_epoch=3"], "did you mean 'max_epochs'?"),
     (["lr=0.1", "data=synthetic"], "did you mean 'optimizer.lr'?"),
-    (["--check", "model=cmn"], "did you mean 'cnn'?"),
+    (["model=cmn"], "did you mean 'cnn'?"),
 ])  # fmt: skip
-def test_run_rejects_misspelt_keys_and_choices_before_it_imports_torch(arguments, hint):
-    error, imported = slow_imports("trainer.run", *arguments, code=2)
+def test_misspelt_keys_and_choices_are_rejected_without_torch(command, arguments, hint):
+    error, imported = slow_imports(f"trainer.{command}", *arguments, code=2)
     assert hint in error
     assert not imported
 

@@ -10,6 +10,7 @@ from trainer.checkpoint.shard import DTYPES, element_count
 from trainer.config.schema import ObjectStore
 from trainer.core.formatting import iso
 from trainer.errors import ConfigError
+from trainer.storage import local_path
 
 Answer = tuple[int, Mapping[str, Any], str]
 """Exit code, content for `--json`, and text."""
@@ -27,6 +28,9 @@ def open_checkpoints(url: str, settings: ObjectStore) -> Location:
     location = find_location(url, settings)
     if location is not None:
         return location
+    path = local_path(url)
+    if path is not None and not path.exists():
+        return open_location(url, settings)  # raises
     from trainer.importing.formats import open_external  # slow to import
 
     external = open_external(url, settings)

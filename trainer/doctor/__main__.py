@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing, redirect_stdout, suppress
 from trainer.cli import command
 from trainer.cluster import launch
 from trainer.cluster.slurm import set_rank_variables
-from trainer.config import validate
+from trainer.config import overrides, validate
 from trainer.config.compose import compose
 from trainer.doctor.finding import Finding, summary, text
 from trainer.errors import (
@@ -42,7 +42,9 @@ def _check(argv: list[str]) -> int:
     arguments = [argument for argument in argv if argument not in flags]
     run, problems = compose(arguments, _USAGE, _FLAGS)
     set_rank_variables(run.launch.nproc)
-    from trainer.training import build  # imports torch, which --help does not need
+    if problems and overrides.need_no_target(arguments):
+        return _reject(problems, is_json="--json" in flags)
+    from trainer.training import build  # imports torch, which is slow
 
     problems += build.check(run)
     is_quick = "--quick" in flags
