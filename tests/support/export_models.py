@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 from models.resnet import BasicBlock, ResNet
 
@@ -153,3 +154,43 @@ class NoTensor(Base):
     def forward(self, x: Tensor):
         self.logits(x)
         return "nothing"
+
+
+class Normalized(nn.Module):
+    """Layers with parametrized weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Flatten(),
+            parametrizations.weight_norm(nn.Linear(64, 16)),
+            parametrizations.spectral_norm(nn.Linear(16, 10)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+class TwoLengths(nn.Module):
+    """Compare two sequences of vectors, (N, S, 4) and (N, T, 4)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, a: Tensor, b: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        a = self.layer(a) if mask is None else self.layer(a) * mask.unsqueeze(-1)
+        scores = (a @ b.transpose(1, 2)).softmax(-1)
+        return {"scores": scores, "mean": a.mean(1), "all": torch.cat([a, b], 1)}
+
+
+def tiny_t5() -> nn.Module:
+    """A T5 of transformers, encoder and decoder, with random weights."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
+            decoder_start_token_id=0,
+        )
+    )  # fmt: skip

@@ -13,11 +13,11 @@ from trainer.errors import ConfigError, closest
 from trainer.export import parity, record
 from trainer.export.contract import Format
 from trainer.export.destination import Destination, files
+from trainer.export.dynamic_axes import DynamicAxes, halved, lengths
 from trainer.export.exported_model import DTYPES, Choices, ExportedModel
 from trainer.export.formats import FORMATS, find
 from trainer.export.loaded_checkpoint import open_checkpoint
 from trainer.export.parity import Mismatch
-from trainer.export.torch_export import axes_of
 from trainer.storage import local_path
 
 _DEVICES = ("cpu", "cuda")
@@ -85,9 +85,10 @@ def export(
     model = ExportedModel(checkpoint, choices)
     url = out or _default_url(location, checkpoint.commit.step, choices, writer)
     destination = Destination(url, store)
+    dynamic = DynamicAxes.parse(values["dynamic"]) if "dynamic" in values else DynamicAxes()
     sizes: Sequence[int] = ()
     if writer.open_runner:
-        sizes = (1,) if values.get("dynamic") == "none" else _BATCH_SIZES
+        sizes = _BATCH_SIZES if dynamic.has_batch else (1,)
     with destination.temporary() as path:
         mismatches = None
         if writer.open_runner:
@@ -95,10 +96,10 @@ def export(
         writer.write(model, path, values)
         if writer.open_runner:
             runner = writer.open_runner(path, choices.device)
-            batches = _batches(model, sizes, values)
+            batches = _batches(model, sizes, dynamic)
             mismatches = parity.check_parity(model, runner, batches, atol=atol, rtol=rtol)
         description = record.describe(
-            model, path, format, values, mismatches, sizes, writer.libraries
+            model, path, format, values, dynamic, mismatches, sizes, writer.libraries
         )
         size_bytes = sum(file.stat().st_size for file in files(path))
         destination.publish(path, record.to_bytes(description), last_file=writer.last_file)
@@ -124,19 +125,17 @@ def _options(name: str, format: Format, values: Mapping[str, str]) -> dict[str, 
 
 
 def _batches(
-    model: ExportedModel, sizes: Sequence[int], options: Mapping[str, str]
+    model: ExportedModel, sizes: Sequence[int], dynamic: DynamicAxes
 ) -> list[dict[str, Tensor]]:
-    """Return batches of these sizes, and one that is shorter along every other dynamic axis."""
+    """Return batches of these sizes, and ones that are shorter along the other dynamic axes.
+
+    Each axis is shortened alone, then all of them, so that no export makes two of them equal.
+    """
     batches = [model.inputs(size) for size in sizes]
-    other_axes = [axis for axis in axes_of(options.get("dynamic", "none")) if axis]
-    if other_axes:
-        shorter = dict(batches[-1])
-        for axis in other_axes:
-            for name, tensor in shorter.items():
-                if axis < tensor.ndim:
-                    shorter[name] = tensor.narrow(axis, 0, max(tensor.shape[axis] // 2, 1))
-        batches.append(shorter)
-    return batches
+    axes = dynamic.of(batches[-1], sizes[-1])
+    names = lengths(axes)
+    groups = [[name] for name in names] + ([names] if len(names) > 1 else [])
+    return batches + [halved(batches[-1], axes, group) for group in groups]
 
 
 def _check(choices: Choices) -> None:

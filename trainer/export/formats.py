@@ -21,7 +21,7 @@ def _in(module: str, function: str) -> Callable[..., Any]:
 
 
 _DYNAMIC = Option(
-    "batch", "axes that may vary in size in every input: batch, none, or e.g. batch,1"
+    "batch", "axes that may vary in size: none, batch, batch,1, or by input 'batch;NAME:1=LENGTH;…'"
 )
 """The option `dynamic` of the formats that capture a graph."""
 

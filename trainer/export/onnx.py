@@ -2,18 +2,21 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.export import ExportedProgram
 
 from trainer.errors import ConfigError
 from trainer.export.contract import Arrays, ExportError, Runner, is_true, library
+from trainer.export.dynamic_axes import Axes
 from trainer.export.exported_model import ExportedModel
-from trainer.export.torch_export import axis_name, captured
-from trainer.export.tracing import quiet, reason
+from trainer.export.torch_export import captured
+from trainer.export.tracing import Signature, quiet, reason
 
 _MODEL = "model.onnx"
 """Model file in a folder with external data; the data file is `model.onnx.data`."""
@@ -64,13 +67,10 @@ def save(
     """
     onnx = library("onnx")
     library("onnxscript")
-    program, signature = captured(model, dynamic)
+    program, signature, axes = captured(model, dynamic)
     try:
         with quiet():
-            exported: Any = torch.onnx.export(
-                program, (), input_names=signature.inputs, output_names=signature.outputs,
-                opset_version=opset, dynamo=True, verbose=False,
-            )  # fmt: skip
+            exported = _converted(program, signature, opset)
             exported.save(os.fspath(file), external_data=is_external)
             proto = onnx.load(file, load_external_data=False)
             proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
@@ -87,17 +87,35 @@ def save(
             f"opset={opset} cannot be written, but {written} can; torch's exporter supports 18 "
             "and some later versions, and lower ones if this model's operators allow it"
         )
-    _tidy(proto)
+    _tidy(proto, axes)
     onnx.save_model(proto, os.fspath(file))
 
 
-def _tidy(proto: Any) -> None:
+def _converted(program: ExportedProgram, signature: Signature, opset: int | None) -> Any:
+    """Convert to ONNX; decompose the graph first if the exporter's decomposition contradicts it.
+
+    With scaled_dot_product_attention, its first pass replaces reshape by view for the strides of a
+    fused kernel, which its second pass then does not find (torch 2.13).
+    """
+    convert = partial(
+        torch.onnx.export, input_names=signature.inputs, output_names=signature.outputs,
+        opset_version=opset, dynamo=True, verbose=False,
+    )  # fmt: skip
+    try:
+        return convert(program, ())
+    except Exception as error:
+        if "Cannot view a tensor" not in str(error):
+            raise
+    return convert(program.run_decompositions(), ())
+
+
+def _tidy(proto: Any, axes: Axes) -> None:
     """Name the dynamic axes, and remove metadata, which has paths of this machine."""
     names: dict[str, str] = {}
     for tensor in proto.graph.input:
         for axis, dim in enumerate(tensor.type.tensor_type.shape.dim):
             if dim.dim_param:
-                names.setdefault(dim.dim_param, axis_name(axis))
+                names.setdefault(dim.dim_param, axes[tensor.name][axis])
     tensors = (*proto.graph.input, *proto.graph.output, *proto.graph.value_info)
     for tensor in tensors:
         for dim in tensor.type.tensor_type.shape.dim:

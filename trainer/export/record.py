@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainer.checkpoint.lineage import now
 from trainer.export.destination import files
+from trainer.export.dynamic_axes import BATCH, DynamicAxes, halved, lengths
 from trainer.export.exported_model import ExportedModel
 from trainer.export.parity import Mismatch
 
@@ -26,6 +27,7 @@ def describe(
     written: Path,
     format: str,
     options: Mapping[str, str],
+    dynamic: DynamicAxes,
     mismatches: Sequence[Mismatch] | None,
     batch_sizes: Sequence[int] = (),
     libraries: Sequence[str] = (),
@@ -37,6 +39,7 @@ def describe(
         written: the file or folder.
         format: format name.
         options: options of the format.
+        dynamic: axes whose sizes may vary.
         mismatches: results of the parity check; None for formats that cannot be run.
         batch_sizes: batch sizes of the parity check.
         libraries: packages of the format, in addition to torch.
@@ -68,7 +71,7 @@ def describe(
         "files": _files(written),
     }  # fmt: skip
     if mismatches is not None:
-        record |= _interface(model)
+        record |= _interface(model, dynamic)
         record["parity"] = {
             "samples": model.sample_origin, "batch_sizes": list(batch_sizes),
             "device": choices.device, "outputs": [mismatch.as_json() for mismatch in mismatches],
@@ -92,21 +95,43 @@ def versions(libraries: Sequence[str] = ()) -> dict[str, str]:
     return entries
 
 
-def _interface(model: ExportedModel) -> dict[str, Any]:
+def _interface(model: ExportedModel, dynamic: DynamicAxes) -> dict[str, Any]:
     """Return names, dtypes and shapes of inputs and outputs, and the preprocessing."""
-    two, three = model.inputs(2), model.inputs(3)
-    outputs, more_outputs = model.compute(two), model.compute(three)
+    count = 3 if dynamic.has_batch else 1
+    inputs = model.inputs(count)
+    axes = dynamic.of(inputs, count)
+    variants = {name: halved(inputs, axes, [name]) for name in lengths(axes)}
+    if dynamic.has_batch:
+        variants[BATCH] = model.inputs(2)
+    others = {name: model.compute(variant) for name, variant in variants.items()}
     return {
-        "inputs": [_tensor(name, two[name], three[name]) for name in two],
-        "outputs": [_tensor(name, outputs[name], more_outputs[name]) for name in outputs],
+        "inputs": [
+            _tensor(name, tensor, {label: v[name] for label, v in variants.items()}, axes[name])
+            for name, tensor in inputs.items()
+        ],
+        "outputs": [
+            _tensor(name, tensor, {label: o[name] for label, o in others.items()}, {})
+            for name, tensor in model.compute(inputs).items()
+        ],
         "preprocessing": _preprocessing(model),
     }
 
 
-def _tensor(name: str, tensor: Tensor, other: Tensor) -> dict[str, Any]:
-    """Describe a tensor; sizes that differ between the two batch sizes are `batch`."""
-    sizes = zip(tensor.shape, other.shape, strict=True)
-    shape = [size if size == second else "batch" for size, second in sizes]
+def _tensor(
+    name: str, tensor: Tensor, others: Mapping[str, Tensor], axes: Mapping[int, str]
+) -> dict[str, Any]:
+    """Describe a tensor; a dynamic size is the name of the dynamic axis that it depends on.
+
+    Args:
+        name: of the tensor.
+        tensor: the tensor.
+        others: the tensor with other sizes of the dynamic axes, by their names.
+        axes: names of axes that are known to be dynamic.
+    """
+    shape: list[int | str] = []
+    for axis, size in enumerate(tensor.shape):
+        names = [label for label, other in others.items() if other.shape[axis] != size]
+        shape.append(axes.get(axis) or ",".join(names) or size)
     return {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": shape}
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from trainer.errors import ConfigError
 from trainer.export.contract import ExportError, Runner
+from trainer.export.dynamic_axes import Axes, DynamicAxes
 from trainer.export.exported_model import ExportedModel
 from trainer.export.tracing import (
     SIGNATURE_FILE,
@@ -30,7 +30,7 @@ _COUNT = 3
 
 def write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
     """Write the captured program, with its signature."""
-    program, signature = captured(model, options["dynamic"])
+    program, signature, _ = captured(model, options["dynamic"])
     with quiet(), open(path, "wb") as file:
         torch.export.save(program, file, extra_files={SIGNATURE_FILE: signature.to_text()})
 
@@ -51,41 +51,24 @@ def open_runner(path: Path, device: str) -> Runner:
     return TorchRunner(program.module(), signature, device)
 
 
-def captured(model: ExportedModel, dynamic: str) -> tuple[torch.export.ExportedProgram, Signature]:
-    """Return the model's graph with dynamic axes, and its signature.
+def captured(
+    model: ExportedModel, dynamic: str
+) -> tuple[torch.export.ExportedProgram, Signature, Axes]:
+    """Return the model's graph with dynamic axes, its signature, and the axes.
 
     Raises:
-        ConfigError: `dynamic` is malformed.
+        ConfigError: `dynamic` is malformed, or does not fit the inputs.
         ExportError: the computation depends on values, or on the size of a dynamic axis.
     """
-    axes = axes_of(dynamic)
-    module = traceable(model, _COUNT if 0 in axes else 1)
-    return _program(module, axes), module.signature
+    requested = DynamicAxes.parse(dynamic)
+    count = _COUNT if requested.has_batch else 1
+    module = traceable(model, count)
+    names = module.signature.inputs
+    axes = requested.of(dict(zip(names, module.tensors, strict=True)), count)
+    return _program(module, axes), module.signature, axes
 
 
-def axis_name(axis: int) -> str:
-    """Return the name of a dynamic axis."""
-    return f"axis{axis}" if axis else "batch"
-
-
-def axes_of(text: str) -> list[int]:
-    """Parse `dynamic=`: `none`, or axes such as `batch,1`.
-
-    Raises:
-        ConfigError: the text is malformed.
-    """
-    if text == "none":
-        return []
-    try:
-        axes = [0 if word == "batch" else int(word) for word in text.split(",")]
-    except ValueError:
-        axes = [-1]
-    if any(axis < 0 for axis in axes):
-        raise ConfigError(f"dynamic={text}: write batch, none, or axes such as batch,1")
-    return axes
-
-
-def _program(model: Traceable, axes: list[int]) -> torch.export.ExportedProgram:
+def _program(model: Traceable, axes: Axes) -> torch.export.ExportedProgram:
     """Capture the graph; retry with the suggested limits if the code limits an axis."""
     limits: dict[str, int] = {}
     while True:
@@ -106,15 +89,10 @@ def _program(model: Traceable, axes: list[int]) -> torch.export.ExportedProgram:
             limits |= suggested
 
 
-def _shapes(model: Traceable, axes: list[int], limits: Mapping[str, int]) -> Any:
-    """Return the dynamic axes of each input; axis 0 only if it is the batch axis."""
-    count = max((len(tensor) for tensor in model.tensors if tensor.ndim), default=0)
+def _shapes(model: Traceable, axes: Axes, limits: Mapping[str, int]) -> Any:
+    """Return the dynamic axes of each input."""
     shapes = tuple(
-        {
-            axis: torch.export.Dim(axis_name(axis), max=limits.get(axis_name(axis)))
-            for axis in axes
-            if axis < tensor.ndim and (axis or len(tensor) == count)
-        }
-        for tensor in model.tensors
+        {axis: torch.export.Dim(label, max=limits.get(label)) for axis, label in axes[name].items()}
+        for name in model.signature.inputs
     )
     return (shapes,) if isinstance(model.module, Flat) else shapes  # for `*tensors`

@@ -160,11 +160,18 @@ def reason(error: BaseException) -> str:
     missing = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text)
     if missing is not None:
         return f"ONNX has no operator for {missing[1]}{_code_line(error)}"
+    equal = re.search(r"values of (\w+) = .* and (\w+) = .* must always be equal", text)
+    if equal is not None:
+        return (
+            f"the sizes of the axes {equal[1]!r} and {equal[2]!r} are always equal in this model; "
+            f"give both one name in dynamic=, such as {equal[2]}"
+        )
     fixed = re.search(r"Suggested fixes:\s+(\w+) = (\d+)", text)
     if fixed is not None:
         return (
-            f"the size of axis {fixed[1]!r} is fixed to {fixed[2]}, by len(…), int(….shape[…]) "
-            f"or a number in view or reshape{_code_line(error)}"
+            f"the size of axis {fixed[1]!r} is fixed to {fixed[2]}, by len(…), int(….shape[…]), "
+            "a number in view or reshape, or an input of that size without this axis in dynamic="
+            f"{_code_line(error)}"
         )
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(_NOISE)] or lines

@@ -192,7 +192,7 @@ def test_open_export_with_other_content_raises_export_error(tmp_path, form, cont
 @pytest.mark.parametrize(("arguments", "text"), [
     (["format=onnx", "method=script"], "it is an option of format=torchscript"),
     (["format=onnx", "dynamc=none"], "did you mean 'dynamic'"),
-    (["format=onnx", "dynamic=all"], "write batch, none, or axes such as batch,1"),
+    (["format=onnx", "dynamic=all"], "write batch, none, axes such as batch,1"),
     (["format=onnx", "opset=new"], "opset=new is not an integer"),
     (["format=torchscript", "method=scripts"], "did you mean 'script'"),
     (["format=torchscript", "freeze=yes"], "freeze=yes is neither true nor false"),
