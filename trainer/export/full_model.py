@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from trainer.errors import ConfigError
 from trainer.export.calls import Call
@@ -22,6 +23,7 @@ _CALL = "perdure_call"
 
 def write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
     """Pickle the module in eval mode."""
+    _check_plain(model.module)
     call = model.call(1)
     module: Any = copy.copy(model.module)  # shares everything except the attribute
     setattr(module, _CALL, {
@@ -35,6 +37,16 @@ def write(model: ExportedModel, path: Path, options: Mapping[str, str]) -> None:
             f"{type(module).__name__} cannot be pickled: {reason(error)}\nIts classes and "
             "functions must be importable by name; the other formats have no such requirement"
         ) from None
+
+
+def _check_plain(module: nn.Module) -> None:
+    names = [name for name, part in module.named_modules() if is_parametrized(part)]
+    if names:
+        listed = ", ".join(name or "the model itself" for name in names[:4])
+        raise ExportError(
+            f"torch does not pickle parametrized modules ({listed}{', …' * (len(names) > 4)}); use "
+            "format=torch_export, onnx or torchscript, or format=state_dict for the weights alone"
+        )
 
 
 def open_runner(path: Path, device: str) -> Runner:

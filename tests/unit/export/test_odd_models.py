@@ -75,6 +75,8 @@ IMAGES = Digits().eval.tensors[0][:4]
     ("HalfScriptable", "full_model", {}),
     ("Tied", "torchscript", {"freeze": "true"}),
     ("Tied", "torch_export", {}),
+    ("Normalized", "torchscript", {}),
+    ("Normalized", "torch_export", {}),
 ])  # fmt: skip
 def test_supported_model_export_returns_the_outputs_of_its_class(
     run_of, tmp_path, name, form, options
@@ -92,6 +94,21 @@ def test_supported_model_export_returns_the_outputs_of_its_class(
             expected = model(sign * IMAGES)
         (outputs,) = runner.run({"x": (sign * IMAGES).numpy()}).values()
         np.testing.assert_allclose(outputs, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("part", "names"), [
+    ("", "(body.1, body.2)"), ("body", "(1, 2)"), ("body.2", "(the model itself)"),
+])  # fmt: skip
+def test_full_model_with_parametrized_modules_is_rejected_in_one_sentence(
+    run_of, capsys, tmp_path, part, names
+):
+    arguments = ["format=full_model", f"part={part}", "allow=support.export_models"]
+    inputs = [] if part != "body.2" else ["inputs=input:float32[16]"]
+    out = f"out={tmp_path}/a"
+    assert main([run_of("Normalized"), *arguments, *inputs, out]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"torch does not pickle parametrized modules {names}; use format=torch_export" in error
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("form", ["torchscript", "torch_export", "full_model"])
