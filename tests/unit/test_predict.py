@@ -52,6 +52,17 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_predict_with_a_fixed_batch_size_runs_batches_of_that_size(capsys, run, module, tmp_path):
+    fixed = export(run, "torch_export", out=f"{tmp_path}/a.pt2", options={"dynamic": "none"})
+    images = Digits().eval.tensors[0][:5].numpy()
+    np.save(tmp_path / "images.npy", images)
+    out = f"{tmp_path}/a.npz"
+    run_predict(capsys, str(fixed.path), f"input={tmp_path}/images.npy", f"out={out}")
+    with torch.no_grad():
+        expected = module(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(np.load(out)["output"], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("flag", [["--config-dir", "{}"], ["--config-dir={}"]])
 def test_predict_with_config_dir_uses_the_users_groups(capsys, exported, tmp_path, flag):
     (tmp_path / "data").mkdir()
