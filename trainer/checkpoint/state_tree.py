@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer.checkpoint.values import TensorRef
+from trainer.core import nested
 from trainer.errors import CheckpointError
 
 
@@ -231,14 +232,74 @@ def add_optimizers(content: Content, model: nn.Module, optimizers: Sequence[Opti
             if key != "params"
         }
         groups.append({**values, "params": [names[id(p)] for p in group["params"]]})
+    own_states = [_own_state(content, i, o, names) for i, o in enumerate(optimizers)]
     frozen = [
         [position, name]
         for position, (name, parameter) in enumerate(model.named_parameters())
         if id(parameter) not in trained
     ]
     content.objects["optimizer"] = {"groups": groups, "state": scalars}
+    if any(state is not None for state in own_states):
+        content.objects["optimizer"]["own"] = own_states
     if frozen:  # exports need the other parameters and their positions
         content.objects["optimizer"]["frozen"] = frozen
+
+
+def has_own_state(optimizer: Any) -> bool:
+    """Return whether an optimizer replaces `state_dict`, which may then hold more than `state`."""
+    return type(optimizer).state_dict is not Optimizer.state_dict
+
+
+def _own_state(content: Content, index: int, optimizer: Any, names: Mapping[int, str]) -> Any:
+    """Return the `state_dict` of an optimizer that replaces it; None for others.
+
+    Its tensors are added under `optimizer_own.`, unless they are stored by parameter already.
+    """
+    if not has_own_state(optimizer):
+        return None
+    by_parameter = {
+        id(value): TensorRef(f"optimizer.{names[id(parameter)]}.{key}")
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+    tree = nested.map_leaves(
+        lambda value: by_parameter.get(id(value), value), optimizer.state_dict()
+    )
+    return split(tree, f"optimizer_own.{index}", content.tensors)
+
+
+def load_own_state(
+    optimizers: Sequence[Optimizer], objects: Mapping[str, Any], fetch: Callable[[str], Tensor]
+) -> None:
+    """Hand their `state_dict` back to optimizers that replace it, through `load_state_dict`.
+
+    Settings of the groups are unchanged on return; load them, and the state by parameter, after it.
+
+    Args:
+        optimizers: of all phases.
+        objects: the checkpoint's `optimizer`.
+        fetch: returns a stored tensor.
+
+    Raises:
+        CheckpointError: an optimizer rejects its state.
+    """
+    for optimizer, tree in zip(optimizers, objects.get("own", ()), strict=False):
+        if tree is None:
+            continue
+        settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ]
+        try:
+            optimizer.load_state_dict(join(tree, fetch))
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{type(optimizer).__name__} rejects its stored state: {error}. If its groups "
+                "changed, restore them, or start from the weights: init.weights=<safetensors>"
+            ) from None
+        for group, values in zip(optimizer.param_groups, settings, strict=True):
+            group |= values
 
 
 @dataclass(frozen=True)

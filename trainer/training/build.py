@@ -25,7 +25,7 @@ from trainer.storage import local_path
 from trainer.tracking.guarded import Guarded
 from trainer.tracking.jsonl import Jsonl
 from trainer.tracking.several import Several, Silent
-from trainer.training import modes, parallel, parameters, schedules, structure
+from trainer.training import modes, optimizers, parallel, parameters, schedules, structure
 from trainer.training.ema import Ema
 from trainer.training.job import Job, Phase, TaskOptions
 
@@ -341,14 +341,12 @@ def _build_phases(
         parts = [{**g, "params": [p for p in g["params"] if id(p) in ids]} for g in groups]
         parts = [part for part in parts if part["params"] or not patterns]
         node = {**_arguments(run.optimizer), **changes.get(name, {})}
-        optimizer = targets.make(node, "optimizer", parts if rules else parts[0]["params"])
-        if modes.has_modes(optimizer):
-            if run.trainer.ema_decay is not None:
-                raise ConfigError(
-                    f"trainer.ema_decay={run.trainer.ema_decay}, but {node['_target_']} averages "
-                    "the weights itself; remove one of the two"
-                )
-            optimizer.train()
+        optimizer = optimizers.make(node, parts, model)
+        if run.trainer.ema_decay is not None and modes.has_modes(optimizer):
+            raise ConfigError(
+                f"trainer.ema_decay={run.trainer.ema_decay}, but {node['_target_']} averages "
+                "the weights itself; remove one of the two"
+            )
         make = schedules.maker(run.scheduler, optimizer, steps_per_epoch)
         phases.append(
             Phase(

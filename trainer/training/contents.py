@@ -170,6 +170,7 @@ def _restore_optimizers(job: Job, takeover: Takeover, manifest: Manifest, reader
             n: e for n, e in stored.items() if n.split(".", 1)[1].rpartition(".")[0] in trained
         }
         scalars = {name: values for name, values in scalars.items() if name in trained}
+    state_tree.load_own_state(optimizers, objects, reader.fetch)
     for phase in job.phases:
         for group in phase.optimizer.param_groups:
             members = [names[id(p)] for p in group["params"]]

@@ -76,12 +76,12 @@ def maker(
     """
     if not settings:
         return None
-    groups = optimizer.param_groups
-    configured = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-    configured = copy.deepcopy(configured)
+    configured = copy.deepcopy(
+        [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    )
 
     def make(steps: int) -> LRScheduler:
-        for group, values in zip(groups, configured, strict=True):
+        for group, values in zip(optimizer.param_groups, configured, strict=True):
             parameters = group["params"]
             group.clear()
             group |= {"params": parameters, **copy.deepcopy(values)}

@@ -1,0 +1,146 @@
+"""State of optimizers: resumed exactly, or rejected by name before the first step."""
+
+import pytest
+import torch
+from support import wrapper_optimizers as wrappers
+from support.loop_jobs import Net, a_job, a_saver, everything, go_on
+from support.mode_optimizers import ScheduleFree
+from torch import nn
+
+from trainer.cluster.stop import Stop
+from trainer.cluster.world import World
+from trainer.core import rng
+from trainer.core.intervals import Every
+from trainer.core.state import State
+from trainer.errors import CheckpointError, ConfigError
+from trainer.task import Classification
+from trainer.training import loop, optimizers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def node_of(kind, **settings):
+    return {"_target_": f"{kind.__module__}.{kind.__qualname__}", "lr": 0.05, **settings}
+
+
+def make(kind, model, groups=None, **settings):
+    groups = groups or [{"params": [*model.parameters()]}]
+    return optimizers.make(node_of(kind, **settings), groups, model)
+
+
+class KilledError(Exception):
+    pass
+
+
+class Deadly(Classification):
+    """Raises at the eighth training step."""
+
+    remaining = 8
+
+    def loss(self, model, batch):
+        self.remaining -= model.training
+        if self.remaining == 0:
+            raise KilledError
+        return super().loss(model, batch)
+
+
+RESTORED = [
+    wrappers.WrapperDict, wrappers.WrapperShared, wrappers.LookaheadDict, wrappers.CounterInGroup,
+    wrappers.CounterDict, wrappers.GlobalNoise, wrappers.Timed, ScheduleFree,
+]  # fmt: skip
+LOST = {
+    wrappers.Wrapper: r"base\.state\[0\]\['momentum_buffer'\]",
+    wrappers.Lookahead: r"base\.state.*count, slow\[0\]",
+    wrappers.LookaheadHalfDict: "state in count, which",
+    wrappers.Counter: "state in count, which",
+    wrappers.History: r"state in recent\[0\], recent\[1\], recent\[2\], which",
+    wrappers.Noise: "state in generator, which",
+    wrappers.Hidden: "a variable outside of its attributes",
+}
+
+
+@pytest.mark.parametrize("kind", RESTORED)
+def test_train_killed_with_any_wrapper_ends_with_the_same_bits(tmp_path, kind):
+    def job(**changes):
+        return a_job(optimizer=lambda model: make(kind, model), **changes)
+
+    undisturbed, state = job(), State()
+    loop.train(undisturbed, state, a_saver(tmp_path / "a"), Stop(World()))
+    killed = job(task=Deadly())
+    with pytest.raises(KilledError):
+        loop.train(killed, State(), a_saver(tmp_path / "b", every=Every(steps=7)), Stop(World()))
+    again = job()
+    its_state, finished = go_on(tmp_path / "b", again)
+    assert finished
+    assert everything(again, its_state) == everything(undisturbed, state)
+    assert again.phases[0].optimizer.param_groups[0]["lr"] == 0.05
+
+
+@pytest.mark.parametrize("kind", LOST)
+def test_make_rejects_state_that_a_checkpoint_would_miss_by_name(kind):
+    with pytest.raises(ConfigError, match=f"{kind.__name__} keeps .*{LOST[kind]}"):
+        make(kind, Net())
+
+
+def test_make_rejects_state_that_cannot_be_stored():
+    with pytest.raises(ConfigError, match=r"Unstorable cannot be saved: .*handle"):
+        make(wrappers.Unstorable, Net())
+
+
+def test_make_accepts_an_optimizer_that_cannot_be_tried():
+    assert type(make(wrappers.Bound, Net())) is wrappers.Bound
+
+
+def test_make_tries_every_group():
+    model = Net()
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": rest}, {"params": weights, "momentum": 0.9}]
+    assert len(make(wrappers.Timed, model, groups).param_groups) == 2
+    with pytest.raises(ConfigError, match="state in count"):
+        make(wrappers.Counter, model, groups)
+
+
+def test_make_leaves_the_generators_unchanged():
+    model = Net()
+    before = rng.capture()
+    make(wrappers.GlobalNoise, model)
+    assert all(torch.equal(before[name], value) for name, value in rng.capture().items())
+
+
+def test_load_rejects_own_state_of_other_groups(tmp_path):
+    def job(count):
+        def optimizer(model):
+            listed = [*model.parameters()]
+            groups = [{"params": listed[:count], "lr": 0.01}, {"params": listed[count:]}]
+            return make(wrappers.WrapperDict, model, groups)
+
+        return a_job(optimizer=optimizer)
+
+    loop.train(job(2), State(), a_saver(tmp_path), Stop(World()))
+    with pytest.raises(CheckpointError, match="groups"):
+        go_on(tmp_path, job(3))
+
+
+# --- shapes ------------------------------------------------------------------------------------
+
+
+class TwoBiases(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 3), nn.Linear(3, 2)
+
+
+def test_make_names_the_parameters_that_an_optimizer_rejects():
+    with pytest.raises(ConfigError, match=r"only supports 2D.*: a.bias, b.bias; accepted: 2"):
+        make(torch.optim.Muon, TwoBiases())
+
+
+def test_make_accepts_muon_without_parameters_of_one_dimension():
+    model = nn.Linear(2, 3, bias=False)
+    assert type(make(torch.optim.Muon, model)) is torch.optim.Muon
+
+
+def test_make_passes_on_what_an_optimizer_rejects_for_all_parameters():
+    with pytest.raises(ConfigError, match="rejected its arguments: Invalid learning rate: -1"):
+        make(torch.optim.SGD, TwoBiases(), lr=-1)
