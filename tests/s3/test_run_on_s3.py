@@ -98,6 +98,19 @@ def test_export_is_written_to_the_bucket_and_not_to_the_disk(command, bucket):
     assert list(command.folder.iterdir()) == []
 
 
+def test_evaluate_asks_for_user_targets_of_a_copy_but_not_of_the_users_run(command, bucket):
+    run = f"{bucket}/a"
+    assert command(*FRAGILE, f"run_dir={run}", "trainer.max_steps=6").returncode == 0
+    done = command(run, module="trainer.evaluate")
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout
+    copied = command("copy", run, f"{bucket}/copy", module="trainer.checkpoints")
+    assert copied.returncode == 0, copied.stderr
+    asked = command(f"{bucket}/copy", module="trainer.evaluate")
+    assert asked.returncode == 2
+    assert "allow=mine.task.Fragile" in asked.stderr
+
+
 def test_credentials_are_neither_stored_in_the_run_nor_printed(command, bucket):
     run = f"{bucket}/a"
     arguments = [*FRAGILE, f"run_dir={run}", "trainer.max_steps=3", "launch.nproc=2"]

@@ -1,5 +1,6 @@
 """All settings of a run: frozen dataclasses with defaults, units, valid ranges and docs."""
 
+import os
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
@@ -223,6 +224,12 @@ class ObjectStore:
     timeout_s: float = setting(60.0, "Timeout of one request in seconds.", above=0)
     retries: int = setting(8, "Maximum retries per request.", at_least=0)
     options: dict[str, Any] = setting({}, "More options of the fsspec file system.")
+
+    @property
+    def server(self) -> str | None:
+        """URL of the S3 server, by default from the environment; None: Amazon S3."""
+        names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+        return self.endpoint_url or next(filter(None, map(os.environ.get, names)), None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,5 +91,5 @@ def open_checkpoint(
     commit = select.pick(opened, step)
     manifest = opened.manifest(commit)
     run_url = opened.in_run(settings).store.url
-    is_own = own_runs.is_own(run_url, manifest.config, endpoint_url=settings.endpoint_url)
+    is_own = own_runs.is_own(run_url, manifest.config, settings)
     return LoadedCheckpoint(location, commit, manifest, opened.reader(commit), is_own)

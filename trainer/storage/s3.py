@@ -146,9 +146,7 @@ class S3Store(FsspecStore):
     def _is_direct(self) -> bool:
         """Return whether bodies may bypass the client library: default settings and no proxy."""
         changed = {"client_kwargs", "config_kwargs", "session"} & self._settings.options.keys()
-        address = self._settings.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3")
-        address = address or os.environ.get("AWS_ENDPOINT_URL") or "https://"
-        return not changed and not has_proxy(address)
+        return not changed and not has_proxy(self._settings.server or "https://")
 
     def _link(self, method: str, key: str, **arguments: Any) -> str:
         """Return a presigned URL for one request about a key."""

@@ -335,7 +335,7 @@ def _record_start(
     }
     replicas.amend(attempt, values)
     store.replace("config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(stored))).encode())
-    own_runs.record((s.url for s in replicas.stores), stored, endpoint_url=run.store.endpoint_url)
+    own_runs.record((s.url for s in replicas.stores), stored, run.store)
     intervals = run.checkpoint
     job.tracker.start(
         {
