@@ -114,10 +114,11 @@ def _check_and_start(
     if problems:
         raise ConfigError(problems_text(problems))
     if check:
-        tried = ""
-        if check == _CHECK_RUN:
-            from trainer.training import rehearsal
+        from trainer.training import rehearsal
 
+        tried = ""
+        rehearsal.check_optimizer(run)
+        if check == _CHECK_RUN:
             rehearsal.check(run, launch.world_size(run.launch))
             tried = " A training batch and an evaluation batch were computed."
         print(f"The configuration of {run.run_dir} is fine.{tried} Nothing was started.")

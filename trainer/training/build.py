@@ -259,7 +259,7 @@ def build_job(run: Run, world: World, source: DataSource, tracker: Tracker) -> J
     counter = flops.StepFlops(model) if peak is not None and world.rank == 0 else None
     parallel.modify(model, run.parallel)
     task = targets.make(run.task, "task")
-    phases, matches = _build_phases(run, world, model, task, max_steps, per_epoch)
+    phases, matches = build_phases(run, world, model, task, max_steps, per_epoch)
     notes += matches
     evaluation = _build_evaluation(run, world, source, phases)
     if counter is not None:
@@ -319,7 +319,7 @@ def _trained_names(model: nn.Module, phase: Phase) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad and id(p) in ids}
 
 
-def _build_phases(
+def build_phases(
     run: Run, world: World, model: nn.Module, task: Task, max_steps: int, steps_per_epoch: int
 ) -> tuple[list[Phase], list[str]]:
     """Build the phases of a step, and one line per name pattern with its matches. Collective."""

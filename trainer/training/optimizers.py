@@ -145,7 +145,8 @@ def _small(node: Mapping[str, Any], groups: Groups, value: float) -> tuple[nn.Mo
     small = []
     for group in groups:
         like = group["params"][0]
-        tensor = torch.full((2,) * like.ndim, value, dtype=like.dtype, device=like.device)
+        device = "cpu" if like.is_meta else like.device
+        tensor = torch.full((2,) * like.ndim, value, dtype=like.dtype, device=device)
         model.append(nn.Parameter(tensor))
         small.append({**group, "params": [model[-1]]})
     rng.seed_all(0)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trainer.cluster import launch
 from trainer.cluster.world import World
+from trainer.config import targets
 from trainer.config.schema import Parallel, Run
 from trainer.core import nested, rng
 from trainer.core.state import State
@@ -30,6 +31,7 @@ from trainer.training import (
     evaluation,
     metric_setup,
     parallel,
+    parameters,
     schedules,
     structure,
     unused_parameters,
@@ -111,9 +113,47 @@ def check(run: Run, world_size: int) -> None:
     metric_setup.set_up(single, job)
     if world_size > 1 and job.metrics is not None:
         evaluation.check_mergeable(job.metrics)
-    if run.resume in ("auto", "never") and not run.resume_override:  # a fork's may start later
+    if _starts_over(run):
         schedules.check_length(job, State())
     rehearse(run, job, world_size=world_size)
+
+
+def check_optimizer(run: Run) -> None:
+    """Build the optimizers and schedules for the shapes of the model, without data or its memory.
+
+    Checks nothing if the model cannot be built on torch's meta device. Lengths of schedules are
+    checked if the number of steps does not depend on the data.
+
+    Raises:
+        ConfigError: an optimizer or schedule rejects its arguments or parameters, keeps state that
+            a checkpoint would not contain, or ends before the run.
+    """
+    steps = run.trainer.max_steps
+    words = set(schedules.horizon_words(run.scheduler).values())
+    has_length = steps is not None and run.trainer.max_epochs is None and words <= {"total_steps"}
+    single = replace(
+        run, parallel=Parallel(strategy="single"), scheduler=run.scheduler if has_length else {}
+    )
+    try:
+        with torch.device("meta"):
+            model = build.build_model(single)
+        task = targets.make(run.task, "task")
+    except Exception:
+        return
+    try:
+        parameters.freeze(model, run.trainer.freeze)
+        phases, _ = build.build_phases(single, World(), model, task, steps or 1, 0)
+    except PerdureError:
+        raise
+    except Exception:
+        return
+    if has_length and steps and _starts_over(run) and run.scheduler.get("interval") != "epoch":
+        schedules.check_steps(phases, steps, "step")
+
+
+def _starts_over(run: Run) -> bool:
+    """Return whether the schedule of a new run starts at step 0, unlike a fork's."""
+    return run.resume in ("auto", "never") and not run.resume_override
 
 
 def _raise(problem: PerdureError | None) -> None:

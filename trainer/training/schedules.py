@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -19,7 +19,7 @@ from trainer.config.schema import Run
 from trainer.core import metric_mode, nested
 from trainer.core.state import State
 from trainer.errors import ConfigError, Problem
-from trainer.training.job import Job
+from trainer.training.job import Job, Phase
 
 _OPTIMIZER = "optimizer"
 """Argument of schedulers, also of those within another scheduler."""
@@ -132,20 +132,33 @@ def _has_schedules(value: Any) -> bool:
 def check_length(job: Job, state: State) -> None:
     """Check that every schedule can be stepped from `state` to the end of the run.
 
-    The schedules are unchanged on return. Takes the last step only, so that the length of the run
-    does not matter.
-
     Raises:
         ConfigError: a schedule is shorter than the run.
     """
     steps: int | None = job.max_steps - state.step
     if job.scheduler_interval == "epoch":
         steps = _remaining_epochs(job, state)
-    for phase in job.phases:
+    if steps is not None:
+        check_steps(job.phases, steps, job.scheduler_interval)
+
+
+def check_steps(phases: Sequence[Phase], steps: int, interval: str) -> None:
+    """Check that every phase's schedule can be stepped this many times more.
+
+    The schedules are unchanged on return. Takes the last step only, so that the length of the run
+    does not matter.
+
+    Args:
+        phases: the phases of a step.
+        steps: remaining steps or epochs.
+        interval: `step` or `epoch`.
+
+    Raises:
+        ConfigError: a schedule is shorter.
+    """
+    for phase in phases:
         scheduler = phase.scheduler
-        if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
-            continue
-        if steps is None or steps <= 0:
+        if scheduler is None or isinstance(scheduler, ReduceLROnPlateau) or steps <= 0:
             continue
         position = schedule.ScheduleState.capture(scheduler)
         try:
@@ -157,7 +170,7 @@ def check_length(job: Job, state: State) -> None:
             text = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ConfigError(
                 f"scheduler: {type(scheduler).__name__}{name} ends before the run, which takes "
-                f"{steps:,} more {job.scheduler_interval}s: {text}. Set its length to one of the "
+                f"{steps:,} more {interval}s: {text}. Set its length to one of the "
                 f"words {', '.join(schedule.HORIZON_WORDS[:2])}, or shorten the run with "
                 "trainer.max_steps"
             ) from None

@@ -21,8 +21,10 @@ def declared(model: nn.Module) -> frozenset[str]:
     """Return the names of the model's parameters and persistent buffers, also of empty ones.
 
     Raises:
-        ConfigError: a parameter or buffer has no shape yet, as in torch's lazy modules.
+        ConfigError: a parameter or buffer has no shape yet, as in torch's lazy modules, or a module
+            has extra state that cannot be restored.
     """
+    _check_extra_state(model)
     lazy = [n for n, t in chain(model.named_parameters(), model.named_buffers()) if is_lazy(t)]
     if lazy:
         raise ConfigError(
@@ -31,6 +33,20 @@ def declared(model: nn.Module) -> frozenset[str]:
             "model once in its constructor"
         )
     return frozenset(_names(model)) | frozenset(_empty_buffers(model))
+
+
+def _check_extra_state(model: nn.Module) -> None:
+    """Check that modules with a `get_extra_state` can load what it returns."""
+    for name, module in model.named_modules():
+        kind, base = type(module), nn.Module
+        loads = (kind.set_extra_state, kind._load_from_state_dict, kind.load_state_dict)
+        if kind.get_extra_state is not base.get_extra_state and loads == (
+            base.set_extra_state, base._load_from_state_dict, base.load_state_dict,
+        ):  # fmt: skip
+            raise ConfigError(
+                f"model: {name or 'the model'} ({kind.__name__}) has get_extra_state() but no "
+                "set_extra_state(), so a resumed run would lose its value; define both"
+            )
 
 
 def check(model: nn.Module, names: frozenset[str] | None) -> None:

@@ -1,6 +1,7 @@
 """Rehearsal before the first step: found mistakes, and no trace."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from torch.utils.data import TensorDataset
 from torchmetrics import classification
 
 from trainer.cluster.world import World
-from trainer.config.schema import Parallel, Run
+from trainer.config.schema import Parallel, Run, Trainer
 from trainer.core.state import State
 from trainer.data.source import EvalStream, TrainStream
 from trainer.errors import ConfigError
 from trainer.task import Classification
-from trainer.training.rehearsal import rehearse
+from trainer.training.rehearsal import check_optimizer, rehearse
 
 RUN = Run(name="a", run_dir="a")
 
@@ -185,3 +186,56 @@ def test_rehearse_without_evaluation_data_tries_training_only():
     job = a_job(evaluation=None, optimizer=sgd)
     rehearse(RUN, job)
     assert job.metrics is None
+
+
+# --- optimizers and schedules without data ------------------------------------------------------
+
+ONE_CYCLE = {"_target_": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": 0.1, "total_steps": 30}
+
+
+class Eager(nn.Module):
+    """Network that computes with its weights when it is built, which the meta device cannot."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.scale = self.layer.weight.sum().item()
+
+
+def configured(**changes):
+    groups = {
+        "model": {"_target_": "models.mlp.MLP", "input_shape": [4], "hidden": [3], "classes": 3},
+        "data": {"_target_": "a.dataset.that.no.check.Reads"},
+        "task": {"_target_": "trainer.task.Classification"},
+        "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1},
+        "trainer": Trainer(max_epochs=None, max_steps=40),
+    }
+    return replace(RUN, **{**groups, **changes})
+
+
+@pytest.mark.parametrize(("changes", "text"), [
+    ({"optimizer": {"_target_": "torch.optim.Muon"}}, "Rejected parameters: .*bias"),
+    ({"optimizer": {"_target_": "torch.optim.SGD", "lr": -1}}, "Invalid learning rate: -1"),
+    (
+        {"optimizer": {"_target_": "support.wrapper_optimizers.Lookahead"}},
+        "keeps state in .*count, slow",
+    ),
+    ({"scheduler": ONE_CYCLE}, "ends before the run, which takes 40 more steps"),
+    ({"trainer": Trainer(max_steps=40, freeze=["nothing.*"])}, "no parameter matches"),
+])  # fmt: skip
+def test_check_optimizer_rejects_before_any_data_is_read(changes, text):
+    with pytest.raises(ConfigError, match=text):
+        check_optimizer(configured(**changes))
+
+
+@pytest.mark.parametrize("changes", [
+    {},
+    {"scheduler": {**ONE_CYCLE, "total_steps": "total_steps"}},
+    {"scheduler": {**ONE_CYCLE, "interval": "epoch"}},
+    {"scheduler": ONE_CYCLE, "trainer": Trainer(max_steps=40, max_epochs=1)},
+    {"scheduler": ONE_CYCLE, "resume": "runs/another"},
+    {"scheduler": {**ONE_CYCLE, "total_steps": "total_epochs"}},
+    {"model": {"_target_": f"{__name__}.Eager"}, "optimizer": {"_target_": "torch.optim.Muon"}},
+])  # fmt: skip
+def test_check_optimizer_accepts_what_may_fit_the_data(changes):
+    check_optimizer(configured(**changes))

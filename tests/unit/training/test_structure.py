@@ -152,3 +152,26 @@ def test_models_without_frozen_statistics_get_no_warning():
     model = Net()
     model.body[0].requires_grad_(False)
     assert structure.statistics_warning(structure.frozen_modules(model)) == ""
+
+
+class OneWay(nn.Module):
+    def get_extra_state(self):
+        return {"count": 3}
+
+
+class BothWays(OneWay):
+    def set_extra_state(self, state):
+        pass
+
+
+class ByHand(OneWay):
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        state_dict.pop(f"{prefix}_extra_state")
+
+
+def test_declared_rejects_extra_state_that_cannot_be_restored():
+    with pytest.raises(
+        ConfigError, match=r"1.0 \(OneWay\) has get_extra_state\(\) but no set_extra"
+    ):
+        structure.declared(nn.Sequential(nn.Linear(2, 2), nn.Sequential(OneWay())))
+    structure.declared(nn.Sequential(BothWays(), ByHand()))
