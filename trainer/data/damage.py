@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trainer.data import limits
 from trainer.errors import DataError, PerdureError
 
 TRIES = 10
@@ -13,7 +14,8 @@ TRIES = 10
 
 def is_damage(error: Exception) -> bool:
     """Return whether a single sample may have caused the error; Perdure's errors concern files."""
-    return not (is_lost_worker(error) or isinstance(error, (PerdureError, MemoryError)))
+    is_other = isinstance(error, (PerdureError, MemoryError)) or is_lost_worker(error)
+    return not is_other and limits.explain(error) is None
 
 
 def is_lost_worker(error: BaseException) -> bool:

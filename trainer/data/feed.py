@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from trainer.data.batches import to_device
-from trainer.data.workers import begin_worker, register_shutdown, start_workers
+from trainer.data.workers import begin_worker, receive, register_shutdown, start_workers
 from trainer.errors import PerdureError, WorkerLostError
 
 T = TypeVar("T")
@@ -137,7 +137,7 @@ class _Prefetcher:
 
     def _next(self) -> Any:
         try:
-            return next(self._items)
+            return receive(self._items)
         except (ConnectionError, EOFError, FileNotFoundError) as error:
             # The worker exited before its shared memory was mapped here.
             raise WorkerLostError(
@@ -149,7 +149,10 @@ class _Prefetcher:
         item = self.queue.get()
         self._requests.release()
         if isinstance(item, BaseException):
-            raise item
+            try:
+                raise item
+            finally:
+                del item  # no reference cycle with the workers, see `_StreamReader`
         return item
 
     def stop(self) -> None:

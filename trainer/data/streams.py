@@ -20,7 +20,7 @@ from trainer.data import damage, position
 from trainer.data.batches import collate
 from trainer.data.feed import Feed, Item
 from trainer.data.source import TrainBatches
-from trainer.data.workers import begin_worker, start_workers
+from trainer.data.workers import begin_worker, receive, start_workers
 from trainer.errors import DataError
 from trainer.protocols import Batch
 
@@ -208,7 +208,7 @@ class _StreamReader:
         name = f"sample {self._samples:,} of epoch {epoch:,} of the stream"
         for attempt in range(damage.TRIES):
             try:
-                return next(self._rows)
+                return receive(self._rows)
             except StopIteration:
                 if broken is None:
                     raise
@@ -231,7 +231,7 @@ class _StreamReader:
         stream = self._stream
         size = stream.global_batch_size
         try:
-            batch = next(self._rows)
+            batch = receive(self._rows)
         except StopIteration:
             return None
         except Exception as error:

@@ -25,7 +25,7 @@ from trainer.config import own_runs, validate
 from trainer.config.schema import Run
 from trainer.core.intervals import Every
 from trainer.core.state import State
-from trainer.data.workers import lost_worker
+from trainer.data import limits, workers
 from trainer.errors import DONE, FAILURE, RUN_AGAIN, ConfigError, PerdureError
 from trainer.monitoring.profiling import Profiler
 from trainer.protocols import Tracker
@@ -232,8 +232,8 @@ def _reporting_crashes(
     try:
         yield
     except BaseException as raised:
-        peer = watchdog.explain(raised) or lost_worker(raised)
-        error = peer or oom.explain(raised, run, world) or raised
+        peer = watchdog.explain(raised) or workers.lost_worker(raised)
+        error = peer or oom.explain(raised, run, world) or limits.explain(raised) or raised
         text = record.fail(error)
         if peer is None and launch.is_rank() and not getattr(error, "agreed", False):
             code = outcome.report_crash(error)
