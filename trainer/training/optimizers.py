@@ -191,19 +191,20 @@ def _restore(saved_model: nn.Module, saved: Any, model: nn.Module, optimizer: An
 def _values(optimizer: Any, model: nn.Module) -> dict[str, Any]:
     """Return the names and values of all numbers, texts and tensors that the optimizer keeps."""
     indices = {id(parameter): index for index, parameter in enumerate(model.parameters())}
-    seen: set[int] = set()
+    visited: set[int] = set()
 
-    def walk(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    def walk(name: str, value: Any, parents: frozenset[int]) -> Iterator[tuple[str, Any]]:
         if isinstance(value, torch.Generator):
             yield name, value.get_state().tolist()
         elif isinstance(value, Tensor):
             yield name, indices.get(id(value), (str(value.dtype), repr(value.tolist())))
         elif isinstance(value, (int, float, str, bytes, type(None))):
             yield name, repr(value)
-        elif id(value) not in seen and not isinstance(value, _OPAQUE):
-            seen.add(id(value))
+        elif id(value) not in parents | visited and not isinstance(value, _OPAQUE):
+            if hasattr(value, "__dict__"):  # containers may be shared before a restore only
+                visited.add(id(value))
             for key, item in _items(value):
-                yield from walk(f"{name}{key}", item)
+                yield from walk(f"{name}{key}", item, parents | {id(value)})
 
     def _items(value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Mapping):
@@ -214,4 +215,4 @@ def _values(optimizer: Any, model: nn.Module) -> dict[str, Any]:
         else:
             yield from ((f".{key}", item) for key, item in getattr(value, "__dict__", {}).items())
 
-    return {name.removeprefix("."): value for name, value in walk("", optimizer)}
+    return {name.removeprefix("."): value for name, value in walk("", optimizer, frozenset())}

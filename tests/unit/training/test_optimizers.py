@@ -122,6 +122,26 @@ def test_load_rejects_own_state_of_other_groups(tmp_path):
         go_on(tmp_path, job(3))
 
 
+TORCH = [
+    "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam",
+    "RMSprop", "Rprop", "SGD",
+]  # fmt: skip
+DERIVED = {
+    name: type(name, (getattr(torch.optim, name),), {"__module__": __name__}) for name in TORCH
+}
+globals().update(DERIVED)  # found by their dotted names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TORCH)
+def test_make_accepts_every_optimizer_of_torch_under_another_name(name, dtype):
+    model = Net().to(dtype)
+    assert type(make(DERIVED[name], model)) is DERIVED[name]
+    listed = [*model.parameters()]
+    groups = [{"params": listed[:2], "lr": 0.01}, {"params": listed[2:], "weight_decay": 0.1}]
+    assert len(make(DERIVED[name], model, groups).param_groups) == 2
+
+
 # --- shapes ------------------------------------------------------------------------------------
 
 
