@@ -190,3 +190,36 @@ class Bound(SGD):
         if self.param_groups[0]["params"][0].numel() < 9:
             raise RuntimeError("too small")
         super().step()
+
+
+class OtherKey(SGD):
+    """Counts under a key of `state` that is not a parameter."""
+
+    def step(self, closure=None):
+        self.state["count"] = self.state.get("count", 0) + 1
+        super().step()
+
+
+class Masked(SGD):
+    """Trains only what is small at the start, which is the same in every attempt."""
+
+    def __init__(self, params, lr=0.05):
+        super().__init__(params, **MOMENTUM)
+        parameters = [p for g in self.param_groups for p in g["params"]]
+        self.masks = [(p.detach().abs() < 0.2).to(p.dtype) for p in parameters]
+
+    def step(self, closure=None):
+        for p, mask in zip(self.param_groups[0]["params"], self.masks, strict=True):
+            p.grad.mul_(mask)
+        super().step()
+
+
+class Setting(SGD):
+    """Reads a default only, and changes it when it is restored."""
+
+    def state_dict(self):
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.defaults["is_restored"] = True

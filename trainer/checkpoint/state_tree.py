@@ -214,6 +214,11 @@ def add_optimizers(content: Content, model: nn.Module, optimizers: Sequence[Opti
     names = parameter_names(model, optimizers)
     scalars: dict[str, dict[Any, Any]] = {}
     for parameter, state in chain.from_iterable(o.state.items() for o in optimizers):
+        if id(parameter) not in names:
+            raise CheckpointError(
+                f"optimizer.state has the key {parameter!r}, which is not a parameter of the "
+                "model. Keep its value in the optimizer's param_groups"
+            )
         name = names[id(parameter)]
         for key, value in state.items():
             if isinstance(value, Tensor):

@@ -122,9 +122,9 @@ def _check_state(node: Mapping[str, Any], groups: Groups) -> None:
 
 def _lost_state(node: Mapping[str, Any], groups: Groups) -> list[str]:
     """Return the names of values that differ between a saved and a restored optimizer."""
-    saved_model, saved = _small(node, groups, 1.0)
-    twin_model, twin = _small(node, groups, 1.0)
-    restored_model, restored = _small(node, groups, 2.0)  # another start, as if it never trained
+    saved_model, saved = _small(node, groups)
+    twin_model, twin = _small(node, groups)
+    restored_model, restored = _small(node, groups)  # at its start, as in the next attempt
     steps = zip(_take_steps(saved_model, saved), _take_steps(twin_model, twin), strict=True)
     chance = {n for one, other in steps for n in one if one[n] != other.get(n)}  # such as times
     _restore(saved_model, saved, restored_model, restored)
@@ -139,14 +139,14 @@ def _lost_state(node: Mapping[str, Any], groups: Groups) -> list[str]:
     return [] if is_equal else ["a variable outside of its attributes"]
 
 
-def _small(node: Mapping[str, Any], groups: Groups, value: float) -> tuple[nn.Module, Any]:
+def _small(node: Mapping[str, Any], groups: Groups) -> tuple[nn.Module, Any]:
     """Return parameters of two elements per axis, as many as groups, and their optimizer."""
     model = nn.ParameterList()
     small = []
     for group in groups:
         like = group["params"][0]
         device = "cpu" if like.is_meta else like.device
-        tensor = torch.full((2,) * like.ndim, value, dtype=like.dtype, device=device)
+        tensor = torch.ones((2,) * like.ndim, dtype=like.dtype, device=device)
         model.append(nn.Parameter(tensor))
         small.append({**group, "params": [model[-1]]})
     rng.seed_all(0)
@@ -203,16 +203,20 @@ def _values(optimizer: Any, model: nn.Module) -> dict[str, Any]:
         elif id(value) not in parents | visited and not isinstance(value, _OPAQUE):
             if hasattr(value, "__dict__"):  # containers may be shared before a restore only
                 visited.add(id(value))
-            for key, item in _items(value):
+            for key, item in _items(value, indices):
                 yield from walk(f"{name}{key}", item, parents | {id(value)})
 
-    def _items(value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                yield f"[{indices.get(id(key), key)!r}]", item
-        elif isinstance(value, (list, tuple, set, deque)):
-            yield from ((f"[{index}]", item) for index, item in enumerate(value))
-        else:
-            yield from ((f".{key}", item) for key, item in getattr(value, "__dict__", {}).items())
-
     return {name.removeprefix("."): value for name, value in walk("", optimizer, frozenset())}
+
+
+def _items(value: Any, indices: Mapping[int, int]) -> Iterator[tuple[str, Any]]:
+    """Yield the parts of a container or object, with their names after its own."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield f"[{indices.get(id(key), key)!r}]", item
+    elif isinstance(value, (list, tuple, set, deque)):
+        yield from ((f"[{index}]", item) for index, item in enumerate(value))
+    else:
+        for key, item in getattr(value, "__dict__", {}).items():
+            if key != "defaults":  # only read when a group is added
+                yield f".{key}", item

@@ -46,7 +46,8 @@ class Deadly(Classification):
 
 RESTORED = [
     wrappers.WrapperDict, wrappers.WrapperShared, wrappers.LookaheadDict, wrappers.CounterInGroup,
-    wrappers.CounterDict, wrappers.GlobalNoise, wrappers.Timed, ScheduleFree,
+    wrappers.CounterDict, wrappers.GlobalNoise, wrappers.Timed, wrappers.Masked, wrappers.Setting,
+    ScheduleFree,
 ]  # fmt: skip
 LOST = {
     wrappers.Wrapper: r"base\.state\[0\]\['momentum_buffer'\]",
@@ -85,6 +86,11 @@ def test_make_rejects_state_that_a_checkpoint_would_miss_by_name(kind):
 def test_make_rejects_state_that_cannot_be_stored():
     with pytest.raises(ConfigError, match=r"Unstorable cannot be saved: .*handle"):
         make(wrappers.Unstorable, Net())
+
+
+def test_make_rejects_state_under_a_key_that_is_not_a_parameter():
+    with pytest.raises(ConfigError, match=r"cannot be saved: optimizer.state has the key 'count'"):
+        make(wrappers.OtherKey, Net())
 
 
 def test_make_accepts_an_optimizer_that_cannot_be_tried():
