@@ -51,7 +51,7 @@ end_attempt() { # exit code of srun
   [[ $code == 75 ]] || exit "$code"
   scontrol requeue "$job"
   case $? in
-    1 | 127) # refused, or no scontrol on this node
+    1 | 127) # rejected, or no scontrol on this node
       echo "The job cannot be requeued. Submit the same command again to resume, or several jobs at once:"
       echo "  slurm/chain.sh 5 <the arguments of sbatch>"
       ;;
