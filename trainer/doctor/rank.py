@@ -9,7 +9,7 @@ from trainer.cluster import launch, shared_storage
 from trainer.cluster import world as distributed
 from trainer.cluster.world import World
 from trainer.config.schema import Run
-from trainer.doctor import links, machine, model, places, slurm, trackers
+from trainer.doctor import data_workers, links, machine, model, places, slurm, trackers
 from trainer.doctor.finding import Finding
 from trainer.errors import ConfigError
 from trainer.monitoring.memory import Sizes
@@ -50,6 +50,7 @@ def _machine(run: Run, world: World) -> Iterator[Finding]:
         yield machine.check_clocks(ranks)
     findings = world.gather_results(lambda: machine.check_signals(run.preemption.signals))
     yield next((finding for finding in findings if finding.state != "green"), findings[0])
+    yield from data_workers.check(run, world)
 
 
 def _places(run: Run, world: World, needs: Sizes | None, *, is_quick: bool) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from torch import nn
 from trainer.cluster.world import World
 from trainer.config import targets
 from trainer.config.compose import compose
-from trainer.doctor import machine, places, slurm
+from trainer.doctor import data_workers, machine, places, slurm
 from trainer.doctor.__main__ import main
 from trainer.doctor.finding import Finding, summary, text
 from trainer.doctor.model import sizes
@@ -312,3 +312,29 @@ def test_lead_is_compared_with_the_time_limit(limit, lead, state, text):
     (finding,) = [f for f in slurm.check_slurm(config, 1.0) if f.topic == "signal"]
     assert finding.state == state
     assert text in finding.message
+
+
+def test_doctor_checks_the_limits_of_data_workers(capsys, run_dir):
+    _, without = run_doctor(capsys, run_dir, "--quick")
+    assert not {"open files", "shared memory"} & set(without)
+    settings = [run_dir, "--quick", "trainer.data_workers=2", "launch.nproc=2", "launch.device=cpu"]
+    _, findings = run_doctor(capsys, *settings)
+    assert [f.state for f in findings["open files"]] == ["green"]
+    assert "4 workers with 2 batches" in findings["shared memory"][0].message
+
+
+@pytest.mark.parametrize(
+    ("memory", "state"),
+    [(None, "red"), ((99, 400), "red"), ((100, 400), "yellow"), ((200, 400), "green")],
+)
+def test_doctor_compares_shared_memory_with_the_batches_of_all_workers(memory, state):
+    finding = data_workers.check_shared_memory(memory, workers=10, batch_bytes=10)
+    assert finding.state == state
+    assert bool(finding.advice) == (state != "green")
+
+
+def test_doctor_warns_about_few_descriptors():
+    finding = data_workers.check_descriptors(256)
+    assert finding.state == "yellow"
+    assert "ulimit -n" in finding.advice
+    assert data_workers.check_descriptors(1024).state == "green"
