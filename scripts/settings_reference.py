@@ -3,10 +3,9 @@
 python scripts/settings_reference.py > docs/settings.md
 """
 
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Any
+from dataclasses import Field
 
+from trainer.config.run_help import default_text, settings
 from trainer.config.schema import Run
 
 _HEAD = """# All settings
@@ -17,20 +16,10 @@ Generated from `trainer/config/schema.py` by `python scripts/settings_reference.
 """
 
 
-def rows(cls: type, prefix: str = "") -> Iterator[tuple[str, Field]]:
-    """Yield the full key and the field of every setting of a dataclass, nested ones last."""
-    for item in fields(cls):
-        if not is_dataclass(item.default_factory):
-            yield prefix + item.name, item
-    for item in fields(cls):
-        if is_dataclass(item.default_factory):
-            yield from rows(item.default_factory, f"{prefix}{item.name}.")
-
-
 def reference() -> str:
     """Return the page."""
     lines, section = [_HEAD], ""
-    for key, item in rows(Run):
+    for key, item in settings(Run):
         head = key.rpartition(".")[0]
         if head != section or len(lines) == 1:
             section = head
@@ -40,14 +29,10 @@ def reference() -> str:
 
 
 def _default(item: Field) -> str:
-    value: Any = item.default if item.default is not MISSING else item.default_factory()
-    if value == "???":
-        return "from conf/config.yaml"
-    if value in ({}, []):
+    text = default_text(item)
+    if text in ("{}", "[]"):
         return "none"
-    if isinstance(value, bool) or value is None:
-        return f"`{str(value).lower() if value is not None else 'null'}`"
-    return f"`{value}`".replace("'", "")
+    return f"`{text}`" if text else "from conf/config.yaml"
 
 
 def _meaning(item: Field) -> str:

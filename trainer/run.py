@@ -73,6 +73,11 @@ def _command(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(version_text())
         return DONE
+    if arguments in (["--help"], ["-h"]):
+        from trainer.config.run_help import run_help
+
+        print(run_help())
+        return DONE
     checks = [argument for argument in arguments if argument in _CHECKS]
     arguments = [argument for argument in arguments if argument not in _CHECKS]
     run_one = partial(

@@ -12,6 +12,8 @@ import pytest
 import perdure
 from trainer import __main__ as listing
 from trainer import protocols, run, task, top
+from trainer.config.run_help import settings
+from trainer.config.schema import Run
 
 
 def test_listing_names_only_existing_commands(monkeypatch, capsys):
@@ -97,3 +99,13 @@ def test_perdure_exports_the_objects_of_trainer():
     assert {"Task", "checkpoint"} <= set(dir(perdure))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = perdure.nothing
+
+
+def test_help_of_run_has_every_group_and_setting(capsys):
+    assert run.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for path in (ROOT / "conf").glob("*/*.yaml"):
+        assert re.search(rf"^  {path.parent.name} .*\b{path.stem}\b", text, re.MULTILINE)
+    for key, _ in settings(Run):
+        assert f"\n  {key}=" in text
+    assert all(len(line) <= 100 for line in text.splitlines())
