@@ -17,9 +17,8 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from trainer.config.schema import Run
+from trainer.config.search_path import search_path
 from trainer.errors import Problem, closest
-
-_CONFIG_DIR_FLAGS = ("--config-dir", "-cd")
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def groups(folders: Sequence[Path]) -> dict[str, set[str]]:
 
 def prepare(arguments: Sequence[str], conf: Path) -> Prepared:
     """Rewrite the overrides among `arguments`; keep Hydra's flags unchanged."""
-    choices = groups([conf, *_user_folders(arguments)])
+    choices = groups([conf, *search_path(arguments)])
     parser = OverridesParser.create()
     prepared = Prepared([], [], [])
     flags = [a for a in arguments if not _is_override(a)]
@@ -154,16 +153,6 @@ def value_of(argument: str) -> tuple[str, str]:
 
 def _is_override(argument: str) -> bool:
     return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
-
-
-def _user_folders(arguments: Sequence[str]) -> list[Path]:
-    folders = []
-    for index, argument in enumerate(arguments):
-        flag, equals, value = argument.partition("=")
-        if flag in _CONFIG_DIR_FLAGS:
-            following = arguments[index + 1] if index + 1 < len(arguments) else ""
-            folders.append(Path(value if equals else following))
-    return [folder for folder in folders if folder.is_dir()]
 
 
 def _group_problem(key: str, argument: str, choices: Mapping[str, set[str]]) -> Problem | None:
