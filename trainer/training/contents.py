@@ -80,9 +80,12 @@ def restore(job: Job, start: "Start", manifest: Manifest, reader: Reader) -> Sta
     takeover = start.takeover
     state = _restore_state(manifest, takeover)
     data_moved = _restore_data(job, start, manifest, state)
+    has_other_length, job.max_steps = job.last_step(state) != job.max_steps, job.last_step(state)
     _restore_model(job, manifest, reader)
     longer = (data_moved or not takeover.same_length) and _depends_on_length(manifest)
     replay = longer and state.step < job.max_steps
+    if has_other_length:
+        job.phases = [_rescheduled(phase, 0, job.max_steps) for phase in job.phases]
     replayed = _restore_schedules(job, takeover, manifest, reader, state.step, replay=replay)
     _restore_optimizers(job, takeover, manifest, reader)
     for scheduler, position in replayed:
@@ -298,7 +301,11 @@ def _restore_schedules(
 
 def _starting_at(phase: Phase, step: int, max_steps: int) -> Phase:
     """Return the phase with a schedule from `step` to the end of the run."""
-    if phase.scheduler is None or step == 0:
+    return phase if step == 0 else _rescheduled(phase, step, max_steps)
+
+
+def _rescheduled(phase: Phase, step: int, max_steps: int) -> Phase:
+    if phase.scheduler is None:
         return phase
     make, scheduler = phase.make_scheduler, phase.scheduler
     if make is not None:

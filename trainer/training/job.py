@@ -124,8 +124,11 @@ class Job:
     evaluation: EvalStream | None = None
     tracker: Tracker
     max_steps: int
+    """Step at which the run ends."""
+    step_limit: int | None = None
+    """Configured limit of steps, if there is also one of epochs."""
     max_epochs: int | None = None
-    """Epoch limit, for data with an unknown number of steps per epoch."""
+    """Configured limit of epochs."""
     eval_every: Every
     log_every_steps: int = 10
     clip_norm: float | None = None
@@ -157,6 +160,18 @@ class Job:
     def __post_init__(self) -> None:
         self.options = TaskOptions.of(self.task)
         self.notes = [*self.notes, *self.options.warnings]
+
+    def last_step(self, state: State) -> int:
+        """Return the step at which a run that continues from `state` ends.
+
+        Steps before a fork may have been those of epochs with another number of steps.
+        """
+        per_epoch = self.data.steps_per_epoch
+        if self.max_epochs is None or not per_epoch:
+            return self.max_steps
+        remaining = (self.max_epochs - state.epoch) * per_epoch - int(state.cursor["batch"])
+        by_epochs = state.step + max(remaining, 0)
+        return by_epochs if self.step_limit is None else min(by_epochs, self.step_limit)
 
     @property
     def may_skip(self) -> bool:

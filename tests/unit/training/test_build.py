@@ -501,7 +501,8 @@ def test_build_data_stream_requires_max_steps():
         build.build_data(a_stream())
     job = make_job(a_stream(trainer=Trainer(max_steps=7, max_epochs=2, global_batch_size=1)))
     assert (job.max_steps, job.max_epochs, job.data.steps_per_epoch) == (7, 2, None)
-    assert make_job(a_run(trainer=Trainer(max_epochs=2, global_batch_size=5))).max_epochs is None
+    job = make_job(a_run(trainer=Trainer(max_epochs=2, global_batch_size=5)))
+    assert job.max_steps == 2 * job.data.steps_per_epoch
 
 
 @pytest.mark.parametrize("word", ["total_epochs", "steps_per_epoch"])

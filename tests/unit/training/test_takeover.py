@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.loop_jobs import Net, a_job, a_saver
+from support.loop_jobs import DATA, Net, a_job, a_saver
 
 from trainer.checkpoint.replicas import Replicas
 from trainer.cluster.stop import Stop
@@ -14,6 +14,7 @@ from trainer.cluster.world import World
 from trainer.config.schema import Run
 from trainer.core.intervals import Every
 from trainer.core.state import State
+from trainer.data.source import TrainStream
 from trainer.errors import ConfigError
 from trainer.storage import open_store
 from trainer.training import build, loop, resume
@@ -44,7 +45,7 @@ def job_of(stored, max_steps, freeze=()):
         parameter.requires_grad_(name not in freeze)
     run = Run(name="a", run_dir="a", **{k: stored[k] for k in ("optimizer", "scheduler")})
     task = a_job().task
-    phases, _ = build._build_phases(run, World(), model, task, max_steps, 5)
+    phases, _ = build.build_phases(run, World(), model, task, max_steps, 5)
     job = a_job(model=model, max_steps=max_steps)
     job.phases = phases
     return job
@@ -191,3 +192,39 @@ def test_resume_path_with_a_step_forks_that_checkpoint(tmp_path):
         ConfigError, match=r"^resume=.*/a@3: no checkpoint of that .*available: 2, 4"
     ):
         resume.choose(Replicas(open_store(run.run_dir)), run, stored)
+
+
+@pytest.mark.parametrize(("batch", "epochs", "limit", "last"), [
+    (8, 4, None, 4 * 5),  # the parent's: 5 steps per epoch
+    (4, 4, None, 7 + 3 * 10),  # one epoch is complete, three are left
+    (16, 4, None, 7 + 3 * 2),
+    (16, 1, None, 7),
+    (4, 4, 12, 12),
+    (16, 4, 100, 7 + 3 * 2),
+])  # fmt: skip
+def test_fork_with_another_batch_size_trains_the_remaining_epochs(
+    batch, epochs, limit, last, tmp_path
+):
+    old = config(scheduler="cosine", trainer={"global_batch_size": 8, "max_epochs": epochs})
+    parent = job_of(old, 7)  # ends in the second epoch
+    loop.train(parent, State(), a_saver(tmp_path / "a", config=old), Stop(World()))
+    new = config(scheduler="cosine", trainer={"global_batch_size": batch, "max_epochs": epochs})
+
+    def loaded(resume_from):
+        run = Run(name="b", run_dir=str(tmp_path / "b"), resume=resume_from)
+        start = resume.choose(Replicas(open_store(run.run_dir)), run, new)
+        data = TrainStream(DATA.train, World(), 5, batch)
+        steps = epochs * data.steps_per_epoch
+        job = job_of(new, min(steps, limit or steps))
+        job.data, job.max_epochs, job.step_limit = data, epochs, limit
+        return job, resume.load(job, start)
+
+    job, state = loaded(str(tmp_path / "a"))
+    assert (state.step, job.max_steps, job.is_over(state)) == (7, last, last == 7)
+    if last == 7:
+        return
+    job.max_steps = 9  # as if it were stopped there
+    loop.train(job, state, a_saver(tmp_path / "b", config=new), Stop(World()))
+    again, state = loaded("auto")
+    assert (state.step, again.max_steps) == (9, last)
+    assert rates(again, last - 9) == pytest.approx(by_hand("cosine", 0.1, 9, last, last - 9))
