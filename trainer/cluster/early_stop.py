@@ -29,11 +29,18 @@ def numbers(names: Sequence[str]) -> list[int]:
     return [number for number in valid if not (is_nohup and number == signal.SIGHUP)]
 
 
-def watch_arrivals(receive: Callable[[int], None]) -> Callable[[], None]:
+def watch_arrivals(receive: Callable[[int], None], *, forwards: bool = True) -> Callable[[], None]:
     """Call `receive` with the number of each handled signal, at once, on a separate thread.
 
-    Works while the main thread is in a call that runs no Python handlers. Main thread only; an
-    earlier watch receives the signals too. Returns a function that ends the watch.
+    Works while the main thread is in a call that runs no Python handlers. Main thread only.
+
+    Args:
+        receive: called with a signal number.
+        forwards: an earlier watch receives the signals too. Its thread may be late, and then sees
+            the handlers of that time.
+
+    Returns:
+        A function that ends the watch.
     """
     import threading
 
@@ -43,7 +50,7 @@ def watch_arrivals(receive: Callable[[int], None]) -> Callable[[], None]:
 
     def watch() -> None:
         while arrived := os.read(reading, 64):
-            if previous >= 0:
+            if forwards and previous >= 0:
                 with suppress(OSError):  # full, or closed meanwhile
                     os.write(previous, arrived)
             for number in arrived:

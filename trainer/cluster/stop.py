@@ -107,7 +107,8 @@ class Stop:
             self._record_time(number)
             exit_on_second(number)
 
-        self._stop_watching = watch_arrivals(receive)
+        # Not forwarded: the early stop would answer one that it sees after this loop has ended.
+        self._stop_watching = watch_arrivals(receive, forwards=False)
         for number in numbers(names):
             self._previous[number] = signal.signal(number, self._record)
         number, received_s = early_stop.adopt()
@@ -124,10 +125,10 @@ class Stop:
 
     def restore_handlers(self) -> None:
         """Restore the previous handlers."""
+        self._stop_watching()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
-        self._stop_watching()
 
     @property
     def remaining_s(self) -> float | None:

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from trainer.cluster.early_stop import watch_arrivals
 from trainer.cluster.stop import DEADLINE, Stop, reason_text, signal_problems
 from trainer.cluster.world import World
 
@@ -40,6 +41,26 @@ def test_remaining_s_counts_from_first_signal(stop):
     assert 0 < first < 50.0
     signal.raise_signal(signal.SIGUSR1)  # does not restart it
     assert stop.remaining_s <= first
+
+
+def test_signal_of_the_loop_does_not_reach_an_earlier_watch():
+    """The early stop would end the process with 75, although the loop has dealt with the signal."""
+    earlier = []
+    end_earlier = watch_arrivals(earlier.append)
+    others = set(threading.enumerate())
+    stop = Stop(World())
+    stop.listen(["SIGUSR1"])
+    (thread,) = set(threading.enumerate()) - others
+    signal.raise_signal(signal.SIGUSR1)
+    stop.restore_handlers()
+    thread.join()
+    previous = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    signal.raise_signal(signal.SIGUSR1)  # received by the earlier watch alone
+    while not earlier:
+        time.sleep(0.001)
+    signal.signal(signal.SIGUSR1, previous)
+    end_earlier()
+    assert earlier == [signal.SIGUSR1]
 
 
 def test_agree_returns_deadline_as_reason():
