@@ -4,6 +4,7 @@ python scripts/settings_reference.py > docs/settings.md
 """
 
 from dataclasses import Field
+from textwrap import fill
 
 from trainer.config.run_help import default_text, settings
 from trainer.config.schema import Run
@@ -16,6 +17,11 @@ Generated from `trainer/config/schema.py` by `python scripts/settings_reference.
 """
 
 
+_WRAP = {
+    "width": 100, "subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False
+}  # fmt: skip
+
+
 def reference() -> str:
     """Return the page."""
     lines, section = [_HEAD], ""
@@ -23,8 +29,8 @@ def reference() -> str:
         head = key.rpartition(".")[0]
         if head != section or len(lines) == 1:
             section = head
-            lines.append(f"\n## {head or 'Run'}\n\n| key | default | meaning |\n|---|---|---|")
-        lines.append(f"| `{key}` | {_default(item)} | {_meaning(item)} |")
+            lines.append(f"\n## {head or 'Run'}\n")
+        lines.append(fill(f"- `{key}`, default {_default(item)}: {_meaning(item)}", **_WRAP))
     return "\n".join(lines) + "\n"
 
 
@@ -44,7 +50,7 @@ def _meaning(item: Field) -> str:
         more.append(f"At least {rule['at_least']}.")
     if rule["above"] is not None:
         more.append(f"Above {rule['above']}.")
-    return " ".join([rule["doc"].replace("|", "\\|"), *more])
+    return " ".join([rule["doc"], *more])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The documents agree with the code."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,18 @@ def test_settings_page_matches_the_code():
     assert (ROOT / "docs/settings.md").read_text() == reference(), (
         "run python scripts/settings_reference.py > docs/settings.md"
     )
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))],
+    ids=lambda p: p.name,
+)
+def test_lines_have_at_most_100_columns(path):
+    """Except code, and the pictures of the README."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if not line.startswith("| ![")]
+    assert [line for line in lines if len(line) > 100] == []
 
 
 def test_every_page_is_in_the_contents():
