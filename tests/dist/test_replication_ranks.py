@@ -232,6 +232,7 @@ def problems_of_evaluation(world):
     return texts, error_of_broken(world)
 
 
+@pytest.mark.slow
 def test_divided_evaluation_data_and_read_errors_are_raised_on_every_rank(on_ranks):
     (first, read_error), second = on_ranks(2, problems_of_evaluation)
     assert (first, read_error) == second
@@ -276,5 +277,6 @@ def batches_after(world):
     ]
 
 
+@pytest.mark.slow
 def test_comparison_leaves_the_position_unchanged(on_ranks):
     assert on_ranks(2, batches_after) == [[True] * 4] * 2

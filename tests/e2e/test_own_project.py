@@ -32,6 +32,7 @@ def test_files_have_sixty_lines():
     assert len(lines) <= 60
 
 
+@pytest.mark.slow
 def test_check_accepts_the_project_and_writes_nothing(project):
     done = project(*EXPERIMENT, "--check=run", "launch.nproc=2")
     assert done.returncode == 0, done.stderr

@@ -108,6 +108,7 @@ def test_misspelt_keys_and_choices_are_rejected_without_torch(command, arguments
     assert not imported
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_runs")
 def test_run_reports_all_problems_together_if_a_target_has_to_be_looked_up():
     error, imported = slow_imports("trainer.run", "seeed=1", "model.hiden=3", code=2)
@@ -116,6 +117,7 @@ def test_run_reports_all_problems_together_if_a_target_has_to_be_looked_up():
     assert "torch" in imported
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_runs")
 @pytest.mark.parametrize("verb", ["verify", "diff"])
 def test_verbs_that_read_tensors_import_torch_on_use(verb):

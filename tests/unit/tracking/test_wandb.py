@@ -120,8 +120,10 @@ def test_wandb_offline_attempts_share_a_run_and_store_each_line_once(tmp_path, c
 @pytest.mark.parametrize("modes", [
     ("online", "offline", "online"),
     ("offline", "synced", "offline", "online"),
-    ("offline", "killed", "offline", "online", "offline", "synced"),
-    ("killed", "online", "killed", "offline", "synced"),
+    pytest.param(
+        ("offline", "killed", "offline", "online", "offline", "synced"), marks=pytest.mark.slow
+    ),
+    pytest.param(("killed", "online", "killed", "offline", "synced"), marks=pytest.mark.slow),
 ], ids="-".join)  # fmt: skip
 def test_wandb_site_gets_each_line_once_in_every_mode(modes, tmp_path, monkeypatch, capsys):
     """Each attempt resumes 5 steps before the end of the last one; one is killed without an end."""
