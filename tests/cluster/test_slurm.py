@@ -112,7 +112,9 @@ def test_job_signaled_while_its_ranks_start_is_requeued(cluster, command, submit
         cluster.run("scancel", "--signal=USR2", job)
         signaled += 1
     assert cluster.ended(job) == "COMPLETED"
-    assert cluster.job(job)["Restarts"] == str(signaled)
+    restarts = int(cluster.job(job)["Restarts"])
+    assert restarts >= signaled  # SLURM may end a step of the same number again, some time later
+    assert cluster.log(job).count("ended with 75") == restarts
     assert steps(command, "a") == 40
 
 
