@@ -30,7 +30,9 @@ _SPARE_S = 2.0
 
 
 class Wandb:
-    """Log to a run of Weights & Biases. `step` is the axis of all metrics.
+    """Log to a run of Weights & Biases, each line once. `step` is the axis of all metrics.
+
+    What the site does not have, also from earlier attempts, is taken from `metrics.jsonl`.
 
     Args:
         project: default: WANDB_PROJECT, else `perdure`.
@@ -258,11 +260,12 @@ class Wandb:
             folders = [*sent.folders, _keep(folder, facts)] if is_offline else []
             sent = wandb_state.Sent(self._next, folders)
             wandb_state.write(facts["store"], run.id, sent)
-        elif not is_offline:
+        else:
+            flag = "" if is_offline else "--no-skip-online "
             _warn(
-                f"not everything was sent in {self._close_timeout_s:g} s "
-                "(tracker.wandb.close_timeout_s). The next attempt sends the rest. Without one, "
-                f"`wandb sync --no-skip-online {folder}` sends all lines of this attempt again"
+                f"did not end in {self._close_timeout_s:g} s (tracker.wandb.close_timeout_s), so "
+                "lines may be missing. The next attempt sends or stores them. Without one, "
+                f"`wandb sync {flag}{folder}` sends the lines of this attempt, some of them again"
             )
         _print_commands(sent.folders, facts)
 

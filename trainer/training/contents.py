@@ -80,12 +80,10 @@ def restore(job: Job, start: "Start", manifest: Manifest, reader: Reader) -> Sta
     takeover = start.takeover
     state = _restore_state(manifest, takeover)
     data_moved = _restore_data(job, start, manifest, state)
-    has_other_length, job.max_steps = job.last_step(state) != job.max_steps, job.last_step(state)
+    _set_length(job, job.last_step(state))
     _restore_model(job, manifest, reader)
     longer = (data_moved or not takeover.same_length) and _depends_on_length(manifest)
     replay = longer and state.step < job.max_steps
-    if has_other_length:
-        job.phases = [_rescheduled(phase, 0, job.max_steps) for phase in job.phases]
     replayed = _restore_schedules(job, takeover, manifest, reader, state.step, replay=replay)
     _restore_optimizers(job, takeover, manifest, reader)
     for scheduler, position in replayed:
@@ -106,6 +104,13 @@ def stored_state(manifest: Manifest) -> State:
     state = State()
     state.load_state_dict(dict(manifest.objects[RUN]))
     return state
+
+
+def _set_length(job: Job, max_steps: int) -> None:
+    """End the run at this step; its schedules are built again if they had another length."""
+    if max_steps != job.max_steps:
+        job.max_steps = max_steps
+        job.phases = [_rescheduled(phase, 0, max_steps) for phase in job.phases]
 
 
 def _restore_state(manifest: Manifest, takeover: Takeover) -> State:

@@ -64,7 +64,8 @@ def _length(run: Run, job: Job) -> str:
     per_epoch, trainer = job.data.steps_per_epoch, run.trainer
     limits = [pluralize(job.max_steps, "step")]
     if per_epoch is not None:
-        epochs = job.max_steps / per_epoch
+        ends_with_epoch = job.max_epochs and job.max_steps != job.step_limit
+        epochs = job.max_epochs if ends_with_epoch else job.max_steps / per_epoch
         limits[0] += f" = {epochs:.4g} {'epoch' if epochs == 1 else 'epochs'} of {per_epoch:,}"
     elif job.max_epochs:
         limits.append(f"{pluralize(job.max_epochs, 'epoch')} of the stream")

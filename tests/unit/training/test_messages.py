@@ -110,6 +110,8 @@ def test_banner_lists_retention(checkpoint, text):
 def test_banner_length_lists_every_limit():
     assert cell(banner(a_job(max_steps=5)), "length") == "5 steps = 1 epoch of 5"
     assert cell(banner(a_job(max_steps=2)), "length") == "2 steps = 0.4 epochs of 5"
+    fork = a_job(max_steps=37, max_epochs=4)  # its parent had epochs of another length
+    assert cell(banner(fork), "length") == "37 steps = 4 epochs of 5"
     lines = banner(a_job(max_steps=12), max_time="1:00:00", patience_evals=4)
     assert cell(lines, "length") == (
         "12 steps = 2.4 epochs of 5 or 1:00:00 per attempt or 4 evaluations without improvement"

@@ -1,20 +1,20 @@
 """Optimizers with a training and an evaluation mode, against loops written by hand."""
 
+from functools import partial
+
 import pytest
 import torch
-from support.loop_jobs import a_job, a_saver, everything, go_on
+from support.killed_jobs import Deadly, KilledError, resumed_like_undisturbed
+from support.loop_jobs import a_job, a_saver, everything
 from support.mode_optimizers import Attribute, ScheduleFree
 from torch.nn import functional as F
 
-from trainer.checkpoint import lineage
 from trainer.cluster.stop import Stop
 from trainer.cluster.world import World
 from trainer.config.schema import Run, Sample, Trainer
 from trainer.core.intervals import Every
 from trainer.core.state import State
 from trainer.errors import ConfigError
-from trainer.storage import open_store
-from trainer.task import Classification
 from trainer.tracking.several import Silent
 from trainer.training import build, evaluation, loop, modes
 from trainer.training.contents import collect
@@ -36,42 +36,14 @@ def job_of(kind, **changes):
     return a_job(optimizer=optimizer, eval_every=Every(steps=3), **changes)
 
 
-class KilledError(Exception):
-    pass
-
-
-class Deadly(Classification):
-    """Raises at a given call, in training or in evaluation."""
-
-    def __init__(self, call, *, training):
-        super().__init__()
-        self.remaining, self.training = call, training
-
-    def loss(self, model, batch):
-        self.remaining -= model.training == self.training
-        if self.remaining == 0:
-            raise KilledError
-        return super().loss(model, batch)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("deadly", [
     {"call": 8, "training": True}, {"call": 7, "training": False},
 ])  # fmt: skip
 @pytest.mark.parametrize("every", [1, 2])
 def test_train_killed_with_modes_ends_with_the_same_bits(tmp_path, kind, deadly, every):
-    undisturbed, state = job_of(kind), State()
-    loop.train(undisturbed, state, a_saver(tmp_path / "a"), Stop(World()))
-    killed = job_of(kind, task=Deadly(**deadly))
-    with pytest.raises(KilledError):
-        loop.train(
-            killed, State(), a_saver(tmp_path / "b", every=Every(steps=every)), Stop(World())
-        )
-    assert lineage.commits(open_store(str(tmp_path / "b")))
-    again = job_of(kind)
-    its_state, finished = go_on(tmp_path / "b", again, every=Every(steps=every))
-    assert finished
-    assert everything(again, its_state) == everything(undisturbed, state)
+    job = partial(job_of, kind)
+    resumed_like_undisturbed(tmp_path, job, Deadly(**deadly), every=every)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,17 +3,16 @@
 import pytest
 import torch
 from support import wrapper_optimizers as wrappers
-from support.loop_jobs import Net, a_job, a_saver, everything, go_on
+from support.killed_jobs import Deadly, resumed_like_undisturbed
+from support.loop_jobs import Net, a_job, a_saver, go_on
 from support.mode_optimizers import ScheduleFree
 from torch import nn
 
 from trainer.cluster.stop import Stop
 from trainer.cluster.world import World
 from trainer.core import rng
-from trainer.core.intervals import Every
 from trainer.core.state import State
 from trainer.errors import CheckpointError, ConfigError
-from trainer.task import Classification
 from trainer.training import loop, optimizers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,22 +25,6 @@ def node_of(kind, **settings):
 def make(kind, model, groups=None, **settings):
     groups = groups or [{"params": [*model.parameters()]}]
     return optimizers.make(node_of(kind, **settings), groups, model)
-
-
-class KilledError(Exception):
-    pass
-
-
-class Deadly(Classification):
-    """Raises at the eighth training step."""
-
-    remaining = 8
-
-    def loss(self, model, batch):
-        self.remaining -= model.training
-        if self.remaining == 0:
-            raise KilledError
-        return super().loss(model, batch)
 
 
 RESTORED = [
@@ -65,15 +48,7 @@ def test_train_killed_with_any_wrapper_ends_with_the_same_bits(tmp_path, kind):
     def job(**changes):
         return a_job(optimizer=lambda model: make(kind, model), **changes)
 
-    undisturbed, state = job(), State()
-    loop.train(undisturbed, state, a_saver(tmp_path / "a"), Stop(World()))
-    killed = job(task=Deadly())
-    with pytest.raises(KilledError):
-        loop.train(killed, State(), a_saver(tmp_path / "b", every=Every(steps=7)), Stop(World()))
-    again = job()
-    its_state, finished = go_on(tmp_path / "b", again)
-    assert finished
-    assert everything(again, its_state) == everything(undisturbed, state)
+    again = resumed_like_undisturbed(tmp_path, job, Deadly(8), every=7)
     assert again.phases[0].optimizer.param_groups[0]["lr"] == 0.05
 
 

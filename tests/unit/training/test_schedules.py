@@ -1,11 +1,13 @@
 """Every schedule of torch: trained to the end and resumed exactly, or rejected before step 1."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.loop_jobs import PER_EPOCH, a_job, a_saver, everything, go_on, sgd
+from support.killed_jobs import Deadly, resumed_like_undisturbed
+from support.loop_jobs import PER_EPOCH, a_job, a_saver, everything, sgd
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -17,31 +19,12 @@ from trainer.core.intervals import Every
 from trainer.core.state import State
 from trainer.errors import ConfigError
 from trainer.storage import open_store
-from trainer.task import Classification
 from trainer.training import loop, resume, schedules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TORCH = "torch.optim.lr_scheduler."
 STEPS = 12
-
-
-class KilledError(Exception):
-    pass
-
-
-class Deadly(Classification):
-    """Raises at a given training step."""
-
-    def __init__(self, step):
-        super().__init__()
-        self.remaining = step
-
-    def loss(self, model, batch):
-        self.remaining -= model.training
-        if self.remaining == 0:
-            raise KilledError
-        return super().loss(model, batch)
 
 
 def half_life(step: int, steps: float) -> float:
@@ -104,17 +87,9 @@ def test_family_has_every_scheduler_of_torch():
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_train_killed_with_any_schedule_ends_with_the_same_bits(tmp_path, name):
-    evaluated = {"eval_every": Every(steps=3)}
-    undisturbed, state = scheduled(FAMILY[name], **evaluated), State()
-    schedules.check_length(undisturbed, state)
-    loop.train(undisturbed, state, a_saver(tmp_path / "a"), Stop(World()))
-    killed = scheduled(FAMILY[name], task=Deadly(8), **evaluated)
-    with pytest.raises(KilledError):
-        loop.train(killed, State(), a_saver(tmp_path / "b", every=Every(steps=7)), Stop(World()))
-    again = scheduled(FAMILY[name], **evaluated)
-    its_state, finished = go_on(tmp_path / "b", again)
-    assert finished
-    assert everything(again, its_state) == everything(undisturbed, state)
+    job = partial(scheduled, FAMILY[name], eval_every=Every(steps=3))
+    schedules.check_length(job(), State())
+    resumed_like_undisturbed(tmp_path, job, Deadly(8), every=7)
 
 
 @pytest.mark.parametrize("name", FAMILY)

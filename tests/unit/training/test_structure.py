@@ -116,6 +116,25 @@ def test_undeclared_tensors_are_rejected_by_name(kind, names, mode, tmp_path):
     assert not list(tmp_path.glob("checkpoints/*/manifest.json"))
 
 
+class Costly(Net):
+    """Network whose extra state takes long to compute."""
+
+    computed = 0
+
+    def get_extra_state(self):
+        self.computed += 1
+        return self.computed
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_check_computes_no_extra_state():
+    model = Costly()
+    structure.check(model, structure.declared(model))
+    assert model.computed == 0
+
+
 @pytest.mark.parametrize("module", [
     nn.LazyLinear(3), nn.Sequential(nn.Flatten(), nn.LazyBatchNorm1d()), nn.LazyConv2d(3, 1)
 ])  # fmt: skip
