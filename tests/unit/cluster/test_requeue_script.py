@@ -55,3 +55,14 @@ def test_examine_requeues_if_a_signal_ended_the_doctor(tmp_path, doctor, expecte
     (tmp_path / "python").write_text(f"#!/bin/bash\n{doctor}\n")
     (tmp_path / "python").chmod(0o755)
     assert run(tmp_path, "examine name=a")[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "is_rejected"), [(0, False), (1, True), (127, True), (143, False)]
+)
+def test_end_attempt_prints_what_to_do_if_the_requeue_was_rejected(tmp_path, code, is_rejected):
+    """127: this node has no scontrol. Requeueing ends the shell with a signal."""
+    function = f"scontrol() {{ return {code}; }}; end_attempt 75 >{tmp_path}/printed"
+    assert run(tmp_path, function)[0] == 75
+    printed = (tmp_path / "printed").read_text()
+    assert ("slurm/chain.sh 5" in printed) == is_rejected
