@@ -10,19 +10,30 @@ fi
 attempt=$job.${SLURM_RESTART_COUNT:-0}
 python=${PERDURE_PYTHON:-python}
 
+# SLURM's commands fail now and then, while its controller or munge is busy: try again.
+ask_slurm() { # a command
+  local pause
+  for pause in 1 2 4 8; do
+    "$@" 2>/dev/null && return
+    [[ $? != 127 ]] || break # no such command on this node
+    sleep "$pause"
+  done
+  "$@"
+}
+
 begin_attempt() {
   local shown end partition grace wait
   rm -f "$SLURM_SUBMIT_DIR/.outcome-$job".*
   export PERDURE_OUTCOME=$SLURM_SUBMIT_DIR/.outcome-$attempt # a folder that all nodes share
-  shown=$(scontrol show --oneliner job "$SLURM_JOB_ID")
+  shown=$(ask_slurm scontrol show --oneliner job "$SLURM_JOB_ID")
   end=$(sed -n 's/.* EndTime=\([^ ]*\).*/\1/p' <<<"$shown")
   if end=$(date -d "$end" +%s 2>/dev/null); then
     export PERDURE_END_TIME=$end
   fi
   # A preempted task has the partition's grace time plus the time between TERM and KILL.
-  partition=$(scontrol show --oneliner partition "$SLURM_JOB_PARTITION")
+  partition=$(ask_slurm scontrol show --oneliner partition "$SLURM_JOB_PARTITION")
   grace=$(sed -n 's/.* GraceTime=\([0-9]*\).*/\1/p' <<<"$partition")
-  wait=$(scontrol show config | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')
+  wait=$(ask_slurm scontrol show config | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')
   if [[ $partition != *PreemptMode=OFF* && -z ${PERDURE_GRACE_S:-} ]]; then
     export PERDURE_GRACE_S=$((${grace:-0} + ${wait:-30}))
   fi
@@ -46,16 +57,17 @@ end_attempt() { # exit code of srun
   esac
   case $code in # a stop signal before Python had started: 128 + HUP, USR1, USR2, TERM
     129 | 138 | 140 | 143) code=75 ;;
+    141) code=75 ;; # 128 + PIPE: SLURM or munge hung up on srun
   esac
   echo "--- $attempt ended with $code, $(date -Is)"
   [[ $code == 75 ]] || exit "$code"
-  scontrol requeue "$job"
+  ask_slurm scontrol requeue "$job"
   case $? in
-    1 | 127) # rejected, or no scontrol on this node
+    0 | 143) sleep 120 ;; # requeueing ends this shell; exiting first would end the job
+    *)
       echo "The job cannot be requeued. Submit the same command again to resume, or several jobs at once:"
       echo "  slurm/chain.sh 5 <the arguments of sbatch>"
       ;;
-    *) sleep 120 ;; # requeueing ends this shell; exiting first would end the job
   esac
   exit 75
 }

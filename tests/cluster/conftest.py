@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -69,10 +70,16 @@ class Cluster:
         assert done.returncode == code, done.stdout + done.stderr
 
     def run(self, *command: str, **more: object) -> str:
-        """Run a SLURM command; return its output."""
-        done = subprocess.run(
-            command, env=self._env, capture_output=True, text=True, timeout=60, **more
-        )
+        """Run a SLURM command; return its output.
+
+        On a busy machine munge may hang up on it, which ends it with SIGPIPE: it is run again.
+        """
+        for _ in range(5):
+            done = subprocess.run(
+                command, env=self._env, capture_output=True, text=True, timeout=60, **more
+            )
+            if done.returncode != -signal.SIGPIPE:
+                break
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
@@ -107,9 +114,10 @@ class Cluster:
             time.sleep(0.1)
 
     def ended(self, name: str, within_s: float = 180.0) -> str:
-        """Wait for a job to end; return its state."""
+        """Wait for a job to end; return its state, and print its log for a test that fails."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
         self.wait(name, lambda: self.job(name)["JobState"] in over, within_s)
+        print(self.log(name))
         return self.job(name)["JobState"]
 
     def preempt(self, nodes: int = 2) -> None:

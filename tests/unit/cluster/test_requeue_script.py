@@ -30,7 +30,7 @@ def run(folder, function):
     return done.returncode, requeued.read_text() if requeued.exists() else ""
 
 
-@pytest.mark.parametrize("code", [75, 129, 138, 140, 143])
+@pytest.mark.parametrize("code", [75, 129, 138, 140, 141, 143])
 def test_end_attempt_requeues_after_75_and_after_its_own_signals(tmp_path, code):
     assert run(tmp_path, f"end_attempt {code}") == (75, "requeue 7\n")
 
@@ -66,3 +66,17 @@ def test_end_attempt_prints_what_to_do_if_the_requeue_was_rejected(tmp_path, cod
     assert run(tmp_path, function)[0] == 75
     printed = (tmp_path / "printed").read_text()
     assert ("slurm/chain.sh 5" in printed) == is_rejected
+
+
+@pytest.mark.parametrize(("failures", "requeues"), [(1, True), (4, True), (5, False)])
+def test_commands_of_slurm_are_tried_five_times(tmp_path, failures, requeues):
+    """141: SIGPIPE, with which they end if munge hangs up on them."""
+    function = f"""
+    scontrol() {{
+      echo x >>{tmp_path}/calls
+      (($(wc -l <{tmp_path}/calls) > {failures})) || return 141
+    }}
+    end_attempt 75 >{tmp_path}/printed"""
+    assert run(tmp_path, function)[0] == 75
+    assert len((tmp_path / "calls").read_text().split()) == min(failures + 1, 5)
+    assert ("slurm/chain.sh 5" not in (tmp_path / "printed").read_text()) == requeues
