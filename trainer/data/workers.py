@@ -18,6 +18,7 @@ from torch._utils import ExceptionWrapper
 
 from trainer.core import threads
 from trainer.data import damage, limits
+from trainer.data.forking import verified_forks
 from trainer.errors import ConfigError, DataError, PerdureError, WorkerLostError
 
 T = TypeVar("T")
@@ -37,11 +38,16 @@ def start_workers(start: Callable[[], T]) -> T:
     Workers ignore SIGTERM, which multiprocessing would send at exit and then wait forever.
     The SIGCHLD handler that torch installs is removed: it raises between any two lines of the
     training loop. A lost worker is detected within five seconds by the process waiting for it.
+
+    Raises:
+        ConfigError: a limit of the machine prevents it.
+        WorkerLostError: no worker runs, see `forking`.
     """
     limits.raise_descriptor_limit()
     existing, handler = set(active_children()), signal.getsignal(signal.SIGCHLD)
     try:
-        result = start()
+        with verified_forks():
+            result = start()
     except OSError as error:
         if explained := limits.explain_start(error):
             raise explained from None
