@@ -2,13 +2,15 @@
 
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Generic, TypeVar
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from trainer.config.merge import merge_options
 from trainer.config.schema import ObjectStore
 from trainer.errors import (
     CONFIGURATION,
@@ -19,10 +21,13 @@ from trainer.errors import (
     PerdureError,
     closest,
     print_error,
+    problems_text,
     version_text,
 )
 
+T = TypeVar("T")
 _STORE = "store."
+_HELP_WIDTH = 98
 
 
 def command(
@@ -68,82 +73,112 @@ def command(
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Generic[T]):
     """Parsed arguments of a command."""
 
     places: list[str]
-    options: dict[str, str]
     flags: set[str]
+    options: T
+    """Values of the command's schema."""
     store: ObjectStore
     """Values of the `store.*` arguments, which are those of `trainer.run`."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """Values of further options."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Schema of a command without options."""
 
 
 def parse(
     arguments: Sequence[str],
     usage: str,
+    schema: type[T],
     *,
-    options: Mapping[str, str],
+    texts: Collection[str] = (),
     flags: Collection[str] = (),
     places: Collection[int] = (1,),
-) -> Arguments:
+) -> Arguments[T]:
     """Parse the arguments of a command.
 
     Args:
         arguments: arguments after the command's name.
         usage: help text, appended to error messages.
-        options: valid keys, with their defaults.
+        schema: frozen dataclass of the options, whose fields are declared by `setting`.
+        texts: keys of further options, which are returned as text if they are given.
         flags: valid flags, with their dashes.
         places: valid numbers of positional arguments.
 
     Raises:
-        ConfigError: a key or flag is unknown, or the number of positional arguments is wrong.
+        ConfigError: a key or flag is unknown, the number of positional arguments is wrong, or the
+            value of an option has the wrong type or is out of range; with all of these values.
     """
-    parsed = Arguments([], dict(options), set(), ObjectStore())
+    keys = {item.name for item in fields(schema)} | set(texts)  # type: ignore[arg-type]
+    urls: list[str] = []
+    given_flags: set[str] = set()
+    options: dict[str, str] = {}
     store = []
     rest = iter(arguments)
     for argument in rest:
         key, equals, value = argument.partition("=")
         if argument.startswith("-"):
             if argument not in flags:
-                hint = _as_option(argument, rest, options) or closest(argument, flags)
+                hint = _as_option(argument, rest, keys) or closest(argument, flags)
                 raise ConfigError(f"no flag {argument!r}{hint}\n{usage}")
-            parsed.flags.add(argument)
+            given_flags.add(argument)
         elif equals and key.startswith(_STORE):
             store.append(argument.removeprefix(_STORE))
         elif (
             not equals or "/" in key or os.path.exists(argument)
         ):  # names of sweep runs contain `=`
-            parsed.places.append(argument)
-        elif key not in options:
-            raise ConfigError(f"no option {key!r}{closest(key, options)}\n{usage}")
+            urls.append(argument)
+        elif key not in keys:
+            raise ConfigError(f"no option {key!r}{closest(key, keys)}\n{usage}")
         else:
-            parsed.options[key] = value
-    if len(parsed.places) not in places:
+            options[key] = value
+    if len(urls) not in places:
         counts = [str(count) for count in sorted(places)]
         few = " or ".join(counts) if len(counts) < 4 else f"{counts[0]} to {counts[-1]}"
         expected = few + (" path" if max(places) == 1 else " paths")
-        raise ConfigError(f"{expected} needed, {len(parsed.places)} given\n{usage}")
-    return Arguments(parsed.places, parsed.options, parsed.flags, _object_store(store))
+        raise ConfigError(f"{expected} needed, {len(urls)} given\n{usage}")
+    further = {key: options.pop(key) for key in texts if key in options}
+    return Arguments(urls, given_flags, *_typed(schema, options, store), further)
 
 
-def _as_option(flag: str, rest: Iterator[str], options: Mapping[str, str]) -> str:
+def options_text(schema: type, width: int) -> str:
+    """Return the lines of a schema's options for --help, with names of `width` characters."""
+    lines = []
+    for item in fields(schema):
+        text = item.metadata["doc"]
+        if item.default not in ("", None, False):  # for these, the text has the default
+            default = item.default if isinstance(item.default, str) else f"{item.default:g}"
+            text += f" (default {default})"
+        first = f"  {item.name:<{width}}  "
+        lines += textwrap.wrap(
+            text, _HELP_WIDTH, initial_indent=first, subsequent_indent=" " * len(first)
+        )
+    return "\n".join(lines)
+
+
+def _as_option(flag: str, rest: Iterator[str], keys: Collection[str]) -> str:
     """Return a hint if an option is written as `--key value` or `--key=value`."""
     key, equals, value = flag.lstrip("-").partition("=")
     key = key.replace("-", "_")
-    if key not in options and not key.startswith(_STORE):
+    if key not in keys and not key.startswith(_STORE):
         return ""
     return f"; options have no dashes: {key}={value if equals else next(rest, '…')}"
 
 
-def _object_store(settings: Sequence[str]) -> ObjectStore:
-    if not settings:
-        return ObjectStore()
-    schema = OmegaConf.structured(ObjectStore)
-    OmegaConf.set_readonly(schema, False)  # a frozen dataclass makes its own node read-only
+def _typed(schema: type[T], options: dict[str, str], store: Sequence[str]) -> tuple[T, ObjectStore]:
+    """Return options and store settings with the types of their schemas."""
     try:
-        merged = OmegaConf.merge(schema, OmegaConf.from_dotlist(list(settings)))
-        merged_store: ObjectStore = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    except (OmegaConfBaseException, YAMLError, ValueError, LookupError) as error:
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"store.{' store.'.join(settings)}: {text}") from None
-    return merged_store
+        store_node: Any = OmegaConf.from_dotlist(list(store))
+    except (YAMLError, ValueError, LookupError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"store.{' store.'.join(store)}: {reason}") from None
+    values, problems = merge_options(schema, OmegaConf.create(options))
+    store_values, store_problems = merge_options(ObjectStore, store_node, _STORE)
+    if problems or store_problems:
+        raise ConfigError(problems_text([*problems, *store_problems], "arguments"))
+    return values, store_values

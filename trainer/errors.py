@@ -94,13 +94,13 @@ class Problem:
     """Value and how to correct it."""
 
 
-def problems_text(problems: Sequence[Problem]) -> str:
+def problems_text(problems: Sequence[Problem], of: str = "configuration") -> str:
     """Format all problems as the message of one ConfigError, with aligned keys."""
     width = min(max(len(p.key) for p in problems), 32)
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     indent = "\n" + " " * (width + 4)
     lines = [f"  {p.key:<{width}}  {p.text.replace(chr(10), indent)}" for p in problems]
-    return "\n".join([f"{count} in the configuration:", *lines])
+    return "\n".join([f"{count} in the {of}:", *lines])
 
 
 def closest(name: str, valid: Iterable[str]) -> str:

@@ -3,23 +3,38 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from trainer import cli
 from trainer.config.compose import config_folders
-from trainer.config.schema import ObjectStore
+from trainer.config.schema import ObjectStore, setting
 from trainer.core.formatting import table
 from trainer.errors import DONE, ConfigError, closest
 
 _WEIGHTS = ("auto", "model", "ema")
-_OPTIONS = {"step": "latest", "weights": "auto", "allow": ""}
-_USAGE = """usage: python -m trainer.evaluate RUN [step=…] [weights=…] [allow=…] [key=value …]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the command."""
+
+    step: str = setting("latest", "latest, best, or a step number")
+    weights: str = setting(
+        "auto",
+        "model, ema (the moving averages), or auto: ema if the run has averages",
+        choices=_WEIGHTS,
+    )
+    allow: str = setting(
+        "",
+        "packages or names, separated by commas, that the checkpoint's configuration may call in "
+        "addition to this project's and torch.nn",
+    )
+
+
+_USAGE = f"""usage: python -m trainer.evaluate RUN [step=…] [weights=…] [allow=…] [key=value …]
   RUN      run directory, folder of checkpoints, or one checkpoint; local, s3://… etc.
-  step     latest, best, or a step number (default latest)
-  weights  model, ema (the moving averages), or auto: ema if the run has averages (default auto)
-  allow    packages or names, separated by commas, that the checkpoint's configuration may call
-           in addition to this project's and torch.nn
+{cli.options_text(Options, 7)}
   key      configuration override, such as data.dir=/elsewhere or trainer.eval_batch_size=256;
            data=NAME and task=NAME choose another group
   --config-dir  folder with additional groups, as in trainer.run
@@ -34,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate(argv: list[str]) -> int:
     argv, config_dirs = config_folders(argv, _USAGE)
     arguments, settings = _split(argv)
-    parsed = cli.parse(arguments, _USAGE, options=_OPTIONS, flags=("--json",))
+    parsed = cli.parse(arguments, _USAGE, Options, flags=("--json",))
     result = evaluate(
         parsed.places[0],
-        step=parsed.options["step"],
-        weights=parsed.options["weights"],
+        step=parsed.options.step,
+        weights=parsed.options.weights,
         settings=settings,
         config_dirs=config_dirs,
-        allowed=[name for name in parsed.options["allow"].split(",") if name],
+        allowed=[name for name in parsed.options.allow.split(",") if name],
         store=parsed.store,
     )
     print(result.json() if "--json" in parsed.flags else result.text())
@@ -134,10 +149,11 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return this command's arguments, and the overrides of the run's configuration."""
     arguments: list[str] = []
     settings: list[str] = []
+    names = {item.name for item in fields(Options)}
     for argument in argv:
         key, equals, _ = argument.partition("=")
         is_setting = equals and "/" not in key and not key.startswith(("-", "store."))
-        (settings if is_setting and key not in _OPTIONS else arguments).append(argument)
+        (settings if is_setting and key not in names else arguments).append(argument)
     return arguments, settings
 
 

@@ -5,13 +5,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from trainer import cli
 from trainer.cli import Arguments
+from trainer.config.schema import setting
 from trainer.core.formatting import age, duration, number, plain, table
-from trainer.errors import DONE, ConfigError, PerdureError
+from trainer.errors import DONE, PerdureError
 from trainer.reporting import overview
 from trainer.reporting.overview import Row
 from trainer.reporting.scales import SIZE, fitting
@@ -23,9 +25,18 @@ _STYLES = {
     "finished": "green", "running": "bold blue", "starting": "blue", "stopped": "yellow",
     "died": "red", "silent": "red", overview.UNREADABLE: "red",
 }  # fmt: skip
-_USAGE = """usage: python -m trainer.top RUN [RUN …] [every_s=2] [--once] [--json]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the command."""
+
+    every_s: float = setting(2.0, "seconds between updates", at_least=0.1, at_most=86400)
+
+
+_USAGE = f"""usage: python -m trainer.top RUN [RUN …] [every_s=2] [--once] [--json]
   RUN      directory of a run, or a folder of runs; local or s3://…
-  every_s  seconds between updates (default 2)
+{cli.options_text(Options, 7)}
   --once   print the table once; default without a terminal
   --json   print one JSON object, once
   store.endpoint_url=… and the other store.* settings as trainer.run has them
@@ -39,38 +50,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _top(argv: list[str]) -> int:
     arguments = cli.parse(
-        argv,
-        _USAGE,
-        options={"every_s": "2"},
-        flags=("--once", "--json"),
-        places=range(1, _MOST_PLACES + 1),
+        argv, _USAGE, Options, flags=("--once", "--json"), places=range(1, _MOST_PLACES + 1)
     )
     with suppress(KeyboardInterrupt):  # the user's way to end it
-        _watch(arguments, _every_s(arguments.options["every_s"]))
+        _watch(arguments)
     return DONE
 
 
-def _every_s(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.1 <= seconds <= 86400:
-        raise ConfigError(f"every_s={text}: give seconds, from 0.1 to 86400")
-    return seconds
-
-
-def _watch(arguments: Arguments, every_s: float) -> None:
+def _watch(arguments: Arguments[Options]) -> None:
     rows = _read_all(arguments, {})
     if "--json" in arguments.flags:
         print(json.dumps({"runs": [row.json() for row in rows]}, indent=1), flush=True)
     elif "--once" in arguments.flags or not sys.stdout.isatty():
         print("\n".join([table([_TITLES, *map(cells, rows)]), *_reasons(rows)]), flush=True)
     else:
-        _live(arguments, rows, every_s)
+        _live(arguments, rows)
 
 
-def _read_all(arguments: Arguments, rows_before: Mapping[str, Row]) -> list[Row]:
+def _read_all(arguments: Arguments[Options], rows_before: Mapping[str, Row]) -> list[Row]:
     """Read all runs again, several at a time, including new ones."""
     urls = [
         url
@@ -80,13 +77,13 @@ def _read_all(arguments: Arguments, rows_before: Mapping[str, Row]) -> list[Row]
     return overview.read_rows(urls, arguments.store, rows_before)
 
 
-def _live(arguments: Arguments, rows: list[Row], every_s: float) -> None:
+def _live(arguments: Arguments[Options], rows: list[Row]) -> None:
     from rich.live import Live  # only needed on a terminal
 
     with Live(auto_refresh=False) as live:
         while True:
             live.update(_table(rows, live.console.width), refresh=True)
-            time.sleep(every_s)
+            time.sleep(arguments.options.every_s)
             try:
                 rows = _read_all(arguments, {row.run: row for row in rows})
             except PerdureError as error:  # the server may recover

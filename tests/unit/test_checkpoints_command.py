@@ -430,7 +430,12 @@ def test_bad_input_reports_one_line_and_changes_nothing(run, tmp_path, capsys, k
         (["list", "a", "b"], "1 path needed, 2 given"),
         (["list", "a", "--yess"], "no flag '--yess'"),
         (["prune", "a", "keeplast=2"], "did you mean 'keep_last'"),
-        (["show", "a", "store.endpoint=x"], "store.endpoint=x"),
+        (
+            ["show", "a", "store.endpoint=x"],
+            "store.endpoint  no such key (did you mean 'endpoint_url'?)",
+        ),
+        (["show", "a", "step=${x}"], "step  "),
+        (["prune", "a", "keep_last=few"], "keep_last  'few' does not fit"),
         (["diff", "a"], "pass two paths, or one path and step=A,B"),
     ],
 )

@@ -225,7 +225,7 @@ def test_compare_reports_nonfinite_values():
             "does not accept x float32[2, 77] (it was exported with x float32[batch, 1, 8, 8])",
         ),
         (("data=digits", "device=tpu"), "tpu"),
-        (("data=digits", "top=0"), "top=0 is not an integer of 1 or more"),
+        (("data=digits", "top=0"), "top  0 is too small (nearest: 1)"),
         (("data=digits", "--compare"), "2 exports needed, 1 given"),
     ],
 )

@@ -198,7 +198,9 @@ def test_sparkline_descends_with_the_values():
 
 @pytest.mark.parametrize(("arguments", "text"), [
     (["{}/nope"], "does not exist, or is empty"), (["{}/exports"], "does not exist, or is empty"),
-    (["{}", "every_s=0"], "every_s=0: give seconds"), (["{}", "every_s=x"], "every_s=x"),
+    (["{}", "every_s=0"], "every_s  0.0 is too small (nearest: 0.1)"),
+    (["{}", "every_s=1e6"], "every_s  1000000.0 is too large (nearest: 86400)"),
+    (["{}", "every_s=x", "store.retries=-1", "store.retry=2"], "3 problems in the arguments"),
     (["{}", "--onc"], "did you mean '--once'?"), (["--once"], "1 to 1000 paths needed"),
 ])  # fmt: skip
 def test_top_rejects_bad_arguments(runs, capsys, arguments, text):

@@ -11,11 +11,11 @@ from math import isfinite
 from typing import Any
 
 from trainer import cli
-from trainer.checkpoints.answer import Answer
+from trainer.checkpoints.answer import AllSteps, Answer, OneStep
 from trainer.checkpoints.listing import list_checkpoints
-from trainer.checkpoints.prune import prune
+from trainer.checkpoints.prune import Retention, prune
 from trainer.checkpoints.show import show
-from trainer.cli import Arguments
+from trainer.cli import Arguments, NoOptions
 from trainer.errors import ConfigError, closest
 
 _USAGE = """usage: python -m trainer.checkpoints VERB PATH [key=value…] [--json]
@@ -36,14 +36,10 @@ _USAGE = """usage: python -m trainer.checkpoints VERB PATH [key=value…] [--jso
   store.endpoint_url=… and the other store.* settings of trainer.run
 exit codes: 0 done (diff: equal), 1 damage, or a difference, 2 invalid arguments, nothing done"""
 
-_OPTIONS = {
-    "list": {},
-    "show": {"step": "latest"},
-    "verify": {"step": "all"},
-    "diff": {"step": "latest"},
-    "prune": {"keep_last": "", "keep_best": "", "keep_every_steps": ""},
-    "copy": {"step": "all"},
-}
+_OPTIONS: dict[str, type] = {
+    "list": NoOptions, "show": OneStep, "verify": AllSteps, "diff": OneStep, "prune": Retention,
+    "copy": AllSteps,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +56,7 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(f"unknown verb {verb!r}{closest(verb, _OPTIONS)}\n{_USAGE}")
     flags = ["--json", "--yes"] if verb in ("prune", "copy") else ["--json"]
     places = {"diff": (1, 2), "copy": (2,)}.get(verb, (1,))
-    arguments = cli.parse(rest, _USAGE, options=_OPTIONS[verb], flags=flags, places=places)
+    arguments: Arguments[Any] = cli.parse(rest, _USAGE, _OPTIONS[verb], flags=flags, places=places)
     code, content, text = _answer(verb, arguments)
     if "--json" in arguments.flags:
         text = json.dumps(_strict(content), indent=1, ensure_ascii=False)
@@ -68,7 +64,7 @@ def _run(argv: list[str]) -> int:
     return code
 
 
-def _answer(verb: str, arguments: Arguments) -> Answer:
+def _answer(verb: str, arguments: Arguments[Any]) -> Answer:
     """Run a verb. Those that read tensors import torch, which takes longer than to list a run."""
     match verb:
         case "list":

@@ -1,13 +1,14 @@
 """Values that the verbs of `python -m trainer.checkpoints` return, and the locations they open."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from trainer.checkpoint.inspection import CheckpointStatus
 from trainer.checkpoint.location import Location, find_location, open_location
 from trainer.checkpoint.manifest import Manifest, TensorEntry
 from trainer.checkpoint.shard import DTYPES, element_count
-from trainer.config.schema import ObjectStore
+from trainer.config.schema import ObjectStore, setting
 from trainer.core.formatting import iso
 from trainer.errors import ConfigError
 from trainer.storage import local_path
@@ -17,6 +18,20 @@ Answer = tuple[int, Mapping[str, Any], str]
 
 _JSON_STATES = {"intact": "whole", "orphaned": "litter"}
 """Values of the JSON format for states that have another name in text."""
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """Options of a verb that reads one checkpoint."""
+
+    step: str = setting("latest", "latest, best, or a number")
+
+
+@dataclass(frozen=True)
+class AllSteps(OneStep):
+    """Options of a verb that reads all checkpoints, or one."""
+
+    step: str = setting("all", "all, latest, best, or a number")
 
 
 def open_checkpoints(url: str, settings: ObjectStore) -> Location:

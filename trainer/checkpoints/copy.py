@@ -9,7 +9,7 @@ from trainer.checkpoint.location import Location, check_no_checkpoints_inside, n
 from trainer.checkpoint.manifest import is_void
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.shard import element_count
-from trainer.checkpoints.answer import Answer, files_bytes, open_checkpoints
+from trainer.checkpoints.answer import AllSteps, Answer, files_bytes, open_checkpoints
 from trainer.cli import Arguments
 from trainer.core.formatting import ask, pluralize, progress
 from trainer.errors import DONE, CheckpointError, ConfigError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trainer.importing.formats import Source
 
 
-def copy(arguments: Arguments) -> Answer:
+def copy(arguments: Arguments[AllSteps]) -> Answer:
     """Copy to a target; return the copied steps, and those that the target had."""
     from trainer.importing.formats import open_external  # slow to import
 
@@ -29,7 +29,7 @@ def copy(arguments: Arguments) -> Answer:
     if external is not None:
         return _convert(external, arguments)
     location = open_checkpoints(source, arguments.store)
-    step = arguments.options["step"]
+    step = arguments.options.step
     commits = location.survey().commits if step == "all" else [select.pick(location, step)]
     if not commits:
         select.pick(location, "latest")  # raises: no checkpoint
@@ -60,7 +60,7 @@ def copy(arguments: Arguments) -> Answer:
     return DONE, content, text
 
 
-def _convert(external: "Source", arguments: Arguments) -> Answer:
+def _convert(external: "Source", arguments: Arguments[AllSteps]) -> Answer:
     """Write another program's checkpoint in Perdure's format."""
     source, target = arguments.places
     store, folder = split(target, arguments.store)
@@ -117,7 +117,10 @@ def _copy_records(source: Store, target: Store) -> None:
 
 
 def _prepare(
-    store: Store, folder: str, source: tuple[Location, Commit] | None, arguments: Arguments
+    store: Store,
+    folder: str,
+    source: tuple[Location, Commit] | None,
+    arguments: Arguments[AllSteps],
 ) -> bool:
     """Delete another or a damaged checkpoint in the target folder, after a confirmation.
 

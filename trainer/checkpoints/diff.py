@@ -5,15 +5,15 @@ from dataclasses import asdict
 from trainer.checkpoint import compare, select
 from trainer.checkpoint.compare import Comparison
 from trainer.checkpoint.shard import element_count
-from trainer.checkpoints.answer import Answer, open_checkpoints, tensor_bytes
+from trainer.checkpoints.answer import Answer, OneStep, open_checkpoints, tensor_bytes
 from trainer.cli import Arguments
 from trainer.core.formatting import pluralize, progress, short_repr, table
 from trainer.errors import DONE, FAILURE, ConfigError
 
 
-def diff(arguments: Arguments, usage: str) -> Answer:
+def diff(arguments: Arguments[OneStep], usage: str) -> Answer:
     """Return the differences between two paths, or two steps of one; exit code 1 for any."""
-    steps = arguments.options["step"].split(",")
+    steps = arguments.options.step.split(",")
     if (len(steps), len(arguments.places)) not in ((1, 2), (2, 1)):
         raise ConfigError(f"pass two paths, or one path and step=A,B\n{usage}")
     opened = [open_checkpoints(path, arguments.store) for path in arguments.places]

@@ -2,12 +2,12 @@
 
 from trainer.checkpoint.inspection import best, inspect
 from trainer.checkpoints.answer import Answer, open_checkpoints, status_json
-from trainer.cli import Arguments
+from trainer.cli import Arguments, NoOptions
 from trainer.core.formatting import age, size, table
 from trainer.errors import DONE
 
 
-def list_checkpoints(arguments: Arguments) -> Answer:
+def list_checkpoints(arguments: Arguments[NoOptions]) -> Answer:
     """Return a table of all checkpoint folders."""
     location = open_checkpoints(arguments.places[0], arguments.store)
     statuses = inspect(location)

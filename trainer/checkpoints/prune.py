@@ -1,7 +1,7 @@
 """`prune`: delete checkpoints outside of the retention policy, and orphaned files."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 from trainer.checkpoint import lineage, select
 from trainer.checkpoint.inspection import CheckpointStatus, inspect, is_complete
@@ -9,12 +9,22 @@ from trainer.checkpoint.lineage import MANIFEST, Attempt
 from trainer.checkpoint.location import Location
 from trainer.checkpoints.answer import Answer, open_checkpoints, status_json
 from trainer.cli import Arguments
+from trainer.config.schema import setting
 from trainer.core import intervals, metric_mode
 from trainer.core.formatting import ask, pluralize, size, table
 from trainer.errors import DONE, CheckpointError, ConfigError
 
 
-def prune(arguments: Arguments) -> Answer:
+@dataclass(frozen=True)
+class Retention:
+    """Options of `prune`, by default those of the run's configuration."""
+
+    keep_last: int | None = setting(None, "newest checkpoints to keep", at_least=0)
+    keep_best: int | None = setting(None, "best checkpoints to keep", at_least=0)
+    keep_every_steps: int | None = setting(None, "keep every N-th step's checkpoint", at_least=1)
+
+
+def prune(arguments: Arguments[Retention]) -> Answer:
     """Delete after a confirmation; return the deleted folders."""
     location = open_checkpoints(arguments.places[0], arguments.store)
     store = location.store
@@ -48,9 +58,7 @@ def prune(arguments: Arguments) -> Answer:
     return DONE, content, f"{folders} deleted, {size(total_bytes)} freed"
 
 
-def _plan(
-    location: Location, options: Mapping[str, str]
-) -> tuple[set[int], list[CheckpointStatus]]:
+def _plan(location: Location, options: Retention) -> tuple[set[int], list[CheckpointStatus]]:
     """Return the steps to retain and the folders to delete."""
     statuses = inspect(location)
     intact = [status for status in statuses if status.state == "intact"]
@@ -68,17 +76,13 @@ def _plan(
 
 
 def _retained(
-    location: Location, intact: Sequence[CheckpointStatus], options: Mapping[str, str]
+    location: Location, intact: Sequence[CheckpointStatus], options: Retention
 ) -> set[int]:
     """Return the steps to retain by the options, or else by the run's configuration."""
     newest = intact[-1].manifest
     policy = lineage.retention_of(newest) if newest else {}
-    for key, text in options.items():
-        if text:
-            if not re.fullmatch("[0-9]{1,18}", text):
-                raise ConfigError(f"{key}={text} is not a number")
-            policy[key] = int(text)
-    if options["keep_best"] and not policy.get("metric"):
+    policy |= {key: count for key, count in asdict(options).items() if count is not None}
+    if options.keep_best and not policy.get("metric"):
         raise ConfigError(
             f"keep_best: {location.url} tracks no metric (checkpoint.metric is not set)"
         )

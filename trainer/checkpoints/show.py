@@ -3,16 +3,16 @@
 from trainer.checkpoint import select
 from trainer.checkpoint.manifest import Manifest, TensorEntry
 from trainer.checkpoint.values import leaves
-from trainer.checkpoints.answer import Answer, files_bytes, open_checkpoints, tensor_bytes
+from trainer.checkpoints.answer import Answer, OneStep, files_bytes, open_checkpoints, tensor_bytes
 from trainer.cli import Arguments
 from trainer.core.formatting import pluralize, short_repr, size, table
 from trainer.errors import DONE
 
 
-def show(arguments: Arguments) -> Answer:
+def show(arguments: Arguments[OneStep]) -> Answer:
     """Return the contents of a manifest."""
     location = open_checkpoints(arguments.places[0], arguments.store)
-    commit = select.pick(location, arguments.options["step"])
+    commit = select.pick(location, arguments.options.step)
     manifest = location.manifest(commit)
     objects = dict(leaves(manifest.objects))
     content = {

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from trainer.checkpoint import select
 from trainer.checkpoint.inspection import CheckpointStatus, inspect
 from trainer.checkpoint.location import Location
-from trainer.checkpoints.answer import Answer, files_bytes, open_checkpoints
+from trainer.checkpoints.answer import AllSteps, Answer, files_bytes, open_checkpoints
 from trainer.cli import Arguments
 from trainer.core.formatting import progress, size
 from trainer.errors import DONE, FAILURE, CheckpointError
 
 
-def verify(arguments: Arguments) -> Answer:
+def verify(arguments: Arguments[AllSteps]) -> Answer:
     """Return the first damage of each checkpoint; exit code 1 for any."""
     location = open_checkpoints(arguments.places[0], arguments.store)
-    step = arguments.options["step"]
+    step = arguments.options.step
     if step == "all":
         statuses = [item for item in inspect(location) if item.state in ("intact", "damaged")]
         if not statuses:

@@ -1,17 +1,18 @@
 """Strict merge of a composed configuration onto the schema, with all problems at once."""
 
 from dataclasses import is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from trainer.config.schema import Run
-from trainer.config.validate import validate
+from trainer.config.validate import check_ranges, validate
 from trainer.core.locations import normalized
 from trainer.core.nested import dotted, leaves
 from trainer.errors import Problem, closest
 
+T = TypeVar("T")
 _LOCATIONS = ("run_dir", "checkpoint.mirror", "resume", "init.weights")
 """Settings that are brought to the normal form of paths and URLs."""
 _NO_SUCH_KEY = "no such key"
@@ -37,6 +38,20 @@ def merge(composed: DictConfig) -> tuple[Run, list[Problem]]:
     reported = {problem.key for problem in problems}
     reported |= {key.partition(".")[0] for key in reported}  # an open group that was not merged
     return run, problems + [problem for problem in validate(run) if problem.key not in reported]
+
+
+def merge_options(cls: type[T], values: DictConfig, prefix: str = "") -> tuple[T, list[Problem]]:
+    """Merge the options of a command onto its schema, a frozen dataclass, as `merge` does.
+
+    Args:
+        cls: dataclass of the options, whose fields are declared by `setting`.
+        values: values of options, also as text: "2" is a number if the field is one.
+        prefix: text before the keys in problems.
+    """
+    node = writable(cls)
+    problems = _merge_node(cls, values, node, prefix)
+    options: T = OmegaConf.to_object(node)  # type: ignore[assignment]
+    return options, problems + check_ranges(options, prefix)
 
 
 def writable(cls: type) -> DictConfig:

@@ -11,10 +11,13 @@ def setting(
     *,
     choices: tuple[str, ...] = (),
     at_least: float | None = None,
+    at_most: float | None = None,
     above: float | None = None,
 ) -> Any:
     """Declare a field with its default, one-line doc (including the unit) and valid values."""
-    metadata = {"doc": doc, "choices": choices, "at_least": at_least, "above": above}
+    metadata = {
+        "doc": doc, "choices": choices, "at_least": at_least, "at_most": at_most, "above": above,
+    }  # fmt: skip
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     if isinstance(default, type) and is_dataclass(default):

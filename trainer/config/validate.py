@@ -74,11 +74,15 @@ def check_ranges(node: Any, prefix: str = "") -> list[Problem]:
             problems += check_ranges(value, full + ".")
         elif value is None:
             continue
+        elif isinstance(value, float) and math.isnan(value):
+            problems.append(Problem(full, "nan is not a number"))
         elif rule["choices"] and value not in rule["choices"]:
             hint = closest(value, rule["choices"])
             problems.append(Problem(full, f"{value!r} is not one of its values{hint}"))
         elif rule["at_least"] is not None and not value >= rule["at_least"]:
             problems.append(Problem(full, f"{value} is too small (nearest: {rule['at_least']})"))
+        elif rule["at_most"] is not None and not value <= rule["at_most"]:
+            problems.append(Problem(full, f"{value} is too large (nearest: {rule['at_most']})"))
         elif rule["above"] is not None and not value > rule["above"]:
             problems.append(Problem(full, f"{value} must be larger than {rule['above']}"))
     return problems

@@ -1,40 +1,73 @@
 """python -m trainer.export RUN [format=…] [step=…] [weights=…] [out=…]: export a checkpoint."""
 
-import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainer.cli import Arguments, command, parse
-from trainer.errors import DONE, ConfigError, closest
+from trainer.cli import Arguments, command, options_text, parse
+from trainer.config.schema import setting
+from trainer.errors import DONE
 from trainer.export.formats import FORMATS, find
 
 if TYPE_CHECKING:
     from trainer.export.exporting import Exported
 
-_WEIGHTS = ("model", "ema")
-_OPTIONS = {
-    "format": "safetensors", "step": "latest", "weights": "model", "out": "", "dtype": "",
-    "part": "", "inputs": "", "device": "cpu", "allow": "", "atol": "", "rtol": "",
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Options that choose what is exported, and to where."""
+
+    format: str = setting("safetensors", ", ".join(FORMATS))
+    step: str = setting("latest", "latest, best, or a step number")
+    weights: str = setting(
+        "model",
+        "model, or ema: the moving averages of runs with trainer.ema_decay",
+        choices=("model", "ema"),
+    )
+    out: str = setting(
+        "", "file or folder to write (default RUN/exports/step-N.<suffix of the format>)"
+    )
+    dtype: str = setting("", "fp32, fp16 or bf16, for floating-point tensors (default: unchanged)")
+    part: str = setting("", "submodule to export, such as generator (default: the complete model)")
+    allow: str = setting(
+        "",
+        "packages or names, separated by commas, that the checkpoint's configuration may call in "
+        "addition to this project's and torch.nn",
+    )
+
+
+@dataclass(frozen=True)
+class ComparisonOptions:
+    """Options of the comparison with the model."""
+
+    inputs: str = setting(
+        "",
+        "random inputs to use, such as 'tokens:int64[128]<50257;mask:bool[128]' (default: "
+        "evaluation data, as the task passes it to the model)",
+    )
+    device: str = setting("cpu", "cpu or cuda: device of the trace and the comparison")
+    atol: float | None = setting(
+        None, "absolute tolerance of an output (default by dtype: 1e-5 for fp32)", at_least=0
+    )
+    rtol: float | None = setting(
+        None,
+        "tolerance relative to the output's largest value (default by dtype: 1e-4 for fp32)",
+        at_least=0,
+    )
+
+
+@dataclass(frozen=True)
+class Options(ComparisonOptions, ModelOptions):
+    """All options that every format has."""
+
+
 _USAGE = f"""usage: python -m trainer.export RUN [format=…] [step=…] [weights=…] [out=…] […]
   RUN      run directory, folder of checkpoints, or one checkpoint; local, s3://… etc.
-  format   {", ".join(FORMATS)}
-           (default safetensors)
-  step     latest, best, or a step number (default latest)
-  weights  model, or ema: the moving averages of runs with trainer.ema_decay (default model)
-  out      file or folder to write (default RUN/exports/step-N.<suffix of the format>)
-  dtype    fp32, fp16 or bf16, for floating-point tensors (default: unchanged)
-  part     submodule to export, such as generator (default: the complete model)
-  allow    packages or names, separated by commas, that the checkpoint's configuration may call
-           in addition to this project's and torch.nn
+{options_text(ModelOptions, 7)}
   x.y      override a configuration key of the run, such as data.dir=/elsewhere
 Formats that can be run are compared with the model, and not written if the outputs differ:
-  inputs   random inputs to use, such as 'tokens:int64[128]<50257;mask:bool[128]'
-           (default: evaluation data, as the task passes it to the model)
-  device   cpu or cuda: device of the trace and the comparison (default cpu)
-  atol     absolute tolerance of an output (default by dtype: 1e-5 for fp32)
-  rtol     tolerance relative to the output's largest value (default by dtype: 1e-4 for fp32)"""
+{options_text(ComparisonOptions, 7)}"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,9 +79,9 @@ def _run(argv: list[str]) -> int:
     settings = [argument for argument in argv if _is_setting(argument)]
     arguments = [argument for argument in argv if not _is_setting(argument)]
     formats = [a.removeprefix("format=") for a in argv if a.startswith("format=")]
-    find(formats[-1] if formats else _OPTIONS["format"])
-    format_options = {key: "" for format in FORMATS.values() for key in format.options}
-    parsed = parse(arguments, usage(), options={**_OPTIONS, **format_options})
+    find(formats[-1] if formats else Options.format)
+    format_options = {key for format in FORMATS.values() for key in format.options}
+    parsed = parse(arguments, usage(), Options, texts=format_options)
     result = _export(parsed, settings)
     print(text(result))
     if result.warning:
@@ -80,44 +113,31 @@ def text(result: "Exported") -> str:
     return "\n".join(lines)
 
 
-def _export(parsed: Arguments, settings: Sequence[str]) -> "Exported":
+def _export(parsed: "Arguments[Options]", settings: Sequence[str]) -> "Exported":
     from trainer.export.exported_model import Choices  # imports torch, which --help does not need
     from trainer.export.exporting import export
 
     options = parsed.options
-    weights = options["weights"]
-    if weights not in _WEIGHTS:
-        raise ConfigError(f"weights={weights} is neither model nor ema{closest(weights, _WEIGHTS)}")
     choices = Choices(
-        averaged=weights == "ema",
-        dtype=options["dtype"],
-        device=options["device"],
-        part=options["part"],
-        inputs=options["inputs"],
+        averaged=options.weights == "ema",
+        dtype=options.dtype,
+        device=options.device,
+        part=options.part,
+        inputs=options.inputs,
         settings=settings,
-        allowed=[name for name in options["allow"].split(",") if name],
+        allowed=[name for name in options.allow.split(",") if name],
     )
     return export(
         parsed.places[0],
-        options["format"],
-        options["step"],
-        options["out"],
+        options.format,
+        options.step,
+        options.out,
         choices=choices,
-        options={key: value for key, value in options.items() if key not in _OPTIONS and value},
-        atol=_number("atol", options["atol"]),
-        rtol=_number("rtol", options["rtol"]),
+        options={key: text for key, text in parsed.texts.items() if text},
+        atol=options.atol,
+        rtol=options.rtol,
         store=parsed.store,
     )
-
-
-def _number(key: str, text: str) -> float | None:
-    try:
-        number = float(text) if text else None
-    except ValueError:
-        number = math.nan
-    if number is not None and not number >= 0:
-        raise ConfigError(f"{key}={text} is not a number of 0 or more; write e.g. {key}=1e-3")
-    return number
 
 
 def _is_setting(argument: str) -> bool:

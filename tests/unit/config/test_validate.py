@@ -39,7 +39,7 @@ def test_validate_fp16_shards_need_a_scaled_loss():
     ("trainer__accumulate", 0, "nearest: 1"),
     ("trainer__log_every_steps", 0, "nearest: 1"),
     ("trainer__clip_norm", 0.0, "must be larger than 0"),
-    ("trainer__clip_norm", float("nan"), "must be larger than 0"),
+    ("trainer__clip_norm", float("nan"), "nan is not a number"),
     ("trainer__precision", "fp61", "did you mean 'fp16'?"),
     ("parallel__strategy", "dpp", "did you mean 'ddp'?"),
     ("parallel__bucket_cap_mb", -1.0, "must be larger than 0"),
