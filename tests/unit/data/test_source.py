@@ -19,7 +19,7 @@ from trainer.errors import DataError
 # --- digits --------------------------------------------------------------------------------------
 
 
-def test_digits_use_every_fifth_sample_for_evaluation():
+def test_digits_are_those_of_scikit_learn_and_every_fifth_is_for_evaluation():
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
