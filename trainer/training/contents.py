@@ -18,6 +18,7 @@
 are absent.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -106,6 +107,26 @@ def stored_state(manifest: Manifest) -> State:
     return state
 
 
+def former_groups(
+    job: Job, phase: Phase, manifest: Manifest, reader: Reader
+) -> list[dict[str, Any]]:
+    """Return a restored phase's parameter groups with the settings that the checkpoint stores."""
+    groups = manifest.objects[OPTIMIZER]["groups"]
+    stored = {name: group for group in groups for name in group["params"]}
+    names = state_tree.parameter_names(job.model, [phase.optimizer])
+    former = []
+    for group in phase.optimizer.param_groups:
+        trained = (stored[names[id(p)]] for p in group["params"] if names[id(p)] in stored)
+        settings = state_tree.join(dict(next(trained, {})), reader.fetch)
+        former.append({**group, **settings, "params": group["params"]})
+    return former
+
+
+def phase_names(manifest: Manifest) -> list[str]:
+    """Return the names of a checkpoint's phases; one empty name if its step has none."""
+    return [name for name, _ in manifest.objects.get(PHASES, [["", 0]])]
+
+
 def _set_length(job: Job, max_steps: int) -> None:
     """End the run at this step; its schedules are built again if they had another length."""
     if max_steps != job.max_steps:
@@ -160,13 +181,13 @@ def _collect_optimizers(job: Job, content: Content) -> None:
 
 
 def _restore_optimizers(job: Job, takeover: Takeover, manifest: Manifest, reader: Reader) -> None:
-    optimizers = [phase.optimizer for phase in job.phases]
+    live = [phase.optimizer for phase in job.phases]
     objects = manifest.objects[OPTIMIZER]
     if takeover.same_parameters:
-        state_tree.check_groups(job.model, optimizers, objects["groups"])
-    names = state_tree.parameter_names(job.model, optimizers)
+        state_tree.check_groups(job.model, live, objects["groups"])
+    names = state_tree.parameter_names(job.model, live)
     groups = {name: group for group in objects["groups"] for name in group["params"]}
-    trained = {names[id(p)] for o in optimizers for g in o.param_groups for p in g["params"]}
+    trained = {names[id(p)] for o in live for g in o.param_groups for p in g["params"]}
     stored = {
         name: (TORCH_DTYPES[entry.dtype], entry.shape)
         for name, entry in manifest.tensors.items()
@@ -178,15 +199,58 @@ def _restore_optimizers(job: Job, takeover: Takeover, manifest: Manifest, reader
             n: e for n, e in stored.items() if n.split(".", 1)[1].rpartition(".")[0] in trained
         }
         scalars = {name: values for name, values in scalars.items() if name in trained}
-    state_tree.load_own_state(optimizers, objects, reader.fetch)
+    state_tree.load_own_state(live, objects, reader.fetch)
     for phase in job.phases:
-        for group in phase.optimizer.param_groups:
-            members = [names[id(p)] for p in group["params"]]
-            values = _stored_settings(takeover, phase, members, groups)
-            group |= state_tree.join(values, reader.fetch)
-    slots = state_tree.optimizer_slots(job.model, optimizers, stored)
+        _restore_settings(takeover, phase, names, groups, reader)
+    slots = state_tree.optimizer_slots(job.model, live, stored)
     reader.read({name: slot.tensor for name, slot in slots.items()})
-    state_tree.load_optimizer_state(job.model, optimizers, scalars, slots, reader.fetch)
+    state_tree.load_optimizer_state(job.model, live, scalars, slots, reader.fetch)
+
+
+def _restore_settings(
+    takeover: Takeover,
+    phase: Phase,
+    names: Mapping[int, str],
+    groups: Mapping[str, Any],
+    reader: Reader,
+) -> None:
+    """Restore the settings of a phase's parameter groups.
+
+    Args:
+        takeover: the decision.
+        phase: the phase.
+        names: parameter names by `id`.
+        groups: the stored group of each parameter that was trained.
+        reader: of the checkpoint.
+    """
+    for index, group in enumerate(phase.optimizer.param_groups):
+        members = [names[id(p)] for p in group["params"]]
+        values = _stored_settings(takeover, phase, members, groups)
+        group |= state_tree.join(values, reader.fetch)
+        trained = [name for name in members if name in groups]
+        if trained and "lr" not in values and takeover.keeps_schedule(phase.name):
+            rate = state_tree.join(groups[trained[0]]["lr"], reader.fetch)
+            _reduce_rate(phase, index, rate, takeover.old_rate(trained[0], phase.name))
+
+
+def _reduce_rate(phase: Phase, index: int, rate: float, base: float | None) -> None:
+    """Lower a configured learning rate as a plateau schedule, if any, has lowered the former one.
+
+    Its reductions are known only from the rate itself; other schedules are computed again.
+
+    Args:
+        phase: the phase.
+        index: of the parameter group.
+        rate: the stored learning rate.
+        base: the rate at the start of the schedule; None: the optimizer's default.
+    """
+    if not isinstance(phase.scheduler, ReduceLROnPlateau):
+        return
+    if base is None:
+        base = inspect.signature(type(phase.optimizer)).parameters["lr"].default
+    group, floors = phase.optimizer.param_groups[index], phase.scheduler.min_lrs
+    floor = min(floors[index % len(floors)], group["lr"])
+    group["lr"] = max(group["lr"] * float(rate) / base, floor) if base else group["lr"]
 
 
 def _stored_settings(
@@ -299,8 +363,9 @@ def _restore_schedules(
             replayed.append((phase.scheduler, position))
             continue
         phase.scheduler.load_state_dict(state)
-        if isinstance(phase.scheduler, ReduceLROnPlateau) and not takeover.same_metric:
+        if isinstance(phase.scheduler, ReduceLROnPlateau) and not takeover.plateau_best:
             phase.scheduler._reset()
+    job.follow_metric()  # a new or loaded schedule may have another mode
     return replayed
 
 

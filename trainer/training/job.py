@@ -1,5 +1,6 @@
 """The objects of a training run."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from trainer.cluster.world import World
 from trainer.core.intervals import Every
@@ -172,6 +173,17 @@ class Job:
         remaining = (self.max_epochs - state.epoch) * per_epoch - int(state.cursor["batch"])
         by_epochs = state.step + max(remaining, 0)
         return by_epochs if self.step_limit is None else min(by_epochs, self.step_limit)
+
+    def follow_metric(self) -> None:
+        """Let plateau schedules compare values in the direction of the metric that they follow.
+
+        A schedule that changes its direction forgets its best value.
+        """
+        mode = self.metric_mode if self.metric is not None else "min"
+        for scheduler in (phase.scheduler for phase in self.phases):
+            if isinstance(scheduler, ReduceLROnPlateau) and mode and scheduler.mode != mode:
+                worst = -math.inf if mode == "max" else math.inf
+                scheduler.load_state_dict({**scheduler.state_dict(), "mode": mode, "best": worst})
 
     @property
     def may_skip(self) -> bool:

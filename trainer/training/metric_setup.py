@@ -1,10 +1,7 @@
 """Direction of `checkpoint.metric`, applied to the job and its stored configuration."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
-
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from trainer.config.schema import Run
 from trainer.errors import ConfigError, problems_text
@@ -27,12 +24,7 @@ def set_up(run: Run, job: Job) -> None:
     create_metrics(job)
     if problems := schedules.check_plateau(run, job.metric_mode):
         raise ConfigError(problems_text(problems))
-    mode = job.metric_mode if job.metric is not None else "min"
-    for phase in job.phases:
-        scheduler = phase.scheduler
-        if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != mode:
-            worst = -math.inf if mode == "max" else math.inf
-            scheduler.load_state_dict({**scheduler.state_dict(), "mode": mode, "best": worst})
+    job.follow_metric()
 
 
 def with_mode(stored: Mapping[str, Any], job: Job) -> Mapping[str, Any]:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -118,6 +118,42 @@ def _check_state(node: Mapping[str, Any], groups: Groups) -> None:
             "self.state or self.param_groups, or return it from state_dict() and set it in "
             "load_state_dict()"
         )
+
+
+def check_change(
+    node: Mapping[str, Any], before: Groups, after: Groups, changed: Collection[str]
+) -> None:
+    """Check on small parameters that an optimizer with changed settings can use its former state.
+
+    State may be missing that only the new settings need, such as a momentum that was 0.
+
+    Args:
+        node: target and arguments of the optimizer.
+        before: its parameter groups, with the former settings.
+        after: the same with the present settings.
+        changed: keys of the changed settings, for the message.
+
+    Raises:
+        ConfigError: its step fails.
+    """
+    with rng.forked(0), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model, optimizer = _small(node, before)
+            _take_steps(model, optimizer)
+        except Exception:
+            return  # cannot be tried
+        for group, settings in zip(optimizer.param_groups, after, strict=True):
+            group |= {key: value for key, value in settings.items() if key != "params"}
+        try:
+            _take_steps(model, optimizer)
+        except Exception as error:  # any, from a user's optimizer too
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ConfigError(
+                f"{', '.join(sorted(changed))} changed, and {node['_target_']} cannot continue "
+                f"with its stored state: {text}. Undo the change, or start from the weights only: "
+                "init.weights=<file>, exported by python -m trainer.export"
+            ) from None
 
 
 def _lost_state(node: Mapping[str, Any], groups: Groups) -> list[str]:

@@ -20,7 +20,7 @@ from trainer.core.state import State
 from trainer.errors import CheckpointError, ConfigError
 from trainer.storage import local_path, open_store
 from trainer.storage.store import Fallback
-from trainer.training import contents, schedules
+from trainer.training import contents, optimizers, schedules
 from trainer.training.differences import Difference, check_overrides, compare, rejection_text
 from trainer.training.job import Job
 from trainer.training.takeover import EVERYTHING, Takeover, decide
@@ -148,7 +148,13 @@ def choose(
             f"resume={run.resume}: {other_optimizer}; the saved optimizer state does not fit. "
             "Start from the weights only: init.weights=<file>, exported by python -m trainer.export"
         )
-    takeover = decide(start.manifest.config, config, differences, is_fork=start.is_fork)
+    takeover = decide(
+        start.manifest.config,
+        config,
+        differences,
+        is_fork=start.is_fork,
+        phases=contents.phase_names(start.manifest),
+    )
     return replace(start, differences=differences, takeover=takeover)
 
 
@@ -247,7 +253,7 @@ def load(
     """Restore the job from `start`; return the state of the run. No collectives.
 
     Call it on every rank, then let the ranks vote. Raises as `contents.restore`, and a ConfigError
-    if a schedule ends before the run.
+    if a schedule ends before the run, or an optimizer cannot continue under changed settings.
     """
     state = State()
     if start.manifest is not None and start.commit is not None:
@@ -255,6 +261,12 @@ def load(
         peers = job.world.local_size
         reader = checkpoint.Reader(stores, start.commit.folder, start.manifest, peers=peers)
         state = contents.restore(job, start, start.manifest, reader)
+        changed = [d.key for d in start.differences if d.is_below("optimizer")]
+        changed += ["scheduler"] if not start.takeover.schedule else []
+        for phase in job.phases if changed else ():
+            former = contents.former_groups(job, phase, start.manifest, reader)
+            groups = phase.optimizer.param_groups
+            optimizers.check_change(start.takeover.node(phase.name), former, groups, changed)
     schedules.check_length(job, state)
     return state
 

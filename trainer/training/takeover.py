@@ -29,8 +29,8 @@ class Takeover:
     """`optimizer` in the present configuration."""
     best: bool
     """Best value and evaluations since then. False: they start over."""
-    same_metric: bool
-    """Metric and direction of a better value. False: a plateau schedule forgets its best value."""
+    plateau_best: bool
+    """Best value of a plateau schedule. False: it starts over, since new values do not compare."""
     evaluation: bool
     """Newest evaluation. False: it is due again."""
     data_position: bool
@@ -46,16 +46,27 @@ class Takeover:
     trained parameters start with fresh optimizer state."""
     same_length: bool
     """True if the run's length is unchanged."""
+    phases: Sequence[str]
+    """Phases of the checkpoint. Others start their schedule at this step."""
 
     def changed(self, parameter: str, phase: str) -> set[str]:
         """Return the names of optimizer settings that the configuration changes for a parameter."""
         old, new = (_settings(node, parameter, phase) for node in (self.old, self.new))
         return {key for key in {*old, *new} if old.get(key, _ABSENT) != new.get(key, _ABSENT)}
 
+    def node(self, phase: str) -> dict[str, Any]:
+        """Return the configured target and arguments of a phase's optimizer."""
+        return _base(self.new, phase)
+
+    def old_rate(self, parameter: str, phase: str) -> float | None:
+        """Return the learning rate in the checkpoint's configuration; None if it sets none."""
+        return _settings(self.old, parameter, phase).get("lr")
+
     def keeps_schedule(self, phase: str) -> bool:
         """Return whether the phase's schedule continues from the checkpoint."""
         base = [_base(node, phase).get("lr", _ABSENT) for node in (self.old, self.new)]
-        return self.schedule and not (self.lr_restarts_schedule and base[0] != base[1])
+        restarts = self.lr_restarts_schedule and base[0] != base[1]
+        return self.schedule and phase in self.phases and not restarts
 
     def lines(self) -> list[str]:
         """Return a line per part that is not taken from the checkpoint."""
@@ -70,15 +81,13 @@ class Takeover:
             ),
         }
         lines = [f"{name}: {text}" for name, (is_taken, text) in parts.items() if not is_taken]
-        restarted = [name for name in ("", *self._phases()) if not self.keeps_schedule(name)]
+        restarted = [name for name in self.phases if not self.keeps_schedule(name)]
         if restarted:
-            names = "" if "" in restarted else f" of {', '.join(restarted)}"
+            is_all = len(restarted) == len(self.phases)
+            names = "" if is_all else f" of {', '.join(restarted)}"
             text = "starts at this step, at the configured learning rate, over the remaining steps"
             lines.append(f"schedule{names}: {text}")
         return lines
-
-    def _phases(self) -> list[str]:
-        return sorted({*self.old.get("phases", {}), *self.new.get("phases", {})})
 
 
 def decide(
@@ -87,6 +96,7 @@ def decide(
     differences: Sequence[Difference],
     *,
     is_fork: bool,
+    phases: Sequence[str] = ("",),
 ) -> Takeover:
     """Decide what a resume or a fork takes from the checkpoint.
 
@@ -95,25 +105,34 @@ def decide(
         new: the present configuration.
         differences: between them. In a resume, those that prevent it must be overridden.
         is_fork: whether the checkpoint belongs to another run.
+        phases: names of the checkpoint's phases; `""` if its step has none.
     """
 
     def differs(*keys: str) -> bool:
         return any(d.is_below(key) for d in differences for key in keys)
 
     same_metric = not differs("checkpoint.metric", "checkpoint.mode")
+    follows_loss = all(_followed_metric(config) == "loss" for config in (old, new))
+    evaluation = not (is_fork and differs("data", "task", "model"))
     return Takeover(
         old=old.get("optimizer") or {},
         new=new.get("optimizer") or {},
         best=not is_fork and same_metric,
-        same_metric=same_metric,
-        evaluation=not (is_fork and differs("data", "task", "model")),
+        plateau_best=evaluation and (same_metric or follows_loss),
+        evaluation=evaluation,
         data_position=not (is_fork and any(d.moves_data for d in differences)),
         generators=not (is_fork and differs("seed")),
         schedule=not differs("scheduler"),
         lr_restarts_schedule=is_fork,
         same_parameters=not differs("trainer.freeze", "optimizer.groups"),
         same_length=not differs(*_LENGTH_SETTINGS),
+        phases=phases,
     )
+
+
+def _followed_metric(config: Mapping[str, Any]) -> str:
+    """Return the metric that a plateau schedule follows."""
+    return str((config.get("checkpoint") or {}).get("metric") or "loss")
 
 
 def _base(optimizer: Mapping[str, Any], phase: str) -> dict[str, Any]:
