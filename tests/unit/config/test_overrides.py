@@ -130,7 +130,7 @@ def test_prepare_reports_syntax_error_with_the_quoted_form_and_parses_the_others
 
 @pytest.mark.parametrize("value", [
     "ckpts/epoch=9-step=100.ckpt", "/home/josé/w", "/data (1)/w", "~/w", "a#b", "b=c}", "seed=²",
-    "it's", "a!b", "f(1", "c'\\",
+    "it's", "a!b", "a?b", "f(1", "c'\\",
 ])  # fmt: skip
 def test_prepare_quotes_plain_text(conf, value):
     prepared = prepare([f"init.weights={value}"], conf)

@@ -21,6 +21,17 @@ with scratch_folder("held") as folder:
     sys.stdin.read()
 """
 
+USERS = """
+import os, sys
+from trainer.core.scratch import scratch_folder, user_folder
+os.setgroups([])
+os.setgid(int(sys.argv[1]))
+os.setuid(int(sys.argv[1]))
+(user_folder() / "multirun").mkdir(parents=True)
+with scratch_folder("a") as folder:
+    (folder / "worker.json").write_text("secret")
+"""
+
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path, monkeypatch):
@@ -68,3 +79,13 @@ def test_scratch_folder_of_another_user_is_rejected():
     expectation = pytest.raises(ConfigError, match="belongs to another user; set TMPDIR")
     with expectation, scratch_folder("a"):
         pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become other users")
+def test_two_users_share_one_folder_for_temporary_files():
+    with tempfile.TemporaryDirectory(dir="/tmp") as shared:  # others may enter it, unlike tmp_path
+        os.chmod(shared, 0o1777)
+        environment = {**os.environ, "TMPDIR": shared}
+        for user in ("4001", "4002"):
+            subprocess.run([sys.executable, "-c", USERS, user], env=environment, check=True)
+        assert sorted(os.listdir(shared)) == ["perdure-4001", "perdure-4002"]
