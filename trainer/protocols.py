@@ -69,8 +69,8 @@ class DataSource(Protocol):
     every rank iterates over it once per epoch (docs/data.md). A dataset has `__len__` and
     `__getitem__`, and optionally:
 
-    - `tensors` (as in TensorDataset) or `__getitems__`: fetches a batch at once; otherwise samples
-      are collated one by one.
+    - `__getitems__`: fetches a batch at once; otherwise samples are collated one by one, except
+      those of a TensorDataset.
     - `get_seeded(indices, seeds)`: fetches a batch with random transforms. `seeds` has one 63-bit
       integer per sample.
     - `describe(index)`: the origin of a sample, for error messages.

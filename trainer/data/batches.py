@@ -5,29 +5,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import TensorDataset, default_collate
 
 from trainer.core import nested, rng
 from trainer.data import damage
 from trainer.protocols import Batch
+
+_SEEDED, _TENSORS, _BATCH, _SAMPLE = "get_seeded", "tensors", "__getitems__", "__getitem__"
+"""Members of a dataset that give its samples, the fastest ones first."""
 
 
 def fetch(dataset: Any, indices: Tensor, *seed: int | str) -> Batch:
     """Return the samples at `indices` (1-d int64) as one CPU batch.
 
     Uses the first of these that the dataset has: `get_seeded(indices, seeds)`, the `tensors` of a
-    TensorDataset, `__getitems__`, `__getitem__` with collation. Random choices depend on `seed`
-    and on the sample only (with `__getitems__`: on all samples of the batch), so they are the same
-    in any process and after a resume.
+    TensorDataset, `__getitems__`, `__getitem__` with collation; but one that a subclass overrides
+    comes before those of its base classes. Random choices depend on `seed` and on the sample only
+    (with `__getitems__`: on all samples of the batch), so they are the same in any process and
+    after a resume.
     """
-    is_seeded = hasattr(dataset, "get_seeded")
-    if not is_seeded and (tensors := getattr(dataset, "tensors", None)) is not None:
-        return tuple([_select(tensor, indices) for tensor in tensors])
+    access = _access(type(dataset))
+    if access == _TENSORS:
+        return tuple([_select(tensor, indices) for tensor in dataset.tensors])
     numbers = indices.tolist()
-    if is_seeded:
+    if access == _SEEDED:
         return dataset.get_seeded(numbers, [rng.derive(*seed, number) for number in numbers])
     with rng.forked(rng.derive(*seed, *numbers)):
-        if hasattr(dataset, "__getitems__"):
+        if access == _BATCH:
             batch = dataset.__getitems__(numbers)
             return default_collate(batch) if isinstance(batch, list) else batch
         samples = []
@@ -35,6 +39,29 @@ def fetch(dataset: Any, indices: Tensor, *seed: int | str) -> Batch:
             rng.seed_all(rng.derive(*seed, number))
             samples.append(dataset[number])
         return default_collate(samples)
+
+
+def row_tensors(dataset: Any) -> Any | None:
+    """Return the tensors whose rows are the samples, also before random changes, or None."""
+    has_rows = _access(type(dataset)) in (_SEEDED, _TENSORS)
+    return getattr(dataset, "tensors", None) if has_rows else None
+
+
+def _access(kind: type) -> str:
+    """Return how batches of a dataset class are read: by one of its methods, or by rows.
+
+    Methods are looked up in the class. A wrapper that passes look-ups of attributes to the dataset
+    inside would return the methods of that dataset, whose indices differ.
+    """
+    depths: dict[str, int] = {}
+    for depth, base in enumerate(kind.__mro__):
+        names = [name for name in (_SEEDED, _BATCH, _SAMPLE) if callable(vars(base).get(name))]
+        for name in [*names, *([_TENSORS] if base is TensorDataset else [])]:
+            depths.setdefault(name, depth)
+    if not depths:
+        return _TENSORS
+    order = [name for name in (_SEEDED, _TENSORS, _BATCH, _SAMPLE) if name in depths]
+    return min(order, key=depths.__getitem__)
 
 
 def _select(rows: Tensor, indices: Tensor) -> Tensor:

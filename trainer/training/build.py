@@ -16,6 +16,7 @@ from trainer.config import targets
 from trainer.config.schema import Run
 from trainer.core import metric_mode, rng
 from trainer.core.intervals import Every
+from trainer.data.batches import row_tensors
 from trainer.data.source import Datasets, EvalStream, TrainStream
 from trainer.data.streams import Streamed, is_stream
 from trainer.errors import ConfigError, DataError, PerdureError, Problem, closest
@@ -145,7 +146,7 @@ def _check_stream(run: Run) -> None:
 
 
 def _build_training(run: Run, world: World, source: DataSource) -> TrainStream | Streamed:
-    tensors = getattr(source.train, "tensors", None)
+    tensors = row_tensors(source.train)
     if tensors and list(tensors[0].shape[1:]) != list(run.sample.shape):
         raise ConfigError(
             f"sample.shape={list(run.sample.shape)}, but {run.data['_target_']} has inputs of "

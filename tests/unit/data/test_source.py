@@ -126,6 +126,65 @@ def test_fetch_gives_the_same_batch_for_every_kind_of_dataset(make):
     assert len(batch) == 2
 
 
+class SeededBase(Plain):
+    def get_seeded(self, indices, seeds):
+        raise AssertionError("the subclass has its own __getitem__")
+
+
+class Proxy(Plain):
+    """Wrapper that passes look-ups to the dataset inside, which has other indices."""
+
+    def __getattr__(self, name):
+        return getattr(in_tensors(), name)
+
+
+class NamedTensors(Plain):
+    tensors = ("names", "of files")
+
+
+def overriding(base, *arguments):
+    """Return a dataset of a subclass that overrides `__getitem__` with changed inputs."""
+
+    class Override(base):
+        def __getitem__(self, index):
+            inputs, label = super().__getitem__(index)
+            return inputs + 1, label
+
+    return Override(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("base", "arguments"),
+    [
+        (TensorDataset, in_tensors().tensors),
+        (ListOfSamples, ()),
+        (SeededBase, ()),
+        (Proxy, ()),
+        (NamedTensors, ()),
+    ],
+)
+def test_fetch_prefers_the_method_of_the_most_derived_class(base, arguments):
+    dataset = overriding(base, *arguments)
+    batch = fetch(dataset, INDICES)
+    assert torch.equal(batch[0], EXPECTED[0] + 1)
+    assert torch.equal(batch[1], EXPECTED[1])
+
+
+@pytest.mark.parametrize("make", [Proxy, NamedTensors])
+def test_fetch_ignores_members_that_are_not_the_samples(make):
+    assert all(map(torch.equal, fetch(make(), INDICES), EXPECTED))
+
+
+def test_fetch_uses_getitems_of_a_tensor_dataset_subclass():
+    class Doubled(TensorDataset):
+        def __getitems__(self, indices):
+            inputs, labels = self[indices]
+            return 2 * inputs, labels
+
+    batch = fetch(Doubled(*in_tensors().tensors), INDICES)
+    assert torch.equal(batch[0], 2 * EXPECTED[0])
+
+
 def test_fetch_collates_mappings():
     batch = fetch(Mappings(), INDICES)
     assert list(batch) == ["x", "y"]
