@@ -61,7 +61,7 @@ class Trainer:
     on_nonfinite: str = setting(
         "stop",
         "Action if the loss or a gradient is NaN or infinite: stop before the next save, or skip "
-        "and count the step (checks every gradient).",
+        "and count the step (checks every gradient; 50 skipped steps in a row stop).",
         choices=("stop", "skip"),
     )
     on_damaged: str = setting(

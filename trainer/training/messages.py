@@ -200,6 +200,9 @@ def end_text(
     metrics = "  ".join(f"{name} {_number(value)}" for name, value in state.metrics.items())
     lines = [f"Finished at step {state.step:,} after {seconds:.1f} s.  {metrics}"]
     lines += _early_stop_lines(run, state)
+    if state.skipped:
+        text = f"{state.skipped:,} of {pluralize(state.step, 'step')}: gradients were not finite"
+        lines.append(row("skipped", text))
     if saver.committed_step != state.step:
         lines.append(
             f"warning: the last step was not saved; newest checkpoint: {newest}.\n"

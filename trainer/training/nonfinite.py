@@ -14,6 +14,9 @@ from trainer.training.job import Job
 
 _MAX_LOSSES = 1000
 """Unchecked losses at which a check is due, so that they do not fill the memory."""
+_MAX_SKIPPED = 50
+"""Consecutive skipped updates that end the run. The loss scale of fp16 has then been divided by
+2 ** 50, so that the scaling does not cause them."""
 
 
 class _Loss(NamedTuple):
@@ -37,6 +40,7 @@ class LossCheck:
         self._job, self._saver = job, saver
         self._losses: list[_Loss] = []
         self._weights_changed = False  # since their last check
+        self._skipped_in_a_row = [0] * len(job.phases)
 
     @property
     def is_due(self) -> bool:
@@ -50,7 +54,11 @@ class LossCheck:
         metrics: Mapping[str, Tensor],
         applied: Sequence[bool],
     ) -> None:
-        """Add the losses of the phases that updated the weights in this step."""
+        """Add the losses of the phases that updated the weights; count skipped updates."""
+        self._skipped_in_a_row = [
+            0 if was_applied else count + 1
+            for count, was_applied in zip(self._skipped_in_a_row, applied, strict=True)
+        ]
         if self._job.skip_nonfinite:
             return
         for phase, lr, was_applied in zip(self._job.phases, lrs, applied, strict=True):
@@ -67,8 +75,13 @@ class LossCheck:
             weights: also check the weights, if a step has changed them.
 
         Raises:
-            TrainingError: on every rank, if a loss or weight is NaN or infinite on any.
+            TrainingError: on every rank, if a loss or weight is NaN or infinite on any, or every
+                update of the last steps was skipped.
         """
+        if self._job.may_skip:
+            few = max(self._skipped_in_a_row) < _MAX_SKIPPED
+            if not self._job.world.all(few):
+                self._raise_for_skipped(state.step)
         losses, self._losses = self._losses, []
         finite = not losses or bool(torch.stack([loss.value for loss in losses]).isfinite().all())
         if not self._job.world.all(finite):
@@ -101,6 +114,17 @@ class LossCheck:
             "was not",
             "Clip gradients with trainer.clip_norm=1, check the model for divisions, or skip these "
             "steps with trainer.on_nonfinite=skip",
+        )
+
+    def _raise_for_skipped(self, step: int) -> NoReturn:
+        count = max(self._skipped_in_a_row)
+        phase = self._job.phases[self._skipped_in_a_row.index(count)].name
+        self._raise(
+            f"the last {count:,} updates{f' of phase {phase!r}' if phase else ''} were skipped up "
+            f"to step {step:,}, because each gradient was NaN or infinite: the weights no longer "
+            "change",
+            "Lower optimizer.lr, check the data and the model for divisions, or use "
+            "trainer.precision=bf16 in place of fp16",
         )
 
     def _raise(self, problem: str, advice: str) -> NoReturn:

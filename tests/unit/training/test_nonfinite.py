@@ -108,6 +108,28 @@ def test_run_with_skips_resumes_with_the_same_bits(tmp_path):
     assert everything(rest, its_state) == everything(undisturbed, state)
 
 
+@pytest.mark.parametrize("kind", ["skip", "scaler"])
+def test_run_whose_updates_are_all_skipped_ends_with_an_error(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(nonfinite, "_MAX_SKIPPED", 4)
+    scaler = torch.amp.GradScaler("cpu", enabled=kind == "scaler")
+    changes = {"scaler": scaler, "skip_nonfinite": kind == "skip", "log_every_steps": 3}
+    job = a_job(task=Bad(range(5, 100)), **changes)
+    saver = a_saver(tmp_path, every=Every(steps=2))
+    with pytest.raises(
+        TrainingError, match=r"the last 4 updates were skipped up to step 8"
+    ) as text:
+        loop.train(job, State(), saver, Stop(job.world))
+    assert "Last good checkpoint: step 6" in str(text.value)
+    assert saved_steps(tmp_path) == [2, 4, 6]
+
+
+def test_skipped_updates_count_in_a_row_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(nonfinite, "_MAX_SKIPPED", 4)
+    state, done = go_on(tmp_path, a_job(task=Bad([2, 3, 4, 6, 7, 8, 10]), skip_nonfinite=True))
+    assert done
+    assert state.skipped == 7
+
+
 def test_steps_skipped_by_the_scaler_do_not_stop_the_run(tmp_path):
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     job = a_job(task=Bad([5], math.inf), scaler=scaler)
