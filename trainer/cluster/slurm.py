@@ -14,6 +14,8 @@ _GRACE_S = "PERDURE_GRACE_S"
 """Seconds between the scheduler's signal and SIGKILL; set by the batch script."""
 _DEFAULT_GRACE_S = 30.0
 _FIRST_PORT, _PORTS = 10_240, 22_528  # below Linux's range for outgoing connections
+_STEP_STRIDE = 2003
+"""Jobs that are submitted later than a job, until one has the port of its second step."""
 _METADATA = {
     "job": "SLURM_JOB_ID",
     "array_job": "SLURM_ARRAY_JOB_ID",
@@ -54,7 +56,9 @@ def set_rank_variables(nproc: str = "auto") -> None:
             "--ntasks-per-node instead of --ntasks"
         )
     job, restarts = int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_RESTART_COUNT", "0"))
-    port = _FIRST_PORT + (4 * job + restarts % 4) % _PORTS  # jobs on one node get different ports
+    step = int(environ["SLURM_STEP_ID"])  # several steps of a job may run at once
+    # Jobs on one node get different ports.
+    port = _FIRST_PORT + (4 * (job + _STEP_STRIDE * step) + restarts % 4) % _PORTS
     environ.update(
         RANK=environ["SLURM_PROCID"],
         WORLD_SIZE=environ["SLURM_NTASKS"],

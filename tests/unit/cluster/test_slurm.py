@@ -73,6 +73,16 @@ def test_set_rank_variables_gives_jobs_and_restarts_different_ports(environ):
     assert all(1024 < int(port) < 32_768 for port in ports)
 
 
+def test_set_rank_variables_gives_steps_of_a_job_different_ports(environ):
+    ports = {
+        rank_variables(environ, SLURM_JOB_ID=str(job), SLURM_STEP_ID=str(step))[4]
+        for job in range(70_000, 70_100)
+        for step in range(8)
+    }
+    assert len(ports) == 800
+    assert all(1024 < int(port) < 32_768 for port in ports)
+
+
 def test_set_rank_variables_keeps_configured_port(environ):
     assert rank_variables(environ, MASTER_PORT="123")[4] == "123"
 
