@@ -98,6 +98,34 @@ def test_watchdog_reports_stopped_rank_as_lost(on_ranks, tmp_path, lost):
             assert "was lost" in reasons[0]
 
 
+def is_suspended(world: World, seconds: float):
+    """All ranks stop at once and continue later, as with `scontrol suspend`."""
+    watched = Watched(world, watchdog_s=2.0)
+    pids = world.gather(os.getpid())
+    if world.rank == 0 and os.fork() == 0:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        os._exit(0)
+    longest_s = 0.0
+    while longest_s < seconds / 2:  # until the pause is over
+        before = time.monotonic()
+        time.sleep(0.01)
+        longest_s = time.monotonic() - before
+    for _ in range(20):  # as many checks of the watchdog
+        watched.boundaries += 1
+        if watched.exited.wait(0.1):
+            break
+    watched.watchdog.stop()
+    return watched.reasons
+
+
+def test_watchdog_leaves_out_the_time_of_suspended_ranks(on_ranks):
+    assert on_ranks(2, is_suspended, 4.0) == [[], []]
+
+
 def breaks(world: World, reports: bool):
     """Rank 1 exits during a collective of the other ranks."""
     watched = Watched(world, peer_timeout_s=30.0)

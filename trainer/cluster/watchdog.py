@@ -197,8 +197,11 @@ class Watchdog:
     # --- the thread that checks ------------------------------------------------------------------
 
     def _watch(self) -> None:
+        checked_s = time.monotonic()
         while not self._stopped.wait(self._interval_s):
             now, count = time.monotonic(), self._boundaries()
+            self._leave_out(now - checked_s - self._interval_s, now)
+            checked_s = now
             if count != self._boundary:
                 self._boundary, self._boundary_s = count, now
             if self._store is None:
@@ -216,6 +219,19 @@ class Watchdog:
                 self._check_all(now)
             elif now - self._received_s[0] > self._peer_timeout_s:
                 self._exit_process(self._silence_text([0]))
+
+    def _leave_out(self, suspended_s: float, now: float) -> None:
+        """Leave out time in which this process did not run, as between SIGSTOP and SIGCONT.
+
+        The other ranks were usually suspended with it (`scontrol suspend`), so their silence and
+        the step without an end mean nothing.
+        """
+        if suspended_s <= self._interval_s:
+            return
+        self._boundary_s = min(self._boundary_s + suspended_s, now)
+        self._store_answered_s = min(self._store_answered_s + suspended_s, now)
+        for rank, received_s in list(self._received_s.items()):
+            self._received_s[rank] = min(received_s + suspended_s, now)
 
     def _check_all(self, now: float) -> None:
         """Publish a verdict and exit if a rank is lost or stalled. Rank 0 only."""
