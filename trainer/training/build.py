@@ -350,6 +350,8 @@ def build_phases(
                 "the weights itself; remove one of the two"
             )
         make = schedules.maker(run.scheduler, optimizer, steps_per_epoch)
+        small = partial(optimizers.small, node, parts)
+        schedules.check_state(run.scheduler, small, max_steps, steps_per_epoch)
         phases.append(
             Phase(
                 name=name,

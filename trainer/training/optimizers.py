@@ -139,7 +139,7 @@ def check_change(
     with rng.forked(0), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model, optimizer = _small(node, before)
+            model, optimizer = small(node, before)
             _take_steps(model, optimizer)
         except Exception:
             return  # cannot be tried
@@ -158,13 +158,13 @@ def check_change(
 
 def _lost_state(node: Mapping[str, Any], groups: Groups) -> list[str]:
     """Return the names of values that differ between a saved and a restored optimizer."""
-    saved_model, saved = _small(node, groups)
-    twin_model, twin = _small(node, groups)
-    restored_model, restored = _small(node, groups)  # at its start, as in the next attempt
+    saved_model, saved = small(node, groups)
+    twin_model, twin = small(node, groups)
+    restored_model, restored = small(node, groups)  # at its start, as in the next attempt
     steps = zip(_take_steps(saved_model, saved), _take_steps(twin_model, twin), strict=True)
     chance = {n for one, other in steps for n in one if one[n] != other.get(n)}  # such as times
     _restore(saved_model, saved, restored_model, restored)
-    before, after = _values(saved, saved_model), _values(restored, restored_model)
+    before, after = attribute_values(saved, saved_model), attribute_values(restored, restored_model)
     names = {**before, **after}.keys() - chance
     if lost := [name for name in names if before.get(name) != after.get(name)]:
         return sorted(lost)
@@ -175,7 +175,7 @@ def _lost_state(node: Mapping[str, Any], groups: Groups) -> list[str]:
     return [] if is_equal else ["a variable outside of its attributes"]
 
 
-def _small(node: Mapping[str, Any], groups: Groups) -> tuple[nn.Module, Any]:
+def small(node: Mapping[str, Any], groups: Groups) -> tuple[nn.Module, Any]:
     """Return parameters of two elements per axis, as many as groups, and their optimizer."""
     model = nn.ParameterList()
     small = []
@@ -197,7 +197,7 @@ def _take_steps(model: nn.Module, optimizer: Any) -> list[dict[str, Any]]:
         for index, parameter in enumerate(model.parameters()):
             parameter.grad = torch.full_like(parameter, (step % 5 - 1.5) * 0.1 + index)
         optimizer.step()
-        steps.append(_values(optimizer, model))
+        steps.append(attribute_values(optimizer, model))
     return steps
 
 
@@ -224,8 +224,13 @@ def _restore(saved_model: nn.Module, saved: Any, model: nn.Module, optimizer: An
             parameter.copy_(source)
 
 
-def _values(optimizer: Any, model: nn.Module) -> dict[str, Any]:
-    """Return the names and values of all numbers, texts and tensors that the optimizer keeps."""
+def attribute_values(owner: Any, model: nn.Module) -> dict[str, Any]:
+    """Return the names and values of all numbers, texts and tensors that an object keeps.
+
+    Args:
+        owner: an optimizer or a schedule.
+        model: its parameters, which are named by their index.
+    """
     indices = {id(parameter): index for index, parameter in enumerate(model.parameters())}
     visited: set[int] = set()
 
@@ -242,7 +247,7 @@ def _values(optimizer: Any, model: nn.Module) -> dict[str, Any]:
             for key, item in _items(value, indices):
                 yield from walk(f"{name}{key}", item, parents | {id(value)})
 
-    return {name.removeprefix("."): value for name, value in walk("", optimizer, frozenset())}
+    return {name.removeprefix("."): value for name, value in walk("", owner, frozenset())}
 
 
 def _items(value: Any, indices: Mapping[int, int]) -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
@@ -16,9 +17,10 @@ from torch.optim.lr_scheduler import (
 from trainer import schedule
 from trainer.config import targets
 from trainer.config.schema import Run
-from trainer.core import metric_mode, nested
+from trainer.core import metric_mode, nested, rng
 from trainer.core.state import State
 from trainer.errors import ConfigError, Problem
+from trainer.training import schedule_trial
 from trainer.training.job import Job, Phase
 
 _OPTIMIZER = "optimizer"
@@ -126,6 +128,34 @@ def _has_schedules(value: Any) -> bool:
     return isinstance(value, Mapping) and targets.takes(value.get("_target_"), _OPTIMIZER)
 
 
+def check_state(
+    settings: Mapping[str, Any],
+    make_small: Callable[[], tuple[nn.Module, Optimizer]],
+    steps: int,
+    steps_per_epoch: int,
+) -> None:
+    """Check that a restored schedule continues as the saved one, on small parameters.
+
+    Args:
+        settings: `scheduler` in the configuration.
+        make_small: returns new parameters and their optimizer.
+        steps: number of steps of the schedule.
+        steps_per_epoch: 0 if unknown.
+
+    Raises:
+        ConfigError: state is lost, or cannot be stored or restored.
+    """
+
+    def make() -> tuple[nn.Module, Optimizer, LRScheduler]:
+        model, optimizer = make_small()
+        build = maker(settings, optimizer, steps_per_epoch)
+        assert build is not None  # noqa: S101 (for the type checker)
+        return model, optimizer, build(steps)
+
+    if settings:
+        schedule_trial.check(settings["_target_"], make, steps)
+
+
 # --- length ------------------------------------------------------------------------------------
 
 
@@ -145,8 +175,8 @@ def check_length(job: Job, state: State) -> None:
 def check_steps(phases: Sequence[Phase], steps: int, interval: str) -> None:
     """Check that every phase's schedule can be stepped this many times more.
 
-    The schedules are unchanged on return. Takes the last step only, so that the length of the run
-    does not matter.
+    The schedules and generators are unchanged on return. Takes the last step only, so that the
+    length of the run does not matter.
 
     Args:
         phases: the phases of a step.
@@ -162,7 +192,7 @@ def check_steps(phases: Sequence[Phase], steps: int, interval: str) -> None:
             continue
         position = schedule.ScheduleState.capture(scheduler)
         try:
-            with warnings.catch_warnings():
+            with rng.forked(0), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the optimizer has not stepped
                 _take_last_step(scheduler, (schedule.steps(position.state) or 0) + steps)
         except Exception as error:  # any, from a user's function too

@@ -4,8 +4,10 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import own_schedulers
 from support.killed_jobs import Deadly, resumed_like_undisturbed
 from support.loop_jobs import PER_EPOCH, a_job, a_saver, everything, sgd
 from torch import nn
@@ -15,11 +17,13 @@ from trainer.checkpoint.replicas import Replicas
 from trainer.cluster.stop import Stop
 from trainer.cluster.world import World
 from trainer.config.schema import Run
+from trainer.core import rng
 from trainer.core.intervals import Every
 from trainer.core.state import State
 from trainer.errors import ConfigError
 from trainer.storage import open_store
-from trainer.training import loop, resume, schedules
+from trainer.task import Classification
+from trainer.training import build, loop, optimizers, resume, schedules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,9 +96,9 @@ def test_train_killed_with_any_schedule_ends_with_the_same_bits(tmp_path, name):
     resumed_like_undisturbed(tmp_path, job, Deadly(8), every=7)
 
 
-@pytest.mark.parametrize("name", FAMILY)
-def test_check_length_leaves_every_schedule_unchanged(name):
-    job = scheduled(FAMILY[name])
+@pytest.mark.parametrize("name", [*FAMILY, "Noisy"])
+def test_check_length_leaves_every_schedule_and_generator_unchanged(name):
+    job = scheduled(FAMILY.get(name) or custom(name))
     before = everything(job, State())
     schedules.check_length(job, State())
     assert everything(job, State()) == before
@@ -185,6 +189,92 @@ def test_check_length_of_a_schedule_of_epochs_counts_the_remaining_epoch_ends(ma
         else:
             with pytest.raises(ConfigError, match=f"{epochs} more epochs"):
                 schedules.check_length(job, state)
+
+
+# --- trial of a restore ------------------------------------------------------------------------
+
+
+def custom(name, **arguments):
+    return {"_target_": f"{own_schedulers.__name__}.{name}", **arguments}
+
+
+def in_sequence(schedule):
+    return node("SequentialLR", schedulers=[LINEAR, schedule], milestones=[2])
+
+
+RESTORED = {
+    **FAMILY,
+    "warmup_cosine": {"_target_": "trainer.schedule.warmup_cosine", "total_steps": "total_steps"},
+    **{name: custom(name) for name in ("Counting", "Minimal", "Renamed", "Plain", "Noisy")},
+    "in sequence": in_sequence(custom("Counting")),
+}
+LOST = {
+    "Filtered": (custom("Filtered"), "Filtered keeps state in count, which"),
+    "Omitted": (custom("Omitted"), "Omitted keeps state in count, which"),
+    "NotLoaded": (custom("NotLoaded"), "NotLoaded keeps state in count, which"),
+    "later": (custom("Filtered", period=1000), "Filtered keeps state in count, which"),
+    "hidden": (custom("hidden"), "hidden keeps state in a variable outside of its attributes"),
+    "in sequence": (in_sequence(custom("Filtered")), r"state in _schedulers\[1\]\.count, which"),
+    "Stateless": (custom("Stateless"), r"Stateless cannot be saved: its state_dict\(\) fails"),
+    "Unstorable": (custom("Unstorable"), "Unstorable cannot be saved: .*handle"),
+    "Failing": (custom("Failing"), r"Failing cannot be restored: .*KeyError: 'count'"),
+}
+
+
+def tried(settings, steps=STEPS, model=None):
+    """Try a schedule on two groups, as `build_phases` does; return the number of optimizers."""
+    model, small_optimizers = model or nn.Linear(2, 2), []
+    target = {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}
+    groups = [{"params": [model.weight]}, {"params": [model.bias], "lr": 0.02}]
+
+    def small():
+        small_optimizers.append(optimizers.small(target, groups))
+        return small_optimizers[-1]
+
+    schedules.check_state(settings, small, steps, PER_EPOCH)
+    return len(small_optimizers)
+
+
+@pytest.mark.parametrize("steps", [1, STEPS, 1000])
+@pytest.mark.parametrize("name", RESTORED)
+def test_check_state_accepts_schedules_that_resume_exactly(name, steps):
+    model = nn.Linear(2, 2)
+    before = rng.capture()
+    assert tried(RESTORED[name], steps, model) >= {1: 2, STEPS: 5, 1000: 3}[steps]
+    assert all(torch.equal(before[key], value) for key, value in rng.capture().items())
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_check_state_rejects_lost_state_by_name(name):
+    settings, text = LOST[name]
+    with pytest.raises(ConfigError, match=text):
+        tried(settings)
+
+
+@pytest.mark.parametrize("name", ["Counting", "Minimal", "Renamed", "Plain", "Noisy"])
+def test_train_killed_with_an_accepted_schedule_ends_with_the_same_bits(tmp_path, name):
+    resumed_like_undisturbed(tmp_path, partial(scheduled, custom(name)), Deadly(8), every=7)
+
+
+@pytest.mark.parametrize("name", ["Filtered", "Omitted", "NotLoaded", "hidden"])
+def test_train_killed_with_a_rejected_schedule_would_end_with_other_bits(tmp_path, name):
+    with pytest.raises(AssertionError):
+        resumed_like_undisturbed(tmp_path, partial(scheduled, custom(name)), Deadly(8), every=7)
+
+
+def test_build_job_rejects_a_schedule_that_loses_state():
+    run = Run(
+        name="a", run_dir="a", scheduler=custom("Filtered"),
+        optimizer={"_target_": "torch.optim.SGD", "lr": 0.1},
+    )  # fmt: skip
+    model = nn.Linear(2, 2)
+    weights = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ConfigError, match="Filtered keeps state in count"):
+        build.build_phases(run, World(), model, Classification(), STEPS, PER_EPOCH)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True))
+
+
+# --- checks of a configuration -----------------------------------------------------------------
 
 
 def test_check_reports_the_key_of_a_nested_mistake():

@@ -206,7 +206,7 @@ def parent(folder, optimizer, kind, inertia, has_phases, metric, best):
 
 
 @settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     optimizer=st.sampled_from(sorted(OPTIMIZERS)), kinds=st.one_of(KINDS.map(lambda k: (k, k)),
