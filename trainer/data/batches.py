@@ -1,6 +1,6 @@
 """Batches from dataset samples: fetching, collation, unreadable samples, transfer to the device."""
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def fetch(dataset: Any, indices: Tensor, *seed: int | str) -> Batch:
     (with `__getitems__`: on all samples of the batch), so they are the same in any process and
     after a resume.
     """
-    access = _access(type(dataset))
+    access = _access(dataset)
     if access == _TENSORS:
         return tuple([_select(tensor, indices) for tensor in dataset.tensors])
     numbers = indices.tolist()
@@ -43,11 +43,16 @@ def fetch(dataset: Any, indices: Tensor, *seed: int | str) -> Batch:
 
 def row_tensors(dataset: Any) -> Any | None:
     """Return the tensors whose rows are the samples, also before random changes, or None."""
-    has_rows = _access(type(dataset)) in (_SEEDED, _TENSORS)
+    has_rows = _access(dataset) in (_SEEDED, _TENSORS)
     return getattr(dataset, "tensors", None) if has_rows else None
 
 
-def _access(kind: type) -> str:
+def _access(dataset: object) -> str:
+    return _access_of_class(type(dataset))  # type: ignore[arg-type]  # mypy: not hashable
+
+
+@cache  # asked for every batch
+def _access_of_class(kind: type[object]) -> str:
     """Return how batches of a dataset class are read: by one of its methods, or by rows.
 
     Methods are looked up in the class. A wrapper that passes look-ups of attributes to the dataset
