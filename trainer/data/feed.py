@@ -27,6 +27,8 @@ class Item(NamedTuple):
     value: Any
     damaged: tuple[str, ...] = ()
     """Texts, one per sample that could not be read."""
+    samples: int = 0
+    """Samples in the value, if it is an evaluation batch."""
 
 
 class Feed(Generic[T]):
@@ -55,6 +57,8 @@ class Feed(Generic[T]):
         self._device = device
         self.damaged: list[str] = []
         """Texts, one per unreadable sample in the items returned so far."""
+        self.samples = 0
+        """Samples in the newest item, if it is an evaluation batch."""
         self.starved_s = 0.0
         """Total time in which a requested item was not ready, in seconds."""
         self._starved_since_s: float | None = None
@@ -97,6 +101,7 @@ class Feed(Generic[T]):
     def __next__(self) -> T:
         item = next(self._items) if self._prefetcher is None else self._prefetcher.get()
         self.damaged += item.damaged
+        self.samples = item.samples
         value: T = to_device(item.value, self._device)
         return value
 

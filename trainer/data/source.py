@@ -180,4 +180,5 @@ def _eval_item(dataset: Any, skip: bool, key: npt.NDArray[Any]) -> Item:
     if not len(key):
         return Item(None)
     indices = torch.from_numpy(key)
-    return Item(*fetch_readable(dataset, indices, "eval", skip=skip, replace=False))
+    batch, damaged = fetch_readable(dataset, indices, "eval", skip=skip, replace=False)
+    return Item(batch, damaged, samples=len(key) - len(damaged))

@@ -1,5 +1,6 @@
 """Evaluation of the model on all evaluation samples."""
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -61,7 +62,7 @@ def evaluate(
                 inputs = job.evaluation.one() if batch is None else batch
                 results = [forward(job, phase, inputs) for phase in job.phases]
                 if batch is not None:
-                    update_metrics(job, metrics, results, batch)
+                    update_metrics(job, metrics, results, batch, samples=batches.samples)
             values = compute(job, metrics)
             if job.evaluation.skip_damaged:
                 # Every evaluation meets the same samples, so only the first one names them.
@@ -84,7 +85,10 @@ def create_metrics(job: Job) -> dict[str, Any]:
         from torchmetrics import MeanMetric  # slow to import, so only with evaluation data
 
         names = dict.fromkeys(["loss", *(phase.metric_name("loss") for phase in job.phases)])
-        metrics = {**{name: MeanMetric() for name in names}, **job.task.metrics()}
+        metrics = {  # by default, MeanMetric leaves NaN out of the mean
+            **{name: MeanMetric(nan_strategy=math.nan) for name in names},
+            **job.task.metrics(),
+        }
         if job.world.size > 1:
             check_mergeable(metrics)
         for metric in metrics.values():
@@ -214,18 +218,24 @@ def forward(job: Job, phase: Phase, batch: Batch) -> tuple[Tensor, Any]:
 
 
 def update_metrics(
-    job: Job, metrics: dict[str, Any], results: Sequence[tuple[Tensor, Any]], batch: Batch
+    job: Job,
+    metrics: dict[str, Any],
+    results: Sequence[tuple[Tensor, Any]],
+    batch: Batch,
+    *,
+    samples: int,
 ) -> None:
-    """Add each phase's loss and outputs of a batch to the metrics."""
+    """Add each phase's loss and outputs of a batch of `samples` to the metrics."""
     losses = {
         phase.metric_name("loss"): loss
         for phase, (loss, _) in zip(job.phases, results, strict=True)
     }
     if "loss" not in losses:
         losses = {"loss": torch.stack(list(losses.values())).sum(), **losses}
-    item_count = job.options.weight or _sample_count
-    for name, loss in losses.items():
-        metrics[name].update(loss, weight=float(item_count(batch)))
+    item_count = job.options.weight
+    weight = float(samples if item_count is None else item_count(batch))
+    for name, loss in losses.items() if weight else ():  # a mean over no item is NaN
+        metrics[name].update(loss, weight=weight)
     for phase, (_, outputs) in zip(job.phases, results, strict=True):
         job.task.update(metrics, outputs, batch, *phase.task_arguments)
 
@@ -244,11 +254,3 @@ def count_damaged(job: Job, batches: "Feed[Any]", *, reported: int) -> int:
     for name in names[: max(_MAX_DAMAGED_NAMES - reported, 0)]:
         job.tracker.message(f"SKIPPED {name}")
     return len(names)
-
-
-def _sample_count(batch: Batch) -> int:
-    if isinstance(batch, Tensor):
-        return len(batch)
-    if isinstance(batch, Mapping):
-        return _sample_count(next(iter(batch.values())))
-    return _sample_count(batch[0])

@@ -243,7 +243,7 @@ def _rehearse_evaluation(job: Job) -> Mapping[str, Any]:
     with torch.no_grad(), _explaining_shapes(job, "evaluation", inputs):
         results = [evaluation.forward(job, phase, inputs) for phase in job.phases]
         if batch is not None:
-            evaluation.update_metrics(job, metrics, results, batch)
+            evaluation.update_metrics(job, metrics, results, batch, samples=1)
     return metrics
 
 

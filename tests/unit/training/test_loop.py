@@ -220,25 +220,64 @@ def test_evaluate_is_the_mean_over_samples_for_any_batch_size(batch_size):
     assert again == metrics  # metrics are reset each time
 
 
-def test_batches_of_mappings_are_weighted_by_their_samples():
-    class Mappings:
+BATCHES = {
+    "mapping": lambda x, y: {"x": x, "y": y},
+    "number first": lambda x, y: {"longest": 28, "x": x, "y": y},
+    "other length first": lambda x, y: {"edges": torch.zeros(2, 3), "x": x, "y": y},
+    "list of images": lambda x, y: {"images": list(x), "x": x, "y": y},
+}
+
+
+@pytest.mark.parametrize("make", BATCHES.values(), ids=BATCHES)
+def test_evaluation_batches_of_any_structure_are_weighted_by_their_samples(make):
+    class Structured:
         def __len__(self):
             return 23
 
         def __getitems__(self, indices):
             inputs, labels = DATA.eval.tensors
-            return {"x": inputs[indices], "y": labels[indices]}
+            return make(inputs[indices], labels[indices])
 
-    class OfMappings(Classification):
+    class OfStructures(Classification):
         def loss(self, model, batch):
             return super().loss(model, (batch["x"], batch["y"]))
 
         def update(self, metrics, outputs, batch):
             super().update(metrics, outputs, (batch["x"], batch["y"]))
 
-    job = a_job(task=OfMappings(), evaluation=EvalStream(Mappings(), World(), 5))
+    job = a_job(task=OfStructures(), evaluation=EvalStream(Structured(), World(), 5))
     metrics = evaluate(job, State(), Stop(World()))
     assert metrics == pytest.approx(by_hand(job.model), rel=1e-6)
+
+
+def test_evaluation_loss_is_nan_if_one_batch_is_and_ignores_batches_without_items():
+    class Masked(Classification):
+        """Only labels from `first` on are items; a mean over zero items is NaN."""
+
+        first = 0
+
+        def loss(self, model, batch):
+            inputs, labels = batch
+            outputs = model(inputs)
+            is_item = labels >= self.first
+            return F.cross_entropy(outputs[is_item], labels[is_item]), outputs
+
+        def weight(self, batch):
+            return (batch[1] >= self.first).sum()
+
+    labels = DATA.eval.tensors[1]
+    ordered = TensorDataset(*(tensor[labels.argsort()] for tensor in DATA.eval.tensors))
+    task = Masked()
+    task.first = int(ordered.tensors[1][9])
+    job = a_job(task=task, evaluation=EvalStream(ordered, World(), 5))
+    is_item = labels >= task.first
+    with torch.no_grad():
+        outputs = job.model.eval()(DATA.eval.tensors[0][is_item])
+    expected = F.cross_entropy(outputs, labels[is_item]).item()
+    assert task.first > labels.min()
+    assert evaluate(job, State(), Stop(World()))["loss"] == pytest.approx(expected, rel=1e-6)
+    ordered.tensors[0][-1] = math.nan
+    assert math.isnan(evaluate(job, State(), Stop(World()))["loss"])
 
 
 def test_evaluate_leaves_generators_and_mode_unchanged():
