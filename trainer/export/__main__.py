@@ -20,9 +20,10 @@ class ModelOptions:
 
     format: str = setting("safetensors", ", ".join(FORMATS))
     step: str = setting("latest", "latest, best, or a step number")
-    weights: str = setting(
-        "model",
-        "model, or ema: the moving averages of runs with trainer.ema_decay",
+    weights: str | None = setting(
+        None,
+        "model, or ema: the averages of runs with trainer.ema_decay or an optimizer with an "
+        "evaluation mode (default: ema with an evaluation mode, as the run evaluates; else model)",
         choices=("model", "ema"),
     )
     out: str = setting(
@@ -104,7 +105,8 @@ def usage() -> str:
 
 def text(result: "Exported") -> str:
     """Format the result of an export."""
-    lines = [f"{result.url}: {result.tensors:,} tensors, {result.bytes:,} bytes"]
+    averages = ", averaged weights" if result.record["weights"] == "ema" else ""
+    lines = [f"{result.url}: {result.tensors:,} tensors, {result.bytes:,} bytes{averages}"]
     if result.mismatches is not None:
         parity = result.record["parity"]
         sizes = ", ".join(map(str, parity["batch_sizes"]))
@@ -119,7 +121,7 @@ def _export(parsed: "Arguments[Options]", settings: Sequence[str]) -> "Exported"
 
     options = parsed.options
     choices = Choices(
-        averaged=options.weights == "ema",
+        averaged=None if options.weights is None else options.weights == "ema",
         dtype=options.dtype,
         device=options.device,
         part=options.part,

@@ -67,6 +67,8 @@ class Format:
     Raises ConfigError (a library, a device or the model's code is missing) or ExportError (the
     file has another format, or was altered).
     """
+    resumes: bool = False
+    """True if the file resumes training, for which it needs the trained weights."""
     options: Mapping[str, Option] = field(default_factory=dict)
     libraries: Sequence[str] = ()
     """Packages whose versions are recorded, in addition to torch."""

@@ -22,8 +22,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class Choices:
     """Weights, dtype, submodule and sample inputs of an export."""
 
-    averaged: bool = False
-    """Export the moving averages of the weights."""
+    averaged: bool | None = None
+    """Export the averages of the weights; None: if the run's optimizer has an evaluation mode."""
     dtype: str = ""
     """A key of DTYPES for floating-point weights and inputs; empty: unchanged."""
     device: str = "cpu"
@@ -53,6 +53,13 @@ class ExportedModel:
         self._dtype = DTYPES.get(choices.dtype)
         self._prefix = f"{choices.part}." if choices.part else ""
 
+    @property
+    def averaged(self) -> bool:
+        """True if the averages of the weights are exported."""
+        if self.choices.averaged is None:
+            return self.checkpoint.has_evaluation_mode
+        return self.choices.averaged
+
     def weights(self) -> dict[str, Tensor]:
         """Return the selected tensors on the CPU, cast, under the plain model's names.
 
@@ -62,7 +69,7 @@ class ExportedModel:
             ConfigError: the checkpoint has no model, or not the requested submodule.
             DamagedError: a checksum differs.
         """
-        tensors = self.checkpoint.weights(averaged=self.choices.averaged)
+        tensors = self.checkpoint.weights(averaged=self.averaged)
         selected = {
             name.removeprefix(self._prefix): tensor
             for name, tensor in tensors.items()
@@ -99,7 +106,7 @@ class ExportedModel:
 
     @cached_property
     def _root(self) -> nn.Module:
-        model = rebuild.load_model(self.run, self.checkpoint, averaged=self.choices.averaged)
+        model = rebuild.load_model(self.run, self.checkpoint, averaged=self.averaged)
         config: Any = getattr(model, "config", None)
         if getattr(config, "use_cache", None) is True:  # of transformers: state between calls
             config.use_cache = False

@@ -1,7 +1,7 @@
 """Export a checkpoint: write, run, compare, describe, publish."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,10 @@ def export(
     values = _options(format, writer, options or {})
     _check(choices)
     checkpoint = open_checkpoint(location, step, store)
+    if writer.resumes and choices.averaged is None:
+        choices = replace(choices, averaged=False)
     model = ExportedModel(checkpoint, choices)
-    url = out or _default_url(location, checkpoint.commit.step, choices, writer)
+    url = out or _default_url(location, model, writer)
     destination = Destination(url, store)
     dynamic = DynamicAxes.parse(values["dynamic"]) if "dynamic" in values else DynamicAxes()
     sizes: Sequence[int] = ()
@@ -152,8 +154,8 @@ def _check(choices: Choices) -> None:
         )
 
 
-def _default_url(location: str, step: int, choices: Choices, format: Format) -> str:
-    parts = ("ema" if choices.averaged else "", choices.part, choices.dtype)
-    name = f"step-{step:08d}{''.join(f'-{part}' for part in parts if part)}{format.suffix}"
+def _default_url(location: str, model: ExportedModel, format: Format) -> str:
+    parts = ("ema" if model.averaged else "", model.choices.part, model.choices.dtype)
+    suffix = "".join(f"-{part}" for part in parts if part) + format.suffix
     folder = str(local_path(location) or location)
-    return f"{folder.rstrip('/')}/exports/{name}"
+    return f"{folder.rstrip('/')}/exports/step-{model.checkpoint.commit.step:08d}{suffix}"

@@ -80,9 +80,9 @@ FORMATS: Mapping[str, Format] = {
         libraries=("onnx", "onnxscript", "openvino"),
         last_file="model.xml",
     ),
-    "checkpoint": Format(suffix=".ckpt", write=_in("checkpoint", "write")),
+    "checkpoint": Format(suffix=".ckpt", write=_in("checkpoint", "write"), resumes=True),
     # as in PyTorch's tutorial on saving several models
-    "bundle": Format(suffix=".tar", write=_in("bundle", "write")),
+    "bundle": Format(suffix=".tar", write=_in("bundle", "write"), resumes=True),
     "oneflow": Format(suffix=".oneflow", write=_in("oneflow", "write"), last_file="snapshot_done"),
 }
 

@@ -1,5 +1,6 @@
 """A committed checkpoint, opened without a process group, with wrapper names removed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -33,6 +34,16 @@ class LoadedCheckpoint:
     def has_averages(self) -> bool:
         """The run's evaluations used averages of its weights."""
         return any(name.startswith(EMA) for name in self.manifest.tensors)
+
+    @property
+    def has_evaluation_mode(self) -> bool:
+        """The averages are the weights of the optimizer's evaluation mode, as schedule-free ones.
+
+        The trained weights are then a point between them and others: no evaluation used it.
+        """
+        trainer = self.manifest.config.get("trainer")
+        is_optimizers = isinstance(trainer, Mapping) and trainer.get("ema_decay") is None
+        return self.has_averages and is_optimizers
 
     def model_names(self) -> list[str]:
         """Return the stored names of the model's tensors, without `model.`."""

@@ -54,7 +54,7 @@ def describe(
         "options": dict(options),
         "step": checkpoint.commit.step,
         "epoch": manifest.epoch,
-        "weights": "ema" if choices.averaged else "model",
+        "weights": "ema" if model.averaged else "model",
         "part": choices.part or None,
         "dtype": choices.dtype or None,
         "metrics": {

@@ -9,7 +9,9 @@ import pytest
 import torch
 from google.protobuf import text_format
 from safetensors import safe_open
+from safetensors.torch import load_file
 from support.loop_jobs import Net, a_job, a_saver, go_on
+from support.mode_optimizers import ScheduleFree
 from support.oneflow_proto import Info
 from support.state_dicts import net
 from torch import nn
@@ -18,6 +20,7 @@ from trainer.checkpoint import Content, Writer, lineage, save, state_tree
 from trainer.cluster.stop import Stop
 from trainer.cluster.world import World
 from trainer.config.schema import Init
+from trainer.core.intervals import Every
 from trainer.core.state import State
 from trainer.errors import ConfigError
 from trainer.export.contract import ExportError
@@ -202,6 +205,64 @@ def test_checkpoint_has_counters_and_averages(tmp_path):
     averaged = saved["ema_state_dict"]
     assert torch.equal(averaged["body.0.bias"], job.model.body[0].bias + 1.0)
     Net().load_state_dict(averaged, strict=True)
+
+
+# --- weights of the evaluations ----------------------------------------------------------------
+
+
+def schedule_free(**changes):
+    """Return a job whose optimizer trains other weights than it evaluates."""
+    job = a_job(
+        optimizer=lambda model: ScheduleFree(model.parameters(), lr=0.1),
+        eval_every=Every(steps=3), **changes,
+    )  # fmt: skip
+    job.phases[0].optimizer.train()
+    return job
+
+
+def loss_of(path, dataset):
+    """Return the loss of exported weights on all samples, without the code under test."""
+    model = Net().eval()
+    model.load_state_dict(load_file(path), strict=True)
+    inputs, labels = dataset.tensors
+    return nn.functional.cross_entropy(model(inputs), labels).item()
+
+
+def test_export_of_a_resumed_schedule_free_run_has_the_evaluated_weights(tmp_path):
+    config = {"trainer": {"ema_decay": None}}
+    run = tmp_path / "run"
+    go_on(run, schedule_free(max_steps=7), config=config)
+    job = schedule_free()
+    go_on(run, job, config=config)
+    logged = [line["loss"] for line in job.tracker.of("eval")]
+    assert len(logged) == 2  # steps 9 and 12
+    data, trained = job.evaluation.dataset, job.model.state_dict()
+    done = export(str(run))
+    assert (done.path.name, done.record["weights"]) == ("step-00000012-ema.safetensors", "ema")
+    assert loss_of(done.path, data) == pytest.approx(logged[-1])
+    as_ema = export(str(run), out=str(tmp_path / "ema"), choices=Choices(averaged=True))
+    equal(load_file(as_ema.path), load_file(done.path))
+    plain = export(str(run), choices=Choices(averaged=False))
+    assert plain.path.name == "step-00000012.safetensors"
+    equal(load_file(plain.path), trained)
+    assert loss_of(plain.path, data) != pytest.approx(logged[-1], rel=1e-4)
+    saved = torch.load(export(str(run), "checkpoint").path, weights_only=True)
+    equal(saved["model_state_dict"], trained)
+    equal(saved["ema_state_dict"], load_file(done.path))
+
+
+def test_export_of_moving_averages_has_the_trained_weights_by_default(tmp_path):
+    job = a_job()
+    job.ema = Ema(job.model, 0.9)
+    for average in job.ema.averages.values():
+        average.add_(1.0)
+    config = {"trainer": {"ema_decay": 0.9}}
+    done = export(a_run(tmp_path / "run", collect(job, State(step=3)), config=config))
+    assert done.record["weights"] == "model"
+    equal(load_file(done.path), job.model.state_dict())
+
+
+# --- other state -------------------------------------------------------------------------------
 
 
 class Extra(nn.Linear):
