@@ -222,13 +222,16 @@ def _take_last_step(scheduler: LRScheduler, last: int) -> None:
         for member in scheduler._schedulers:
             _take_last_step(member, last)
     elif isinstance(scheduler, SequentialLR):
-        starts = [0, *scheduler._milestones]
+        current, starts = scheduler.last_epoch, [0, *scheduler._milestones]
         for member, start, end in zip(
             scheduler._schedulers, starts, [*starts[1:], last + 1], strict=True
         ):
             if start and start <= last and hasattr(member, "_schedulers"):
                 raise TypeError(f"SequentialLR cannot start a {type(member).__name__} later on")
-            if (steps := min(end - 1, last) - start) > 0:
+            steps = min(end - 1, last) - start
+            if start <= current:  # a nested SequentialLR is a step ahead of the outer one
+                steps += (schedule.steps(member.state_dict()) or 0) - (current - start)
+            if steps > 0 and current < end:
                 _take_last_step(member, steps)
     elif isinstance(getattr(scheduler, "last_epoch", None), int):
         scheduler.last_epoch = last - 1

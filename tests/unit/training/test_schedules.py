@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import own_schedulers
 from support.killed_jobs import Deadly, resumed_like_undisturbed
@@ -165,7 +165,17 @@ def runs(settings, steps, step=0, check=lambda job, state: None):
     return True
 
 
+NESTED_SHORT = node(
+    "SequentialLR", milestones=[3], schedulers=[
+        node("SequentialLR", milestones=[3], schedulers=[
+            node("OneCycleLR", max_lr=0.3, total_steps=1), LINEAR,
+        ]), LINEAR,
+    ],
+)  # fmt: skip
+
+
 @settings(max_examples=30)
+@example(schedule=NESTED_SHORT, step=0)
 @given(schedule=SHAPES, step=st.integers(0, 6))
 def test_check_length_agrees_with_stepping_to_the_end(schedule, step):
     by_hand = runs(schedule, STEPS)
