@@ -108,10 +108,10 @@ def _readings(data: TrainStream | Streamed | EvalStream) -> "Feed[Digests]":
 
 
 def _read(data: TrainStream | Streamed | EvalStream, _: None) -> Item:
-    return Item(dict(_digests(data.first())))
+    return Item(dict(digests(data.first())))
 
 
-def _digests(batch: Batch) -> Iterator[tuple[nested.Path, str]]:
+def digests(batch: Batch) -> Iterator[tuple[nested.Path, str]]:
     """Yield the digest of each tensor, array, text and number; other objects have none."""
     for path, value in nested.leaves(batch):
         if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested:

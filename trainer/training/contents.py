@@ -34,6 +34,8 @@ from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.state_tree import Content
 from trainer.core import nested, rng
 from trainer.core.state import State
+from trainer.data.fingerprint import changed_parts
+from trainer.data.source import EvalStream, TrainStream
 from trainer.errors import CheckpointError, ConfigError
 from trainer.training import modes, structure
 from trainer.training.job import Job, Phase
@@ -49,6 +51,7 @@ RNG = "rng."
 SCHEDULER, PHASES, SCALER = "scheduler", "phases", "scaler"
 SCHEDULE_STARTS = "schedule_starts"
 RUN, DATA, SAMPLES = "run", "data", "samples"
+EVALUATION_SAMPLES, FINGERPRINTS = "evaluation_samples", "fingerprints"
 
 
 def collect(job: Job, state: State) -> Content:
@@ -395,6 +398,10 @@ def _depends_on_length(manifest: Manifest) -> bool:
 def _collect_data(job: Job, content: Content) -> None:
     if job.data.samples is not None:
         content.objects[DATA] = {SAMPLES: job.data.samples}
+        if job.evaluation is not None:
+            content.objects[DATA][EVALUATION_SAMPLES] = len(job.evaluation.dataset)
+        if job.fingerprints:
+            content.objects[DATA][FINGERPRINTS] = dict(job.fingerprints)
 
 
 def _restore_data(job: Job, start: "Start", manifest: Manifest, state: State) -> bool:
@@ -411,7 +418,35 @@ def _restore_data(job: Job, start: "Start", manifest: Manifest, state: State) ->
             "the sample order differs. Restore the data to continue, or start a new run from the "
             f"full state: name=… resume={start.urls[0]}"
         )
+    if not start.is_fork:
+        job.notes = [*job.notes, *_changed_data(job, manifest)]
     moved = start.is_fork and (changed or not start.takeover.data_position)
     if moved:
         state.cursor = {"epoch": state.cursor["epoch"], "batch": 0}
     return moved
+
+
+def _changed_data(job: Job, manifest: Manifest) -> list[str]:
+    """Return warnings about data of the same run that differs from its checkpoint's."""
+    stored, warnings = manifest.objects.get(DATA, {}), []
+    before = stored.get(EVALUATION_SAMPLES)
+    now = before if job.evaluation is None else len(job.evaluation.dataset)
+    if before is not None and now != before:
+        warnings.append(
+            f"warning: the evaluation data has {now:,} samples but had {before:,} at step "
+            f"{manifest.step:,}: new metrics do not compare with earlier ones, nor with the best "
+            "value. Restore the data, or start a new run from the full state"
+        )
+    fingerprints = stored.get(FINGERPRINTS, {})
+    for name, data in (("training", job.data), ("evaluation", job.evaluation)):
+        if not isinstance(data, (TrainStream, EvalStream)):
+            continue
+        pair = fingerprints.get(name, {}), job.fingerprints.get(name, {})
+        if parts := changed_parts(*pair, data):
+            warnings.append(
+                f"warning: the {name} data differs from that of step {manifest.step:,}: the same "
+                f"samples have another {', '.join(parts[:4])}. Their order or the numbers of the "
+                "classes have changed; if these come from a set or an unsorted list of files, sort "
+                "them, and resume from a checkpoint before the change"
+            )
+    return warnings

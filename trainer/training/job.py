@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from trainer.cluster.world import World
 from trainer.core.intervals import Every
 from trainer.core.state import State
+from trainer.data.fingerprint import Fingerprint
 from trainer.data.source import EvalStream, TrainStream
 from trainer.data.streams import Streamed
 from trainer.protocols import Batch, Task, Tracker
@@ -123,6 +124,8 @@ class Job:
     precision: str = "fp32"
     data: TrainStream | Streamed
     evaluation: EvalStream | None = None
+    fingerprints: Mapping[str, Fingerprint] = field(default_factory=dict)
+    """Digests of the training and evaluation data, on rank 0; see `data.fingerprint`."""
     tracker: Tracker
     max_steps: int
     """Step at which the run ends."""

@@ -22,7 +22,9 @@ from trainer.config import targets
 from trainer.config.schema import Parallel, Run
 from trainer.core import nested, rng
 from trainer.core.state import State
+from trainer.data.fingerprint import fingerprint
 from trainer.data.replication import check_replicated
+from trainer.data.source import EvalStream, TrainStream
 from trainer.errors import ConfigError, PerdureError
 from trainer.protocols import Batch
 from trainer.tracking.several import Silent
@@ -59,6 +61,13 @@ def check_start(run: Run, job: Job) -> None:
     for data in (job.data, job.evaluation):
         if data is not None:
             check_replicated(str(run.data["_target_"]), data)
+    if job.world.rank == 0:
+        parts = {"training": job.data, "evaluation": job.evaluation}
+        job.fingerprints = {
+            name: fingerprint(data)
+            for name, data in parts.items()
+            if isinstance(data, (TrainStream, EvalStream))
+        }
 
 
 def rehearse(run: Run, job: Job, *, world_size: int | None = None) -> None:

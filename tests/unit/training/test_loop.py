@@ -37,6 +37,7 @@ from trainer.config.schema import Run, Trainer
 from trainer.core import rng
 from trainer.core.intervals import Every
 from trainer.core.state import State
+from trainer.data.fingerprint import fingerprint
 from trainer.data.source import EvalStream, TrainStream
 from trainer.data.synthetic import Synthetic
 from trainer.errors import CheckpointError, ConfigError, StoreError
@@ -664,6 +665,34 @@ def test_other_samples_do_not_go_unnoticed(tmp_path):
     assert resumed(tmp_path / "a", job(43), {}).cursor == {"epoch": 2, "batch": 2}
     fork = resumed(tmp_path / "b", job(51), {}, resume=str(tmp_path / "a"))
     assert (fork.step, fork.cursor) == (12, {"epoch": 2, "batch": 0})
+
+
+@pytest.mark.parametrize("changed", ["training", "evaluation"])
+def test_resume_with_relabelled_data_warns_before_it_trains(tmp_path, changed):
+    def job(relabelled, max_steps):
+        datasets = {"training": DATA.train, "evaluation": DATA.eval}
+        if relabelled:
+            inputs, labels = datasets[changed].tensors
+            datasets[changed] = TensorDataset(inputs, labels.max() - labels)
+        streams = {
+            "training": TrainStream(datasets["training"], World(), 5, BATCH),
+            "evaluation": EvalStream(datasets["evaluation"], World(), 5),
+        }
+        job = a_job(data=streams["training"], evaluation=streams["evaluation"], max_steps=max_steps)
+        job.fingerprints = {name: fingerprint(stream) for name, stream in streams.items()}
+        return job
+
+    go_on(tmp_path, job(False, 4))
+    same, other = job(False, 6), job(True, 8)
+    go_on(tmp_path, same)
+    go_on(tmp_path, other)
+    assert same.notes == []
+    (note,) = other.notes
+    assert f"the {changed} data differs from that of step 6: the same samples have another" in note
+    fewer = job(False, 10)
+    fewer.evaluation = EvalStream(TensorDataset(*DATA.eval[:20]), World(), 5)
+    go_on(tmp_path, fewer)
+    assert "the evaluation data has 20 samples but had 23 at step 8" in fewer.notes[0]
 
 
 def test_train_tracks_the_best_value(tmp_path):
