@@ -15,7 +15,7 @@ FRAGILE = [*HARD, "task._target_=mine.task.Fragile", "checkpoint.every_steps=10"
     (1, ["trainer.accumulate=2"]),
     (2, []),
     # Two ranks give the same sum in either order; DDP's bucket order matters from three on.
-    (3, []),
+    pytest.param(3, [], marks=pytest.mark.slow),
     pytest.param(
         3, ["parallel.static_graph=true", "parallel.bucket_cap_mb=0.01"], marks=pytest.mark.slow
     ),

@@ -54,7 +54,7 @@ def test_classifier_matches_plain_logits():
 @pytest.mark.parametrize(("node", "overrides"), [
     (GPT2, ["data=text", "data.files='{corpus}/*.txt'", "data.eval_share=0.3", "sample.shape=[16]",
             "task=language_model"]),
-    (VIT, ["data=digits"]),
+    pytest.param(VIT, ["data=digits"], marks=pytest.mark.slow),
 ], ids=["gpt2", "vit"])  # fmt: skip
 def test_transformers_model_trains_stops_and_resumes(command, node, overrides):
     corpus = command.folder / "corpus"
