@@ -36,7 +36,12 @@ def verified_forks() -> Iterator[None]:
 def _verified_fork() -> int:
     for _ in range(_TRIES):
         reader, writer = os.pipe()
-        pid = _plain_fork()
+        try:
+            pid = _plain_fork()
+        except OSError:
+            os.close(reader)
+            os.close(writer)
+            raise
         if pid == 0:
             os.close(reader)
             os.write(writer, b"1")

@@ -111,13 +111,19 @@ def _check_state(node: Mapping[str, Any], groups: Groups) -> None:
     except Exception:
         return
     if lost:
-        more = f" and {len(lost) - _MAX_NAMES:,} more" if len(lost) > _MAX_NAMES else ""
         raise ConfigError(
-            f"optimizer: {node['_target_']} keeps state in {', '.join(lost[:_MAX_NAMES])}{more}, "
-            "which a checkpoint would not contain, so a resumed run would differ. Keep it in "
-            "self.state or self.param_groups, or return it from state_dict() and set it in "
-            "load_state_dict()"
+            f"optimizer: {lost_text(node['_target_'], lost)}. Keep it in self.state or "
+            "self.param_groups, or return it from state_dict() and set it in load_state_dict()"
         )
+
+
+def lost_text(target: str, names: Sequence[str]) -> str:
+    """Return the text for a target whose attributes `names` a checkpoint would not contain."""
+    more = f" and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else ""
+    return (
+        f"{target} keeps state in {', '.join(names[:_MAX_NAMES])}{more}, which a checkpoint would "
+        "not contain, so a resumed run would differ"
+    )
 
 
 def check_change(

@@ -16,7 +16,6 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.training import optimizers
 
 _MAX_STEPS = 100
-_MAX_NAMES = 4
 _DERIVED = ("_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial")
 """Attributes of every LRScheduler that no learning rate depends on."""
 _BASE = ("base_lrs", "last_epoch", *_DERIVED)
@@ -48,11 +47,9 @@ def check(target: str, make: Make, steps: int) -> None:
         except Exception:
             return
     if lost:
-        more = f" and {len(lost) - _MAX_NAMES:,} more" if len(lost) > _MAX_NAMES else ""
         raise ConfigError(
-            f"scheduler: {target} keeps state in {', '.join(lost[:_MAX_NAMES])}{more}, which a "
-            "checkpoint would not contain, so a resumed run would differ. Return it from "
-            "state_dict() and set it in load_state_dict()"
+            f"scheduler: {optimizers.lost_text(target, lost)}. Return it from state_dict() and "
+            "set it in load_state_dict()"
         )
 
 

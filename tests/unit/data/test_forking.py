@@ -1,9 +1,13 @@
 """A data worker that a fork leaves hanging is replaced."""
 
+import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.run_commands import ROOT
+from trainer.data import forking
 
 SCRIPT = """
 import ctypes, os, sys, threading, time
@@ -42,3 +46,21 @@ def test_workers_that_always_hang_are_an_error():
     done = run(set(range(10)))
     assert done.stdout == "5\n"
     assert "WorkerLostError: 5 data workers in a row did not start within 1 s" in done.stderr
+
+
+def test_failed_fork_leaves_no_descriptor_open(monkeypatch):
+    def fail():
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", os.fork)  # restored after the test
+    monkeypatch.setattr(forking, "_plain_fork", fail)
+    before = os.listdir("/proc/self/fd")
+    with forking.verified_forks(), pytest.raises(BlockingIOError):
+        os.fork()
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_fork_is_the_plain_one_outside_of_the_context():
+    with forking.verified_forks():
+        assert os.fork is not forking._plain_fork
+    assert os.fork is forking._plain_fork
