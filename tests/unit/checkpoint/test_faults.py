@@ -1,5 +1,6 @@
 """Full, read-only, slow, hanging or failing disks: training continues and nothing is lost."""
 
+import contextlib
 import errno
 import gc
 import os
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -155,24 +157,53 @@ def test_save_longer_than_grace_time_warns_once(tmp_path):
 # --- a store that fails --------------------------------------------------------------------------
 
 
-def resources() -> tuple[int, int, int]:
-    gc.collect()
-    buffers = sum(type(item) is HostBuffer for item in gc.get_objects())
-    return threading.active_count(), len(os.listdir("/proc/self/fd")), buffers
+class NewResources:
+    """Threads, descriptors and buffers that this process did not hold when this was made.
+
+    Those of earlier tests may go at any time, so a count of all of them proves nothing.
+    """
+
+    def __init__(self) -> None:
+        self._threads = set(threading.enumerate())
+        self._descriptors = descriptors()
+        self._buffers = WeakSet(buffers())
+
+    def count(self) -> tuple[int, int, int]:
+        gc.collect()
+        return (
+            len(set(threading.enumerate()) - self._threads),
+            len(descriptors() - self._descriptors),
+            len(set(buffers()) - set(self._buffers)),
+        )
+
+
+def descriptors() -> set[tuple[str, str]]:
+    """Return the open descriptors with what they refer to, but for the listing's own."""
+    open_ones = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            open_ones.add((name, os.readlink(f"/proc/self/fd/{name}")))
+    return open_ones
+
+
+def buffers() -> list[HostBuffer]:
+    return [item for item in gc.get_objects() if type(item) is HostBuffer]
 
 
 @pytest.mark.parametrize("how", ["before", "torn", "after"])
 def test_failed_saves_leak_no_thread_descriptor_buffer_or_file(tmp_path, how):
+    new = NewResources()
     store = FaultyStore(tmp_path, how=how)
     job = Job(store, keep_last=1)
     assert job.save(1)
-    before, files = resources(), LocalStore(tmp_path).list("")
+    before, files = new.count(), LocalStore(tmp_path).list("")
+    assert before[2] > 0
     for step in range(2, 32):
         store.broken = (("open_new", "put", "finish", "list")[step % 4],)
         assert not job.save(step)
         assert len(job.messages) == step - 1  # one message per failure
         job.saver._failures = 0  # three consecutive failures would end the run
-    assert resources() == before
+    assert new.count() == before
     assert LocalStore(tmp_path).list("") == files
     store.broken = ()
     assert job.save(32)
