@@ -1,7 +1,10 @@
-"""Readers of a run's tracker files: TensorBoard's event reader, and a parser of `.wandb` files."""
+"""Readers of a run's tracker files: those of TensorBoard, and a parser of `.wandb` files."""
 
 import json
 import struct
+import subprocess
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -15,6 +18,62 @@ def scalars(folder):
         tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
         for tag in accumulator.Tags()["scalars"]
     }
+
+
+def multiplexed(folder):
+    """Return {tag: [(step, value)]} as TensorBoard without its data server shows them."""
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+    from tensorboard.util.tensor_util import make_ndarray
+
+    reader = EventMultiplexer(size_guidance={"tensors": 0}, tensor_size_guidance={"scalars": 0})
+    reader.AddRunsFromDirectory(str(folder)).Reload()
+    return {
+        tag: [(one.step, make_ndarray(one.tensor_proto).item()) for one in reader.Tensors(run, tag)]
+        for run, tags in reader.Runs().items()
+        for tag in tags["tensors"]
+    }
+
+
+@contextmanager
+def data_server(folder):
+    """Run TensorBoard's data server; yield a check that it shows {tag: [(step, value)]} soon."""
+    from tensorboard import context
+    from tensorboard.data.server_ingester import ExistingServerDataIngester, get_server_binary
+    from tensorboard.util.grpc_util import ChannelCredsType
+
+    def until(condition, timeout_s=30.0):
+        end_s = time.monotonic() + timeout_s
+        while not condition() and time.monotonic() < end_s:
+            time.sleep(0.05)
+
+    def check(expected):
+        def read():
+            runs = provider.read_scalars(
+                context.RequestContext(), experiment_id="", plugin_name="scalars", downsample=10000
+            )
+            return {
+                tag: [(one.step, one.value) for one in series]
+                for tags in runs.values()
+                for tag, series in tags.items()
+            }
+
+        until(lambda: read() == expected)
+        assert read() == expected
+
+    port = folder.parent / "port"
+    server = subprocess.Popen(
+        [get_server_binary().path, f"--logdir={folder}", "--reload=1", f"--port-file={port}",
+         "--port=0", "--samples-per-plugin=scalars=all"]
+    )  # fmt: skip
+    try:
+        until(lambda: port.exists() and port.read_text().endswith("\n"))
+        address = f"localhost:{int(port.read_text())}"
+        credentials = ChannelCredsType.LOCAL
+        provider = ExistingServerDataIngester(address, channel_creds_type=credentials).data_provider
+        yield check
+    finally:
+        server.kill()
+        server.wait()
 
 
 def records(path: Path):

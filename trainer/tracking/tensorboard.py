@@ -4,7 +4,9 @@ Written with TensorBoard's record writer, one event per line. Each attempt has a
 sorts after those of earlier attempts. It starts with the session mark by which TensorBoard drops
 repeated steps. torch's SummaryWriter writes the same mark (`purge_step`), but names files by clock:
 if the next node's clock is behind, the mark is read too early and repeated steps are shown. It also
-has no fsync, and a killed process loses its queue.
+has no fsync, and a killed process loses its queue. TensorBoard's data server ignores the mark; it
+drops a metric's later steps when an earlier one follows, so each metric's last valid line is
+written again.
 """
 
 import os
@@ -67,7 +69,8 @@ class TensorBoard:
             self._store = facts["store"]
             self._folder = self._scratch.enter_context(scratch_folder("tensorboard"))
         is_first = not any(self._folder.glob("*tfevents*"))
-        void_from = 0 if is_first else _void_from(facts)
+        lines = jsonl.read(facts["store"])  # steps that are not repeated
+        void_from = 0 if is_first else _oldest_last_step(lines)
         self._name = f"events.out.tfevents.{facts['attempt']:010d}.perdure"
         self._file = open(self._folder / self._name, "wb")  # noqa: SIM115 (close)
         self._records = RecordWriter(self._file)
@@ -75,7 +78,6 @@ class TensorBoard:
         self._write([{"wall_time": now, "file_version": "brain.Event:2"}])
         mark = SessionLog(status=SessionLog.START)
         self._write([{"wall_time": now, "step": void_from, "session_log": mark}])
-        lines = jsonl.read(facts["store"])  # steps that are not repeated
         self._write(_event(line) for line in lines if line["step"] >= void_from)
 
     def log(self, line: Mapping[str, Any]) -> None:
@@ -121,13 +123,10 @@ class TensorBoard:
         self._scratch.close()
 
 
-def _void_from(facts: Mapping[str, Any]) -> int:
-    """Return the first step with repeated lines.
-
-    That is `step` itself if the checkpoint was saved before its evaluation ended.
-    """
-    step: int = facts["step"]
-    return step if facts["last_eval_step"] < step else step + 1
+def _oldest_last_step(lines: Iterable[Mapping[str, Any]]) -> int:
+    """Return the first step from which every metric has its last line."""
+    last = {(line["split"], key): line["step"] for line in lines for key in line}
+    return min(last.values(), default=0)
 
 
 def _event(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.event_files import scalars
+from support.event_files import data_server, multiplexed, scalars
 
 from trainer.storage import open_store
 from trainer.tracking import jsonl
@@ -153,6 +153,24 @@ def test_clocks_of_nodes_do_not_matter(tmp_path, monkeypatch):
                 tracker.flush()
         kill(tracker)
     assert scalars(tmp_path / "tensorboard") == expected(store)
+
+
+def test_no_reader_shows_what_only_a_killed_attempt_logged(tmp_path):
+    """The resumed attempt evaluates less often, so it never repeats the lost evaluation."""
+    store, folder = open_store(str(tmp_path)), tmp_path / "tensorboard"
+    folder.mkdir()
+    with data_server(folder) as served:
+        for number, (step, evaluations) in enumerate(((0, (2, 4, 5)), (3, (6, 8)), (6, ())), 1):
+            tracker = attempt(store, str(tmp_path), number, step=step, last_eval_step=step)
+            for step_ in range(step + 1, step + 6):
+                tracker.log(line("train", step_, loss=step_ / 8 + number * (step_ > step + 3)))
+                if step_ in evaluations:
+                    tracker.log(line("eval", step_, loss=step_ / 4))
+                if step_ == step + 3:
+                    tracker.flush()
+            kill(tracker)
+            assert scalars(folder) == multiplexed(folder) == expected(store)
+            served(expected(store))
 
 
 def test_flush_on_an_object_store_uploads_when_due(tmp_path):
