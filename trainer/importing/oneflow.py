@@ -2,10 +2,10 @@
 
 `NAME/out` has the elements, little-endian, in C order. `NAME/meta` is the text form of a protobuf
 message VariableMetaInfo: `shape { dim: 64 dim: 784 } data_type: kFloat`. An empty `snapshot_done`
-is written last. Grammar of the text form: https://protobuf.dev/reference/protobuf/textformat-spec/
+is written last.
 """
 
-import re
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -26,6 +26,20 @@ KINDS = {
     "kFloat16": (9, torch.float16), "kBFloat16": (11, torch.bfloat16), "kBool": (12, torch.bool),
 }  # fmt: skip
 """Enum value and dtype of each supported DataType."""
+_PROTO = """
+  name: "variable.proto" package: "oneflow"
+  enum_type { name: "DataType" }
+  message_type {
+    name: "ShapeProto"
+    field { name: "dim" number: 1 type: TYPE_INT64 label: LABEL_REPEATED }
+  }
+  message_type {
+    name: "VariableMetaInfo"
+    field { name: "shape" number: 2 type_name: "ShapeProto" label: LABEL_REQUIRED }
+    field { name: "data_type" number: 3 type_name: "DataType" label: LABEL_REQUIRED }
+  }
+"""
+"""FileDescriptorProto of OneFlow's messages, without the values of DataType."""
 _MAX_META_BYTES = 1 << 16
 _MAX_INT64 = (1 << 63) - 1
 _MAX_AXES = 64
@@ -36,17 +50,40 @@ _Kind = tuple[torch.dtype, tuple[int, ...]]
 # --- metadata ----------------------------------------------------------------------------------
 
 
+@cache
+def _library() -> tuple[Any, Any]:
+    """Return protobuf's text_format and OneFlow's class VariableMetaInfo.
+
+    Raises:
+        CheckpointError: protobuf is not installed.
+    """
+    try:
+        from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+    except ImportError as error:
+        raise CheckpointError(
+            f"OneFlow folders need the library protobuf: {error}; pip install 'perdure[oneflow]'"
+        ) from None
+    file = text_format.Parse(_PROTO, descriptor_pb2.FileDescriptorProto())
+    for name, (number, _) in KINDS.items():
+        file.enum_type[0].value.add(name=name, number=number)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    message = pool.FindMessageTypeByName("oneflow.VariableMetaInfo")
+    return text_format, message_factory.GetMessageClass(message)
+
+
 def meta_text(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
     """Return the metadata of a tensor.
 
     Raises:
-        CheckpointError: OneFlow does not have the dtype.
+        CheckpointError: OneFlow does not have the dtype, or protobuf is not installed.
     """
-    name = next((name for name, (_, kind) in KINDS.items() if kind == dtype), None)
-    if name is None:
+    number = next((number for number, kind in KINDS.values() if kind == dtype), None)
+    if number is None:
         raise CheckpointError(f"OneFlow does not support {dtype}")
-    dims = "".join(f"  dim: {dim}\n" for dim in shape)
-    return f"shape {{\n{dims}}}\ndata_type: {name}\n"
+    text_format, message = _library()
+    text: str = text_format.MessageToString(message(shape={"dim": shape}, data_type=number))
+    return text
 
 
 def parse_meta(text: str) -> _Kind:
@@ -54,83 +91,21 @@ def parse_meta(text: str) -> _Kind:
 
     Raises:
         ValueError: the text is not that message.
+        CheckpointError: protobuf is not installed.
     """
-    words = _words(text)
-    dtype: torch.dtype | None = None
-    shape: tuple[int, ...] | None = None
-    while words:
-        field = words.pop(0)
-        if field == "shape" and shape is None:
-            shape = _shape(words)
-        elif field == "data_type" and dtype is None:
-            dtype = _dtype(words)
-        else:
-            raise ValueError(f"unexpected field {field!r}")
-        _end_of_field(words)
-    if dtype is None or shape is None:
+    text_format, message = _library()
+    try:
+        info = text_format.Parse(text, message())
+    except text_format.ParseError as error:
+        raise ValueError(str(error)) from None
+    if not info.IsInitialized():
         raise ValueError("shape and data_type are required")
-    return dtype, shape
-
-
-def _words(text: str) -> list[str]:
-    words, at = [], 0
-    for match in re.finditer(r"\s+|#[^\n]*|([A-Za-z_]\w*|[0-9]+(?!\w)|[{}<>:\[\],;])", text):
-        if match.start() != at:
-            break
-        at = match.end()
-        if match[1]:
-            words.append(match[1])
-    if at != len(text):
-        raise ValueError(f"cannot parse {text[at : at + 20]!r}")
-    return words
-
-
-def _take(words: list[str], *expected: str) -> str:
-    if not words or (expected and words[0] not in expected):
-        word = repr(words[0]) if words else "the end"
-        raise ValueError(f"expected {' or '.join(expected) or 'a value'} instead of {word}")
-    return words.pop(0)
-
-
-def _end_of_field(words: list[str]) -> None:
-    if words[:1] in ([","], [";"]):
-        words.pop(0)
-
-
-def _shape(words: list[str]) -> tuple[int, ...]:
-    if words[:1] == [":"]:
-        words.pop(0)
-    closing = {"{": "}", "<": ">"}[_take(words, "{", "<")]
-    dims: list[int] = []
-    while _take(words, "dim", closing) == "dim":
-        _take(words, ":")
-        if words[:1] != ["["]:
-            dims.append(_number(words))
-        elif words[1:2] == ["]"]:
-            del words[:2]
-        else:
-            while _take(words, "[", ",", "]") != "]":
-                dims.append(_number(words))
-        _end_of_field(words)
-    if len(dims) > _MAX_AXES or prod(max(dim, 1) for dim in dims) * 8 > _MAX_INT64:
+    shape = tuple(info.shape.dim)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"{list(shape)} has a negative dimension")
+    if len(shape) > _MAX_AXES or prod(max(dim, 1) for dim in shape) * 8 > _MAX_INT64:
         raise ValueError("the shape is too large")
-    return tuple(dims)
-
-
-def _number(words: list[str]) -> int:
-    word = _take(words)
-    if not re.fullmatch(r"0|[1-9][0-9]{0,18}", word) or int(word) > _MAX_INT64:
-        raise ValueError(f"{word!r} is not a valid dimension")
-    return int(word)
-
-
-def _dtype(words: list[str]) -> torch.dtype:
-    _take(words, ":")
-    word = _take(words)
-    for name, (number, dtype) in KINDS.items():
-        if word in (name, str(number)):
-            return dtype
-    raise ValueError(f"unsupported data_type {word}")
+    return next(dtype for number, dtype in KINDS.values() if number == info.data_type), shape
 
 
 # --- folder ------------------------------------------------------------------------------------
