@@ -410,7 +410,9 @@ def test_oneflow_folder_has_every_tensor(tmp_path):
     for name, value in expected.items():
         dims = "".join(f"  dim: {dim}\n" for dim in value.shape)
         text = (done.path / name / "meta").read_text()
-        kind = {torch.float32: "kFloat", torch.bool: "kBool", torch.int64: "kInt64"}[value.dtype]
+        kind = {torch.float32: "kFloat", torch.bool: "kBool", torch.bfloat16: "kBFloat16"}.get(
+            value.dtype, "kInt64"
+        )
         assert text == f"shape {{\n{dims}}}\ndata_type: {kind}\n"
         flat = value.contiguous().reshape(-1).view(torch.uint8)
         assert (done.path / name / "out").read_bytes() == flat.numpy().tobytes()
