@@ -55,6 +55,9 @@ def test_wheel_works_from_any_directory(clone, tmp_path):
     done = run(python, "-m", "trainer.run", "data=synthetic", "trainer.max_steps=2", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert (folder / "runs/synthetic-cnn/config.yaml").exists()
+    reported = run(python, "-m", "trainer.report", "runs/synthetic-cnn", cwd=folder)
+    assert reported.returncode == 0, reported.stderr
+    assert "uPlot" in (folder / "runs/synthetic-cnn/report.html").read_text()
     (folder / "models").mkdir()
     (folder / "models/__init__.py").touch()
     shadowed = run(python, "-m", "trainer.run", "--check", cwd=folder)

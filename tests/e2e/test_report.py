@@ -9,7 +9,7 @@ import threading
 import pytest
 from support.report_pages import charts, curve, parsed, tiles
 from support.run_commands import HARD, in_folder
-from support.run_records import HOSTILE, hostile_run
+from support.run_records import HOSTILE, first, hostile_run, lines, write
 
 from trainer import reporting
 from trainer.checkpoint import lineage
@@ -72,8 +72,8 @@ def test_report_matches_the_run_files(folder):
     assert float(tiles(page)["best accuracy"]) == pytest.approx(best, rel=1e-3)
     assert tiles(page)["step"] == "40"
     assert page.all("h1")[0].text == "a finished"
-    second, first = page.all("table", "attempts")[0].all("tr")[1:]
-    assert "SIGTERM" in first.text
+    second, earlier = page.all("table", "attempts")[0].all("tr")[1:]
+    assert "SIGTERM" in earlier.text
     assert "changed: trainer.clip_norm: 1.0 -> 2.0" in second.text
     stopped, done = lineage.records(LocalStore(folder))
     assert f"{stopped['last_step']} … 40" in second.text
@@ -103,19 +103,19 @@ def fails(*arguments, **settings):
     raise ZeroDivisionError("a bug")
 
 
-@pytest.mark.parametrize(("write", "text"), [
+@pytest.mark.parametrize(("writer", "text"), [
     (None, "warning: no report: ConfigError: "),
     (fails, "warning: no report: ZeroDivisionError: a bug"),
     (hangs, "warning: no report: not written within"),
 ])  # fmt: skip
-def test_report_failure_is_logged_and_changes_nothing(tmp_path, capsys, monkeypatch, write, text):
-    if write is not None:
-        monkeypatch.setattr(reporting, "write", write)
-    monkeypatch.setattr(attempt, "_REPORT_S", 0.05 if write is hangs else 30.0)
+def test_report_failure_is_logged_and_changes_nothing(tmp_path, capsys, monkeypatch, writer, text):
+    if writer is not None:
+        monkeypatch.setattr(reporting, "write", writer)
+    monkeypatch.setattr(attempt, "_REPORT_S", 0.05 if writer is hangs else 30.0)
     attempt._report(Run(name="a", run_dir=str(tmp_path / "nowhere")))
     output = capsys.readouterr().out
     assert text in output
-    assert ("Traceback" in output) is (write is fails)  # of a bug, and of nothing else
+    assert ("Traceback" in output) is (writer is fails)  # of a bug, and of nothing else
     assert list(tmp_path.iterdir()) == []
 
 
@@ -132,7 +132,8 @@ def rendered(page, profile, *flags):
             browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
             "--no-first-run", "--disable-background-networking", "--disable-component-update",
             "--disable-sync", f"--user-data-dir={profile}", "--enable-logging=stderr",
-            "--host-resolver-rules=MAP * ~NOTFOUND", *flags, "--dump-dom", page.as_uri(),
+            "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=5000", *flags,
+            "--dump-dom", page.as_uri(),
         ],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
@@ -150,7 +151,90 @@ def test_report_renders_in_chromium_without_errors(folder, tmp_path):
         elements = page.all("figure", "chart")
         ready = page.all("html")[0].attributes["data-ready"]  # the script has come to its end
         assert int(ready) == len(elements) >= 4
-        assert all(element.all("path", "curve") for element in elements)
+        assert all(element.all("canvas") for element in elements)
+
+
+USE = """
+addEventListener("load", async () => {
+  const canvas = document.querySelector("canvas");
+  const over = document.querySelector(".u-over");
+  const results = [];
+  const settled = () => new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+  const mouse = (kind, share) => {
+    const box = over.getBoundingClientRect();
+    const at = { clientX: box.left + share * box.width, clientY: box.top + box.height / 2 };
+    over.dispatchEvent(new MouseEvent(kind, { ...at, movementX: 1, bubbles: true }));
+  };
+  const note = async () => {
+    await settled();
+    const { width, height } = canvas;
+    const copy = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+    copy.drawImage(canvas, 0, 0);
+    const pixels = copy.getImageData(0, 0, width, height).data;
+    results.push({
+      legends: [...document.querySelectorAll(".chart")].map((chart) =>
+        [...chart.querySelectorAll(".u-series")].map((row) => row.textContent)),
+      off: document.querySelectorAll(".u-series.u-off").length,
+      drawn: pixels.filter((value, index) => index % 4 === 3 && value > 0).length,
+    });
+  };
+  mouse("mouseenter", 0.5);
+  mouse("mousemove", 0.5);
+  await note();
+  mouse("mousedown", 0.5);
+  mouse("mousemove", 1);
+  mouse("mouseup", 1);
+  await settled();
+  mouse("mousemove", 0);
+  await note();
+  mouse("dblclick", 0);
+  await settled();
+  mouse("mousemove", 0.5);
+  await note();
+  const names = document.querySelector(".chart").querySelectorAll(".u-series th");
+  for (const name of [...names].slice(1)) name.click();
+  await note();
+  document.documentElement.dataset.results = JSON.stringify(results);
+});
+"""
+
+
+@pytest.mark.slow
+def test_charts_show_values_zoom_together_and_hide_curves(folder, tmp_path):
+    """Mouse events on the first chart, in the page with one script more than its policy allows."""
+    text = (folder / "report.html").read_text()
+    text = re.sub(r"script-src 'sha256-[^']*'", "script-src 'unsafe-inline'", text)
+    (tmp_path / "page.html").write_text(text.replace("</body>", f"<script>{USE}</script></body>"))
+    dom, complaints = rendered(tmp_path / "page.html", tmp_path / "profile")
+    assert complaints == []
+    page = parsed(dom.removeprefix("<!DOCTYPE html>"))
+    hovered, zoomed, reset, hidden = json.loads(page.all("html")[0].attributes["data-results"])
+    loss = charts(page)["Loss"]
+    assert hovered["legends"][0][0] == "step20 (epoch 1)"
+    for legend, name in zip(hovered["legends"][0][1:], ("training", "evaluation"), strict=True):
+        points = curve(loss, name)
+        step, value = min(points, key=lambda point: abs(point[0] - 20))
+        text, _, at = legend.removeprefix(name).partition(" (at ")
+        assert float(text) == pytest.approx(value, rel=1e-4)
+        assert at == ("" if step == 20 else f"{step})")
+    assert {legend[0] for legend in hovered["legends"]} == {"step20 (epoch 1)"}
+    assert {legend[0] for legend in zoomed["legends"]} == {"step20 (epoch 1)"}  # at the left edge
+    assert reset["legends"] == hovered["legends"]
+    assert (hovered["off"], hidden["off"]) == (0, 2)
+    assert 0 < hidden["drawn"] < reset["drawn"]  # the axes remain
+
+
+@pytest.mark.slow
+def test_extreme_values_are_drawn(tmp_path):
+    values = [1e308, -1e308, 1e-320, 5.0]
+    extreme = [{**line, "loss": values[line["step"] % 4]} for line in lines()]
+    write(tmp_path / "run", extreme, records=[first()])
+    reporting.write([str(tmp_path / "run")], str(tmp_path / "page.html"))
+    text, complaints = rendered(tmp_path / "page.html", tmp_path / "profile")
+    assert complaints == []
+    page = parsed(text.removeprefix("<!DOCTYPE html>"))
+    assert all(one.all("canvas") for one in page.all("figure", "chart"))
+    assert int(page.all("html")[0].attributes["data-ready"]) > 1
 
 
 @pytest.mark.slow

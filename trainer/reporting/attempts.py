@@ -8,39 +8,34 @@ from trainer.core.formatting import duration, integer, size
 from trainer.reporting import clock, timeline
 from trainer.reporting.curves import is_number
 from trainer.reporting.facts import Facts
-from trainer.reporting.markup import Html, joined, listing, tag
 
 
-def draw(run: Facts) -> Html:
-    """Return the timeline and the table of attempts."""
+def section(run: Facts) -> dict[str, Any]:
+    """Return the timeline, a sentence on saves and the rows of the table, newest first."""
     spans = clock.spans(run)
     durations_s = {span.record["attempt"]: span.end_s - span.begin_s for span in spans}
     rows = [
-        _attempt(run, record, duration(durations_s.get(record["attempt"])))
+        _row(run, record, duration(durations_s.get(record["attempt"])))
         for record in reversed(run.records)
     ]
-    titles = ["", "started (UTC)", "host", "steps", "duration", "end"]
-    summary = _saving(run)
-    table = listing(titles, rows, numbers=(0, 4), plain=(1, 3), class_="attempts") if rows else None
-    return joined([timeline.draw(run, spans), summary, table])
+    return {"timeline": timeline.drawn(run, spans), "saving": _saving(run), "rows": rows}
 
 
-def _attempt(run: Facts, record: Mapping[str, Any], duration_text: str) -> list[object]:
+def _row(run: Facts, record: Mapping[str, Any], duration_text: str) -> dict[str, Any]:
     is_newest = record is run.records[-1]
-    state = run.condition.state if is_newest else timeline.outcome(record)
-    ranks, device = record.get("world_size"), record.get("device")
-    location = (
-        f"{record.get('host', '?')}, {ranks} × {device}" if ranks else record.get("host", "?")
-    )
+    host, ranks = record.get("host", "?"), record.get("world_size")
     last_step = run.step if is_newest else attempts.last_step(run.records, record)
-    started = str(record.get("started", "")).removesuffix("+00:00").replace("T", " ")
     changed = record.get("changed")
-    lines = [str(one) for one in changed] if isinstance(changed, list) else []
-    end_cells = [tag("span", state, class_=f"pill {state}"), " ", _reason(run, record, is_newest)]
-    if lines:
-        end_cells.append(tag("div", "changed: ", joined((tag("code", one) for one in lines), ", ")))
-    steps = f"{integer(record.get('first_step'))} … {integer(last_step)}"
-    return [record.get("attempt"), started, location, steps, duration_text, joined(end_cells)]
+    return {
+        "attempt": record.get("attempt"),
+        "started": str(record.get("started", "")).removesuffix("+00:00").replace("T", " "),
+        "location": f"{host}, {ranks} × {record.get('device')}" if ranks else host,
+        "steps": f"{integer(record.get('first_step'))} … {integer(last_step)}",
+        "duration": duration_text,
+        "state": run.condition.state if is_newest else timeline.outcome(record),
+        "reason": _reason(run, record, is_newest),
+        "changed": changed if isinstance(changed, list) else [],
+    }
 
 
 def _reason(run: Facts, record: Mapping[str, Any], is_newest: bool) -> str:
@@ -51,8 +46,8 @@ def _reason(run: Facts, record: Mapping[str, Any], is_newest: bool) -> str:
     return str(record.get("error") or record.get("reason") or "")
 
 
-def _saving(run: Facts) -> Html | None:
-    """Return a sentence on save durations, if recorded."""
+def _saving(run: Facts) -> str:
+    """Return a sentence on save durations, empty if none is recorded."""
     parts = []
     for key, name in (("save_s", "duration"), ("stall_s", "training stall")):
         durations = sorted(float(save[key]) for save in run.saves if is_number(save.get(key)))
@@ -67,5 +62,5 @@ def _saving(run: Facts) -> Html | None:
     if speeds:
         parts.append(f"{size(speeds[len(speeds) // 2])}/s")
     if not parts:
-        return None
-    return tag("p", f"{len(run.saves):,} saves: " + "; ".join(parts) + ".", class_="hint")
+        return ""
+    return f"{len(run.saves):,} saves: " + "; ".join(parts) + "."

@@ -1,12 +1,10 @@
-"""Curves of metrics: points, smoothing and SVG paths. Pure."""
+"""Curves of metrics: points and smoothing. Pure."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
-
-from trainer.reporting.scales import SIZE, Scale
 
 MOST_POINTS = 800
 """Maximum points per curve; of more, the extremes of each section are drawn."""
@@ -72,21 +70,6 @@ def thinned(all_points: Points, max_points: int = MOST_POINTS) -> Points:
         indices_drawn.add(min(indices, key=lambda i: all_points[i][1]))
         indices_drawn.add(max(indices, key=lambda i: all_points[i][1]))
     return [all_points[i] for i in sorted(indices_drawn)]
-
-
-def path(drawn: Points, x: Scale, y: Scale) -> str:
-    """Return the `d` of an SVG path through the points; y grows downwards there."""
-    positions = [f"{_short(x(step))} {_short(SIZE - y(value))}" for step, value in drawn]
-    return "M" + "L".join(positions) if positions else ""
-
-
-def dots(drawn: Points, x: Scale, y: Scale) -> str:
-    """Return the `d` of a path of dots: lines of no length, whose round ends stay round."""
-    return "".join(f"M{_short(x(s))} {_short(SIZE - y(v))}h0" for s, v in drawn)
-
-
-def _short(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")
 
 
 def steps_per_epoch(lines: Iterable[Mapping[str, Any]]) -> int | None:

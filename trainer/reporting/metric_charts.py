@@ -16,7 +16,8 @@ _STEP_TIMES = {
     "step_max_s": "longest",
     "data_wait_s": "wait for data",
 }
-_COLOURS = 8
+COLOURS = 8
+"""Number of the page's curve colours."""
 _MOST_RESUMED = 24
 """Maximum resume marks; more would hide the curves."""
 MAX_CHARTS = 24
@@ -115,7 +116,7 @@ def machine(run: Facts) -> list[Chart]:
     names = keys(run.lines)
     rates = [key for key in names if is_lr(key)]
     lr = [
-        Curve(key, points(run.lines, "train", key), index % _COLOURS + 1)
+        Curve(key, points(run.lines, "train", key), index % COLOURS + 1)
         for index, key in enumerate(rates)
     ]
     charts = [Chart("Learning rate", lr, "lr")]
@@ -175,6 +176,6 @@ def _overlay(
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
         raw = points(run.lines, split, key)
         soft = raw if split == "eval" or is_lr(key) else smoothed(raw)
-        overlay.append(Curve(name, soft, index % _COLOURS + 1, style))
+        overlay.append(Curve(name, soft, index % COLOURS + 1, style))
     note = "smoothed" if split == "train" and not is_lr(key) else ""
     return Chart(heading, overlay, key, may_log=_may_log(key), note=note)

@@ -1,59 +1,80 @@
-"""The report page: one HTML file that loads nothing."""
+"""The report page: one HTML file that loads nothing, from the templates in `templates/`."""
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from trainer.core.formatting import iso
 from trainer.reporting import attempts, charts, metric_charts, samples, sections, settings
-from trainer.reporting.charts import Axis, Chart
 from trainer.reporting.facts import Facts
-from trainer.reporting.markup import Html, joined, tag
+
+_RUN = {
+    "curves": "Curves",
+    "pace": "Learning rate and speed",
+    "attempts": "Attempts",
+    "checkpoints": "Checkpoints",
+    "samples": "Samples",
+    "configuration": "Configuration",
+    "system": "System",
+}
+"""Sections of a run's page, each with a template of its name, and their headings."""
+_COMPARISON = {
+    "results": "Results",
+    "curves": "Curves",
+    "differences": "Differences in configuration",
+}
 
 
 def single(run: Facts) -> str:
     """Return the page of one run."""
     axis = metric_charts.axis([run])
-    parts = [
-        ("curves", "Curves", _charts(metric_charts.measures(run), axis, _NO_METRICS)),
-        ("pace", "Learning rate and speed", _charts(metric_charts.machine(run), axis, _NO_METRICS)),
-        ("attempts", "Attempts", attempts.draw(run)),
-        ("checkpoints", "Checkpoints", sections.checkpoints(run)),
-        ("samples", "Samples", samples.draw(run)),
-        ("configuration", "Configuration", settings.table(run)),
-        ("system", "System", sections.system(run)),
-    ]
-    head = [
-        tag("h1", run.name, " ", sections.pill(run)),
-        tag("p", sections.since(run), " · ", tag("code", run.url), class_="since"),
-        _notes(run.notes),
-        sections.tiles(run),
-    ]
-    return _document(run.name, head, parts, run.read_s)
+    return _render(
+        _RUN,
+        run.read_s,
+        title=run.name,
+        state=run.condition.state,
+        since=sections.since(run),
+        urls=[run.url],
+        notes=run.notes,
+        tiles=sections.tiles(run),
+        axis=axis,
+        curves=charts.drawn(metric_charts.measures(run), axis),
+        pace=charts.drawn(metric_charts.machine(run), axis),
+        attempts=attempts.section(run),
+        checkpoints=sections.checkpoints(run),
+        samples=samples.section(run),
+        settings=settings.table(run),
+        system=sections.system(run),
+    )
 
 
 def several(runs: Sequence[Facts], note: str = "") -> str:
     """Return the page that compares runs, in this order, with a note about all of them."""
     names = distinct(runs)
     axis = metric_charts.axis(runs)
-    parts = [
-        ("results", "Results", sections.summary(runs, names)),
-        ("curves", "Curves", _charts(metric_charts.overlaid(runs, names), axis, _NO_METRICS)),
-        ("configuration", "Differences in configuration", settings.differences(runs, names)),
-    ]
-    title = f"{len(runs)} runs"
     notes = [note] if note else []
     notes += [
         f"{name}: {text}" for run, name in zip(runs, names, strict=True) for text in run.notes
     ]
-    urls = joined((tag("code", run.url) for run in runs), " · ")
-    head = [tag("h1", title), tag("p", urls, class_="since"), _notes(notes)]
-    return _document(title, head, parts, min(run.read_s for run in runs))
-
-
-_NO_METRICS = "No metrics yet: a run logs every trainer.log_every_steps steps."
+    return _render(
+        _COMPARISON,
+        min(run.read_s for run in runs),
+        title=f"{len(runs)} runs",
+        state="",
+        since="",
+        urls=[run.url for run in runs],
+        notes=notes,
+        tiles=[],
+        names=names,
+        summary=sections.summary(runs, names),
+        axis=axis,
+        curves=charts.drawn(metric_charts.overlaid(runs, names), axis),
+        differences=settings.differences(runs),
+    )
 
 
 def distinct(runs: Sequence[Facts]) -> list[str]:
@@ -67,55 +88,35 @@ def distinct(runs: Sequence[Facts]) -> list[str]:
     return [f"{url} ({index})" for index, url in enumerate(urls, 1)]
 
 
-def _charts(chart_list: Sequence[Chart], axis: Axis, otherwise: str) -> Html:
-    markup = [charts.draw(chart, axis) for chart in chart_list]
-    if not any(markup):
-        return tag("p", otherwise, class_="none")
-    key = None
-    if axis.resumed:
-        key = tag("p", tag("i", class_="key resumed"), "resumed here", class_="legend")
-    return joined([tag("div", *markup, class_="charts"), key])
+@cache
+def _templates() -> Any:
+    import jinja2  # torch requires it; only pages need it
 
-
-def _notes(notes: Sequence[str]) -> Html | None:
-    if not notes:
-        return None
-    return tag("ul", *(tag("li", note) for note in notes), class_="notes")
-
-
-def _document(
-    title: str, head: Sequence[object], parts: Sequence[tuple[str, str, Html]], read_s: float
-) -> str:
-    style, script = _asset("page.css"), _asset("page.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = (
-        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("trainer.reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    links = tag("nav", *(tag("a", text, href=f"#{name}") for name, text, _ in parts))
-    body = tag(
-        "body",
-        tag("header", *head),
-        links,
-        tag(
-            "main",
-            *(tag("section", tag("h2", text), content, id=name) for name, text, content in parts),
-        ),
-        tag("footer", f"Written by Perdure{_version()} from the run's files at "
-            f"{iso(read_s).replace('T', ' ').removesuffix('+00:00')} UTC."),
-        tag("div", id="tip", hidden=True),
-        tag("script", Html(script)),
-    )  # fmt: skip
-    top = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", title),
-        tag("style", Html(style)),
+
+
+def _render(parts: Mapping[str, str], read_s: float, **content: Any) -> str:
+    script = _asset("uplot.js") + _asset("page.js")
+    text: str = (
+        _templates()
+        .get_template("page.html")
+        .render(
+            sections=parts,
+            style=_asset("uplot.css") + _asset("page.css"),
+            script=script,
+            script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            version=_version(),
+            read_at=iso(read_s).replace("T", " ").removesuffix("+00:00"),
+            **content,
+        )
     )
-    return f"<!doctype html>\n{tag('html', top, body, lang='en')}\n"
+    return text
 
 
 def _asset(name: str) -> str:

@@ -12,7 +12,6 @@ from trainer.core.formatting import number
 from trainer.errors import PerdureError
 from trainer.reporting.curves import is_number
 from trainer.reporting.facts import Facts
-from trainer.reporting.markup import Html, joined, tag
 
 FOLDER = "samples"
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -28,14 +27,17 @@ _ABSENT = (
 )
 
 
-def draw(run: Facts) -> Html:
-    """Return the content of `samples/`, or a sentence on how to get some."""
+def section(run: Facts) -> dict[str, Any]:
+    """Return the content of `samples/`: predictions, confusion matrix, images and texts.
+
+    Without content, `absent` has the reason.
+    """
     try:
         names = [name for name in run.store.entries(FOLDER) if not name.endswith("/")]
     except PerdureError as error:
-        return tag("p", f"{FOLDER}/ cannot be read: {error}", class_="none")
+        return {"absent": f"{FOLDER}/ cannot be read: {error}"}
     if not names:
-        return tag("p", _ABSENT, class_="none")
+        return {"absent": _ABSENT}
     index, index_problem = _json(run, "index.json", names)
     predictions, predictions_problem = _json(run, "predictions.json", names)
     requested = index.get("files")
@@ -43,23 +45,18 @@ def draw(run: Facts) -> Html:
     if isinstance(requested, list):
         shown_names = [name for name in requested if isinstance(name, str) and name in names]
     step = index.get("step", predictions.get("step"))
-    when = tag("p", f"Taken at step {step:,}.", class_="hint") if type(step) is int else None
     prediction_images = _own_images(predictions, shown_names)
     other_images = [name for name in shown_names if name not in prediction_images.values()]
-    problems = [
-        tag("p", text, class_="hint") for text in (index_problem, predictions_problem) if text
-    ]
-    parts = [
-        when,
-        *problems,
-        _predictions(run, predictions, prediction_images),
-        _confusion(predictions),
-        _images(run, other_images),
-        _texts(run, shown_names),
-    ]
-    if not any(parts[1:]):
-        return tag("p", "samples/ has no content that can be shown.", class_="none")
-    return joined(parts)
+    content = {
+        "problems": [text for text in (index_problem, predictions_problem) if text],
+        "predictions": _predictions(run, predictions, prediction_images),
+        "confusion": _confusion(predictions),
+        "images": _images(run, other_images),
+        "texts": _texts(run, shown_names),
+    }
+    if not any(content.values()):
+        return {"absent": f"{FOLDER}/ has no content that can be shown."}
+    return {**content, "absent": "", "step": step if type(step) is int else None}
 
 
 def _json(run: Facts, name: str, names: Sequence[str]) -> tuple[dict[str, Any], str]:
@@ -107,7 +104,7 @@ def _class(predictions: Mapping[str, Any], label: object) -> str:
 
 def _predictions(
     run: Facts, predictions: Mapping[str, Any], images: Mapping[int, str]
-) -> Html | None:
+) -> dict[str, Any] | None:
     samples = _samples(predictions)
     if not samples:
         return None
@@ -116,69 +113,59 @@ def _predictions(
         for position, sample in enumerate(samples[:_MOST_PREDICTIONS])
     ]
     right = sum(one.get("label") == one.get("prediction") for one in samples)
-    head = tag("h3", "Predictions ", tag("small", f"{right:,} of {len(samples):,} right"))
-    return joined([head, tag("div", *cards, class_="cards")])
+    return {"right": right, "count": len(samples), "cards": cards}
 
 
 def _card(
     run: Facts, predictions: Mapping[str, Any], sample: Mapping[str, Any], image: str | None
-) -> Html:
+) -> dict[str, Any]:
     label, guess, probability = (sample.get(key) for key in ("label", "prediction", "probability"))
-    picture = _bytes(run, image) if image is not None else b""
-    parts: list[object] = [_image(picture, str(image)) if picture.startswith(_PNG) else None]
-    parts.append(tag("b", _class(predictions, guess)))
+    percent = None
     if is_number(probability):
         percent = 100 * min(max(float(probability), 0.0), 1.0)  # type: ignore[arg-type]
-        parts.append(tag("span", f"{percent:.1f} %", class_="share"))
-        parts.append(tag("i", style=f"width:{percent:.1f}%"))
-    is_right = label == guess
-    if not is_right:
-        parts.append(tag("span", f"is {_class(predictions, label)}", class_="truth"))
-    kind = "card" if is_right else "card wrong"
-    return tag("div", *parts, class_=kind, title=f"sample {sample.get('index')}")
+    picture = _bytes(run, image) if image is not None else b""
+    return {
+        "index": sample.get("index"),
+        "image": _image(picture, str(image)) if picture.startswith(_PNG) else None,
+        "guess": _class(predictions, guess),
+        "label": _class(predictions, label),
+        "is_right": label == guess,
+        "percent": percent,
+    }
 
 
-def _image(content: bytes, name: str) -> Html:
-    source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+def _image(content: bytes, name: str) -> dict[str, Any]:
     width, height = struct.unpack(">II", content[16:24]) if len(content) >= 24 else (0, 0)
-    small = "small" if max(width, height) <= 128 else None
-    return tag("img", src=source, alt=name, title=name or None, class_=small)
+    base64_text = base64.b64encode(content).decode()
+    return {"name": name, "base64": base64_text, "is_small": max(width, height) <= 128}
 
 
-def _confusion(predictions: Mapping[str, Any]) -> Html | None:
+def _confusion(predictions: Mapping[str, Any]) -> dict[str, Any] | None:
     matrix = predictions.get("confusion")
     if not _is_square(matrix):
         return None
     assert isinstance(matrix, list)  # noqa: S101 (for the type checker)
-    count = len(matrix)
-    head = tag(
-        "h3",
-        "Confusion matrix ",
-        tag("small", f"rows: label; columns: prediction; {_total(predictions, matrix)}"),
-    )
-    if count > _MOST_CLASSES:
-        return joined([head, tag("p", f"{count} classes are too many to draw.", class_="none")])
-    names = [_class(predictions, index) for index in range(count)]
-    rows = [tag("tr", tag("th"), *(tag("th", name) for name in names))]
-    for position, (name, row) in enumerate(zip(names, matrix, strict=True)):
-        cells = [
-            _cell(value, sum(row), index == position, f"{name}, predicted {names[index]}")
-            for index, value in enumerate(row)
-        ]
-        rows.append(tag("tr", tag("th", name), *cells))
-    return joined([head, tag("div", tag("table", *rows, class_="confusion"), class_="scroll")])
+    names = [_class(predictions, index) for index in range(len(matrix))]
+    rows = [
+        (names[index], [_cell(names, index, column, row) for column in range(len(row))])
+        for index, row in enumerate(matrix[:_MOST_CLASSES])
+    ]
+    return {
+        "names": names,
+        "rows": rows if len(matrix) <= _MOST_CLASSES else [],
+        "total": _total(predictions, matrix),
+    }
 
 
-def _cell(value: float, total: float, is_right: bool, title: str) -> Html:
-    probability = value / total if total else 0.0
-    kind = ("right" if is_right else "wrong") + (" strong" if probability > 0.5 else "")
-    return tag(
-        "td",
-        number(value) if value else "",
-        style=f"--share:{100 * probability**0.7:.1f}%",  # so that a few mistakes are seen
-        class_=kind,
-        title=f"{title}: {number(value)}",
-    )
+def _cell(names: Sequence[str], index: int, column: int, row: Sequence[float]) -> dict[str, Any]:
+    value, total = row[column], sum(row)
+    fraction = value / total if total else 0.0
+    return {
+        "text": number(value) if value else "",
+        "share": 100 * fraction**0.7,  # so that a few mistakes are seen
+        "kind": ("right" if index == column else "wrong") + (" strong" if fraction > 0.5 else ""),
+        "title": f"{names[index]}, predicted {names[column]}: {number(value)}",
+    }
 
 
 def _is_square(matrix: object) -> bool:
@@ -200,36 +187,29 @@ def _total(predictions: Mapping[str, Any], matrix: Sequence[Sequence[float]]) ->
     return f"{number(count)} samples"
 
 
-def _images(run: Facts, names: Sequence[str]) -> Html | None:
-    elements: list[Html] = []
+def _images(run: Facts, names: Sequence[str]) -> dict[str, Any] | None:
+    images: list[dict[str, Any]] = []
     remaining_bytes, omitted = _MOST_BYTES, 0
     for name in (name for name in names if name.endswith(".png")):
         content = _bytes(run, name)
         if (
-            len(elements) >= _MOST_FILES
+            len(images) >= _MOST_FILES
             or len(content) > remaining_bytes
             or not content.startswith(_PNG)
         ):
             omitted += 1
             continue
         remaining_bytes -= len(content)
-        elements.append(tag("figure", _image(content, name), tag("figcaption", name)))
-    if not elements and not omitted:
-        return None
-    hint = f"{omitted:,} more are in {FOLDER}/" if omitted else None
-    more = tag("p", hint, class_="hint") if hint else None
-    return joined([tag("h3", "Images"), tag("div", *elements, class_="images"), more])
+        images.append(_image(content, name))
+    return {"images": images, "omitted": omitted} if images or omitted else None
 
 
-def _texts(run: Facts, names: Sequence[str]) -> Html | None:
-    elements = []
+def _texts(run: Facts, names: Sequence[str]) -> list[tuple[str, str]]:
+    texts = []
     for name in [name for name in names if name.endswith(".txt")][:_MOST_FILES]:
         text = _bytes(run, name).decode(errors="replace")
-        cut = text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]} …"
-        elements.append(tag("figure", tag("figcaption", name), tag("pre", cut)))
-    if not elements:
-        return None
-    return joined([tag("h3", "Texts"), tag("div", *elements, class_="texts")])
+        texts.append((name, text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]} …"))
+    return texts
 
 
 def _bytes(run: Facts, name: str) -> bytes:

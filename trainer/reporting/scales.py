@@ -1,4 +1,4 @@
-"""Scales from values to positions, ticks and axis labels. Pure."""
+"""Scales from values to positions, and values with units. Pure."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from trainer.core.formatting import compact, duration, number, size
 
 SIZE = 1000.0
-"""Side of the square in which charts are drawn; the page stretches it."""
+"""Largest position."""
 _HUGE = 1e300
 _WIDE = 30.0
 """Ratio of largest to smallest value above which the scale is logarithmic."""
@@ -28,14 +28,8 @@ class Scale:
         return SIZE * min(max(fraction, 0.0), 1.0)
 
     def _bent(self, value: float) -> float:
-        value = _within(value)
+        value = clipped(value)
         return math.log10(max(value, 5e-324)) if self.is_log else value
-
-    def ticks(self, max_ticks: int = 5) -> list[float]:
-        """Return round values within the scale, rising, of which there are at most `most` + 1."""
-        if self.is_log:
-            return _log_values(self.low, self.high, max_ticks)
-        return _round_values(self.low, self.high, max_ticks)
 
 
 def fitting(values: Sequence[float], *, may_log: bool = False) -> Scale:
@@ -47,7 +41,7 @@ def fitting(values: Sequence[float], *, may_log: bool = False) -> Scale:
     """
     if not values:
         return Scale(0.0, 1.0)
-    ordered = sorted(map(_within, values))
+    ordered = sorted(map(clipped, values))
     low, high = ordered[0], ordered[-1]
     if may_log and low > 0 and high / low >= _WIDE:
         rare = ordered[len(ordered) // 100] / 3  # one tiny value must not squeeze all others
@@ -60,47 +54,9 @@ def fitting(values: Sequence[float], *, may_log: bool = False) -> Scale:
     return Scale(max(low, 0.0), min(high, 1.0)) if is_fraction else Scale(low, high)
 
 
-def _within(value: float) -> float:
+def clipped(value: float) -> float:
     """Clip a value so that sums and differences stay finite."""
     return min(max(value, -_HUGE), _HUGE)
-
-
-def _log_values(low: float, high: float, max_ticks: int) -> list[float]:
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    for mantissas in ((1, 2, 5), (1, 3), (1,)):
-        values = [m * 10.0**power for power in range(first, last + 1) for m in mantissas]
-        values = [value for value in values if low <= value <= high]
-        if len(values) <= max_ticks + 1:
-            return values
-    return values[:: -(-len(values) // max_ticks)]
-
-
-def _round_values(low: float, high: float, max_ticks: int) -> list[float]:
-    span = (high - low) / max_ticks
-    if not (span > 0 and math.isfinite(span)):
-        return [low]
-    unit = 10.0 ** math.floor(math.log10(span))
-    step = next((m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= span), 10 * unit)
-    if not step > 0:  # too small for a float
-        return [low]
-    first = math.ceil(low / step - 1e-9)
-    values = [(first + i) * step for i in range(max_ticks + 2)]
-    return [value for value in values if low <= value <= high] or [low]
-
-
-def integer_ticks(low: int, high: int, max_ticks: int = 5) -> list[int]:
-    """Return round integers within low … high."""
-    values = Scale(float(low), float(high)).ticks(max_ticks)
-    return sorted({int(value) for value in values if value == int(value)})
-
-
-def labels(name: str, values: Sequence[float]) -> list[str]:
-    """Return axis labels; the unit of a rate is in the chart's title."""
-    if name.endswith(("_s", "_bytes")) and not is_rate(name):
-        return [quantity(name, value) for value in values]
-    if max(map(abs, values), default=0.0) < 10_000:
-        return [number(value) for value in values]
-    return [compact(value) for value in values]
 
 
 def is_rate(name: str) -> bool:

@@ -1,6 +1,5 @@
 """Tables and tiles of the report."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,6 @@ from trainer.core.formatting import age, duration, integer, iso, number, plurali
 from trainer.reporting import metric_charts
 from trainer.reporting.curves import is_number, points
 from trainer.reporting.facts import Facts
-from trainer.reporting.markup import Html, joined, listing, tag
 from trainer.reporting.scales import quantity
 
 _OMITTED = frozenset(
@@ -23,12 +21,6 @@ _OMITTED = frozenset(
 
 
 # --- head --------------------------------------------------------------------------------------
-
-
-def pill(run: Facts) -> Html:
-    """Return the run's state as a badge."""
-    state = run.condition.state
-    return tag("span", state, class_=f"pill {state}")
 
 
 def since(run: Facts) -> str:
@@ -45,8 +37,8 @@ def since(run: Facts) -> str:
     return f"{text}: {condition.reason}" if condition.reason else text
 
 
-def tiles(run: Facts) -> Html:
-    """Return the headline numbers as tiles."""
+def tiles(run: Facts) -> list[dict[str, Any]]:
+    """Return the headline numbers."""
     newest = max((run.last("train"), run.last("eval")), key=lambda line: line.get("step", -1))
     good, best = run.goodput, run.best
     took_s = good.starting_s + good.training_s
@@ -74,7 +66,7 @@ def tiles(run: Facts) -> Html:
     if rates:
         median = f"{number(rates[len(rates) // 2], 3)}/s"
         tiles_shown.append(_tile("throughput", median, "samples; median"))
-    return tag("div", *tiles_shown, class_="tiles")
+    return tiles_shown
 
 
 def _of(step: int, limit: int | None) -> str:
@@ -85,33 +77,25 @@ def _progress(run: Facts) -> float | None:
     return min(run.step / run.max_steps, 1.0) if run.max_steps else None
 
 
-def _tile(name: str, value: str, more: str, progress: float | None = None) -> Html:
-    bar = None
-    if progress is not None:
-        bar = tag("i", tag("i", style=f"width:{100 * progress:.2f}%"), class_="meter")
-    head = tag("span", name, class_="what")
-    return tag("div", head, tag("b", value), bar, tag("small", more), class_="tile")
+def _tile(name: str, value: str, more: str, progress: float | None = None) -> dict[str, Any]:
+    return {"name": name, "value": value, "more": more, "progress": progress}
 
 
 # --- system ------------------------------------------------------------------------------------
 
 
-def system(run: Facts) -> Html:
-    """Return hardware and versions of the attempts; differences are marked."""
-    if not run.records:
-        return tag("p", "No attempt has recorded its system.", class_="none")
+def system(run: Facts) -> dict[str, Any]:
+    """Return hardware and versions of the newest attempt, with those of earlier ones."""
     facts: dict[str, list[Any]] = {}
     for record in run.records:
         for key, value in _flat(record).items():
             facts.setdefault(key, []).append(value)
     rows = []
     for key, values in facts.items():
-        counts = Counter(_fact(key, value) for value in values)
         newest = _fact(key, values[-1])
-        earlier = [text for text in counts if text != newest]
-        more = tag("span", "earlier: " + ", ".join(earlier), class_="before") if earlier else None
-        rows.append([key.replace("_", " "), joined([newest, more])])
-    return listing(["", f"attempt {run.records[-1].get('attempt')}"], rows, class_="facts")
+        earlier = dict.fromkeys(text for value in values if (text := _fact(key, value)) != newest)
+        rows.append({"name": key.replace("_", " "), "value": newest, "earlier": list(earlier)})
+    return {"attempt": run.records[-1].get("attempt") if run.records else None, "rows": rows}
 
 
 def _fact(key: str, value: Any) -> str:
@@ -135,14 +119,10 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
 # --- checkpoints -------------------------------------------------------------------------------
 
 
-def checkpoints(run: Facts) -> Html:
-    """Return the table of checkpoints, newest first, the best one marked."""
-    if not run.checkpoints:
-        return tag("p", "No checkpoints.", class_="none")
+def checkpoints(run: Facts) -> list[dict[str, Any]]:
+    """Return the rows of the checkpoints, newest first."""
     best = _best_step(run)
-    rows = [_checkpoint(entry, entry.commit.step == best) for entry in reversed(run.checkpoints)]
-    titles = ["step", "attempt", "saved (UTC)", "age", "size", "ranks", "state", "metrics"]
-    return listing(titles, rows, numbers=(0, 1, 3, 4, 5), plain=(2,))
+    return [_checkpoint(entry, entry.commit.step == best) for entry in reversed(run.checkpoints)]
 
 
 def _best_step(run: Facts) -> int | None:
@@ -159,51 +139,50 @@ def _best_step(run: Facts) -> int | None:
     return -max(candidates, key=lambda one: (sign * one[0], one[1]))[1] if candidates else None
 
 
-def _checkpoint(entry: CheckpointStatus, is_best: bool) -> Sequence[object]:
-    saved = "–"
+def _checkpoint(entry: CheckpointStatus, is_best: bool) -> dict[str, Any]:
+    saved, saved_age = "–", ""
     if entry.saved_s is not None:
         saved = iso(entry.saved_s).removesuffix("+00:00").replace("T", " ")
-    tiles_shown = [f"{name} {number(value)}" for name, value in entry.metrics.items()]
-    state = joined(
-        [tag("span", entry.state, class_=f"pill {entry.state}"), " ", entry.reason or None]
-    )
-    badge = tag("span", "best", class_="pill best") if is_best else None
-    return [
-        f"{entry.commit.step:,}",
-        entry.commit.attempt,
-        saved,
-        "" if entry.saved_s is None else age(entry.saved_s),
-        size(entry.size_bytes),
-        entry.manifest.world_size if entry.manifest else "",
-        state,
-        joined([badge, " " if is_best else None, ", ".join(tiles_shown)]),
-    ]
+        saved_age = age(entry.saved_s)
+    return {
+        "step": entry.commit.step,
+        "attempt": entry.commit.attempt,
+        "saved": saved,
+        "age": saved_age,
+        "size": size(entry.size_bytes),
+        "ranks": entry.manifest.world_size if entry.manifest else "",
+        "state": entry.state,
+        "reason": entry.reason,
+        "is_best": is_best,
+        "metrics": ", ".join(f"{name} {number(value)}" for name, value in entry.metrics.items()),
+    }
 
 
 # --- comparison of runs ------------------------------------------------------------------------
 
 
-def summary(runs: Sequence[Facts], names: Sequence[str]) -> Html:
+def summary(runs: Sequence[Facts], names: Sequence[str]) -> dict[str, Any]:
     """Return a row per run: state, final and best metrics."""
     keys = list(dict.fromkeys(key for run in runs for key in metric_charts.ordered(run)))
     measured = [key for key in keys if any(points(run.lines, "eval", key) for run in runs)]
-    titles = ["run", "state", "step", "time", *(f"{key}, last" for key in measured)]
-    titles += ["best", "at step"]
     winner = _winner(runs)
     rows = []
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
         good, best = run.goodput, run.best
-        swatch = tag("i", class_=f"key c{index % 8 + 1} line")
-        last = [number(run.last("eval").get(key)) for key in measured]
-        best_cells: list[object] = ["–", "–"]
-        if best is not None:
-            text = f"{best.metric} {number(best.value)}"
-            best_cells = [tag("b", text) if index == winner else text, f"{best.step:,}"]
-        duration_text = duration(good.starting_s + good.training_s)
-        rows.append(
-            [joined([swatch, name]), pill(run), f"{run.step:,}", duration_text, *last, *best_cells]
-        )
-    return listing(titles, rows, numbers=range(2, len(titles)))
+        rows.append({
+            "name": name,
+            "colour": index % metric_charts.COLOURS + 1,
+            "state": run.condition.state,
+            "step": run.step,
+            "time": duration(good.starting_s + good.training_s),
+            "last": [number(run.last("eval").get(key)) for key in measured],
+            "best": f"{best.metric} {number(best.value)}" if best else "–",
+            "best_step": f"{best.step:,}" if best else "–",
+            "is_winner": index == winner,
+        })  # fmt: skip
+    last = [f"{key}, last" for key in measured]
+    titles = ["run", "state", "step", "time", *last, "best", "at step"]
+    return {"titles": titles, "rows": rows}
 
 
 def _winner(runs: Sequence[Facts]) -> int | None:

@@ -7,29 +7,31 @@ from trainer.core.formatting import duration, iso
 from trainer.reporting.clock import Clock, Span, clock
 from trainer.reporting.curves import is_number
 from trainer.reporting.facts import Facts
-from trainer.reporting.markup import Html, joined, tag
 
 _TICKS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200,
             86400, 172800, 604800)  # fmt: skip
 _MOST_MARKS = 400
 
 
-def draw(run: Facts, spans: Sequence[Span]) -> Html:
-    """Return the timeline; a sentence without attempt records."""
+Mark = dict[str, Any]
+"""A bar or mark: its classes, `left` and `width` in percent, text and tooltip."""
+
+
+def drawn(run: Facts, spans: Sequence[Span]) -> dict[str, Any] | None:
+    """Return lanes, idle times and clock times; None without attempt records."""
     if not spans:
-        return tag("p", "No timeline: no attempt has a record.", class_="none")
+        return None
     position = clock(spans)
     lanes = [
-        _lane("" if index else "attempts", *_bars(run, lane, position))
+        ("" if index else "attempts", _bars(run, lane, position))
         for index, lane in enumerate(_lanes(spans))
     ]
-    marks = [
-        _lane("stops", *_marks(_stops(spans), position, "stop")),
-        _lane("saves", *_marks(_saves(run), position, "save")),
-        _lane("evaluations", *_marks(_evaluations(run), position, "eval")),
+    lanes += [
+        ("stops", _marks(_stops(spans), position, "stop")),
+        ("saves", _marks(_saves(run), position, "save")),
+        ("evaluations", _marks(_evaluations(run), position, "eval")),
     ]
-    rows = tag("div", _gaps(position), *lanes, *marks, _times(position), class_="timeline")
-    return joined([rows, _key()])
+    return {"lanes": lanes, "idle": _gaps(position), "times": _times(position)}
 
 
 def _lanes(spans: Sequence[Span]) -> list[list[Span]]:
@@ -42,10 +44,6 @@ def _lanes(spans: Sequence[Span]) -> list[list[Span]]:
         else:
             free.append(span)
     return lanes
-
-
-def _lane(name: str, *content: Html) -> Html:
-    return tag("div", tag("b", name), tag("div", *content, class_="track"), class_="lane")
 
 
 def state_of(span: Span, run: Facts) -> str:
@@ -61,40 +59,37 @@ def outcome(record: Mapping[str, Any]) -> str:
     return named.get(str(record.get("outcome")), "died")
 
 
-def _bars(run: Facts, lane: Sequence[Span], position: Clock) -> list[Html]:
+def _mark(kind: str, begin: float, end: float, title: str, text: object = "") -> Mark:
+    return {"kind": kind, "left": begin, "width": end - begin, "title": title, "text": text}
+
+
+def _bars(run: Facts, lane: Sequence[Span], position: Clock) -> list[Mark]:
     bars = []
     for span in lane:
-        x, x_first_step, x_end = (
-            position(span.begin_s),
-            position(span.train_s),
-            position(span.end_s),
-        )
+        x, x_step, x_end = map(position, (span.begin_s, span.train_s, span.end_s))
         state = state_of(span, run)
         number = span.record.get("attempt", "?")
         label = f"attempt {number}: {duration(span.end_s - span.begin_s)} from {iso(span.begin_s)}"
-        for part, begin, end in (("starting", x, x_first_step), ("training", x_first_step, x_end)):
-            text = number if part == "training" and end - begin > 3 else ""
-            style = f"left:{begin:.3f}%;width:{end - begin:.3f}%"
-            if end > begin or part == "training":
-                bars.append(tag("i", text, class_=f"bar {part} {state}", style=style, title=label))
+        if x_step > x:
+            bars.append(_mark(f"bar starting {state}", x, x_step, label))
+        text = number if x_end - x_step > 3 else ""
+        bars.append(_mark(f"bar training {state}", x_step, x_end, label, text))
     return bars
 
 
-Mark = tuple[float, float, str]
+Moment = tuple[float, float, str]
 """(start, duration, text) of a mark."""
 
 
-def _marks(spans: Sequence[Mark], position: Clock, kind: str) -> list[Html]:
-    stride = -(-len(spans) // _MOST_MARKS) or 1
-    marks = []
-    for begin_s, length_s, text in spans[::stride]:
-        x = position(begin_s)
-        style = f"left:{x:.3f}%;width:{position(begin_s + length_s) - x:.3f}%"
-        marks.append(tag("i", class_=f"mark {kind}", style=style, title=text))
-    return marks
+def _marks(moments: Sequence[Moment], position: Clock, kind: str) -> list[Mark]:
+    stride = -(-len(moments) // _MOST_MARKS) or 1
+    return [
+        _mark(f"mark {kind}", position(begin_s), position(begin_s + length_s), text)
+        for begin_s, length_s, text in moments[::stride]
+    ]
 
 
-def _stops(spans: Sequence[Span]) -> list[Mark]:
+def _stops(spans: Sequence[Span]) -> list[Moment]:
     over = [span for span in spans if span.record.get("outcome") != "done"]
     return [
         (span.end_s, 0.0, f"attempt {span.record.get('attempt')}: {ending(span.record)}")
@@ -114,7 +109,7 @@ def ending(record: Mapping[str, Any]) -> str:
     return f"{kind}: {reason}" if reason else kind
 
 
-def _saves(run: Facts) -> list[Mark]:
+def _saves(run: Facts) -> list[Moment]:
     marks = [
         (float(save["time"]) - _seconds(save, "save_s"), _seconds(save, "save_s"), save["step"])
         for save in run.saves
@@ -129,7 +124,7 @@ def _saves(run: Facts) -> list[Mark]:
     return [(at, took_s, f"checkpoint of step {step:,}") for at, took_s, step in sorted(marks)]
 
 
-def _evaluations(run: Facts) -> list[Mark]:
+def _evaluations(run: Facts) -> list[Moment]:
     spans = []
     for line in run.lines:
         if line["split"] == "eval" and is_number(line.get("time")):
@@ -144,23 +139,24 @@ def _seconds(values: Mapping[str, Any], key: str) -> float:
     return max(float(value), 0.0) if is_number(value) else 0.0  # type: ignore[arg-type]
 
 
-def _gaps(position: Clock) -> Html:
+def _gaps(position: Clock) -> list[Mark]:
     """Return the bands of idle time; shortened ones state their duration."""
-    bands = []
-    for gap in position.gaps():
-        x, x_end = position(gap[0]), position(gap[1])
-        text = f"nothing ran for {duration(gap[1] - gap[0])}"
-        cut = " cut" if position.is_cut(gap) else ""
-        style = f"left:{x:.3f}%;width:{x_end - x:.3f}%"
-        bands.append(tag("i", class_=f"idle{cut}", style=style, title=text))
-    return tag("div", tag("div", *bands, class_="track"), class_="idles")
+    return [
+        _mark(
+            "idle cut" if position.is_cut(gap) else "idle",
+            position(gap[0]),
+            position(gap[1]),
+            f"nothing ran for {duration(gap[1] - gap[0])}",
+        )
+        for gap in position.gaps()
+    ]
 
 
-def _times(position: Clock) -> Html:
-    """Return a few well-spaced clock times below the timeline."""
+def _times(position: Clock) -> list[tuple[str, float]]:
+    """Return a few well-spaced clock times, with their positions in percent."""
     work_s = sum(end - begin for begin, end in position.busy)
     interval_s = next((tick for tick in _TICKS_S if tick >= work_s / 5), _TICKS_S[-1])
-    labels: list[Html] = []
+    labels: list[tuple[str, float]] = []
     last, day = -100.0, ""
     moments = [position.busy[0][0]]
     for begin, end in position.busy:
@@ -174,21 +170,6 @@ def _times(position: Clock) -> Html:
             continue
         date, _, time_of_day = iso(at_s).removesuffix("+00:00").partition("T")
         text = time_of_day if date == day else f"{date} {time_of_day}"
-        labels.append(tag("span", text, style=f"left:{x:.2f}%"))
+        labels.append((text, x))
         last, day = x + (8 if date != day else 0), date
-    return tag("div", tag("b", "UTC"), tag("div", *labels), class_="x clock")
-
-
-def _key() -> Html:
-    entries = [
-        ("bar starting", "starting"),
-        ("bar training finished", "training"),
-        ("bar training stopped", "training, then stopped"),
-        ("bar training died", "training, then died"),
-        ("idle cut", "idle, shortened"),
-    ]
-    return tag(
-        "p",
-        *(tag("span", tag("i", class_=name), text) for name, text in entries),
-        class_="legend keys",
-    )
+    return labels

@@ -1,17 +1,17 @@
-"""Scales, curves, the timeline axis and texts."""
+"""Scales, curves, the timeline axis and templates."""
 
+import json
 import math
-import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.report_pages import parsed
 
-from trainer.reporting import charts, curves, scales
+from trainer.reporting import charts, curves, page, scales
 from trainer.reporting.charts import Axis, Chart
 from trainer.reporting.clock import Clock
 from trainer.reporting.curves import Curve
-from trainer.reporting.markup import Html, data, escaped, tag
 from trainer.reporting.scales import SIZE, Scale, fitting
 
 ANY = st.floats(allow_nan=False, allow_infinity=False)
@@ -27,15 +27,6 @@ def test_scale_is_monotonic_and_total(values, may_log):
     places = [scale(value) for value in sorted(values)]
     assert all(0 <= position <= SIZE for position in places)
     assert places == sorted(places)
-
-
-@given(st.lists(ANY, min_size=1), st.booleans())
-def test_ticks_are_few_ascending_and_within_the_scale(values, may_log):
-    scale = fitting(values, may_log=may_log)
-    ticks = scale.ticks(5)
-    assert 1 <= len(ticks) <= 7
-    assert ticks == sorted(ticks)
-    assert all(scale.low <= tick <= scale.high for tick in ticks)
 
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=90))
@@ -87,29 +78,6 @@ def test_quantity_uses_the_unit_of_its_name(name, value, text):
 
 # --- curves ------------------------------------------------------------------------------------
 
-POINTS = st.dictionaries(st.integers(0, 10**6), SANE, min_size=1, max_size=60).map(
-    lambda result: sorted(result.items())
-)
-
-
-@given(POINTS)
-def test_path_contains_the_points(result):
-    x = Scale(0.0, 1e6)
-    y = fitting([value for _, value in result])
-    numbers = [float(text) for text in re.split(r"[ ML]", curves.path(result, x, y)) if text]
-    for (step, value), start, top in zip(result, numbers[::2], numbers[1::2], strict=True):
-        assert start / SIZE * 1e6 == pytest.approx(step, abs=0.051 / SIZE * 1e6)
-        back = y.low + (SIZE - top) / SIZE * (y.high - y.low)
-        assert back == pytest.approx(value, abs=0.052 / SIZE * (y.high - y.low))
-
-
-@given(POINTS)
-def test_dots_match_the_path(result):
-    x, y = Scale(0.0, 1e6), fitting([value for _, value in result])
-    assert curves.dots(result, x, y).replace("h0", "").strip("M").split("M") == (
-        curves.path(result, x, y).strip("M").split("L")
-    )
-
 
 @given(st.lists(SANE, min_size=1, max_size=400))
 def test_thinned_keeps_ends_and_extremes(values):
@@ -151,10 +119,13 @@ def test_points_skip_values_that_are_not_numbers():
     assert curves.points(lines, "train", "loss") == [(0, 1.0), (7, 3.0)]
 
 
-def test_chart_is_empty_without_points_and_a_dot_for_one():
-    axis = Axis(0, 10)
-    assert charts.draw(Chart("t", [Curve("c", [], 1)]), axis) == ""
-    assert 'class="points c1"' in charts.draw(Chart("t", [Curve("c", [(3, 1.0)], 1)]), axis)
+def test_chart_without_points_is_left_out():
+    axis = Axis(0, 10, resumed=(4, 10**400))
+    empty, dot = Chart("empty", [Curve("c", [], 1)]), Chart("t", [Curve("c", [(3, 1e308)], 1)])
+    (drawn,) = charts.drawn([empty, dot], axis)
+    assert (drawn["title"], drawn["data"]["curves"][0]["x"]) == ("t", [3])
+    assert (drawn["data"]["x"], drawn["data"]["resumed"]) == ([0, 10], [4])
+    assert all(map(math.isfinite, [*drawn["data"]["y"], *drawn["data"]["curves"][0]["y"]]))
 
 
 # --- the clock of a time line ------------------------------------------------------------------
@@ -175,19 +146,22 @@ def test_clock_ascends_fills_the_width_and_shortens_idle_times(lengths):
     assert all(clock(end) - clock(begin) <= 4.001 for begin, end in clock.gaps())
 
 
-# --- markup ------------------------------------------------------------------------------------
+# --- templates ---------------------------------------------------------------------------------
 
 
-@given(st.text())
+@given(st.text(st.characters(blacklist_characters="\r\0", blacklist_categories=["Cs"])))
 def test_text_never_becomes_markup(text):
-    assert "<" not in escaped(text)
-    assert ">" not in escaped(text)
-    assert tag("p", text, title=text).count("<") == 2
-    assert data({"name": text}).count("<") == 2
+    axis = Axis(0, 10)
+    drawn = charts.drawn([Chart(text, [Curve(text, [(3, 1.0)], 1)], note=text)], axis)
+    parts = page._templates().get_template("parts.html").module
+    (element,) = parsed(str(parts.charts(drawn, axis))).all("figure")
+    assert [one.text for one in element.all("h3")] == [text]
+    assert element.all("div", "plot")[0].attributes["aria-label"] == f"{text} by step"
+    assert curves_of(element) == [text]
+    image = {"name": text, "base64": text, "is_small": False}
+    (element,) = parsed(str(parts.image(image))).children
+    assert element.attributes["alt"] == text
 
 
-def test_only_html_instances_are_markup():
-    assert tag("p", tag("b", "<i>")) == "<p><b>&lt;i&gt;</b></p>"
-    assert tag("p", None, False, 0) == "<p>0</p>"
-    assert tag("input", data_key='"x"', hidden=True) == '<input data-key="&quot;x&quot;" hidden>'
-    assert isinstance(escaped("a"), Html)
+def curves_of(element):
+    return [curve["name"] for curve in json.loads(element.all("script")[0].text)["curves"]]
