@@ -1,4 +1,4 @@
-"""Commands that answer without a tensor do not import torch, which takes seconds."""
+"""Commands do not import what they do not need: torch and torchmetrics each take seconds."""
 
 import os
 import re
@@ -115,6 +115,35 @@ def test_run_reports_all_problems_together_if_a_target_has_to_be_looked_up():
     assert "did you mean 'seed'?" in error
     assert "did you mean 'hidden'?" in error
     assert "torch" in imported
+
+
+QUIET = """
+import torch
+
+class Quiet:
+    eval = None
+
+    def __init__(self):
+        self.train = torch.utils.data.TensorDataset(torch.zeros(8, 1, 8, 8), torch.arange(8))
+"""
+
+
+@pytest.mark.usefixtures("in_runs")
+def test_training_and_resume_without_evaluation_data_do_not_import_torchmetrics(run):
+    (run.parent / "quiet.py").write_text(QUIET)
+    for steps in (2, 4):
+        output, imported = slow_imports(
+            "trainer.run", "~data", "+data._target_=quiet.Quiet", "trainer.global_batch_size=4",
+            "sample.shape=[1,8,8]", f"trainer.max_steps={steps}", "run_dir=quiet", "name=quiet",
+        )  # fmt: skip
+        assert f"Finished at step {steps}" in output
+        assert imported == {"torch", "numpy"}
+    assert "step 2" in output  # from which it resumed
+
+
+@pytest.mark.usefixtures("in_runs")
+def test_check_of_the_default_configuration_does_not_import_torchmetrics():
+    assert "torchmetrics" not in slow_imports("trainer.run", "--check")[1]
 
 
 @pytest.mark.slow
