@@ -65,8 +65,16 @@ def test_wandb_server_gets_each_line_of_a_killed_run_once(command, wait_for):
         def seen():
             return [step for run in server.runs.values() for step in steps_of(run["history"])]
 
+        def is_ahead():
+            return committed(run) and seen()[-1:] > [committed(run)[-1]]
+
         process = command.start(*arguments, STEP_S="0.1", **online)
-        wait_for(lambda: committed(run) and seen()[-1:] > [committed(run)[-1]], process)
+        while True:
+            wait_for(is_ahead, process)
+            process.send_signal(signal.SIGSTOP)  # a commit may come between check and kill
+            if is_ahead():
+                break
+            process.send_signal(signal.SIGCONT)
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
         before = seen()
