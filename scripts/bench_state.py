@@ -16,6 +16,7 @@ from trainer.checkpoint import state_tree
 from trainer.checkpoint.memory import HostBuffer
 from trainer.core.threads import in_parallel
 from trainer.storage import LocalStore
+from trainer.storage.store import in_pieces
 
 
 def gpt2_small_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -108,9 +109,7 @@ def store_alone(folder: Path, buffer: HostBuffer, direction: str) -> float:
     began = time.perf_counter()
     if direction == "write":
         (folder / "alone").unlink(missing_ok=True)
-        file = store.open_new("alone", len(buffer))
-        in_parallel(lambda at: file.put(at, buffer.view[at : at + part_bytes]), starts, 8)
-        file.finish()
+        store.write("alone", len(buffer), in_pieces(buffer.view, part_bytes))
     else:
         in_parallel(
             lambda at: store.read_into("alone", at, buffer.view[at : at + part_bytes]), starts, 8

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import StoreError
-from trainer.storage import LocalStore, NewFile, Store
+from trainer.storage import LocalStore, Store
+from trainer.storage.store import in_pieces
 
 
 def put(store: Store, key: str, data: bytes) -> None:
     """Write a new key as a shard is written: part by part."""
-    file = store.open_new(key, len(data))
-    for start in range(0, len(data), file.part_bytes):
-        file.put(start, memoryview(data)[start : start + file.part_bytes])
-    file.finish()
+    store.write(key, len(data), in_pieces(data, store.part_bytes))
 
 
 class FaultyStore(LocalStore):
@@ -66,10 +64,12 @@ class FaultyStore(LocalStore):
             raise error
         return result
 
-    def open_new(self, key: str, total_bytes: int) -> NewFile:
-        files: list[NewFile] = []
+    def _new_file(self, key: str, total_bytes: int) -> Any:
+        files: list[Any] = []
         try:
-            self.call("open_new", lambda: files.append(LocalStore.open_new(self, key, total_bytes)))
+            self.call(
+                "open_new", lambda: files.append(LocalStore._new_file(self, key, total_bytes))
+            )
         except BaseException:
             for file in files:
                 file.abort()
@@ -99,14 +99,14 @@ class FaultyStore(LocalStore):
 
 
 class _FaultyFile:
-    def __init__(self, store: FaultyStore, file: NewFile) -> None:
+    def __init__(self, store: FaultyStore, file: Any) -> None:
         self._store, self._file = store, file
-        self.part_bytes = file.part_bytes
 
-    def put(self, start: int, data: memoryview) -> None:
+    def put(self, part: tuple[int, memoryview]) -> None:
+        start, data = part
         half = data[: len(data) // 2]
         self._store.call(
-            "put", lambda: self._file.put(start, data), lambda: self._file.put(start, half)
+            "put", lambda: self._file.put((start, data)), lambda: self._file.put((start, half))
         )
 
     def finish(self) -> None:

@@ -19,10 +19,11 @@ from trainer.errors import CheckpointError
 from trainer.storage import Store
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "manifest.json"
+GOLDEN_V1 = GOLDEN.with_name("manifest-v1.json")
 
 
 def sample() -> Manifest:
-    """Return a manifest that uses every feature of the format."""
+    """Return a manifest that uses every feature of the format, as in the golden file."""
     names = [
         manifest.shard_name(rank=rank, world_size=4, token="9f2c41aa", save=7) for rank in range(4)
     ]
@@ -38,23 +39,28 @@ def sample() -> Manifest:
         tensors={
             "model.weight": TensorEntry(dtype="BF16", shape=(4, 3), file=2),
             "model.tied": TensorEntry(alias="model.weight"),
-            "model.sharded": TensorEntry(dtype="F32", shape=(5, 2), grid=(4, 1)),
+            "model.sharded": TensorEntry(dtype="F32", shape=(5, 2), grid=(3, 1)),
             "model.cut": TensorEntry(
                 dtype="I8",
                 shape=(2, 3),
                 columns={"file": [0, 3], "offsets": [[0, 0], [0, 1]], "lengths": [[2, 1], [2, 2]]},
             ),
+            "model.replicated": TensorEntry(
+                dtype="F8_E8M0", shape=(6,), grid=(2,), file_list=(3, 1)
+            ),
             "optimizer.step": TensorEntry(dtype="F32", shape=(), file=0),
             "empty": TensorEntry(dtype="C128", shape=(0, 7), file=1),
         },
         files={
-            name: ShardFile(8192 + rank, 4096, f"{rank:016x}") for rank, name in enumerate(names)
+            name: ShardFile(8192 + rank, 4096, f"{rank:016x}", f"{rank + 8:016x}")
+            for rank, name in enumerate(names)
         },
         objects={
             "scheduler": {"milestones": Counter({3: 1, 6: 2}), "best": -math.inf},
             "tree": [(1, 2.5), None, True, b"\x00\xff", 1 + 2j, {5}, OrderedDict(a=TensorRef("t"))],
             "numpy": np.float32(1.5),
             "naïve": "Ünïcode \U0001f600",
+            "large": [2**53, 2**53 + 1, -(2**70)],
         },
         config={"optimizer": {"lr": 0.1, "_target_": "torch.optim.SGD"}},
     )

@@ -1,5 +1,6 @@
 """Checkpoints of named tensors, saved and loaded in one process."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,9 +36,31 @@ def save(writer: Writer, tensors: dict[str, Tensor], step: int = 1, **more: Any)
     return checkpoint.save(writer, Content(tensors=tensors, **more), step=step)
 
 
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Types as which tensors of any dtype can be created and copied, by size."""
+
+
+def from_bits(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """Return a tensor with these bytes; torch can create few dtypes directly."""
+    if not data:
+        return torch.empty(0, dtype=INTEGERS.get(dtype.itemsize, dtype)).view(dtype).reshape(shape)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(dtype).reshape(tuple(shape))
+
+
+def ones(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor in which every byte is one."""
+    return from_bits(b"\1" * (math.prod(shape) * dtype.itemsize), dtype, shape)
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy."""
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    bits = plain.view(INTEGERS.get(plain.element_size(), plain.dtype))
+    return bits.clone(memory_format=torch.contiguous_format).view(plain.dtype)
+
+
 def raw_bytes(tensor: Tensor) -> bytes:
-    plain = torch.empty(tensor.numel(), dtype=tensor.dtype)
-    return bytes(plain.copy_(tensor.detach().reshape(-1)).view(torch.uint8).numpy())
+    return bytes(copied(tensor).reshape(-1).view(torch.uint8).numpy())
 
 
 def restore_optimizers(
@@ -84,7 +107,7 @@ def fetch_optimizer(
 
 def blank(tensor: Tensor) -> Tensor:
     """Return a tensor of the same shape and dtype that holds something else."""
-    return torch.ones(tensor.shape).to(tensor.dtype)
+    return ones(tensor.shape, tensor.dtype)
 
 
 def load_all(store: Store, tensors: dict[str, Tensor], **how: Any) -> dict[str, Tensor]:

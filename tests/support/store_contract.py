@@ -47,13 +47,13 @@ def test_store_distinguishes_empty_value_from_missing_key(store):
         store.read("absent")
 
 
-def test_open_new_writes_all_parts(store):
+def test_write_writes_all_parts(store):
     data = os.urandom(1 << 20) * 17 + b"end"
     put(store, "big", data)
     assert store.read("big") == data
 
 
-def test_open_new_for_existing_key_raises(store):
+def test_write_of_existing_key_raises(store):
     put(store, "a", b"old")
     with pytest.raises(AlreadyExists, match="a"):
         put(store, "a", b"new")

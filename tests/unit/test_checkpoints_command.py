@@ -372,7 +372,7 @@ def altered(run: Path, change) -> Path:
 
 
 def newer(data: bytes) -> bytes:
-    return data.replace(b'"version":1', b'"version":2')
+    return data.replace(b'"version":2', b'"version":3')
 
 
 BAD = {
@@ -382,7 +382,7 @@ BAD = {
     "a file": (lambda run, tmp: ROOT / "README.md", 2, "is not a checkpoint"),
     "DCP": (lambda run, tmp: stock(tmp / "dcp"), 2, "is a DCP folder"),
     "torch.save": (lambda run, tmp: saved(tmp / "x.pt"), 2, "is a torch.save file"),
-    "newer": (lambda run, tmp: altered(run, newer), 1, "format version 2 is not supported"),
+    "newer": (lambda run, tmp: altered(run, newer), 1, "format version 3 is not supported"),
     "cut": (lambda run, tmp: altered(run, lambda data: data[:-9]), 1, "altered or truncated"),
     "void": (lambda run, tmp: altered(run, lambda data: b'{"void":3}'), 1, "marked this folder"),
 }
@@ -477,12 +477,12 @@ def test_odd_manifest_values_never_raise(run, capsys, change):
             dcp.load({"x": torch.ones(1)}, storage_reader=PerdureStorageReader(folder))
 
 
-def test_verify_reports_tensor_missing_in_shard(run, capsys):
+def test_verify_reports_shard_without_a_tensor_of_the_manifest(run, capsys):
     folder = run / "checkpoints/step-00000020.0001"
     ghost = manifest.TensorEntry("F32", (2,), file=0)
     rewritten(folder, lambda original: {"tensors": {**original.tensors, "ghost": ghost}})
     code, out, _ = call(capsys, "verify", run)
-    assert (code, "'ghost'" in out) == (1, True)
+    assert (code, "bytes, but its manifest records 10,640" in out) == (1, True)
 
 
 @pytest.mark.parametrize("record", ['{"attempt": "2"}', '{"attempt": 2, "resumed_from": 5}', "[]"])

@@ -16,7 +16,8 @@ from trainer.storage.store import Store
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.checkpoint.reader import DamagedError, Reader
+    from trainer.checkpoint.reader import Reader
+    from trainer.checkpoint.shard_reader import DamagedError
     from trainer.checkpoint.state_tree import Content
     from trainer.checkpoint.writer import PendingSave, Writer
 
@@ -25,8 +26,8 @@ __all__ = [
     "delete", "latest", "load", "save", "steps", "verify",
 ]  # fmt: skip
 _MODULES = {
-    "Content": "state_tree", "DamagedError": "reader", "PendingSave": "writer", "Reader": "reader",
-    "Writer": "writer",
+    "Content": "state_tree", "DamagedError": "shard_reader", "PendingSave": "writer",
+    "Reader": "reader", "Writer": "writer",
 }  # fmt: skip
 """Modules of the names that are imported when they are used: they import torch."""
 

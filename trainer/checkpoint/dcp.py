@@ -34,6 +34,7 @@ from torch.futures import Future
 from trainer.checkpoint import dcp_items, dcp_metadata, location, manifest, select, shard
 from trainer.checkpoint.box import Box
 from trainer.checkpoint.commit import commit, deleted_unless_committed, readable_bytes
+from trainer.checkpoint.dtypes import DTYPES
 from trainer.checkpoint.lineage import MANIFEST
 from trainer.checkpoint.manifest import DCP_OBJECT, Manifest
 from trainer.checkpoint.reader import Reader
@@ -134,7 +135,7 @@ class PerdureStorageWriter(StorageWriter):
                 key, item_record, data = item.index.fqn, *dcp_items.object_record(item, planner)
             else:
                 key, item_record = dcp_items.tensor_record(item)
-            if item_record.dtype:
+            if item_record.is_stored:
                 if key in tensors:
                     raise CheckpointError(
                         f"two tensors of the state would be stored as {key!r}; rename one of them"
@@ -150,13 +151,14 @@ class PerdureStorageWriter(StorageWriter):
                 source = tensors[key]
                 return source if isinstance(source, Tensor) else dcp_items.resolved(source, planner)
 
-            file = self._store.open_new(f"{self._folder}/{name}", layout.total_bytes)
-            shard_file = write_shard(file, layout, LiveTensors(layout, tensor_of))
+            shard_file = write_shard(
+                self._store, f"{self._folder}/{name}", layout, LiveTensors(layout, tensor_of)
+            )
         results = []
         for item, item_record in records:
-            if item_record.dtype:
+            if item_record.is_stored:
                 item_record = dataclasses.replace(item_record, file=name, record=shard_file)
-            nbytes = item_record.box.elements * shard.DTYPES.get(item_record.dtype, 0)
+            nbytes = item_record.box.elements * DTYPES.get(item_record.dtype, 0)
             results.append(WriteResult(item.index, nbytes, item_record))
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)

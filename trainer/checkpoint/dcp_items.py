@@ -1,10 +1,8 @@
 """Items of torch's save plans: their keys and records in a shard, and the manifest's entries."""
 
-import dataclasses
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 from trainer.checkpoint import shard, values
 from trainer.checkpoint.box import Box
 from trainer.checkpoint.manifest import ShardFile, TensorEntry
-from trainer.checkpoint.plan import DTYPE_NAMES, columns
+from trainer.checkpoint.plan import DTYPE_NAMES, divided
 from trainer.errors import CheckpointError
 
 OPAQUE = {"bytes": bytes, "bytearray": bytearray, "BytesIO": io.BytesIO}
@@ -37,6 +35,11 @@ class ItemRecord:
     value: Any = None
     """Encoded value, if neither a tensor nor opaque."""
 
+    @property
+    def is_stored(self) -> bool:
+        """The item has bytes in the shard."""
+        return bool(self.dtype) and self.box.elements > 0
+
 
 def tensor_record(item: WriteItem) -> tuple[str, ItemRecord]:
     """Return a tensor's key in the shard, and its record.
@@ -47,7 +50,7 @@ def tensor_record(item: WriteItem) -> tuple[str, ItemRecord]:
     name, data = item.index.fqn, item.tensor_data
     assert data is not None  # noqa: S101 (for the type checker)
     dtype = DTYPE_NAMES.get(data.properties.dtype)
-    if dtype is None or name == shard.METADATA:
+    if dtype is None or name in shard.RESERVED:
         raise CheckpointError(
             f"tensor {name!r} ({data.properties.dtype}) cannot be stored: unsupported name or dtype"
         )
@@ -126,26 +129,18 @@ def tensor_entries(
     numbers = {file: number for number, file in enumerate(files)}
     parts: dict[str, list[tuple[int, Box]]] = {}
     dtypes: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for index, record in items:
         if record.dtype:
-            parts.setdefault(index.fqn, []).append((numbers[record.file], record.box))
+            declared = metadata.state_dict_metadata[index.fqn]
+            shapes[index.fqn] = record.box.lengths
+            if isinstance(declared, TensorStorageMetadata):
+                shapes[index.fqn] = tuple(declared.size)
             dtypes[index.fqn] = record.dtype
-    entries = {}
-    for name, boxes in parts.items():
-        declared = metadata.state_dict_metadata[name]
-        shape = boxes[0][1].lengths
-        if isinstance(declared, TensorStorageMetadata):
-            shape = tuple(declared.size)
-        entry = TensorEntry(dtypes[name], shape)
-        entries[name] = _even(entry, boxes) or columns(entry, boxes)
-    return entries
-
-
-def _even(entry: TensorEntry, boxes: Sequence[tuple[int, Box]]) -> TensorEntry | None:
-    """Return the entry as an even sharding over the first files, or None if it is uneven."""
-    pieces = [len({box.offsets[axis] for _, box in boxes}) for axis in range(len(entry.shape))]
-    even = dataclasses.replace(entry, grid=tuple(pieces))
-    if len(boxes) < 2 or prod(pieces) != len(boxes):
-        return None
-    cells = [(number, even.cell(number)) for number in range(len(boxes))]
-    return even if cells == list(boxes) else None
+            boxes = parts.setdefault(index.fqn, [])
+            if record.is_stored:
+                boxes.append((numbers[record.file], record.box))
+    return {
+        name: divided(TensorEntry(dtypes[name], shapes[name]), boxes)
+        for name, boxes in parts.items()
+    }

@@ -15,12 +15,14 @@ from typing import Any
 import xxhash
 
 from trainer.checkpoint.box import Box, any_overlap
-from trainer.checkpoint.shard import DTYPES, element_count
+from trainer.checkpoint.dtypes import DTYPES
+from trainer.checkpoint.shard import element_count, part_key
 from trainer.checkpoint.values import decode, dump, encode
 from trainer.errors import CheckpointError
 
 FORMAT = "perdure-checkpoint"
-VERSION = 1
+VERSION = 2
+"""The version that is written. Version 1 is read too."""
 ALGORITHM = "xxh3_64"
 MAX_MANIFEST_BYTES = 1 << 28
 DCP_OBJECT = "dcp"
@@ -58,12 +60,14 @@ def is_shard_name(name: str) -> bool:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """Size and header checksum of a shard. Through the header it covers every byte of the file."""
+    """Sizes and checksums of a shard. Through the block checksums they cover every byte."""
 
     bytes: int
     header_bytes: int
     """Bytes before the first tensor: eight for the length, then space-padded JSON."""
     header_checksum: str
+    checksums_checksum: str = ""
+    """Checksum of the tensor of block checksums. Empty in version 1, whose header holds these."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +75,24 @@ class TensorEntry:
     """Dtype and shape of a stored tensor, and its distribution over the files.
 
     Exactly one of these is set: `file` (index of the file that holds all of it), `grid` (even
-    sharding: number of pieces along each axis, each of ceil(n / pieces), piece k in C order in file
-    k), `columns` (any other sharding), `alias` (name of the tensor that shares its storage).
+    sharding: number of pieces along each axis, each of ceil(n / pieces)), `columns` (any other
+    sharding, a row for each piece), `alias` (name of the tensor that shares its storage). Pieces
+    without elements are not stored.
     """
 
     dtype: str = ""
     shape: tuple[int, ...] = ()
     file: int | None = None
     grid: tuple[int, ...] | None = None
+    file_list: tuple[int, ...] | None = None
+    """Indexes of the files of the grid's pieces, in C order. None: piece k is in file k."""
     columns: Mapping[str, list[Any]] | None = None
     alias: str | None = None
 
     def boxes(self, files: Sequence[str], box: Box) -> Iterator[tuple[str, Box]]:
         """Yield the stored parts of the tensor that overlap `box`, each with its file."""
+        if 0 in self.shape:
+            return
         if self.file is not None:
             yield files[self.file], Box.full(self.shape)
         elif self.grid is not None:
@@ -93,11 +102,30 @@ class TensorEntry:
                 number = 0
                 for index, pieces in zip(position, self.grid, strict=True):
                     number = number * pieces + index
-                yield files[number], self.cell(number)
+                index = number if self.file_list is None else self.file_list[number]
+                yield files[index], self.cell(number)
         elif self.columns is not None:
             for index, stored in self._rows(self.columns):
                 if stored.overlaps(box):
                     yield files[index], stored
+
+    def boxes_in(self, index: int, cells: Sequence[int]) -> Iterator[Box]:
+        """Yield the stored parts of the tensor that are in file `index`.
+
+        Args:
+            index: index of the file.
+            cells: numbers of the pieces that `file_list` has in this file.
+        """
+        if 0 in self.shape:
+            return
+        if self.file == index:
+            yield Box.full(self.shape)
+        elif self.grid is not None:
+            if self.file_list is None:
+                cells = [index] if index < math.prod(self.grid) else []
+            yield from map(self.cell, cells)
+        elif self.columns is not None:
+            yield from (box for file, box in self._rows(self.columns) if file == index)
 
     def _rows(self, columns: Mapping[str, list[Any]]) -> Iterator[tuple[int, Box]]:
         """Yield each part in `columns` with the number of its file."""
@@ -120,11 +148,13 @@ class TensorEntry:
         grid = self.grid or ()
         return [max(-(-n // pieces), 1) for n, pieces in zip(self.shape, grid, strict=True)]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the entry's JSON form."""
+    def to_json(self, file_lists: dict[tuple[int, ...], int]) -> dict[str, Any]:
+        """Return the entry's JSON form; add its list of files to `file_lists`, with a number."""
         if self.alias is not None:
             return {"alias": self.alias}
-        forms = {"file": self.file, "grid": self.grid, "columns": self.columns}
+        files = self.file_list
+        number = None if files is None else file_lists.setdefault(files, len(file_lists))
+        forms = {"file": self.file, "grid": self.grid, "file_list": number, "columns": self.columns}
         form = {key: value for key, value in forms.items() if value is not None}
         return {"dtype": self.dtype, "shape": list(self.shape), **form}
 
@@ -148,6 +178,8 @@ class Manifest:
     """Values of the state that are not tensors, decoded."""
     config: Mapping[str, Any] = field(default_factory=dict)
     block_bytes: int = 1 << 20
+    version: int = VERSION
+    """Version of the format."""
 
     @property
     def folder(self) -> str:
@@ -159,9 +191,36 @@ class Manifest:
         entry = self.tensors[name]
         return self.tensors[entry.alias] if entry.alias is not None else entry
 
+    def key(self, name: str, box: Box) -> str:
+        """Return the key of a stored part in its shard."""
+        entry = self.tensors[name]
+        is_complete = entry.file is not None
+        if self.version == 1:
+            is_complete = box.lengths == entry.shape
+        return part_key(name, None if is_complete else box.offsets)
+
+
+def pieces(manifest: Manifest, index: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Yield key, dtype and shape of everything that file `index` of the checkpoint holds.
+
+    Version 2 only: there the shard's layout follows from these.
+    """
+    cells: dict[int, list[int]] = {}  # by identity of the list, as entries share few of them
+    for name, entry in manifest.tensors.items():
+        numbers: Sequence[int] = ()
+        if (files := entry.file_list) is not None:
+            if id(files) not in cells:
+                cells[id(files)] = [cell for cell, file in enumerate(files) if file == index]
+            numbers = cells[id(files)]
+        if entry.alias is None:
+            for box in entry.boxes_in(index, numbers):
+                yield manifest.key(name, box), entry.dtype, box.lengths
+
 
 def to_bytes(manifest: Manifest) -> bytes:
     """Return the bytes of `manifest.json`: one top-level field per line, checksum last."""
+    file_lists: dict[tuple[int, ...], int] = {}
+    tensors = {name: entry.to_json(file_lists) for name, entry in manifest.tensors.items()}
     top = {
         "format": FORMAT,
         "version": VERSION,
@@ -176,7 +235,8 @@ def to_bytes(manifest: Manifest) -> bytes:
         "algorithm": ALGORITHM,
         "block_bytes": manifest.block_bytes,
         "files": {name: vars(file) for name, file in manifest.files.items()},
-        "tensors": {name: entry.to_json() for name, entry in manifest.tensors.items()},
+        "file_lists": list(file_lists),
+        "tensors": tensors,
         "objects": encode(dict(manifest.objects), "objects"),
         "config": encode(dict(manifest.config), "config"),
     }
@@ -218,10 +278,10 @@ def from_bytes(data: bytes, where: str) -> Manifest:
     top = _parse_object(data, invalid)
     if top.get("format") != FORMAT:
         raise invalid(f"not a checkpoint manifest (format {top.get('format')!r})")
-    if top.get("version") != VERSION:
+    if type(top.get("version")) is not int or not 1 <= top["version"] <= VERSION:
         raise invalid(
-            f"format version {top.get('version')!r} is not supported; this program reads version "
-            f"{VERSION}. Use the version of Perdure that wrote it, or a newer one"
+            f"format version {top.get('version')!r} is not supported; this program reads versions "
+            f"1 to {VERSION}. Use the version of Perdure that wrote it, or a newer one"
         )
     body = data[: -len(_tail(b""))]
     if data != body + _tail(body):
@@ -260,17 +320,27 @@ def _validated(top: Mapping[str, Any]) -> Manifest:
         )
     if not 1 <= _natural(top["block_bytes"]) <= 1 << 20:
         raise CheckpointError(f"block_bytes={top['block_bytes']} is not between 1 and 1,048,576")
+    version = top["version"]
     files = {}
     for name, file in _mapping(top["files"]).items():
         if not is_shard_name(name):
             raise CheckpointError(f"{name!r} is not a valid shard name")
         files[name] = ShardFile(
-            _natural(file["bytes"]), _natural(file["header_bytes"]), str(file["header_checksum"])
+            _natural(file["bytes"]),
+            _natural(file["header_bytes"]),
+            _digest(file["header_checksum"]),
+            _digest(file["checksums_checksum"]) if version > 1 else "",
         )
-    tensors = {str(name): _entry(value) for name, value in _mapping(top["tensors"]).items()}
+    stored_lists = top["file_lists"] if version > 1 else []
+    file_lists = [_file_list(items, len(files)) for items in stored_lists]
+    tensors = {
+        str(name): _entry(value, file_lists) for name, value in _mapping(top["tensors"]).items()
+    }
     total_bytes = sum(file.bytes for file in files.values())
     for name, entry in tensors.items():
         _check_entry(name, entry, tensors, len(files), total_bytes)
+        if version > 1 and entry.grid is not None and not _is_full(entry):
+            raise CheckpointError(f"tensor {name!r} has empty pieces in its grid {entry.grid}")
     numbers = ("step", "epoch", "samples", "attempt", "save", "world_size")
     return Manifest(
         **{key: _natural(top[key]) for key in numbers},
@@ -281,6 +351,27 @@ def _validated(top: Mapping[str, Any]) -> Manifest:
         objects=_mapping(decode(top["objects"])),
         config=_mapping(decode(top["config"])),
         block_bytes=top["block_bytes"],
+        version=version,
+    )
+
+
+def _digest(value: Any) -> str:
+    if re.fullmatch(r"[0-9a-f]{16}", str(value)) is None:
+        raise CheckpointError(f"{value!r} is not a checksum of 16 hexadecimal digits")
+    return str(value)
+
+
+def _file_list(items: Sequence[Any], file_count: int) -> tuple[int, ...]:
+    if any(_natural(index) >= file_count for index in items):
+        raise CheckpointError(f"a list of files refers to other files than the {file_count}")
+    return tuple(items)
+
+
+def _is_full(entry: TensorEntry) -> bool:
+    """Return whether every piece of the grid has elements."""
+    return all(
+        pieces == -(-n // -(-n // pieces)) if n else True
+        for n, pieces in zip(entry.shape, entry.grid or (), strict=True)
     )
 
 
@@ -296,15 +387,16 @@ def _natural(value: Any) -> int:
     return value
 
 
-def _entry(value: Any) -> TensorEntry:
+def _entry(value: Any, file_lists: Sequence[tuple[int, ...]]) -> TensorEntry:
     if "alias" in _mapping(value):
         return TensorEntry(alias=str(value["alias"]))
-    grid, columns = value.get("grid"), value.get("columns")
+    grid, columns, number = value.get("grid"), value.get("columns"), value.get("file_list")
     return TensorEntry(
         dtype=str(value["dtype"]),
         shape=tuple(_natural(n) for n in value["shape"]),
         file=None if value.get("file") is None else _natural(value["file"]),
         grid=None if grid is None else tuple(_natural(n) for n in grid),
+        file_list=None if number is None else file_lists[_natural(number)],
         columns=columns,
     )
 
@@ -330,10 +422,12 @@ def _check_entry(
         raise CheckpointError(f"tensor {name!r} needs exactly one of file, grid, columns")
     if entry.file is not None and entry.file >= file_count:
         raise CheckpointError(f"tensor {name!r} refers to file {entry.file} of {file_count}")
-    if entry.grid is not None and (
-        len(entry.grid) != len(entry.shape) or 0 in entry.grid or math.prod(entry.grid) > file_count
-    ):
-        raise CheckpointError(f"tensor {name!r} has the invalid grid {list(entry.grid)}")
+    if entry.grid is not None:
+        pieces = math.prod(entry.grid)
+        listed = entry.file_list
+        fits = pieces <= file_count if listed is None else pieces == len(listed)
+        if len(entry.grid) != len(entry.shape) or 0 in entry.grid or not fits:
+            raise CheckpointError(f"tensor {name!r} has the invalid grid {list(entry.grid)}")
     if entry.columns is not None:
         _check_columns(name, entry, file_count)
 

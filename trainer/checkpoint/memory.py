@@ -1,6 +1,7 @@
 """Page-aligned host memory for direct I/O and GPU copies, and tensors as bytes."""
 
 import mmap
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,23 @@ class HostBuffer:
 def is_plain(tensor: Tensor) -> bool:
     """Return whether the tensor's memory is its elements in order."""
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def bits_of(dtype: torch.dtype) -> torch.dtype:
+    """Return the integer type of the same size; a type of 16 bytes is returned unchanged."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return integers.get(dtype.itemsize, dtype)
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """Return the tensor as integers of the same size, which can be copied for any dtype."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    return tensor.view(bits_of(tensor.dtype))
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a new CPU tensor of any dtype. torch warns about some if they are created directly."""
+    return torch.empty(tuple(shape), dtype=bits_of(dtype)).view(dtype)
 
 
 def bytes_of(tensor: Tensor) -> Bytes:

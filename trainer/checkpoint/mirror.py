@@ -9,8 +9,8 @@ from contextlib import suppress
 from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import FOLDER, MANIFEST, Attempt
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.retention import Retention
+from trainer.checkpoint.shard_reader import ShardReader
 from trainer.checkpoint.transfer import copy_shard
 from trainer.cluster.world import World
 from trainer.errors import CheckpointError, PerdureError, StoreError, SupersededError
@@ -169,7 +169,7 @@ class Mirror:
         folder = _folder(manifest)
         if self._world.run_on_rank0(lambda: self._has(manifest)):
             return
-        reader = Reader(self._source, folder, manifest)
+        reader = ShardReader(self._source, folder, manifest)
         assigned = self._assigned_files(manifest)
 
         def copy() -> None:

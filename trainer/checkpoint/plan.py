@@ -1,15 +1,16 @@
 """Save plan: the part of the state that each rank writes, computed once per layout.
 
-torch's DCP planner reports which box of each tensor a rank holds. Every rank then computes which of
-several holders writes a box, from information that all ranks have. Nothing is gathered about
-evenly sharded tensors, so 512 ranks plan as fast as two.
+torch's DCP planner reports which box of each tensor a rank holds. The ranks exchange one box for
+each kind of tensor (shape and sharding), then every rank computes which of several holders writes a
+box. 512 ranks plan as fast as two.
 """
 
 import hashlib
+import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -17,25 +18,20 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint import shard
-from trainer.checkpoint.box import Box
+from trainer.checkpoint.box import Box, any_overlap
+from trainer.checkpoint.division import divide
+from trainer.checkpoint.dtypes import DTYPES, TORCH_NAMES
 from trainer.checkpoint.manifest import TensorEntry
 from trainer.checkpoint.state_tree import Content
 from trainer.cluster.world import World
 from trainer.errors import CheckpointError
 
-DTYPE_NAMES: Mapping[torch.dtype, str] = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
-    torch.bool: "BOOL", torch.complex64: "C64", torch.complex128: "C128",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-TORCH_DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-
-_SLACK = 1 / 128
-"""Imbalance a rank may accept, as a fraction of its bytes, to avoid splitting a tensor."""
-_SLACK_BYTES = 1 << 12
-"""Minimum of that imbalance, in bytes."""
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    name: getattr(torch, torch_name)
+    for name, torch_name in TORCH_NAMES.items()
+    if hasattr(torch, torch_name)
+}
+DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -48,10 +44,47 @@ class LocalTensor:
     """Global shape."""
     box: Box
     """This rank's part."""
-    holders: tuple[int, ...]
-    """Ranks that hold the same box."""
-    grid: tuple[int, ...] | None = None
-    """Pieces along each axis, if the tensor is sharded evenly over all ranks in rank order."""
+    sharding: Any = None
+    """Mesh and placements of a DTensor; None: every rank holds the complete tensor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """Positions and holders of the pieces of tensors of one shape and sharding."""
+
+    boxes: tuple[Box, ...]
+    """The pieces that have elements, in C order."""
+    holders: tuple[tuple[int, ...], ...]
+    """Ranks that hold each piece; equally many for each."""
+
+    @cached_property
+    def largest(self) -> Box:
+        """A box in which each piece fits, counted from the piece's first element."""
+        lengths = zip(*(box.lengths for box in self.boxes), strict=True)
+        return Box((0,) * len(self.boxes[0].offsets), tuple(map(max, lengths)))
+
+    @cached_property
+    def _by_rank(self) -> dict[int, list[tuple[Box, int]]]:
+        """By rank: the pieces it holds, and its position among the holders of each."""
+        pieces: dict[int, list[tuple[Box, int]]] = {}
+        for piece, ranks in zip(self.boxes, self.holders, strict=True):
+            for holder, rank in enumerate(ranks):
+                pieces.setdefault(rank, []).append((piece, holder))
+        return pieces
+
+    def parts_of(self, rank: int, shares: Sequence[tuple[int, Box]]) -> Iterator[Box]:
+        """Yield what a rank writes, after `largest` was divided among holders."""
+        for piece, position in self._by_rank.get(rank, ()):
+            for holder, cut in shares:
+                if holder == position:
+                    offsets = tuple(map(operator.add, piece.offsets, cut.offsets))
+                    box = Box(offsets, cut.lengths).intersection(piece)
+                    if box.elements:
+                        yield box
+
+    def parts(self, shares: Sequence[tuple[int, Box]]) -> list[tuple[int, Box]]:
+        """Return rank and box of everything that is written."""
+        return [(rank, box) for rank in self._by_rank for box in self.parts_of(rank, shares)]
 
 
 @dataclass(frozen=True)
@@ -82,10 +115,7 @@ def make(content: Content, world: World, previous: Plan | None = None) -> Plan:
     if world.all(previous is not None and previous.signature == signature) and previous:
         return previous
     shared, local_items = world.run_on_all(
-        lambda: (
-            describe(content.tensors, range(world.size)),
-            describe(content.rank_local, [world.rank]),
-        )
+        lambda: (describe(content.tensors), describe(content.rank_local))
     )
     _check_same_tensors(shared, world)
     all_local = world.gather([(item.name, item.dtype, item.shape) for item in local_items])
@@ -95,33 +125,52 @@ def make(content: Content, world: World, previous: Plan | None = None) -> Plan:
         for rank, items in enumerate(all_local)
         for name, dtype, shape in items
     }
-    mine = [(item, item.box) for item in local_items]
-    uneven: dict[str, list[Box]] = {}  # boxes that other ranks cannot compute
-    for holders, items in _by_holders(shared).items():
-        division = divide(items, [local_bytes[rank] for rank in holders])
-        everywhere = len(holders) == world.size
-        for item, parts in zip(items, division, strict=True):
-            here = [box for rank, box in parts if holders[rank] == world.rank]
-            mine += [(item, box) for box in here]
-            if everywhere:
-                entries[item.name] = _entry(item, parts)
-            elif item.grid is not None:
-                entries[item.name] = TensorEntry(item.dtype, item.shape, grid=item.grid)
-            else:
-                entries[item.name] = TensorEntry(item.dtype, item.shape)
-                uneven[item.name] = here
-    if any(item.grid is None and len(item.holders) < world.size for item in shared):
-        gathered = world.gather(uneven)
-        for name in uneven:
-            parts = [(rank, box) for rank, boxes in enumerate(gathered) for box in boxes[name]]
-            entries[name] = columns(entries[name], parts)
-    keys = {_key(item, box): (item, box) for item, box in mine}
+    mine = [(item, item.box) for item in local_items if item.box.elements]
+    for item, entry, boxes in assign(shared, _spreads(shared, world), local_bytes, world.rank):
+        entries[item.name] = entry
+        mine += [(item, box) for box in boxes]
+    keys = {_key(entries[item.name], item, box): (item, box) for item, box in mine}
     return Plan(
         signature,
         shard.lay_out((key, item.dtype, box.lengths) for key, (item, box) in keys.items()),
         {key: (item.name, box.relative_to(item.box)) for key, (item, box) in keys.items()},
         entries,
     )
+
+
+def assign(
+    items: Sequence[LocalTensor],
+    spreads: Mapping[Any, Spread],
+    local_bytes: Sequence[int],
+    rank: int,
+) -> Iterator[tuple[LocalTensor, TensorEntry, list[Box]]]:
+    """Yield each tensor with its entry in the manifest and the boxes that `rank` writes.
+
+    Equal on all ranks but for the boxes.
+
+    Args:
+        items: tensors that all ranks have.
+        spreads: where their pieces are, by shape and sharding.
+        local_bytes: bytes that each rank writes in addition.
+        rank: this rank.
+    """
+    forms: dict[tuple[Spread, int], TensorEntry] = {}  # of tensors whose pieces are not cut
+    for group in _by_holders(items, spreads):
+        division = divide(
+            [(item.dtype, spread.largest) for item, spread in group],
+            [local_bytes[holder] for holder in group[0][1].holders[0]],
+        )
+        for (item, spread), shares in zip(group, division, strict=True):
+            form = forms.get((spread, shares[0][0])) if len(shares) == 1 else None
+            if form is None:
+                form = divided(TensorEntry(item.dtype, item.shape), spread.parts(shares))
+            if len(shares) == 1:
+                forms[spread, shares[0][0]] = form
+            boxes = list(spread.parts_of(rank, shares))
+            yield item, replace(form, dtype=item.dtype), boxes
+    for item in items:
+        if 0 in item.shape:  # nothing of it is stored
+            yield item, divided(TensorEntry(item.dtype, item.shape), []), []
 
 
 def _signature(content: Content) -> list[Any]:
@@ -136,12 +185,11 @@ def _signature(content: Content) -> list[Any]:
 # --- local parts -------------------------------------------------------------------------------
 
 
-def describe(tensors: Mapping[str, Tensor], ranks: Iterable[int]) -> list[LocalTensor]:
+def describe(tensors: Mapping[str, Tensor]) -> list[LocalTensor]:
     """Return this rank's part of each tensor, as reported by torch's DCP planner.
 
     Args:
         tensors: plain tensors and DTensors, by name.
-        ranks: ranks that hold the same plain tensors.
     """
     from torch.distributed.checkpoint.default_planner import (
         DefaultSavePlanner,
@@ -157,8 +205,6 @@ def describe(tensors: Mapping[str, Tensor], ranks: Iterable[int]) -> list[LocalT
             )
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(dict(tensors), None, is_coordinator=True)
-    everyone = tuple(ranks)
-    spreads: dict[Any, tuple[tuple[int, ...], dict[int, int] | None]] = {}
     items = []
     for write_item in planner.create_local_plan().items:
         data = write_item.tensor_data
@@ -166,23 +212,27 @@ def describe(tensors: Mapping[str, Tensor], ranks: Iterable[int]) -> list[LocalT
         name = write_item.index.fqn
         tensor: Any = tensors[name]
         box = Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
-        dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(data.size)
-        holders, grid = everyone, None
+        sharding = None
         if hasattr(tensor, "device_mesh"):
-            key = (tensor.device_mesh, tensor.placements)
-            if key not in spreads:
-                spreads[key] = _spread(tensor, len(everyone))
-            holders, pieces = spreads[key]
-            grid = _grid(pieces, shape, box, holders[0])
-        items.append(LocalTensor(name, dtype, shape, box, holders, grid))
+            sharding = (tensor.device_mesh, tensor.placements)
+            if any(placement.is_partial() for placement in tensor.placements):
+                raise CheckpointError(
+                    f"tensor {name!r} has a Partial placement, a sum that is not computed yet; "
+                    "reduce it first"
+                )
+        dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(data.size)
+        items.append(LocalTensor(name, dtype, shape, box, sharding))
     return items
 
 
 def _check_storable(name: str, tensor: Tensor) -> None:
-    if name == shard.METADATA:
-        raise CheckpointError(f"tensor name {name!r} is reserved by safetensors; rename the tensor")
+    if name in shard.RESERVED:
+        raise CheckpointError(f"tensor name {name!r} is reserved by the format; rename the tensor")
     if tensor.dtype not in DTYPE_NAMES:
-        raise CheckpointError(f"tensor {name!r} has dtype {tensor.dtype}, which cannot be stored")
+        raise CheckpointError(
+            f"tensor {name!r} has dtype {tensor.dtype}, which cannot be stored; dequantize it, or "
+            "store its int_repr() with its scales"
+        )
     if tensor.layout != torch.strided:
         raise CheckpointError(
             f"tensor {name!r} has layout {tensor.layout}; only dense tensors can be stored"
@@ -195,42 +245,51 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-def _spread(tensor: Any, world_size: int) -> tuple[tuple[int, ...], dict[int, int] | None]:
-    """Return the ranks that hold this rank's box of a DTensor, and the pieces along each axis.
+def held_part(tensor: Tensor, box: Box) -> Tensor:
+    """Return a box of this rank's local tensor, as a view."""
+    part = local(tensor)
+    for axis, (offset, length) in enumerate(zip(box.offsets, box.lengths, strict=True)):
+        if length != part.shape[axis]:
+            part = part.narrow(axis, offset, length)
+    return part
 
-    The pieces are None if the tensor is not sharded evenly over all ranks with piece k on rank k.
+
+def _spreads(shared: Sequence[LocalTensor], world: World) -> dict[Any, Spread]:
+    """Return where the pieces of every kind of tensor are, by shape and sharding. Collective.
+
+    A model has few kinds, so that little is gathered, however many tensors and ranks there are.
     """
-    from torch.distributed.tensor import Shard
-
-    mesh, coordinate = tensor.device_mesh.mesh, tensor.device_mesh.get_coordinate()
-    pairs = list(zip(tensor.placements, coordinate, strict=True))
-    if any(placement.is_partial() for placement, _ in pairs):
-        raise CheckpointError(
-            f"a DTensor of shape {tuple(tensor.shape)} has a Partial placement; reduce it first"
+    kinds = {(item.shape, item.sharding): item.box for item in shared if item.sharding is not None}
+    boxes = world.gather(list(kinds.values())) if kinds else []
+    spreads: dict[Any, Spread] = {}
+    for number, (shape, sharding) in enumerate(kinds):
+        holders: dict[Box, list[int]] = {}
+        for rank, pieces in enumerate(boxes):
+            if pieces[number].elements:
+                holders.setdefault(pieces[number], []).append(rank)
+        _check_complete(shape, holders)
+        count = min(map(len, holders.values()), default=0)
+        spreads[shape, sharding] = Spread(
+            tuple(sorted(holders)), tuple(tuple(holders[box][:count]) for box in sorted(holders))
         )
-    index = tuple(slice(None) if p.is_replicate() else at for p, at in pairs)
-    holders = tuple(sorted(mesh[index].flatten().tolist()))
-    dims = [placement.dim for placement, _ in pairs if type(placement) is Shard]
-    in_order = len(dims) == len(pairs) and dims == sorted(set(dims))
-    if not in_order or mesh.flatten().tolist() != list(range(world_size)):
-        return holders, None
-    return holders, dict(zip(dims, mesh.shape, strict=True))
+    everyone = tuple(range(world.size))
+    for item in shared:
+        if item.sharding is None:
+            spreads[item.shape, None] = Spread((item.box,), (everyone,))
+    return spreads
 
 
-def _grid(
-    pieces: Mapping[int, int] | None, shape: tuple[int, ...], box: Box, rank: int
-) -> tuple[int, ...] | None:
-    """Return the grid in which `box` is the cell of `rank`, or None."""
-    if pieces is None:
-        return None
-    grid = tuple(pieces.get(axis, 1) for axis in range(len(shape)))
-    cell = TensorEntry(shape=shape, grid=grid).cell(rank)
-    return grid if cell == box else None
+def _check_complete(shape: tuple[int, ...], boxes: Collection[Box]) -> None:
+    if any_overlap(boxes) or sum(box.elements for box in boxes) != prod(shape):
+        raise CheckpointError(
+            f"the shards of a DTensor of shape {shape} overlap or leave elements out, so it "
+            "cannot be stored; distribute it with Shard or Replicate placements"
+        )
 
 
 def _check_same_tensors(shared: Sequence[LocalTensor], world: World) -> None:
     """Raise if the ranks have different tensors. Collective."""
-    mine = [(item.name, item.dtype, item.shape, item.grid) for item in shared]
+    mine = [(item.name, item.dtype, item.shape, _placements(item)) for item in shared]
     digest = hashlib.blake2b(repr(mine).encode()).hexdigest()
     if len(set(world.gather(digest))) == 1:
         return
@@ -246,110 +305,53 @@ def _check_same_tensors(shared: Sequence[LocalTensor], world: World) -> None:
     raise CheckpointError("the ranks list the tensors to save in different orders")
 
 
+def _placements(item: LocalTensor) -> str:
+    return "" if item.sharding is None else str(item.sharding[1])
+
+
 # --- division of the work ----------------------------------------------------------------------
 
 
-def _by_holders(items: Iterable[LocalTensor]) -> dict[tuple[int, ...], list[LocalTensor]]:
-    groups: dict[tuple[int, ...], list[LocalTensor]] = {}
-    for item in sorted(items, key=lambda item: (-shard.DTYPES[item.dtype], item.name)):
-        groups.setdefault(item.holders, []).append(item)
-    return groups
-
-
-def divide(
-    items: Sequence[LocalTensor], already_bytes: Sequence[int]
-) -> list[list[tuple[int, Box]]]:
-    """Divide tensors among their holders. Each writes a contiguous run; totals are balanced.
-
-    Args:
-        items: in file order, all with the same holders.
-        already_bytes: bytes that each holder writes in addition.
-
-    Returns:
-        Parts of each item, in order: index of the holder, and the box.
-    """
-    total = sum(_nbytes(item.dtype, item.box.lengths) for item in items)
-    ends = list(accumulate(_quotas(total, already_bytes)))
-    slack = max(int(_SLACK * total / len(ends)), _SLACK_BYTES)
-    holder, done = 0, 0  # current holder, and bytes assigned in total
-    division = []
-    for item in items:
-        parts: list[tuple[int, Box]] = []
-        rest, item_bytes = [item.box], shard.DTYPES[item.dtype]
-        while rest:
-            is_last = holder == len(ends) - 1
-            nbytes = total if is_last else ends[holder] - done
-            head, tail = _cut(rest[0], nbytes, item_bytes, slack)
-            parts += [(holder, box) for box in head]
-            done += item_bytes * sum(box.elements for box in head)
-            rest = tail + rest[1:]
-            if tail:
-                holder += 1
-        division.append(parts)
-    return division
-
-
-def _quotas(total: int, already: Sequence[int]) -> list[int]:
-    """Return each holder's bytes of `total` that make the sums with `already` as equal as possible.
-
-    Like water that fills vessels of different heights.
-    """
-    heights = sorted(already)
-    level, below = 0.0, sum(heights)
-    for count in range(len(heights), 0, -1):
-        level = (total + below) / count
-        if level >= heights[count - 1]:
-            break
-        below -= heights[count - 1]
-    return [max(0, round(level - height)) for height in already]
-
-
-def _cut(box: Box, front_bytes: int, item_bytes: int, slack: int) -> tuple[list[Box], list[Box]]:
-    """Cut about `front_bytes` off the front of a box, in memory order."""
-    nbytes = box.elements * item_bytes
-    if nbytes <= front_bytes + slack:
-        return [box], []
-    if front_bytes <= slack:
-        return [], [box]
-    axis = next(axis for axis, length in enumerate(box.lengths) if length > 1)
-    row_bytes = nbytes // box.lengths[axis]
-    rows = (front_bytes + slack) // row_bytes
-    head, tail = _split(box, axis, rows)
-    front = [head] if rows else []
-    if front_bytes - rows * row_bytes <= slack:
-        return front, [tail]
-    row, tail = _split(tail, axis, 1)
-    row_front, row_rest = _cut(row, front_bytes - rows * row_bytes, item_bytes, slack)
-    return front + row_front, [*row_rest, tail] if tail.elements else row_rest
-
-
-def _split(box: Box, axis: int, rows: int) -> tuple[Box, Box]:
-    return box.shifted(axis, 0, rows), box.shifted(axis, rows, box.lengths[axis] - rows)
+def _by_holders(
+    items: Iterable[LocalTensor], spreads: Mapping[Any, Spread]
+) -> list[list[tuple[LocalTensor, Spread]]]:
+    """Return groups of tensors whose pieces the same ranks hold, each in file order."""
+    groups: dict[Any, list[tuple[LocalTensor, Spread]]] = {}
+    group_of = {
+        spread: groups.setdefault(spread.holders, []) for spread in spreads.values() if spread.boxes
+    }
+    for item in sorted(items, key=lambda item: (-DTYPES[item.dtype], item.name)):
+        spread = spreads[item.shape, item.sharding]
+        if 0 not in item.shape:
+            group_of[spread].append((item, spread))
+    return [group for group in groups.values() if group]
 
 
 # --- manifest entries --------------------------------------------------------------------------
 
 
-def _entry(item: LocalTensor, parts: Sequence[tuple[int, Box]]) -> TensorEntry:
-    entry = TensorEntry(item.dtype, item.shape)
-    return columns(entry, [(item.holders[holder], box) for holder, box in parts])
-
-
-def columns(entry: TensorEntry, parts: Sequence[tuple[int, Box]]) -> TensorEntry:
-    """Return the entry with its parts, given as (file index, box)."""
-    if len(parts) == 1 and parts[0][1].lengths == entry.shape:
-        return TensorEntry(entry.dtype, entry.shape, file=parts[0][0])
+def divided(entry: TensorEntry, parts: Sequence[tuple[int, Box]]) -> TensorEntry:
+    """Return the entry with its parts, given as (file index, box), in the shortest form."""
+    stored = sorted((part for part in parts if part[1].elements), key=lambda part: part[1])
+    if len(stored) == 1 and stored[0][1].lengths == entry.shape:
+        return replace(entry, file=stored[0][0])
+    offsets = [{box.offsets[axis] for _, box in stored} for axis in range(len(entry.shape))]
+    even = replace(entry, grid=tuple(map(len, offsets)))
+    is_grid = len(stored) > 1 and prod(map(len, offsets)) == len(stored)
+    if is_grid and all(even.cell(number) == box for number, (_, box) in enumerate(stored)):
+        files = tuple(file for file, _ in stored)
+        return replace(even, file_list=None if files == tuple(range(len(files))) else files)
     table: dict[str, list[Any]] = {
-        "file": [rank for rank, _ in parts],
-        "offsets": [list(box.offsets) for _, box in parts],
-        "lengths": [list(box.lengths) for _, box in parts],
+        "file": [file for file, _ in stored],
+        "offsets": [list(box.offsets) for _, box in stored],
+        "lengths": [list(box.lengths) for _, box in stored],
     }
-    return TensorEntry(entry.dtype, entry.shape, columns=table)
+    return replace(entry, columns=table)
 
 
-def _key(item: LocalTensor, box: Box) -> str:
-    return shard.part_key(item.name, None if box.lengths == item.shape else box.offsets)
+def _key(entry: TensorEntry, item: LocalTensor, box: Box) -> str:
+    return shard.part_key(item.name, None if entry.file is not None else box.offsets)
 
 
 def _nbytes(dtype: str, lengths: Iterable[int]) -> int:
-    return prod(lengths) * shard.DTYPES[dtype]
+    return prod(lengths) * DTYPES[dtype]

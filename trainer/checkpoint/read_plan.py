@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer.checkpoint import shard
 from trainer.checkpoint.box import Box
-from trainer.checkpoint.memory import Bytes, bytes_of
+from trainer.checkpoint.memory import Bytes, as_bits, bytes_of, empty
 
 _SLAB_BYTES = 16 << 20
 """Size of the staging copy for data that is not laid out in memory as in the file."""
@@ -143,12 +143,15 @@ def direct_destination(run: Sequence[Block]) -> Bytes | None:
 
 def stage(slab: Slab) -> tuple[list[ReadRange], Callable[[], object]]:
     """Return ranges that read a slab into a staging buffer, and the copy to its destination."""
-    memory = torch.empty(slab.count, dtype=slab.dtype)
+    memory = empty((slab.count,), slab.dtype)
     view = memory.as_strided(tuple(slab.destination.shape), slab.strides)
     item_bytes = slab.dtype.itemsize
     start, stop = slab.first * item_bytes, (slab.first + slab.count) * item_bytes
     part = ReadRange(slab.chunk, start, stop, bytes_of(memory))
-    return [part], lambda: slab.destination.copy_(view)
+    target = slab.destination
+    if target.dtype == slab.dtype and not (target.is_conj() or target.is_neg()):
+        return [part], lambda: as_bits(target).copy_(as_bits(view))  # not all dtypes have copy_
+    return [part], lambda: target.copy_(view)
 
 
 def _span(strides: Sequence[int], box: Box) -> tuple[int, int]:

@@ -1,36 +1,40 @@
 """Shard layout: a safetensors file with a checksum for every block. Pure: no I/O, no torch.
 
 The layout is that of safetensors (eight bytes of header length, a JSON header, the tensors without
-holes), restricted so that equal content gives equal files: tensors are ordered by decreasing item
-size, then by name, and the header is padded with spaces to a multiple of 4096 bytes.
-`__metadata__.blocks` holds the checksums of the data in file order, one for each block of at most
-1 MiB. Every tensor starts a new block.
+holes), restricted so that it follows from the keys, dtypes and shapes alone: tensors are ordered by
+decreasing item size, then by key, and the header is padded with spaces to a multiple of 4096
+bytes. The last tensor, `__checksums__`, holds the checksums of the others in file order, one for
+each block of at most 1 MiB. Every tensor starts a new block. All bytes are known in file order, so
+a shard is written from its first byte to its last.
 Format: https://github.com/huggingface/safetensors#format
 """
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from operator import index
+from functools import cached_property
 from typing import Any
 
-from trainer.errors import CheckpointError
+import xxhash
+
+from trainer.checkpoint.dtypes import DTYPES, stored_as
 
 ALIGNMENT_BYTES = 4096
 BLOCK_BYTES = 1 << 20
 MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own readers
-DIGEST_DIGITS = 16
 METADATA = "__metadata__"
+CHECKSUMS = "__checksums__"
+PADDING = "__padding__"
+"""Zero bytes before the checksums, so that these start at a multiple of eight."""
+RESERVED = frozenset({METADATA, CHECKSUMS, PADDING})
+"""Keys that no tensor of the state may have."""
+DIGEST_BYTES = 8
 
-DTYPES: Mapping[str, int] = {
-    "F64": 8, "I64": 8, "U64": 8, "C64": 8,
-    "F32": 4, "I32": 4, "U32": 4,
-    "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-    "C128": 16,
-}  # fmt: skip
-"""Bytes per element of each dtype. C128 is not in safetensors: stored as F64, last axis 2."""
+
+def digest(data: bytes | bytearray | memoryview) -> int:
+    """Return the XXH3 64-bit checksum (seed 0) of a block."""
+    return xxhash.xxh3_64_intdigest(data)
 
 
 def element_count(shape: Iterable[int]) -> int:
@@ -64,19 +68,25 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Layout:
-    """Positions of the header and all chunks in a new shard."""
+    """Positions of the header, all chunks and the checksums in a shard."""
 
     chunks: tuple[Chunk, ...]
+    """In file order, with the padding and without the checksums."""
     header_bytes: int
+    checksums_start: int
     total_bytes: int
+    block_bytes: int
 
-    def blocks(self) -> list[tuple[int, int]]:
-        """Return (start, stop) of every block that has a checksum, in file order."""
-        return [
-            (start, min(start + BLOCK_BYTES, chunk.stop))
-            for chunk in self.chunks
-            for start in range(chunk.start, chunk.stop, BLOCK_BYTES)
-        ]
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) of every block that has a checksum, in file order."""
+        for chunk in self.chunks:
+            for start in range(chunk.start, chunk.stop, self.block_bytes):
+                yield start, min(start + self.block_bytes, chunk.stop)
+
+    @cached_property
+    def header(self) -> bytes:
+        """The first `header_bytes` bytes of the file."""
+        return _header(self)
 
 
 def block_count(nbytes: int, block_bytes: int = BLOCK_BYTES) -> int:
@@ -84,74 +94,55 @@ def block_count(nbytes: int, block_bytes: int = BLOCK_BYTES) -> int:
     return -(-nbytes // block_bytes)
 
 
-def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Layout:
-    """Return the layout for (key, dtype, shape) triples, independent of their order."""
+def lay_out(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+    *,
+    block_bytes: int = BLOCK_BYTES,
+    header_bytes: int | None = None,
+) -> Layout:
+    """Return the layout for (key, dtype, shape) triples, independent of their order.
+
+    Args:
+        tensors: keys, dtypes and shapes.
+        block_bytes: size of a block.
+        header_bytes: size of the header, if known; saves computing it.
+    """
     ordered = sorted(tensors, key=lambda item: (-DTYPES[item[1]], item[0]))
-    spans, position, blocks = [], 0, 0
+    data_bytes = sum(element_count(shape) * DTYPES[dtype] for _, dtype, shape in ordered)
+    if gap := -data_bytes % DIGEST_BYTES:
+        ordered.append((PADDING, "U8", (gap,)))
+    spans, position, block = [], 0, 0
     for key, dtype, shape in ordered:
-        nbytes = element_count(shape) * DTYPES[dtype]
-        spans.append(Chunk(key, dtype, shape, position, position + nbytes, blocks))
-        position += nbytes
-        blocks += block_count(nbytes)
-    unpadded = len(_header_json(spans, 0, "0" * (DIGEST_DIGITS * blocks)))
-    header_bytes = -(-(8 + unpadded) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        stop = position + element_count(shape) * DTYPES[dtype]
+        spans.append(Chunk(key, dtype, shape, position, stop, block))
+        block += block_count(stop - position, block_bytes)
+        position = stop
+    layout = Layout(tuple(spans), 0, position, position + DIGEST_BYTES * block, block_bytes)
+    if header_bytes is None:
+        header_bytes = len(layout.header)
     chunks = tuple(
         replace(span, start=span.start + header_bytes, stop=span.stop + header_bytes)
         for span in spans
     )
-    return Layout(chunks, header_bytes, header_bytes + position)
+    return Layout(
+        chunks, header_bytes, header_bytes + layout.checksums_start,
+        header_bytes + layout.total_bytes, block_bytes,
+    )  # fmt: skip
 
 
-def header(layout: Layout, digests: Sequence[str]) -> bytes:
-    """Return the first `layout.header_bytes` bytes of a shard with these block checksums."""
-    text = _header_json(layout.chunks, layout.header_bytes, "".join(digests))
-    length = layout.header_bytes - 8
+def _header(layout: Layout) -> bytes:
+    """Return the length, the JSON and its padding. Offsets count from the end of these."""
+    metadata = {"algorithm": "xxh3_64", "block_bytes": str(layout.block_bytes)}
+    content: dict[str, Any] = {METADATA: metadata}
+
+    def add(key: str, dtype: str, shape: tuple[int, ...], start: int, stop: int) -> None:
+        offsets = [start - layout.header_bytes, stop - layout.header_bytes]
+        content[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+
+    for chunk in layout.chunks:
+        add(chunk.key, *stored_as(chunk.dtype, chunk.shape), chunk.start, chunk.stop)
+    count = (layout.total_bytes - layout.checksums_start) // DIGEST_BYTES
+    add(CHECKSUMS, "U64", (count,), layout.checksums_start, layout.total_bytes)
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    length = -(-(8 + len(text)) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES - 8
     return length.to_bytes(8, "little") + text.ljust(length, b" ")
-
-
-def _header_json(chunks: Sequence[Chunk], data_start: int, blocks: str) -> bytes:
-    content: dict[str, Any] = {METADATA: {"algorithm": "xxh3_64", "blocks": blocks}}
-    for chunk in chunks:
-        shape = list(chunk.shape)
-        content[chunk.key] = {
-            "dtype": "F64" if chunk.dtype == "C128" else chunk.dtype,
-            "shape": [*shape, 2] if chunk.dtype == "C128" else shape,
-            "data_offsets": [chunk.start - data_start, chunk.stop - data_start],
-        }
-    return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def parse_header(
-    data: bytes, *, total_bytes: int, where: str, block_bytes: int = BLOCK_BYTES
-) -> tuple[dict[str, Chunk], list[str]]:
-    """Parse a shard's header, after its checksum was verified.
-
-    Returns:
-        The chunks by key, and the checksums of all blocks in file order.
-
-    Raises:
-        CheckpointError: not a safetensors header, or it has holes, overlaps or wrong sizes.
-    """
-    try:
-        if int.from_bytes(data[:8], "little") != len(data) - 8:
-            raise ValueError(f"the header's length is not {len(data) - 8:,}")
-        content = json.loads(data[8:])
-        metadata = content.pop(METADATA)
-        blocks = metadata["blocks"]
-        chunks, position, block = {}, len(data), 0
-        for key, value in content.items():
-            start, stop = (len(data) + index(offset) for offset in value["data_offsets"])
-            shape = tuple(index(n) for n in value["shape"])
-            nbytes = element_count(shape) * DTYPES[value["dtype"]]
-            if start != position or stop - start != nbytes or min(shape, default=0) < 0:
-                raise ValueError(f"{key!r} is at {start:,} to {stop:,} instead of {position:,}")
-            chunks[key] = Chunk(key, value["dtype"], shape, start, stop, block)
-            position, block = stop, block + block_count(nbytes, block_bytes)
-        if position != total_bytes:
-            raise ValueError(f"its tensors end at {position:,}, but the file at {total_bytes:,}")
-        if not isinstance(blocks, str) or len(blocks) != block * DIGEST_DIGITS:
-            raise ValueError(f"{len(blocks):,} checksum digits for {block:,} blocks")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not a checkpoint shard: {error}") from None
-    digests = [blocks[i : i + DIGEST_DIGITS] for i in range(0, len(blocks), DIGEST_DIGITS)]
-    return chunks, digests

@@ -1,105 +1,103 @@
-"""Shard files, written part by part from a snapshot or from live tensors.
+"""Shard files, written in file order from a snapshot or from live tensors.
 
-Several threads each take a part of the file, compute the checksums of the blocks that end in it,
-and write it. The header holds all checksums, so its part comes last. It waits for the checksums,
-not for the other parts to be written.
+The header follows from the layout and comes first, the checksums of all blocks come last. Each
+part is hashed when it is handed to the store, which writes several parts at a time.
 """
 
-import threading
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cache
 from typing import Protocol
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from trainer.checkpoint import shard
 from trainer.checkpoint.manifest import ShardFile, checksum
-from trainer.checkpoint.memory import PAGE_BYTES, Bytes, HostBuffer, bytes_of, is_plain
-from trainer.checkpoint.shard import BLOCK_BYTES, Layout
-from trainer.core.threads import in_parallel
-from trainer.storage.store import NewFile
-
-THREADS = 8
-"""Parts in flight: a queue depth that saturates disks and object stores."""
+from trainer.checkpoint.memory import Bytes, HostBuffer, as_bits, bytes_of, is_plain
+from trainer.checkpoint.shard import Layout
+from trainer.storage.store import Store
 
 
 class ShardBytes(Protocol):
     """The bytes of a shard that is being written."""
 
-    def part(self, start: int, stop: int) -> AbstractContextManager[memoryview]:
-        """Return the file's bytes from `start`, a multiple of a page, to `stop`.
+    def part(self, start: int, stop: int) -> memoryview:
+        """Return the file's bytes from `start` to `stop`, once they are ready.
 
-        Blocks until they are ready. Called from several threads. The memory is page-aligned,
-        writable, and valid until the context exits. The header's bytes are undefined.
+        Called for one part at a time, in file order. The memory is writable; it stays unchanged
+        as long as there is a reference to it. The bytes of header and checksums are undefined.
         """
 
     def check(self) -> None:
-        """Raise if the bytes are not consistent. Called once, after the last part."""
+        """Raise if the bytes are not consistent. Called once, before the checksums are written."""
+
+    def close(self) -> None:
+        """Free memory; no part is needed any more."""
 
 
-def write_shard(
-    file: NewFile, layout: Layout, content: ShardBytes, *, threads: int = THREADS
-) -> ShardFile:
-    """Write a shard. Durable on return.
+def write_shard(store: Store, key: str, layout: Layout, content: ShardBytes) -> ShardFile:
+    """Write a shard as the new key `key`. Durable on return.
 
-    Args:
-        file: destination; finished on return, aborted if this raises.
-        layout: positions of the tensors in the file.
-        content: the bytes to write.
-        threads: maximum number of parts in memory.
+    Raises:
+        AlreadyExists, StoreError: as `Store.write`.
+        CheckpointError: `content` is not consistent; nothing is left under the key.
     """
-    blocks = layout.blocks()
-    ends = [stop for _, stop in blocks]
-    digests = [""] * len(blocks)
-    starts = range(0, layout.total_bytes, file.part_bytes)
-    header_parts = [start for start in starts if start < layout.header_bytes]
-    data_parts = {start for start in starts if start + file.part_bytes > layout.header_bytes}
-    unhashed, changed = len(data_parts), threading.Condition()
-    header = cache(lambda: shard.header(layout, digests))
+    hashes = _BlockHashes(layout)
+    checksums = b""
 
-    def put(start: int) -> None:
-        stop = min(start + file.part_bytes, layout.total_bytes)
-        ending = range(bisect_right(ends, start), bisect_right(ends, stop))
-        begin = min(start, blocks[ending[0]][0]) if ending else start
-        begin = begin // PAGE_BYTES * PAGE_BYTES
-        with ExitStack() as stack:
-            try:
-                memory = stack.enter_context(content.part(begin, stop))
-                for index in ending:
-                    first, last = blocks[index]
-                    digests[index] = checksum(memory[first - begin : last - begin])
-            finally:
-                if start in data_parts:  # also after an error, or the header's thread would hang
-                    count_hashed()
-            if start < layout.header_bytes:
-                head = wait_for_header()[start:stop]
-                memory[start - begin :][: len(head)] = head
-            file.put(start, memory[start - begin :])
-
-    def count_hashed() -> None:
-        nonlocal unhashed
-        with changed:
-            unhashed -= 1
-            changed.notify_all()
-
-    def wait_for_header() -> bytes:
-        with changed:
-            changed.wait_for(lambda: unhashed == 0)
-            return header()
+    def parts() -> Iterator[memoryview]:
+        nonlocal checksums
+        for start in range(0, layout.total_bytes, store.part_bytes):
+            stop = min(start + store.part_bytes, layout.total_bytes)
+            memory = content.part(start, stop)
+            _overlay(memory, start, layout.header, 0)
+            hashes.add(memory, start)
+            if stop > layout.checksums_start and not checksums:
+                content.check()
+                checksums = np.array(hashes.digests, "<u8").tobytes()
+            _overlay(memory, start, checksums, layout.checksums_start)
+            yield memory
+            del memory
 
     try:
-        # The last header part may hold data too; it precedes the others, which wait for it.
-        in_parallel(put, [*starts[len(header_parts) :], *reversed(header_parts)], threads)
-        content.check()
-        file.finish()
-    except BaseException:
-        file.abort()
-        raise
-    return ShardFile(layout.total_bytes, layout.header_bytes, checksum(header()))
+        store.write(key, layout.total_bytes, parts())
+    finally:
+        content.close()
+    return ShardFile(
+        layout.total_bytes, layout.header_bytes, checksum(layout.header), checksum(checksums)
+    )
+
+
+def _overlay(memory: memoryview, start: int, data: bytes, position: int) -> None:
+    """Copy what a part holds of `data`, which begins at `position` of the file."""
+    first, last = max(start, position), min(start + len(memory), position + len(data))
+    if first < last:
+        memory[first - start : last - start] = data[first - position : last - position]
+
+
+class _BlockHashes:
+    """Checksums of the blocks of a shard whose bytes come in file order."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.digests: list[int] = []
+        self._blocks = list(layout.blocks())
+        self._running = xxhash.xxh3_64()
+
+    def add(self, memory: memoryview, start: int) -> None:
+        """Take in the file's bytes from `start`."""
+        stop = start + len(memory)
+        while len(self.digests) < len(self._blocks):
+            first, last = self._blocks[len(self.digests)]
+            if first >= stop:
+                return
+            self._running.update(memory[max(first, start) - start : min(last, stop) - start])
+            if last > stop:
+                return
+            self.digests.append(self._running.intdigest())
+            self._running.reset()
 
 
 class LiveTensors:
@@ -108,26 +106,31 @@ class LiveTensors:
     Args:
         layout: positions of the tensors in the file.
         tensor_of: returns the tensor of a key, on any device and with any strides. Called for
-            every part that holds some of it, from several threads.
+            every part that holds some of it, for one at a time.
+        check: raises if the tensors have changed.
     """
 
-    def __init__(self, layout: Layout, tensor_of: Callable[[str], Tensor]) -> None:
-        self._layout, self._tensor_of = layout, tensor_of
+    def __init__(
+        self,
+        layout: Layout,
+        tensor_of: Callable[[str], Tensor],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._layout, self._tensor_of, self.check = layout, tensor_of, check
         self._chunk_starts = [chunk.start for chunk in layout.chunks]
         self._free: list[HostBuffer] = []
 
-    @contextmanager
-    def part(self, start: int, stop: int) -> Iterator[memoryview]:
-        """Copy the file's bytes from `start` to `stop` into a buffer."""
-        buffer = self._free.pop() if self._free else HostBuffer(0, pinned=False)
-        if len(buffer) < stop - start:  # with room for the start of a block that ends in the part
-            buffer = HostBuffer(stop - start + BLOCK_BYTES + PAGE_BYTES, pinned=False)
-        self._fill(buffer.array[: stop - start], start)
-        yield buffer.view[: stop - start]
-        self._free.append(buffer)
+    def part(self, start: int, stop: int) -> memoryview:
+        """Copy the file's bytes from `start` to `stop` into a buffer that no part uses."""
+        buffer = self._free.pop() if self._free else HostBuffer(stop - start, pinned=False)
+        memory = buffer.array[: stop - start]
+        weakref.finalize(memory, self._free.append, buffer).atexit = False
+        self._fill(memory, start)
+        return memory.data
 
-    def check(self) -> None:
-        """Nothing to check: the caller guarantees that the tensors do not change."""
+    def close(self) -> None:
+        """Free all buffers."""
+        self._free.clear()
 
     def _fill(self, memory: Bytes, begin: int) -> None:
         end = begin + len(memory)
@@ -138,7 +141,11 @@ class LiveTensors:
             start, stop = max(chunk.start, begin), min(chunk.stop, end)
             if start < stop:
                 target = memory[start - begin : stop - begin]
-                _copy(self._tensor_of(chunk.key), start - chunk.start, stop - chunk.start, target)
+                if chunk.key == shard.PADDING:
+                    target[:] = 0
+                    continue
+                tensor = self._tensor_of(chunk.key)
+                _copy(tensor, start - chunk.start, stop - chunk.start, target)
 
 
 def _copy(tensor: Tensor, start: int, stop: int, target: Bytes) -> None:
@@ -155,6 +162,6 @@ def _copy(tensor: Tensor, start: int, stop: int, target: Bytes) -> None:
     if last - first == 1 and tensor.ndim > 1:
         _copy(tensor[first], start - offset, stop - offset, target)
         return
-    rows = tensor[first:last].resolve_conj().resolve_neg().cpu()
+    rows = as_bits(tensor[first:last]).cpu()
     rows = rows.contiguous(memory_format=torch.contiguous_format)
     np.copyto(target, bytes_of(rows)[start - offset : stop - offset])

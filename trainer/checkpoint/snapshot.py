@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from trainer.checkpoint import shard
-from trainer.checkpoint.box import Box
-from trainer.checkpoint.memory import HostBuffer, bytes_of, is_plain
-from trainer.checkpoint.plan import TORCH_DTYPES, Plan, local
+from trainer.checkpoint.memory import HostBuffer, as_bits, bytes_of, is_plain
+from trainer.checkpoint.plan import Plan, held_part
 from trainer.errors import CheckpointError
 
 _SLICE_BYTES = 4 << 20
@@ -63,8 +62,11 @@ class Snapshot:
         deferred = []
         with torch.no_grad():
             for chunk in plan.layout.chunks:
+                if chunk.key == shard.PADDING:
+                    self._buffer.array[chunk.start : chunk.stop] = 0
+                    continue
                 name, box = plan.sources[chunk.key]
-                source = _part(local(tensors[name]), box)
+                source = held_part(tensors[name], box)
                 if name in deferrable and name not in self._unstable:
                     deferred.append((chunk, name, source, source._version))
                 else:
@@ -122,9 +124,9 @@ class Snapshot:
 
     def _copy(self, chunk: shard.Chunk, source: Tensor, *, advance: bool = False) -> None:
         if source.device.type != "cpu" or not is_plain(source):
-            target = self._buffer.tensor[chunk.start : chunk.stop]
-            target = target.view(TORCH_DTYPES[chunk.dtype]).view(chunk.shape)
-            target.copy_(source, non_blocking=advance)
+            bits = as_bits(source)
+            target = self._buffer.tensor[chunk.start : chunk.stop].view(bits.dtype)
+            target.view(bits.shape).copy_(bits, non_blocking=advance)
             return
         # plain memcpy: `copy_` would start a second OpenMP team, which slows the training's
         source_bytes = bytes_of(source)
@@ -145,7 +147,7 @@ class Snapshot:
         with self._changed:
             self._changed.wait_for(lambda: self._finished)
 
-    def part(self, start: int, stop: int) -> nullcontext[memoryview]:
+    def part(self, start: int, stop: int) -> memoryview:
         """Return the file's bytes from `start` to `stop`, once they are copied.
 
         Raises:
@@ -155,7 +157,10 @@ class Snapshot:
             self._changed.wait_for(lambda: self._finished or stop <= self._copied_bytes)
         if self._error is not None:
             raise self._error
-        return nullcontext(self._buffer.view[start:stop])
+        return self._buffer.view[start:stop]
+
+    def close(self) -> None:
+        """Nothing to do: the next copy uses the buffer again."""
 
     def check(self) -> None:
         """Wait until the copy has finished.
@@ -166,10 +171,3 @@ class Snapshot:
         self.wait()
         if self._error is not None:
             raise self._error
-
-
-def _part(tensor: Tensor, box: Box) -> Tensor:
-    for axis, (offset, length) in enumerate(zip(box.offsets, box.lengths, strict=True)):
-        if length != tensor.shape[axis]:
-            tensor = tensor.narrow(axis, offset, length)
-    return tensor

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from trainer.checkpoint.commit import commit, deleted_unless_committed, readable
 from trainer.checkpoint.lineage import MANIFEST
 from trainer.checkpoint.manifest import Manifest, TensorEntry
 from trainer.checkpoint.plan import DTYPE_NAMES
-from trainer.checkpoint.reader import DamagedError, Reader
+from trainer.checkpoint.reader import Reader
+from trainer.checkpoint.shard_reader import DamagedError, ShardReader
 from trainer.checkpoint.shard_writer import LiveTensors, write_shard
 from trainer.errors import CheckpointError
 from trainer.storage.store import AlreadyExists, Readable, Store, has_size
@@ -23,23 +24,24 @@ if TYPE_CHECKING:
     from trainer.importing.formats import Source  # a heavy import, needed for types only
 
 
-def copy_shard(reader: Reader, file: str, target: Store, folder: str, manifest_: Manifest) -> None:
+def copy_shard(
+    reader: ShardReader, file: str, target: Store, folder: str, manifest_: Manifest
+) -> None:
     """Copy one shard. A file from an interrupted copy is reused if it passes verification."""
     key, total_bytes = f"{folder}/{file}", manifest_.files[file].bytes
+
+    def write() -> None:
+        with closing(reader.parts(file, target.part_bytes)) as parts:
+            target.write(key, total_bytes, parts)
+
     try:
-        new = target.open_new(key, total_bytes)
+        write()
     except AlreadyExists:
         with suppress(DamagedError):
             Reader(target, folder, manifest_).verify([file])
             return
         target.delete([key])
-        new = target.open_new(key, total_bytes)
-    try:
-        reader.copy_file(file, new)
-        new.finish()
-    except BaseException:
-        new.abort()
-        raise
+        write()
 
 
 def copy_checkpoint(
@@ -69,7 +71,7 @@ def copy_checkpoint(
         data = source.read(f"{folder}/{MANIFEST}")
     except FileNotFoundError:
         raise CheckpointError(f"{source.url}/{folder} was deleted during the copy") from None
-    reader = Reader(source, folder, manifest_)
+    reader = ShardReader(source, folder, manifest_)
     for file, record in manifest_.files.items():
         copy_shard(reader, file, target, target_folder, manifest_)
         progress(record.bytes)
@@ -109,7 +111,7 @@ def import_checkpoint(
     opaque = {name: value for name, value in source.objects.items() if type(value) is bytes}
     plain = {name: value for name, value in source.objects.items() if name not in opaque}
     for name, (dtype, _) in source.tensors.items():
-        if dtype not in DTYPE_NAMES or name == shard.METADATA:
+        if dtype not in DTYPE_NAMES or name in shard.RESERVED:
             raise CheckpointError(f"{source.url}: tensor {name!r} ({dtype}) cannot be stored")
     sizes = {name: (DTYPE_NAMES[dtype], shape) for name, (dtype, shape) in source.tensors.items()}
     sizes |= {name: ("U8", (len(value),)) for name, value in opaque.items()}
@@ -132,9 +134,9 @@ def import_checkpoint(
 
     token = secrets.token_hex(4)
     name = manifest.shard_name(rank=0, world_size=1, token=token, save=1)
-    layout = shard.lay_out((key, *size) for key, size in sizes.items())
-    file = target.open_new(f"{folder}/{name}", layout.total_bytes)
-    record = write_shard(file, layout, LiveTensors(layout, tensor_of), threads=1)
+    stored = ((key, dtype, shape) for key, (dtype, shape) in sizes.items() if 0 not in shape)
+    layout = shard.lay_out(stored)
+    record = write_shard(target, f"{folder}/{name}", layout, LiveTensors(layout, tensor_of))
     entries: Mapping[str, Any] = {
         key: TensorEntry(dtype, shape, file=0) for key, (dtype, shape) in sizes.items()
     }

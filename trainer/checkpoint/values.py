@@ -17,6 +17,9 @@ from typing import Any
 
 from trainer.errors import CheckpointError
 
+_LARGEST_EXACT = 1 << 53
+"""Largest integer up to which every reader of JSON keeps all digits (RFC 8259, section 6)."""
+
 
 @dataclass(frozen=True)
 class TensorRef:
@@ -44,10 +47,11 @@ def encode(value: Any, where: str) -> Any:
         CheckpointError: the type cannot be stored; the message has the type and `where`.
     """
     kind = type(value)
-    if value is None or kind in (bool, int, str):
+    if value is None or kind in (bool, str):
         return value
-    if kind is float:
-        return value if math.isfinite(value) else {"$float": repr(value)}
+    if kind in (int, float):
+        is_exact = math.isfinite(value) if kind is float else abs(value) <= _LARGEST_EXACT
+        return value if is_exact else {f"${kind.__name__}": repr(value)}
     if kind is list:
         return [encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if kind is dict:
@@ -106,6 +110,7 @@ def _decode_numpy(content: list[str]) -> Any:
 
 _TAGS: dict[str, Callable[[Any], Any]] = {
     "$float": float,
+    "$int": int,
     "$tensor": TensorRef,
     "$dict": lambda pairs: {decode(key): decode(item) for key, item in pairs},
     "$tuple": lambda items: tuple(decode(item) for item in items),

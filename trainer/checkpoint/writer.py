@@ -2,6 +2,7 @@
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -9,15 +10,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainer.checkpoint import lineage, manifest, plan, shard, values
 from trainer.checkpoint.commit import UnconfirmedError, commit, deleted_unless_committed
 from trainer.checkpoint.lineage import FOLDER, Attempt, Commit
 from trainer.checkpoint.manifest import Manifest, ShardFile, TensorEntry
-from trainer.checkpoint.shard_writer import write_shard
+from trainer.checkpoint.shard_writer import LiveTensors, ShardBytes, write_shard
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.state_tree import Content
 from trainer.cluster.world import World
+from trainer.core.locations import is_remote
 from trainer.errors import CheckpointError, PerdureError, StoreError
 from trainer.storage.store import AlreadyExists, Store
 
@@ -42,6 +45,7 @@ class PendingSave:
             self.duration_s = time.monotonic() - began
             after_commit(committed)
         except BaseException as error:  # raised by `result` on the caller's thread
+            _clear_frames(error)
             self._outcome.set_exception(error)
         else:
             self._outcome.set_result(committed)
@@ -107,20 +111,23 @@ class Writer:
             config: stored unchanged.
             before_commit: called on rank 0, on the save's thread, when all shards are durable.
             after_commit: called on every rank, on the save's thread, after the commit.
-            is_blocking: the caller waits for the result, so writing overlaps with the copy.
-                Otherwise writing starts after the copy, so that the next update starts sooner.
+            is_blocking: the caller waits for the result and changes nothing until then. The
+                tensors are written from where they are, without a copy of the state.
         """
         if self._save is not None and not self._save.is_done:
             raise RuntimeError("a save is in flight and uses the buffer; wait for its result first")
         self._saves += 1
         current = self._plan = plan.make(content, self._world, self._plan)
         problem: PerdureError | None = None
+        source: ShardBytes = self._snapshot
         objects: Mapping[str, Any] = {}
         try:
             objects = values.decode(values.encode(content.objects, "objects"))  # a deep copy
-            self._snapshot.start(
-                current, {**content.tensors, **content.rank_local}, content.deferrable
-            )
+            tensors = {**content.tensors, **content.rank_local}
+            if is_blocking:
+                source = _live(current, tensors)
+            else:
+                self._snapshot.start(current, tensors, content.deferrable)
         except PerdureError as error:
             problem = error  # the save's thread reports it to the other ranks
         draft = Manifest(
@@ -141,7 +148,7 @@ class Writer:
             config=config or {},
         )
         self._save = PendingSave(
-            lambda: self._finish(draft, current.layout, problem, before_commit, is_blocking),
+            lambda: self._finish(draft, current.layout, source, problem, before_commit),
             after_commit,
         )
         return self._save
@@ -150,9 +157,9 @@ class Writer:
         self,
         draft: Manifest,
         layout: shard.Layout,
+        source: ShardBytes,
         problem: PerdureError | None,
         before_commit: Callable[[], None],
-        is_blocking: bool,
     ) -> Manifest:
         """Write this rank's shard and commit. Collective among the ranks' save threads."""
         folder = f"{FOLDER}/{draft.folder}"
@@ -167,14 +174,13 @@ class Writer:
         def write() -> tuple[str, ShardFile]:
             if problem is not None:
                 raise problem
-            if not is_blocking:
-                self._snapshot.wait()
+            if not is_remote(self._store.url):
+                self._snapshot.wait()  # a disk would slow the copy, and the next update waits
             try:
-                file = self._store.open_new(f"{folder}/{name}", layout.total_bytes)
+                return name, write_shard(self._store, shard_keys[0], layout, source)
             except AlreadyExists:
                 shard_keys.clear()  # another process wrote it
                 raise
-            return name, write_shard(file, layout, self._snapshot)
 
         def commit_complete() -> Manifest:
             before_commit()
@@ -214,3 +220,36 @@ class Writer:
             self._unconfirmed = here
             raise
         return complete
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Release what an error's frames refer to, such as parts of a shard. It stays readable."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _live(plan_: plan.Plan, tensors: Mapping[str, Tensor]) -> LiveTensors:
+    """Return the shard's bytes, read from the tensors while they are written."""
+    sources = {
+        key: plan.held_part(tensors[name], box) for key, (name, box) in plan_.sources.items()
+    }
+    if any(source.is_cuda for source in sources.values()):
+        torch.cuda.current_stream().synchronize()  # the save's thread has another stream
+    versions = {
+        key: source._version for key, source in sources.items() if not source.is_inference()
+    }
+
+    def check() -> None:
+        changed = {
+            plan_.sources[key][0]
+            for key, version in versions.items()
+            if sources[key]._version != version
+        }
+        if changed:
+            raise CheckpointError(
+                f"{', '.join(sorted(changed)[:3])} changed during the save, which reads the state "
+                "where it is. Do not train before the save has ended"
+            )
+
+    return LiveTensors(plan_.layout, sources.__getitem__, check)

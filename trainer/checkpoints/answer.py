@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.checkpoint.dtypes import DTYPES
 from trainer.checkpoint.inspection import CheckpointStatus
 from trainer.checkpoint.location import Location, find_location, open_location
 from trainer.checkpoint.manifest import Manifest, TensorEntry
-from trainer.checkpoint.shard import DTYPES, element_count
+from trainer.checkpoint.shard import element_count
 from trainer.config.schema import ObjectStore, setting
 from trainer.core.formatting import iso
 from trainer.errors import ConfigError

@@ -15,6 +15,7 @@ def show(arguments: Arguments[OneStep]) -> Answer:
     commit = select.pick(location, arguments.options.step)
     manifest = location.manifest(commit)
     objects = dict(leaves(manifest.objects))
+    lists: dict[tuple[int, ...], int] = {}
     content = {
         "path": location.url,
         "folder": commit.folder,
@@ -22,7 +23,8 @@ def show(arguments: Arguments[OneStep]) -> Answer:
         "world_size": manifest.world_size,
         "versions": manifest.versions,
         "files": {name: file.bytes for name, file in manifest.files.items()},
-        "tensors": {name: entry.to_json() for name, entry in manifest.tensors.items()},
+        "tensors": {name: entry.to_json(lists) for name, entry in manifest.tensors.items()},
+        "file_lists": list(lists),
         "objects": objects,
         "config": manifest.config,
     }

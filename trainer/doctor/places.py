@@ -14,6 +14,7 @@ from trainer.core.formatting import size
 from trainer.doctor.finding import Finding
 from trainer.errors import PerdureError, StoreError
 from trainer.storage import AlreadyExists, Store, local_path
+from trainer.storage.store import in_pieces
 
 _SPEED_BYTES = 256 << 20
 _REMOTE_SPEED_BYTES = 64 << 20
@@ -134,7 +135,7 @@ def measure_speed(topic: str, store: Store) -> tuple[list[Finding], Speed | None
     buffer.array[:] = secrets.token_bytes(1)[0]
     key = f".tmp-doctor-{secrets.token_hex(4)}/speed"
     try:
-        write_s = _timed(lambda: _write(store, key, buffer.view))
+        write_s = _timed(lambda: store.write(key, total, in_pieces(buffer.view, store.part_bytes)))
         read_s = _timed(lambda: _read(store, key, buffer.view))
     except (StoreError, FileNotFoundError) as error:
         return [Finding(topic, "red", str(error), "speed not measured; check the store")], None
@@ -152,17 +153,6 @@ def _timed(do: Callable[[], None]) -> float:
     start_s = time.perf_counter()
     do()
     return time.perf_counter() - start_s
-
-
-def _write(store: Store, key: str, data: memoryview) -> None:
-    new = store.open_new(key, len(data))
-    try:
-        for start in range(0, len(data), new.part_bytes):
-            new.put(start, data[start : start + new.part_bytes])
-        new.finish()
-    except BaseException:
-        new.abort()
-        raise
 
 
 def _read(store: Store, key: str, data: memoryview) -> None:

@@ -187,7 +187,7 @@ def _check(fit: Fit, init: Init) -> None:
 def _put(value: Tensor, target: Tensor) -> None:
     """Copy a full tensor into a model's tensor; for a DTensor, the part of this rank."""
     if hasattr(target, "device_mesh"):
-        box = plan.describe({"": target}, [0])[0].box
+        box = plan.describe({"": target})[0].box
         for axis, (offset, length) in enumerate(zip(box.offsets, box.lengths, strict=True)):
             value = value.narrow(axis, offset, length)
     plan.local(target).copy_(value)

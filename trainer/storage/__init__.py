@@ -6,9 +6,9 @@ from trainer.config.schema import ObjectStore
 from trainer.core.locations import is_remote, normalized
 from trainer.errors import ConfigError
 from trainer.storage.local import LocalStore
-from trainer.storage.store import AlreadyExists, NewFile, Store
+from trainer.storage.store import AlreadyExists, Store
 
-__all__ = ["AlreadyExists", "LocalStore", "NewFile", "Store", "local_path", "open_store"]
+__all__ = ["AlreadyExists", "LocalStore", "Store", "local_path", "open_store"]
 
 
 def local_path(url: str) -> Path | None:

@@ -13,11 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trainer.core.atomic_file import TEMPORARY, sync
+from trainer.core.threads import in_parallel
 from trainer.errors import StoreError, StoreRefusedError
-from trainer.storage.store import AlreadyExists
+from trainer.storage.store import AlreadyExists, positioned
 
 _PAGE_BYTES = 4096
-_PART_BYTES = 4 << 20
+_THREADS = 8
+"""Parts in flight: a queue depth that saturates disks."""
 _DIRECT_READ_BYTES = 1 << 16
 """Smaller reads go through the page cache, whose read-ahead serves the next one."""
 _PERMANENT = (
@@ -35,13 +37,25 @@ class LocalStore:
     """Keys as files below a directory of a local or shared POSIX file system."""
 
     read_bytes = 4 << 20
+    part_bytes = 4 << 20
 
     def __init__(self, root: str | Path) -> None:
         self.url = str(root)
         self._root = Path(root)
         self._is_atomic = True  # until a file could only be published by O_EXCL
 
-    def open_new(self, key: str, total_bytes: int) -> "_NewFile":
+    def write(self, key: str, total_bytes: int, parts: Iterable[memoryview]) -> None:
+        """Write several parts at a time, then fsync the file and its folder."""
+        file = self._new_file(key, total_bytes)
+        try:
+            count = min(_THREADS, -(-total_bytes // self.part_bytes))
+            in_parallel(file.put, positioned(parts, total_bytes), count)
+            file.finish()
+        except BaseException:
+            file.abort()
+            raise
+
+    def _new_file(self, key: str, total_bytes: int) -> "_NewFile":
         """Create the file and allocate its blocks, so that a full disk is detected at once."""
         path = self._path(key)
         with _store_errors("write", path):
@@ -247,8 +261,6 @@ class LocalStore:
 class _NewFile:
     """A file with two descriptors: direct I/O for full pages, buffered I/O for the rest."""
 
-    part_bytes = _PART_BYTES
-
     def __init__(self, path: Path, total_bytes: int) -> None:
         self._path = path
         self._direct: int | None = None
@@ -263,9 +275,10 @@ class _NewFile:
             raise
         self._use_direct = self._direct is not None
 
-    def put(self, start: int, data: memoryview) -> None:
+    def put(self, part: tuple[int, memoryview]) -> None:
+        start, view = part
+        end = start + len(view)
         with _store_errors("write", self._path):
-            view, end = data.cast("B"), start + len(data)
             page_bytes = len(view) // _PAGE_BYTES * _PAGE_BYTES
             if self._use_direct and page_bytes and _on_pages(start, view[:page_bytes]):
                 start += self._put_directly(start, view[:page_bytes])

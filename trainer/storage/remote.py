@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 from trainer.config.schema import ObjectStore
 from trainer.errors import ConfigError, StoreError, StoreRefusedError
 from trainer.storage.direct import CutShortError
-from trainer.storage.store import AlreadyExists, NewFile
+from trainer.storage.store import AlreadyExists, positioned
 
 T = TypeVar("T")
 
@@ -51,6 +51,7 @@ class FsspecStore:
     """
 
     read_bytes = _READ_BYTES
+    part_bytes = PART_BYTES
 
     def __init__(self, url: str, settings: ObjectStore) -> None:
         self.url = url.rstrip("/")
@@ -77,10 +78,10 @@ class FsspecStore:
 
     # --- the contract ----------------------------------------------------------------------------
 
-    def open_new(self, key: str, total_bytes: int) -> NewFile:
-        """Raise if the key exists; send nothing before the file is finished."""
+    def write(self, key: str, total_bytes: int, parts: Iterable[memoryview]) -> None:
+        """Collect all parts in memory, then put them in one request."""
         self._check_absent(key)
-        return HeldFile(self, key, total_bytes)
+        self.replace(key, b"".join(part for _, part in positioned(parts, total_bytes)))
 
     def create(self, key: str, data: bytes) -> None:
         """Put it on the condition that the key does not exist."""
@@ -176,11 +177,13 @@ class FsspecStore:
 
     def _probe_part(self, key: str) -> None:
         """Start a new key as a save does, send one part, and discard it."""
-        file = self.open_new(key, PART_BYTES + 1)
-        try:
-            file.put(0, memoryview(b"probe"))
-        finally:
-            file.abort()
+
+        def parts() -> Iterator[memoryview]:
+            yield memoryview(bytes(self.part_bytes))
+            raise _Discard
+
+        with suppress(_Discard):
+            self.write(key, self.part_bytes + 1, parts())
 
     def _has_conditional_create(self, key: str) -> bool:
         """Return whether the store itself rejects creating this existing key."""
@@ -261,26 +264,8 @@ class FsspecStore:
         return text
 
 
-class HeldFile:
-    """A new key in memory, put in one request when it is finished."""
-
-    part_bytes = PART_BYTES
-
-    def __init__(self, store: FsspecStore, key: str, total_bytes: int) -> None:
-        self._store, self._key = store, key
-        self._data = bytearray(total_bytes)
-
-    def put(self, start: int, data: memoryview) -> None:
-        """Copy a part into memory."""
-        self._data[start : start + len(data)] = data
-
-    def finish(self) -> None:
-        """Put the object; durable on return."""
-        self._store.replace(self._key, bytes(self._data))
-
-    def abort(self) -> None:
-        """Free the memory."""
-        self._data = bytearray()
+class _Discard(Exception):
+    """Ends a write on purpose."""
 
 
 _JITTER = random.SystemRandom()

@@ -12,12 +12,15 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
+from trainer.core.threads import in_parallel
 from trainer.errors import StoreError
 from trainer.storage.direct import Direct, RefusedError, has_proxy
-from trainer.storage.remote import CONNECTIONS, PART_BYTES, FsspecStore, HeldFile, error_code
-from trainer.storage.store import AlreadyExists, NewFile
+from trainer.storage.remote import CONNECTIONS, PART_BYTES, FsspecStore, error_code
+from trainer.storage.store import AlreadyExists, positioned, recut
 
 _MAX_PARTS = 10_000
+_THREADS = 8
+"""Parts in flight."""
 _CONNECT_S = 10.0
 _Uploads = list[tuple[str, str]]
 """Pairs of key in the bucket and upload id."""
@@ -59,13 +62,20 @@ class S3Store(FsspecStore):
             arguments["Key"] = self._path(key).partition("/")[2]
         return self._fs.call_s3(method, Bucket=self._bucket, **arguments)
 
-    def open_new(self, key: str, total_bytes: int) -> NewFile:
-        """Start a multipart upload; an object of one part is put in one request."""
-        self._path(key)
+    def write(self, key: str, total_bytes: int, parts: Iterable[memoryview]) -> None:
+        """Send several parts of a multipart upload at a time; a small object in one request."""
+        if total_bytes <= self.part_bytes:
+            super().write(key, total_bytes, parts)
+            return
         self._check_absent(key)
-        if total_bytes <= PART_BYTES:
-            return HeldFile(self, key, total_bytes)
-        return _Upload(self, key, total_bytes)
+        upload = _Upload(self, key, total_bytes)
+        try:
+            cut = recut(parts, upload.part_bytes)
+            in_parallel(upload.put, positioned(cut, total_bytes), _THREADS)
+            upload.finish()
+        except BaseException:
+            upload.abort()
+            raise
 
     def create(self, key: str, data: bytes) -> None:
         """Put it with `If-None-Match: *`, in one request of any size.
@@ -307,9 +317,9 @@ class _Upload:
     def _start(self) -> Any:
         return self._store.call("create_multipart_upload", self._key, ChecksumAlgorithm="CRC32")
 
-    def put(self, start: int, data: memoryview) -> None:
+    def put(self, part: tuple[int, memoryview]) -> None:
+        start, body = part
         number = start // self.part_bytes + 1
-        body = data.cast("B")
         self._parts[number] = self._store.send_part(self._key, number, self._upload, body)
 
     def finish(self) -> None:

@@ -1,6 +1,6 @@
 """The contract of a store: keys are relative paths with `/`, values are bytes."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Protocol, TypeVar
 
@@ -11,26 +11,6 @@ T = TypeVar("T")
 
 class AlreadyExists(StoreError):
     """The key exists with other content; nothing was changed."""
-
-
-class NewFile(Protocol):
-    """A key that is being written part by part; end it with `finish` or `abort`."""
-
-    part_bytes: int
-    """Size of every part but the last."""
-
-    def put(self, start: int, data: memoryview) -> None:
-        """Write the part that begins at byte `start`, a multiple of `part_bytes`.
-
-        Parts may come in any order, each once, from any thread. Fastest if `data` starts on a
-        page boundary.
-        """
-
-    def finish(self) -> None:
-        """Make the key durable, with its name and all parts."""
-
-    def abort(self) -> None:
-        """Discard the parts. Never raises."""
 
 
 class Readable(Protocol):
@@ -65,12 +45,26 @@ class Readable(Protocol):
 class Store(Readable, Protocol):
     """Read and write access to the keys of one run."""
 
-    def open_new(self, key: str, total_bytes: int) -> NewFile:
-        """Start a new key of exactly `total_bytes`; do not read it before `finish`.
+    part_bytes: int
+    """Efficient size of a part."""
+
+    def write(self, key: str, total_bytes: int, parts: Iterable[memoryview]) -> None:
+        """Create a new key from `parts`, in order. Durable on return.
+
+        A part is taken when there is room for it, from any thread but one at a time. No reference
+        to it is kept once it is written, so that its memory can be used again. If this raises,
+        also an error of `parts`, nothing is left under the key. Fastest if the memory of each
+        part, and its position, are on a page boundary.
+
+        Args:
+            key: the new key.
+            total_bytes: size of all parts together.
+            parts: of any size, best `part_bytes`.
 
         Raises:
-            AlreadyExists: the key exists.
-            StoreError: not enough space, detected before anything is written.
+            AlreadyExists: the key exists; no part was taken.
+            StoreError: not enough space, detected before a part is taken; or the disk or server
+                failed.
         """
 
     def create(self, key: str, data: bytes) -> None:
@@ -107,6 +101,43 @@ class Store(Readable, Protocol):
 
         Returns a warning about guarantees that this store does not give, or an empty text.
         """
+
+
+def positioned(parts: Iterable[memoryview], total_bytes: int) -> Iterator[tuple[int, memoryview]]:
+    """Yield each part with the position of its first byte; their sizes must add up."""
+    position = 0
+    for part in parts:
+        yield position, part
+        position += len(part)
+        del part
+    if position != total_bytes:
+        raise ValueError(f"{position:,} bytes were given instead of {total_bytes:,}")
+
+
+def in_pieces(data: bytes | memoryview, part_bytes: int) -> Iterator[memoryview]:
+    """Yield the data in parts of `part_bytes`."""
+    view = memoryview(data)
+    for start in range(0, len(view), part_bytes):
+        yield view[start : start + part_bytes]
+
+
+def recut(parts: Iterable[memoryview], part_bytes: int) -> Iterator[memoryview]:
+    """Yield the same bytes in parts of exactly `part_bytes`, but for the last.
+
+    A part that has this size already is passed on; others are copied.
+    """
+    rest = bytearray()
+    for part in parts:
+        if not rest and len(part) == part_bytes:
+            yield part
+            continue
+        rest += part
+        del part
+        while len(rest) >= part_bytes:
+            yield memoryview(bytes(rest[:part_bytes]))
+            del rest[:part_bytes]
+    if rest:
+        yield memoryview(bytes(rest))
 
 
 def has_size(store: Readable, key: str, size_bytes: int) -> bool:

@@ -20,14 +20,9 @@ def upload(file: Path, store: Store, key: str) -> None:
     """
     with open(file, "rb") as opened:
         total_bytes = os.fstat(opened.fileno()).st_size
-        new = store.open_new(key, total_bytes)
-        try:
-            for start in range(0, total_bytes, new.part_bytes):
-                new.put(start, memoryview(opened.read(new.part_bytes)))
-            new.finish()
-        except BaseException:
-            new.abort()
-            raise
+        starts = range(0, total_bytes, store.part_bytes)
+        sizes = (min(store.part_bytes, total_bytes - start) for start in starts)
+        store.write(key, total_bytes, (memoryview(opened.read(size)) for size in sizes))
 
 
 def download(store: Store, key: str, path: Path) -> None:

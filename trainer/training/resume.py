@@ -12,9 +12,9 @@ from trainer.checkpoint import DamagedError, lineage, select
 from trainer.checkpoint.lineage import Attempt, Commit
 from trainer.checkpoint.location import find_location
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.reader import MissingError
 from trainer.checkpoint.replicas import Replicas, Survey
 from trainer.checkpoint.select import Selection
+from trainer.checkpoint.shard_reader import MissingError
 from trainer.config.schema import Init, ObjectStore, Run
 from trainer.core.state import State
 from trainer.errors import CheckpointError, ConfigError

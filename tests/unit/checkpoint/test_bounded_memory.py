@@ -57,11 +57,11 @@ def write(folder: Path, change: float = 0.0) -> None:
 
     layout = shard.lay_out((key, *size) for key, size in sizes.items())
     name = manifest.shard_name(rank=0, world_size=1, token="0" * 8, save=1)
-    file = store.open_new(f"{folder.name}/{name}", layout.total_bytes)
+    live = LiveTensors(layout, tensor_of)
     record = Manifest(
         step=1, epoch=0, samples=0, attempt=0, token="0" * 8, save=1, world_size=1, versions={},
         tensors={key: TensorEntry(*size, file=0) for key, size in sizes.items()},
-        files={name: write_shard(file, layout, LiveTensors(layout, tensor_of))}, objects={},
+        files={name: write_shard(store, f"{folder.name}/{name}", layout, live)}, objects={},
     )  # fmt: skip
     store.create(f"{folder.name}/{lineage.MANIFEST}", manifest.to_bytes(record))
 
@@ -178,8 +178,8 @@ def test_reader_handles_thousand_shards_without_process_group(tmp_path):
         part = {f"cut@{rank * 2},0": tensor[rank * 2 : rank * 2 + 2], f"own.{rank}": tensor[rank]}
         layout = shard.lay_out((key, "F32", tuple(t.shape)) for key, t in part.items())
         name = manifest.shard_name(rank=rank, world_size=count, token="0" * 8, save=1)
-        file = store.open_new(f"step-5/{name}", layout.total_bytes)
-        files[name] = write_shard(file, layout, LiveTensors(layout, part.__getitem__), threads=1)
+        live = LiveTensors(layout, part.__getitem__)
+        files[name] = write_shard(store, f"step-5/{name}", layout, live)
         tensors[f"own.{rank}"] = TensorEntry("F32", (3,), file=rank)
     tensors["cut"] = TensorEntry("F32", (count * 2, 3), grid=(count, 1))
     record = Manifest(

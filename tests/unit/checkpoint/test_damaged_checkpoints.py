@@ -25,7 +25,8 @@ from torch import Tensor
 
 from trainer import checkpoint
 from trainer.checkpoint import lineage, manifest, shard
-from trainer.checkpoint.reader import DamagedError, Reader
+from trainer.checkpoint.reader import Reader
+from trainer.checkpoint.shard_reader import DamagedError
 from trainer.errors import CheckpointError
 from trainer.storage import LocalStore, Store
 
@@ -59,6 +60,12 @@ class Stored:
             for text in (self.name, "step 2", *about):
                 assert text in str(caught.value)
 
+    def assert_detected_by_verify(self, about: str) -> None:
+        """Assert that `verify` raises, and that loading, which reads other bytes, is right."""
+        with pytest.raises(DamagedError, match=about):
+            self.verify()
+        assert_equal(load_all(self.store, VALUES), VALUES)
+
     def verify(self) -> None:
         checkpoint.verify(self.store, self.manifest)
 
@@ -82,9 +89,7 @@ def positions(stored: Stored) -> dict[str, tuple[int, str]]:
     """Return byte positions in every part of a shard, each with the expected error text."""
     record = stored.manifest.files[stored.name]
     data = stored.path.read_bytes()
-    chunks, _ = shard.parse_header(
-        data[: record.header_bytes], total_bytes=record.bytes, where="test"
-    )
+    layout = shard.lay_out(manifest.pieces(stored.manifest, 0))
     end_of_json = len(data[: record.header_bytes].rstrip(b" "))
     cases = {
         f"header {label}": (position, "header")
@@ -93,7 +98,11 @@ def positions(stored: Stored) -> dict[str, tuple[int, str]]:
             "last brace": end_of_json - 1, "padding": end_of_json, "end": record.header_bytes - 1,
         }.items()
     }  # fmt: skip
-    for chunk in chunks.values():
+    for label, position in {
+        "first": layout.checksums_start, "last": record.bytes - 1,
+    }.items():  # fmt: skip
+        cases[f"checksums, {label} byte"] = (position, "its checksums")
+    for chunk in layout.chunks:
         for number, start in enumerate(range(chunk.start, chunk.stop, MIB)):
             stop = min(start + MIB, chunk.stop)
             about = f"'{chunk.key}': bytes {start - chunk.start:,} to {stop - chunk.start:,}"
@@ -108,10 +117,13 @@ def positions(stored: Stored) -> dict[str, tuple[int, str]]:
 
 def test_flipped_bit_in_any_block_or_header_part_is_detected(stored):
     targets = positions(stored)
-    assert len(targets) == 7 + 3 * (6 + 1 + 1 + 2)
+    assert len(targets) == 7 + 2 + 3 * (6 + 1 + 1 + 2 + 1)
     for bit, (position, about) in enumerate(targets.values()):
         stored.flip(position, bit % 8)
-        stored.assert_detected(about)
+        if about == "header" or "__padding__" in about:
+            stored.assert_detected_by_verify(about)
+        else:
+            stored.assert_detected(about)
         stored.flip(position, bit % 8)
 
 
@@ -120,7 +132,8 @@ def test_flipped_bit_in_any_block_or_header_part_is_detected(stored):
 def test_flipped_bit_anywhere_is_detected(stored, fraction, bit):
     position = int(fraction * stored.path.stat().st_size)
     stored.flip(position, bit)
-    stored.assert_detected()
+    with pytest.raises(DamagedError, match=stored.name):
+        stored.verify()
     stored.flip(position, bit)
 
 
@@ -151,7 +164,7 @@ def test_file_replaced_by_shard_of_equal_size_is_detected(stored):
     assert stored.path.stat().st_size == stored.older_path.stat().st_size
     stored.path.rename(moved)
     shutil.copy(stored.older_path, stored.path)
-    stored.assert_detected("header")
+    stored.assert_detected("checksums")
     moved.rename(stored.path)
 
 
@@ -276,7 +289,7 @@ def test_swapped_files_are_detected(tmp_path):
         ("columns", {"dtype": "F64", "shape": [4, 6, 2], "file": 0}),
     ],
 )
-def test_fetch_rejects_manifest_that_contradicts_headers(tmp_path, name, entry):
+def test_verify_rejects_manifest_that_contradicts_headers(tmp_path, name, entry):
     import json
 
     store = LocalStore(tmp_path)
@@ -289,5 +302,5 @@ def test_fetch_rejects_manifest_that_contradicts_headers(tmp_path, name, entry):
     tail = b',\n"checksum":"%s"\n}\n' % xxhash.xxh3_64_hexdigest(body).encode()
     path.write_bytes(body + tail)
     hostile = checkpoint.latest(store)
-    with pytest.raises(CheckpointError, match=name):
-        Reader(store, f"checkpoints/{committed.folder}", hostile).fetch(name)
+    with pytest.raises(CheckpointError, match=r"its header describes other|tensors of .* need"):
+        Reader(store, f"checkpoints/{committed.folder}", hostile).verify()

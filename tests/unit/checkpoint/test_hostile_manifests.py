@@ -71,7 +71,9 @@ def rename_file(name: str) -> Edit:
 NOT_NATURAL = [-1, 1 << 63, 10**40, 1.0, 1.5, 1e400, True, None, "1", [1], {}]
 FILE = "r00000-of-00004-9f2c41aa-7.safetensors"
 HOSTILE: dict[str, Edit] = {
-    "other version": set_at("version", to=2),
+    "other version": set_at("version", to=3),
+    "version 0": set_at("version", to=0),
+    "version true": set_at("version", to=True),
     "no version": lambda top: top.pop("version"),
     "other format": set_at("format", to="tarball"),
     "no format": lambda top: top.pop("format"),
@@ -94,7 +96,7 @@ HOSTILE: dict[str, Edit] = {
             ("step",), ("epoch",), ("samples",), ("attempt",), ("save",), ("world_size",),
             ("block_bytes",), ("files", FILE, "bytes"), ("files", FILE, "header_bytes"),
             ("tensors", "model.weight", "shape", 0), ("tensors", "model.weight", "file"),
-            ("tensors", "model.sharded", "grid", 0),
+            ("tensors", "model.sharded", "grid", 0), ("file_lists", 0, 0),
             ("tensors", "model.cut", "columns", "file", 0),
             ("tensors", "model.cut", "columns", "offsets", 0, 0),
             ("tensors", "model.cut", "columns", "lengths", 0, 0),
@@ -122,6 +124,12 @@ HOSTILE: dict[str, Edit] = {
     "grid of other rank": set_at("tensors", "model.sharded", "grid", to=[4]),
     "grid of too many": set_at("tensors", "model.sharded", "grid", to=[5, 1]),
     "grid of huge": set_at("tensors", "model.sharded", "grid", to=[1 << 62, 1 << 62]),
+    "grid with an empty piece": set_at("tensors", "model.sharded", "grid", to=[4, 1]),
+    "list of files beyond the last": set_at("tensors", "model.replicated", "file_list", to=1),
+    "list of files of another length": set_at("file_lists", 0, to=[3, 1, 2]),
+    "list of unknown files": set_at("file_lists", 0, to=[3, 4]),
+    "list of files a number": set_at("file_lists", 0, to=3),
+    "lists of files a text": set_at("file_lists", to="31"),
     "columns a list": set_at("tensors", "model.cut", "columns", to=[1]),
     "columns empty": set_at("tensors", "model.cut", "columns", to={}),
     "columns uneven": set_at("tensors", "model.cut", "columns", "file", to=[0]),
@@ -156,8 +164,8 @@ def test_from_bytes_rejects_hostile_content(edit):
 
 
 def test_from_bytes_checks_version_first():
-    top = {"format": "perdure-checkpoint", "version": 2, "everything": "else"}
-    assert "reads version 1" in str(rejection(sealed(top)))
+    top = {"format": "perdure-checkpoint", "version": 3, "everything": "else"}
+    assert "reads versions 1 to 2" in str(rejection(sealed(top)))
 
 
 JSON_VALUES = st.recursive(

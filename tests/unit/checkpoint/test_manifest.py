@@ -9,7 +9,7 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.manifests import GOLDEN, parsed_golden, rejection, sample, sealed
+from support.manifests import GOLDEN, GOLDEN_V1, parsed_golden, rejection, sample, sealed
 
 from trainer.checkpoint import manifest
 from trainer.checkpoint.box import Box
@@ -26,6 +26,18 @@ def test_from_bytes_reads_golden_manifest():
     assert manifest.from_bytes(GOLDEN.read_bytes(), "golden") == sample()
 
 
+def test_from_bytes_reads_golden_manifest_of_version_1():
+    """The same checkpoint as version 1 stored it, which knew neither lists of files nor F8_E8M0."""
+    expected = sample()
+    tensors = {**expected.tensors, "model.sharded": TensorEntry("F32", (5, 2), grid=(4, 1))}
+    del tensors["model.replicated"]
+    objects = {key: value for key, value in expected.objects.items() if key != "large"}
+    files = {name: replace(file, checksums_checksum="") for name, file in expected.files.items()}
+    assert manifest.from_bytes(GOLDEN_V1.read_bytes(), "golden") == replace(
+        expected, tensors=tensors, objects=objects, files=files, version=1
+    )
+
+
 def test_golden_manifest_is_json_with_checksum_last():
     data = GOLDEN.read_bytes()
     body = data[: data.index(b',\n"checksum"')]
@@ -34,7 +46,7 @@ def test_golden_manifest_is_json_with_checksum_last():
     assert top["checksum"] == xxhash.xxh3_64_hexdigest(body)
     assert (top["format"], top["version"], top["algorithm"]) == (
         "perdure-checkpoint",
-        1,
+        2,
         "xxh3_64",
     )
 

@@ -16,9 +16,9 @@ from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import Attempt
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.mirror import Mirror
-from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.shard_reader import ShardReader
 from trainer.checkpoint.state_tree import Content
 from trainer.checkpoint.writer import Writer
 from trainer.cluster.world import World
@@ -37,12 +37,12 @@ class Gated(LocalStore):
         self.gate.set()
         self.is_down = False
 
-    def open_new(self, key: str, total_bytes: int) -> Any:
+    def write(self, key: str, total_bytes: int, parts: Any) -> None:
         self.reached.set()
         assert self.gate.wait(60)
         if self.is_down:
             raise StoreError("no route to the mirror")
-        return super().open_new(key, total_bytes)
+        super().write(key, total_bytes, parts)
 
 
 class Run:
@@ -277,23 +277,12 @@ def test_final_save_copies_newest_within_remaining_time(run, capsys):
 # --- copying a file ------------------------------------------------------------------------------
 
 
-class Parts:
-    """A new file in memory, in parts of any size."""
-
-    def __init__(self, part_bytes: int, total_bytes: int) -> None:
-        self.part_bytes, self.data, self.starts = part_bytes, bytearray(total_bytes), list[int]()
-
-    def put(self, start: int, data: memoryview) -> None:
-        self.starts.append(start)
-        self.data[start : start + len(data)] = data
-
-
 @given(
     sizes=st.lists(st.integers(0, 3_000_000), max_size=5),
     part_bytes=st.sampled_from([4096, 5000, 100_000, 1 << 20, 8 << 20]),
 )
 @settings(max_examples=25, deadline=None)
-def test_copy_file_is_exact_for_any_part_size(tmp_path_factory, sizes, part_bytes):
+def test_parts_are_exact_for_any_part_size(tmp_path_factory, sizes, part_bytes):
     store = LocalStore(str(tmp_path_factory.mktemp("copy")))
     tensors = {
         f"t{n}": torch.randint(0, 255, (size,), dtype=torch.uint8) for n, size in enumerate(sizes)
@@ -301,7 +290,9 @@ def test_copy_file_is_exact_for_any_part_size(tmp_path_factory, sizes, part_byte
     attempt: Attempt = lineage.begin(store, {})
     manifest = checkpoint.save(Writer(store, World(), attempt), Content(tensors=tensors), step=1)
     name, record = next(iter(manifest.files.items()))
-    new = Parts(part_bytes, record.bytes)
-    Reader(store, f"checkpoints/{manifest.folder}", manifest).copy_file(name, new)
-    assert bytes(new.data) == store.read(f"checkpoints/{manifest.folder}/{name}")
-    assert sorted(new.starts) == list(range(0, record.bytes, part_bytes))
+    parts = list(
+        ShardReader(store, f"checkpoints/{manifest.folder}", manifest).parts(name, part_bytes)
+    )
+    assert b"".join(parts) == store.read(f"checkpoints/{manifest.folder}/{name}")
+    assert {len(part) for part in parts[:-1]} <= {part_bytes}
+    assert sum(map(len, parts)) == record.bytes

@@ -251,8 +251,8 @@ def saves_with_pruning(root: Path, returned: Callable[[int], None]) -> None:
     for step in (1, 2):
         assert saver.save(State(step=step), partial(content_of, step))
         returned(step)
-    orphan = store.open_new("checkpoints/step-00000003.0001/shard.safetensors", PART_BYTES)
-    orphan.put(0, memoryview(bytes(PART_BYTES)))
+    orphan = store._new_file("checkpoints/step-00000003.0001/shard.safetensors", PART_BYTES)
+    orphan.put((0, memoryview(bytes(PART_BYTES))))
     second = lineage.begin(store, {"host": "b"})
     lineage.amend(store, second, {"resumed_from": {"step": 2, "attempt": 1}})
     saver = saver_on(store, second)
@@ -308,7 +308,7 @@ def recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     root.mkdir()
     recorder = Recorder(root)
     with monkeypatch.context() as patched:
-        patched.setattr(local._NewFile, "part_bytes", PART_BYTES)
+        patched.setattr(local.LocalStore, "part_bytes", PART_BYTES)
         recorder.patch(patched)
         saves_with_pruning(root, lambda step: recorder.log.append(Returned(step)))
     return recorder.log
