@@ -86,23 +86,25 @@ class S3Server:
 
     def _is_ready(self) -> bool:
         """Return whether it stores an object: the master starts before the volumes."""
-        import s3fs
-        from botocore.exceptions import BotoCoreError
+        import botocore.session
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError, ClientError
 
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", self._ports[0])) != 0:
                 return False
-        fs = s3fs.S3FileSystem(
-            key=KEY, secret=SECRET, endpoint_url=self.endpoint, skip_instance_cache=True,
-            config_kwargs={"retries": {"max_attempts": 0}, "read_timeout": 5},
+        client = botocore.session.Session().create_client(
+            "s3", aws_access_key_id=KEY, aws_secret_access_key=SECRET, region_name="us-east-1",
+            endpoint_url=self.endpoint,
+            config=Config(retries={"total_max_attempts": 1}, read_timeout=5),
         )  # fmt: skip
-        fs.retries = 1
         try:
-            if not fs.exists(BUCKET):
-                fs.mkdir(BUCKET)
-            fs.pipe_file(f"{BUCKET}/.ready", b"yes")
-            return bool(fs.cat_file(f"{BUCKET}/.ready") == b"yes")
-        except (OSError, BotoCoreError):
+            if BUCKET not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
+                client.create_bucket(Bucket=BUCKET)
+            client.put_object(Bucket=BUCKET, Key=".ready", Body=b"yes")
+            answer = client.get_object(Bucket=BUCKET, Key=".ready")
+            return bool(answer["Body"].read() == b"yes")
+        except (BotoCoreError, ClientError):
             return False
 
     def kill(self) -> None:

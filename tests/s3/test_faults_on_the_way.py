@@ -1,6 +1,8 @@
 """Faults between the client and a real S3 server: transient ones are retried, others raised."""
 
 import os
+import subprocess
+import sys
 import uuid
 
 import pytest
@@ -38,14 +40,18 @@ TRANSIENT = {
     "internal error": Fault("answer", 2, status=500, code="InternalError"),
     "reset": Fault("reset"),
     "no answer in time": Fault("delay"),
-    "token expired, and there is a new one": Fault("answer", status=400, code="ExpiredToken"),
+    "token expired, and there is a new one": Fault(
+        "answer", path="made", status=400, code="ExpiredToken"
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", TRANSIENT.values(), ids=TRANSIENT)
 @pytest.mark.parametrize("method", ["PUT", "GET", "HEAD", "DELETE", "POST"])
 def test_transient_faults_are_retried(store, proxy, fault, method):
-    proxy.faults = [Fault(fault.how, fault.times, method, status=fault.status, code=fault.code)]
+    proxy.faults = [
+        Fault(fault.how, fault.times, method, fault.path, status=fault.status, code=fault.code)
+    ]
     put(store, "big", BIG)
     store.create("made", b"mine")
     store.replace("made", b"mine too")
@@ -55,7 +61,20 @@ def test_transient_faults_are_retried(store, proxy, fault, method):
     assert store.read("big") == BIG
     store.delete(["made"])
     assert store.list("", unfinished=True) == ["big"]
-    assert proxy.faults[0].met > 0
+    assert proxy.faults[0].met > 0 or (fault.path and method == "POST")
+
+
+@pytest.mark.parametrize("path", ["uploads", "partNumber=1"])
+def test_token_that_expires_in_an_upload_is_renewed_before_the_first_part_only(store, proxy, path):
+    proxy.faults = [Fault("answer", 1, path=path, status=400, code="ExpiredToken")]
+    if path == "uploads":
+        put(store, "big", BIG)
+    else:
+        with pytest.raises(StoreError, match=r"ExpiredToken.*get new credentials") as caught:
+            put(store, "big", BIG)
+        assert caught.value.exit_code == RUN_AGAIN
+    assert proxy.faults[0].met == 1
+    assert store.list("", unfinished=True) == (["big"] if path == "uploads" else [])
 
 
 def test_truncated_response_is_requested_again(store, proxy):
@@ -67,13 +86,17 @@ def test_truncated_response_is_requested_again(store, proxy):
     assert proxy.faults[0].met == 2
 
 
-def test_corrupted_upload_is_sent_again(store, proxy):
-    proxy.faults = [Fault("spoil", 2, "PUT", "partNumber"), Fault("spoil", 1, "PUT", "small")]
-    put(store, "big", BIG)
+def test_corrupted_upload_is_sent_again_and_that_of_a_part_fails_the_write(store, proxy):
+    proxy.faults = [Fault("spoil", 1, "PUT", "partNumber"), Fault("spoil", 2, "PUT", "small")]
+    with pytest.raises(StoreError, match="BadDigest") as caught:
+        put(store, "big", BIG)
+    assert caught.value.exit_code == RUN_AGAIN
     put(store, "small", b"some bytes")
-    assert store.read("big") == BIG
     assert store.read("small") == b"some bytes"
-    assert [fault.met for fault in proxy.faults] == [2, 1]
+    assert [fault.met for fault in proxy.faults] == [1, 2]
+    assert store.list("", unfinished=True) == ["small"]
+    put(store, "big", BIG)
+    assert store.read("big") == BIG
 
 
 def test_create_with_lost_response_succeeds_for_own_bytes_only(store, proxy):
@@ -124,7 +147,7 @@ def test_permanent_refusal_of_any_request_has_exit_code_1(store, proxy, fault, m
     calls = {
         "PUT": lambda: store.replace("a", b"y"), "GET": lambda: store.list(""),
         "HEAD": lambda: store.size("old"), "DELETE": lambda: store.delete(["old"]),
-        "POST": lambda: store.open_new("big", len(BIG)),
+        "POST": lambda: put(store, "big", BIG),
     }  # fmt: skip
     with pytest.raises(StoreRefusedError) as caught:
         calls[method]()
@@ -163,14 +186,53 @@ def test_probe_writes_as_a_save_and_leaves_nothing(store, proxy, method, path):
     assert store.list("", unfinished=True) == []
 
 
-def test_write_fails_after_last_retry_and_abort_leaves_no_part(store, proxy):
+def test_write_fails_after_last_retry_and_leaves_no_part(store, proxy):
     proxy.faults = [Fault("answer", -1, "PUT", "partNumber=2")]
-    file = store.open_new("big", len(BIG))
-    file.put(0, memoryview(BIG)[: file.part_bytes])
-    with pytest.raises(StoreError, match=r"cannot write .*5 tries"):
-        file.put(file.part_bytes, memoryview(BIG)[file.part_bytes : 2 * file.part_bytes])
-    assert store.list("", unfinished=True) == ["big"]
-    file.abort()
+    with pytest.raises(StoreError, match=r"cannot write .*SlowDown.*5 tries"):
+        put(store, "big", BIG)
+    assert proxy.faults[0].met == 5
+    assert store.list("", unfinished=True) == []
+
+
+def test_write_whose_parts_fail_raises_their_error_and_leaves_nothing(store, proxy):
+    class SourceError(Exception):
+        pass
+
+    def parts():
+        yield BIG[: store.part_bytes]
+        yield BIG[: store.part_bytes]
+        raise SourceError
+
+    with pytest.raises(SourceError):
+        store.write("big", len(BIG), parts())
+    assert store.list("", unfinished=True) == []
+
+
+def test_upload_that_could_not_be_aborted_is_aborted_by_the_failed_write(store, proxy):
+    proxy.faults = [
+        Fault("answer", -1, "PUT", "partNumber=2", status=403, code="AccessDenied"),
+        Fault("answer", 5, "DELETE", "uploadId"),
+    ]
+    with pytest.raises(StoreError):
+        put(store, "big", BIG)
+    assert proxy.faults[1].met == 5
+    assert store.list("", unfinished=True) == []
+
+
+def test_upload_of_a_killed_writer_is_listed_and_deleted(store, s3, tmp_path):
+    program = (
+        "import os, sys\n"
+        "from trainer.storage import open_store\n"
+        "def parts():\n"
+        "    for _ in range(3):\n"
+        "        yield bytes(8 << 20)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "open_store(sys.argv[1]).write('folder/big', 64 << 20, parts())\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, store.url]).returncode == -9
+    assert store.list("") == []
+    assert store.list("", unfinished=True) == ["folder/big"]
+    store.delete(["folder/other", "folder/big"])
     assert store.list("", unfinished=True) == []
 
 

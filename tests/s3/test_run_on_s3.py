@@ -114,14 +114,17 @@ def test_evaluate_asks_for_user_targets_of_a_copy_but_not_of_the_users_run(comma
 def test_credentials_are_neither_stored_in_the_run_nor_printed(command, bucket):
     run = f"{bucket}/a"
     arguments = [*FRAGILE, f"run_dir={run}", "trainer.max_steps=3", "launch.nproc=2"]
-    credentials = [f"+store.options.key={KEY}", f"+store.options.secret={SECRET}"]
+    credentials = [
+        f"+store.options.access_key_id={KEY}",
+        f"+store.options.secret_access_key={SECRET}",
+    ]
     done = command(*arguments, *credentials)
     assert done.returncode == 0, done.stderr
     wrong = command(
         *arguments,
         "name=b",
         credentials[0],
-        "+store.options.secret=my-own-wrong-secret",
+        "+store.options.secret_access_key=my-own-wrong-secret",
         f"run_dir={run}b",
     )
     assert wrong.returncode == 2
@@ -131,7 +134,10 @@ def test_credentials_are_neither_stored_in_the_run_nor_printed(command, bucket):
     texts += [store.read(key).decode("latin-1") for key in store.list("")]
     assert not any(SECRET in text or "my-own-wrong-secret" in text for text in texts)
     config = lineage.read_manifest(store, lineage.commits(store)[-1]).config
-    assert config["store"]["options"] == {"key": "<redacted>", "secret": "<redacted>"}
+    assert config["store"]["options"] == {
+        "access_key_id": "<redacted>",
+        "secret_access_key": "<redacted>",
+    }
 
 
 def test_server_restart_leaves_the_result_unchanged(command, bucket, s3, wait_for):

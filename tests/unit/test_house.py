@@ -27,8 +27,8 @@ YAMLS = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"
 CHOICES = [path.removesuffix(".yaml") for path in YAMLS if "/" in path]
 SOURCES = sorted(path for folder in ("trainer", "models") for path in (ROOT / folder).rglob("*.py"))
 HEAVY = (
-    "wandb", "tensorboard", "torchmetrics", "sklearn", "scipy", "s3fs", "onnx", "matplotlib",
-    "rich", "PIL", "datasets", "pandas", "torchdata",
+    "wandb", "tensorboard", "torchmetrics", "sklearn", "scipy", "s3fs", "obstore", "botocore",
+    "onnx", "matplotlib", "rich", "PIL", "datasets", "pandas", "torchdata",
 )  # fmt: skip
 
 

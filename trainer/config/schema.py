@@ -226,7 +226,9 @@ class ObjectStore:
     )
     timeout_s: float = setting(60.0, "Timeout of one request in seconds.", above=0)
     retries: int = setting(8, "Maximum retries per request.", at_least=0)
-    options: dict[str, Any] = setting({}, "More options of the fsspec file system.")
+    options: dict[str, Any] = setting(
+        {}, "More options of obstore's store or HTTP client, or of the fsspec file system."
+    )
 
     @property
     def server(self) -> str | None:

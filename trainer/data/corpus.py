@@ -113,7 +113,7 @@ def remote_files(url: str) -> Corpus:
     try:
         system, pattern = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
-        extra = "; pip install 'perdure[s3]'" if url.startswith("s3") else ""
+        extra = "; pip install 'perdure[s3-data]'" if url.startswith("s3") else ""
         raise ConfigError(f"data.files={url}: {error}{extra}") from None
     except ValueError as error:
         raise ConfigError(f"data.files={url}: {error}") from None

@@ -1,5 +1,6 @@
 """Stores for the files of a run: `open_store(url)` opens a directory or an object store."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from trainer.config.schema import ObjectStore
@@ -22,7 +23,7 @@ def local_path(url: str) -> Path | None:
 
 
 def open_store(url: str, settings: ObjectStore = ObjectStore()) -> Store:  # noqa: B008 (frozen)
-    """Open the store of a directory, or of `s3://bucket/prefix` and other fsspec URLs.
+    """Open the store of a directory, a bucket (`s3://`, `gs://`, `az://`), or any fsspec URL.
 
     Creates nothing; a missing directory is an empty store.
 
@@ -33,11 +34,16 @@ def open_store(url: str, settings: ObjectStore = ObjectStore()) -> Store:  # noq
     location = _normalized(url)
     if not is_remote(location):
         return LocalStore(location)
-    from trainer.storage.remote import FsspecStore  # imports fsspec, only when needed
-    from trainer.storage.s3 import S3Store
+    from trainer.storage.clients import PROTOCOLS
+    from trainer.storage.objects import ObstoreStore  # imports obstore when needed
 
-    kind = S3Store if location.startswith(("s3://", "s3a://")) else FsspecStore
-    return kind(location, settings)
+    protocol = location.partition("://")[0]
+    has_obstore = find_spec("obstore") is not None
+    if protocol in PROTOCOLS and (has_obstore or protocol in ("s3", "s3a")):
+        return ObstoreStore(location, settings)
+    from trainer.storage.remote import FsspecStore  # imports fsspec when needed
+
+    return FsspecStore(location, settings)
 
 
 def _normalized(url: str) -> str:

@@ -1,267 +1,180 @@
-"""Store in an S3 bucket, through s3fs: checksummed parts, conditional create, ranges.
+"""Connection to S3: address, credentials and certificates as botocore finds them, and uploads.
 
-Amazon S3 API: PutObject with If-None-Match, CreateMultipartUpload, UploadPart, ListObjectsV2.
+obstore reads neither profiles nor single sign-on, and does not list multipart uploads. Those of
+killed processes cost money until they are aborted.
 """
 
-import base64
+import ipaddress
 import os
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
-from datetime import datetime
-from functools import partial
+import re
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from trainer.core.threads import in_parallel
-from trainer.errors import StoreError
-from trainer.storage.direct import Direct, RefusedError, has_proxy
-from trainer.storage.remote import CONNECTIONS, PART_BYTES, FsspecStore, error_code
-from trainer.storage.store import AlreadyExists, positioned, recut
+from trainer.config.schema import ObjectStore
+from trainer.errors import ConfigError
 
-_MAX_PARTS = 10_000
-_THREADS = 8
-"""Parts in flight."""
-_CONNECT_S = 10.0
-_Uploads = list[tuple[str, str]]
-"""Pairs of key in the bucket and upload id."""
+_CREDENTIALS_S = 60
+"""Seconds after which the source of the credentials is read again."""
+_KEY_OPTIONS = {
+    "aws_access_key_id": ("access_key_id", "aws_access_key_id"),
+    "aws_secret_access_key": ("secret_access_key", "aws_secret_access_key"),
+    "aws_session_token": ("session_token", "aws_session_token", "token", "aws_token"),
+}
+"""Names of credentials in botocore, and in store.options."""
 
 
-class S3Store(FsspecStore):
-    """Keys as objects of an S3 bucket, through s3fs."""
+@dataclass(frozen=True)
+class Connection:
+    """Address, options and credentials of a bucket.
 
-    def _options(self) -> dict[str, Any]:
-        settings = self._settings
-        client = {"region_name": settings.region} if settings.region else {}
-        config: dict[str, Any] = {
-            "connect_timeout": _CONNECT_S,
-            "read_timeout": settings.timeout_s,
-            "max_pool_connections": CONNECTIONS,
-            "retries": {"total_max_attempts": 1},  # only `_try` retries
-            "signature_version": "s3v4",  # also for presigned URLs
-        }
-        if settings.path_style:
-            config["s3"] = {"addressing_style": "path"}
-        return {
-            "skip_instance_cache": True,
-            "use_listings_cache": False,
-            "endpoint_url": settings.endpoint_url,
-            "client_kwargs": client,
-            "config_kwargs": config,
-            **settings.options,
-        }
+    Args:
+        session: botocore's session.
+        endpoint: URL of the server, without the bucket; None: Amazon's.
+        region: region of the bucket.
+        config: the options of obstore's S3Store.
+        credentials: called for each request that needs new ones; None: obstore has them.
+    """
 
-    def _connect(self) -> None:
-        super()._connect()
-        self._fs.retries = 1
-        self._bucket, _, self._prefix = self._root.partition("/")
-        self._direct = Direct(self._settings.timeout_s)
+    session: Any
+    endpoint: str | None
+    region: str
+    config: dict[str, Any]
+    credentials: "Credentials | None"
 
-    def call(self, method: str, key: str = "", **arguments: Any) -> Any:
-        """Send one request about a key."""
-        if key:
-            arguments["Key"] = self._path(key).partition("/")[2]
-        return self._fs.call_s3(method, Bucket=self._bucket, **arguments)
 
-    def write(self, key: str, total_bytes: int, parts: Iterable[memoryview]) -> None:
-        """Send several parts of a multipart upload at a time; a small object in one request."""
-        if total_bytes <= self.part_bytes:
-            super().write(key, total_bytes, parts)
-            return
-        self._check_absent(key)
-        upload = _Upload(self, key, total_bytes)
-        try:
-            cut = recut(parts, upload.part_bytes)
-            in_parallel(upload.put, positioned(cut, total_bytes), _THREADS)
-            upload.finish()
-        except BaseException:
-            upload.abort()
-            raise
+def connection(url: str, bucket: str, settings: ObjectStore) -> Connection:
+    """Read settings, environment and profile.
 
-    def create(self, key: str, data: bytes) -> None:
-        """Put it with `If-None-Match: *`, in one request of any size.
+    Raises:
+        ConfigError: the profile or a certificate file does not exist, or botocore is missing.
+    """
+    try:
+        import botocore.session
+        from botocore.configprovider import ConfiguredEndpointProvider
+        from botocore.exceptions import BotoCoreError
+    except ImportError as error:
+        raise ConfigError(f"{url}: {error}; pip install 'perdure[s3]'") from None
+    session = botocore.session.Session()
+    try:
+        profile = session.get_scoped_config()
+        region = session.get_config_variable("region")
+        bundle = session.get_config_variable("ca_bundle")
+        checksums = session.get_config_variable("request_checksum_calculation") or ""
+        configured = ConfiguredEndpointProvider(session.full_config, profile, "s3").provide()
+    except BotoCoreError as error:
+        raise ConfigError(f"{url}: {error}; correct AWS_PROFILE or the files in ~/.aws") from None
+    endpoint = settings.endpoint_url or configured
+    region = settings.region or os.environ.get("AWS_REGION") or region or "us-east-1"
+    of_profile = profile.get("s3")
+    style = of_profile.get("addressing_style") if isinstance(of_profile, Mapping) else None
+    is_virtual = not settings.path_style and style != "path" and _has_own_host(bucket, endpoint)
+    config: dict[str, Any] = {
+        "region": region,
+        "virtual_hosted_style_request": is_virtual,
+        "disable_bulk_delete": True,  # keys are deleted in order, and not every server has it
+    }
+    if endpoint:
+        scheme, _, host = endpoint.rstrip("/").partition("://")
+        address = f"{scheme}://{bucket}.{host}" if is_virtual else f"{scheme}://{host}"
+        config |= {"endpoint": address, "aws_endpoint_url_s3": address}
+        config["allow_http"] = scheme == "http"
+    if checksums.lower() != "when_required":
+        config["checksum_algorithm"] = "SHA256"  # the signature contains it anyway
+    if bundle:
+        config["root_certificate"] = _certificates(url, bundle)
+    names = {name for names in _KEY_OPTIONS.values() for name in names} | {"skip_signature"}
+    has_keys = bool(names & settings.options.keys())
+    return Connection(session, endpoint, region, config, None if has_keys else Credentials(session))
 
-        The key is looked up first, for servers without conditional create. On those, another
-        process may create it in between.
-        """
-        self._path(key)
-        try:
-            self._check_absent(key)
-            self._try("create", key, lambda: self._create(key, data))
-        except (AlreadyExists, FileExistsError):
-            self._accept_own(key, data)
 
-    def _create(self, key: str, data: bytes) -> None:
-        try:
-            self.call("put_object", key, Body=data, IfNoneMatch="*")
-        except Exception as error:
-            if error_code(error) == "PreconditionFailed":
-                raise FileExistsError(key) from None
-            if error_code(error) != "NotImplemented":
-                raise
-            self.call("put_object", key, Body=data)
-
-    def _has_conditional_create(self, key: str) -> bool:
-        try:
-            self._try("create", key, lambda: self._create(key, b"another"))
-        except FileExistsError:
-            return True
+def _has_own_host(bucket: str, endpoint: str | None) -> bool:
+    """Return whether the bucket can be a part of the server's name: not of an address."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]", bucket):
         return False
+    host = (urlsplit(endpoint).hostname if endpoint else None) or "s3.amazonaws.com"
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return "." in host
+    return False
 
-    def replace(self, key: str, data: bytes) -> None:
-        """Put it unconditionally, in one request."""
-        self._path(key)
-        self._try("replace", key, lambda: self.call("put_object", key, Body=data))
 
-    def size(self, key: str) -> int:
-        """Ask for the object's size."""
-        self._path(key)
-        head = self._try("look at", key, lambda: self._head(key), may_be_missing=True)
-        return int(head["ContentLength"])
+def _certificates(url: str, bundle: str) -> str:
+    try:
+        return Path(bundle).expanduser().read_text()
+    except OSError as error:
+        raise ConfigError(
+            f"{url}: cannot read the certificates in {bundle}: {error.strerror}; correct "
+            "AWS_CA_BUNDLE"
+        ) from None
 
-    def _head(self, key: str) -> Mapping[str, Any]:
-        try:
-            head: Mapping[str, Any] = self.call("head_object", key)
-        except Exception as error:
-            if isinstance(error, FileNotFoundError | PermissionError) or error_code(error) == "400":
-                # an error of this request has a code, unlike that of a HEAD
-                self.call("list_objects_v2", Prefix=self._prefix, MaxKeys=1)
-            raise
-        return head
 
-    def read_into(
-        self, key: str, start: int, buffer: memoryview, *, is_shared: bool = False
-    ) -> int:
-        """Get one range, directly into `buffer` unless a proxy is set."""
-        view = buffer.cast("B")
-        if not len(view) or not self._is_direct():
-            return super().read_into(key, start, view)
+class Credentials:
+    """Provider of credentials for obstore: environment, profile, single sign-on, roles.
 
-        def get() -> int:
-            url = self._link("get_object", key)
-            headers = {"Range": f"bytes={start}-{start + len(view) - 1}"}
-            try:
-                answer = self._direct.get_into(url, view, headers)
-            except RefusedError as error:
-                if error_code(error) in ("InvalidRange", "416"):
-                    return 0
-                if error_code(error) == "NoSuchKey":
-                    raise FileNotFoundError(key) from error
-                raise
-            if start and not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-                raise OSError("the server did not return the requested range")
-            return answer.nbytes
+    botocore refreshes temporary ones. Files are read again, since other programs renew them.
+    """
 
-        return self._try("read", key, get, may_be_missing=True)
+    refresh_threshold = timedelta(0)
+    """Remaining life of credentials at which obstore asks again."""
 
-    def _is_direct(self) -> bool:
-        """Return whether bodies may bypass the client library: default settings and no proxy."""
-        changed = {"client_kwargs", "config_kwargs", "session"} & self._settings.options.keys()
-        return not changed and not has_proxy(self._settings.server or "https://")
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._credentials: Any = None
 
-    def _link(self, method: str, key: str, **arguments: Any) -> str:
-        """Return a presigned URL for one request about a key."""
-        from fsspec.asyn import sync
+    def __call__(self) -> dict[str, Any]:
+        """Return credentials for the next minute.
 
-        name = self._path(key).partition("/")[2]
+        Raises:
+            NoCredentialsError: there are none.
+        """
+        from botocore.credentials import RefreshableCredentials
+        from botocore.exceptions import NoCredentialsError
+        from botocore.session import Session
 
-        async def sign() -> str:
-            await self._fs.set_session()
-            client = await self._fs.get_s3(self._bucket)
-            url: str = await client.generate_presigned_url(
-                method, Params={"Bucket": self._bucket, "Key": name, **arguments}
-            )
-            return url
+        if not isinstance(self._credentials, RefreshableCredentials):
+            if self._credentials is not None:
+                self._session = Session()
+            self._credentials = self._session.get_credentials()
+        if self._credentials is None:
+            raise NoCredentialsError
+        frozen = self._credentials.get_frozen_credentials()
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token,
+            "expires_at": datetime.now(UTC) + timedelta(seconds=_CREDENTIALS_S),
+        }
 
-        url: str = sync(self._fs.loop, sign)
-        return url
 
-    def send_part(self, key: str, number: int, upload: str, body: memoryview) -> dict[str, Any]:
-        """Send one part of an upload; return its entry in the completion request."""
-        crc = base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
-        facts = {"PartNumber": number, "UploadId": upload, "ChecksumCRC32": crc}
+class Uploads:
+    """Incomplete multipart uploads of a bucket, listed and aborted through botocore.
 
-        def send() -> str:
-            if not self._is_direct():
-                sent = self.call("upload_part", key, Body=bytes(body), **facts)
-                return str(sent["ETag"])
-            url = self._link("upload_part", key, **facts)
-            answer = self._direct.put(url, body, {"x-amz-checksum-crc32": crc})
-            return answer.headers.get("ETag", "")
+    Args:
+        connection: address and credentials of the bucket.
+        bucket: its name.
+        settings: timeouts and credentials.
+    """
 
-        etag = self._try("write", key, send)
-        return {"PartNumber": number, "ETag": etag, "ChecksumCRC32": crc}
+    def __init__(self, connection: Connection, bucket: str, settings: ObjectStore) -> None:
+        self._connection, self._bucket, self._settings = connection, bucket, settings
+        self._making = threading.Lock()
+        self._botocore: Any = None
 
-    def read(self, key: str) -> bytes:
-        """Get the object in one request."""
-        self._path(key)
-        return self._try("read", key, lambda: self._get(key), may_be_missing=True)
+    def below(self, prefix: str) -> list[tuple[str, str]]:
+        """Return path and id of the uploads whose path starts with `prefix`.
 
-    def _get(self, key: str, **arguments: str) -> bytes:
-        from fsspec.asyn import sync
-
-        name = self._path(key).partition("/")[2]
-
-        async def get() -> bytes:
-            answer = await self._fs._call_s3(
-                "get_object", Bucket=self._bucket, Key=name, **arguments
-            )
-            async with answer["Body"] as body:
-                data: bytes = await body.read()
-            return data
-
-        data: bytes = sync(self._fs.loop, get)
-        return data
-
-    def _range(self, key: str, start: int, stop: int) -> bytes:
-        try:
-            return self._get(key, Range=f"bytes={start}-{stop - 1}")
-        except Exception as error:
-            if error_code(error) in ("InvalidRange", "416"):
-                return b""
-            raise
-
-    def entries(self, folder: str) -> list[str]:
-        """List one level by prefix and delimiter."""
-        prefix = f"{self._path(folder)}/".partition("/")[2]
-        pages = self._try("list", folder, lambda: list(self._pages(Prefix=prefix, Delimiter="/")))
-        names = [item["Key"] for page in pages for item in page.get("Contents", ())]
-        names += [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
-        return sorted(name.removeprefix(prefix) for name in names if name != prefix)
-
-    def list(self, prefix: str, *, unfinished: bool = False) -> list[str]:
-        """List by prefix; incomplete multipart uploads need a separate request."""
-        folder = f"{self._path(prefix)}/".partition("/")[2]
-        names = set(self._try("list", prefix, lambda: set(self._objects(folder))))
-        if unfinished:
-            names |= {key for key, _ in self._uploads(folder)}
-        cut = len(self._prefix) + 1 if self._prefix else 0
-        return sorted(name[cut:] for name in names)
-
-    def _objects(self, folder: str) -> Iterator[str]:
-        for page in self._pages(Prefix=folder):
-            yield from (item["Key"] for item in page.get("Contents", ()))
-
-    def _pages(self, **arguments: str) -> Iterator[Mapping[str, Any]]:
+        Without the permission to list them, none: they remain.
+        """
+        uploads: list[tuple[str, str]] = []
         more: dict[str, str] = {}
         while True:
-            page = self.call("list_objects_v2", **arguments, **more)
-            yield page
-            if not page.get("IsTruncated"):
-                return
-            more = {"ContinuationToken": page["NextContinuationToken"]}
-
-    def modified_s(self, key: str) -> float:
-        """Ask for the object's time of modification."""
-        self._path(key)
-        head = self._try("look at", key, lambda: self._head(key), may_be_missing=True)
-        modified: datetime = head["LastModified"]
-        return modified.timestamp()
-
-    def _uploads(self, prefix: str) -> _Uploads:
-        uploads: _Uploads = []
-        more: dict[str, str] = {}
-        while True:
-            page = self._try("list the uploads below", prefix, partial(self._page, prefix, more))
+            page = self._page(prefix, more)
             uploads += [(upload["Key"], upload["UploadId"]) for upload in page.get("Uploads", ())]
             if not page.get("IsTruncated"):
                 return uploads
@@ -271,72 +184,62 @@ class S3Store(FsspecStore):
             }
 
     def _page(self, prefix: str, more: Mapping[str, str]) -> Mapping[str, Any]:
+        from botocore.exceptions import ClientError
+
         try:
-            page: Mapping[str, Any] = self.call("list_multipart_uploads", Prefix=prefix, **more)
-        except (PermissionError, NotImplementedError):  # then incomplete uploads remain
-            return {}
+            page: Mapping[str, Any] = self._client().list_multipart_uploads(
+                Bucket=self._bucket, Prefix=prefix, **more
+            )
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("AccessDenied", "NotImplemented", "403", "501"):
+                return {}
+            raise
         return page
 
-    def delete(self, keys: Iterable[str]) -> None:
-        """Delete one after another, with their incomplete uploads."""
-        deleted = list(keys)
-        for key in deleted:
-            self._path(key)
-            self._try("delete", key, partial(self.call, "delete_object", key))
-        if deleted:
-            names = {self._path(key).partition("/")[2] for key in deleted}
-            folder = os.path.commonpath(names) if len(names) > 1 else min(names)
-            for name, upload in self._uploads(folder):
-                if name in names:
-                    self.end_upload(name.removeprefix(self._prefix).lstrip("/"), upload)
+    def abort(self, path: str, upload: str) -> None:
+        """Abort an upload, so that its parts are deleted.
 
-    def end_upload(self, key: str, upload: str) -> None:
-        """Abort an upload, so that its parts are deleted."""
-        with suppress(FileNotFoundError):
-            self._try(
-                "end the upload of", key,
-                lambda: self.call("abort_multipart_upload", key, UploadId=upload),
-                may_be_missing=True,
-            )  # fmt: skip
+        Raises:
+            FileNotFoundError: it does not exist any more.
+        """
+        from botocore.exceptions import ClientError
 
-
-class _Upload:
-    """Multipart upload with several parts in flight, each with a checksum for the server.
-
-    Parts are sent from the caller's memory. With a proxy, the client library sends a copy.
-    """
-
-    def __init__(self, store: S3Store, key: str, total_bytes: int) -> None:
-        self._store, self._key, self._total_bytes = store, key, total_bytes
-        even = -(-total_bytes // _MAX_PARTS)
-        self.part_bytes = -(-even // PART_BYTES) * PART_BYTES
-        self._parts: dict[int, dict[str, Any]] = {}
-        response = store._try("write", key, self._start)
-        self._upload = response["UploadId"]
-
-    def _start(self) -> Any:
-        return self._store.call("create_multipart_upload", self._key, ChecksumAlgorithm="CRC32")
-
-    def put(self, part: tuple[int, memoryview]) -> None:
-        start, body = part
-        number = start // self.part_bytes + 1
-        self._parts[number] = self._store.send_part(self._key, number, self._upload, body)
-
-    def finish(self) -> None:
-        parts = [self._parts[number] for number in sorted(self._parts)]
-        self._store._try("write", self._key, lambda: self._complete(parts))
-
-    def _complete(self, parts: list[dict[str, Any]]) -> None:
         try:
-            self._store.call(
-                "complete_multipart_upload", self._key,
-                UploadId=self._upload, MultipartUpload={"Parts": parts},
-            )  # fmt: skip
-        except FileNotFoundError:
-            # No such upload: the response to its completion may have been lost.
-            if self._store.size(self._key) != self._total_bytes:
-                raise
+            self._client().abort_multipart_upload(Bucket=self._bucket, Key=path, UploadId=upload)
+        except ClientError as error:
+            if error.response["Error"]["Code"] == "NoSuchUpload":
+                raise FileNotFoundError(path) from None
+            raise
 
-    def abort(self) -> None:
-        with suppress(StoreError):
-            self._store.end_upload(self._key, self._upload)
+    def _client(self) -> Any:
+        from botocore import UNSIGNED
+        from botocore.config import Config
+
+        with self._making:
+            if self._botocore is None:
+                options = self._settings.options
+                is_unsigned = options.get("skip_signature")
+                is_virtual = self._connection.config["virtual_hosted_style_request"]
+                config = Config(
+                    connect_timeout=10.0,
+                    read_timeout=self._settings.timeout_s,
+                    retries={"total_max_attempts": 1},  # the store retries
+                    s3={"addressing_style": "virtual" if is_virtual else "path"},
+                    signature_version=UNSIGNED if is_unsigned else "s3v4",
+                )
+                self._botocore = self._connection.session.create_client(
+                    "s3", region_name=self._connection.region,
+                    endpoint_url=self._connection.endpoint, config=config,
+                    **_keys(options, _KEY_OPTIONS),
+                )  # fmt: skip
+            return self._botocore
+
+
+def _keys(options: Mapping[str, Any], names: Mapping[str, Iterable[str]]) -> dict[str, Any]:
+    """Return the credentials among the options, by their names in botocore."""
+    keys = {}
+    for name, spellings in names.items():
+        for spelling in spellings:
+            if spelling in options:
+                keys[name] = options[spelling]
+    return keys
