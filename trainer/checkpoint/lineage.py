@@ -110,8 +110,13 @@ def records(store: Store) -> list[dict[str, Any]]:
 
 
 def record(store: Store, number: int) -> dict[str, Any]:
-    """Return the record of one attempt; keys that it does not have come from the heartbeat."""
-    return {**_heartbeat(store, number), **_read(store, number)}
+    """Return the record of one attempt; keys that it does not have come from the heartbeat.
+
+    Except `resumed_from`, which decides which checkpoints are used.
+    """
+    heartbeat = _heartbeat(store, number)
+    heartbeat.pop("resumed_from", None)
+    return {**heartbeat, **_read(store, number)}
 
 
 def restore_record(store: Store, record: Mapping[str, Any]) -> None:
@@ -144,7 +149,8 @@ def _record_bytes(record: Mapping[str, Any]) -> bytes:
 def attempts(store: Store) -> list[int]:
     """Return the numbers of all attempts, ascending."""
     matches = [_RECORD_KEY.fullmatch(key) for key in store.list("attempts")]
-    return sorted(int(match[1]) for match in matches if match)
+    numbers = ((int(match[1]), match[0]) for match in matches if match)
+    return sorted(number for number, key in numbers if key == _key(number))
 
 
 def _read(store: Store, number: int) -> dict[str, Any]:

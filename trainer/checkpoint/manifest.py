@@ -32,6 +32,10 @@ _SHARD_NAME = re.compile(r"r\d{5,}-of-\d{5,}-[0-9a-f]{8}-\d+\.safetensors")
 _FOLDER_NAME = re.compile(r"step-(\d{8,})\.(\d{4,})")
 
 
+class VersionError(CheckpointError):
+    """An intact manifest of a format version that this program does not read."""
+
+
 def checksum(data: bytes | bytearray | memoryview) -> str:
     """Return the XXH3 64-bit checksum (seed 0) of `data` as 16 hexadecimal digits."""
     return xxhash.xxh3_64_hexdigest(data)
@@ -265,7 +269,8 @@ def from_bytes(data: bytes, where: str) -> Manifest:
     """Parse and validate a manifest; `where` is its location, for errors.
 
     Raises:
-        CheckpointError: it is void, altered, of another format or version, or inconsistent.
+        VersionError: it is intact, and of another version.
+        CheckpointError: it is void, altered, of another format, or inconsistent.
     """
 
     def invalid(reason: str) -> CheckpointError:
@@ -278,13 +283,15 @@ def from_bytes(data: bytes, where: str) -> Manifest:
     top = _parse_object(data, invalid)
     if top.get("format") != FORMAT:
         raise invalid(f"not a checkpoint manifest (format {top.get('format')!r})")
-    if type(top.get("version")) is not int or not 1 <= top["version"] <= VERSION:
-        raise invalid(
-            f"format version {top.get('version')!r} is not supported; this program reads versions "
-            f"1 to {VERSION}. Use the version of Perdure that wrote it, or a newer one"
-        )
     body = data[: -len(_tail(b""))]
-    if data != body + _tail(body):
+    is_intact = data == body + _tail(body)
+    if type(top.get("version")) is not int or not 1 <= top["version"] <= VERSION:
+        kind = VersionError if is_intact else CheckpointError
+        raise kind(
+            f"{where}: format version {top.get('version')!r} is not supported; this program reads "
+            f"versions 1 to {VERSION}. Use the version of Perdure that wrote it, or a newer one"
+        )
+    if not is_intact:
         raise invalid("checksum mismatch; the file was altered or truncated")
     try:
         return _validated(top)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.checkpoint import lineage
 from trainer.checkpoint.lineage import Commit
 from trainer.checkpoint.location import Location, find_location
-from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.manifest import Manifest, VersionError
 from trainer.checkpoint.replicas import Survey
 from trainer.config.schema import ObjectStore
 from trainer.core import intervals, metric_mode
@@ -61,6 +61,7 @@ def newest_intact(
         damaged: candidates to skip, each with the URLs of the stores it was read from.
 
     Raises:
+        VersionError: the newest is of a version of the format that this program does not read.
         CheckpointError: every candidate is damaged.
     """
     skipped: list[str] = []
@@ -70,6 +71,8 @@ def newest_intact(
                 continue
             try:
                 manifest = lineage.read_manifest(Fallback(stores), commit)
+            except VersionError:  # not damaged: an older checkpoint must not replace it
+                raise
             except CheckpointError as error:
                 skipped.append(str(error))
                 continue

@@ -11,7 +11,7 @@ from trainer import checkpoint
 from trainer.checkpoint import DamagedError, lineage, select
 from trainer.checkpoint.lineage import Attempt, Commit
 from trainer.checkpoint.location import find_location
-from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.manifest import Manifest, VersionError
 from trainer.checkpoint.replicas import Replicas, Survey
 from trainer.checkpoint.select import Selection
 from trainer.checkpoint.shard_reader import MissingError
@@ -182,6 +182,8 @@ def _newest(
 ) -> Start:
     try:
         return _start(select.newest_intact(survey, run.run_dir, commits=commits, damaged=damaged))
+    except VersionError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(
             f"{error} Refusing to start from scratch. Restore one of them, or start a new run with "

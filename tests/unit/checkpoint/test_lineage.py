@@ -85,10 +85,19 @@ def test_begin_ignores_other_files(store):
     store.create("attempts/notes.txt", b"x")
     store.create("attempts/old/0007.json", b"x")
     store.create("attempts/².json", b"x")
+    store.create("attempts/00007.json", b"x")
     assert lineage.begin(store, {}).number == 1
 
 
 # --- the timeline --------------------------------------------------------------------------------
+
+
+def test_records_ignore_origin_in_heartbeat(store):
+    attempt = lineage.begin(store, {})
+    lineage.write_heartbeat(store, attempt, {"resumed_from": "nowhere", "last_step": 3})
+    (record,) = lineage.records(store)
+    assert "resumed_from" not in record
+    assert record["last_step"] == 3
 
 
 def test_commits_are_sorted_by_step(store):

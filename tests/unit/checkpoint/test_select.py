@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.manifests import commit_manifest, evaluated, spoil
+from support.manifests import commit_manifest, evaluated, sealed, spoil
 from support.timelines import start
 
 from trainer.checkpoint import lineage, location, manifest, select
@@ -43,6 +43,19 @@ def test_newest_intact_skips_a_damaged_newest_and_names_it(replicas):
     assert selection.is_copied
     (error,) = selection.skipped  # a marked one is known to be damaged and is not tried
     assert third.manifest_key in error
+
+
+def test_newest_intact_stops_at_an_intact_manifest_of_a_later_version(replicas):
+    alone = Replicas(replicas.run)
+    commit_manifest(alone.run, 10)
+    newest = commit_manifest(alone.run, 20)
+    later = alone.run.read(newest.manifest_key).replace(b'"version":2', b'"version":3')
+    alone.run.replace(newest.manifest_key, later)  # its checksum does not match: damaged
+    assert select.newest_intact(alone.survey(), alone.run.url).commit.step == 10
+    fields = later.partition(b',\n"checksum"')[0].decode().removeprefix("{\n")
+    alone.run.replace(newest.manifest_key, sealed(fields))
+    with pytest.raises(manifest.VersionError, match="reads versions 1 to 2"):
+        select.newest_intact(alone.survey(), alone.run.url)
 
 
 def test_newest_intact_reads_the_mirror_where_the_run_is_damaged(replicas):
