@@ -1,6 +1,7 @@
 """torch.distributed.checkpoint on Perdure's storage, on several ranks, with and without FSDP2."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +99,10 @@ def test_checkpoint_of_two_ranks_loads_on_one_or_three(tmp_path, on_ranks):
 def save_repeatedly(world: World, folder: str):
     """Fail the first save on rank 1, then save repeatedly with cached plans."""
     writer = PerdureStorageWriter(f"{folder}/step-0")
+    reserved = {"__checksums__": torch.ones(2)} if world.rank == 1 else {}
+    with pytest.raises(CheckpointException, match=r"'__checksums__' .* cannot be stored"):
+        dcp.save({"x": torch.zeros(6), f"own.{world.rank}": 1, **reserved}, storage_writer=writer)
+    assert not list(Path(folder).rglob("*.safetensors"))  # rejected before any rank wrote
     state = {"x": torch.zeros(6), f"own.{world.rank}": object() if world.rank == 1 else 1}
     with pytest.raises(CheckpointException, match=r"own\.1"):
         dcp.save(state, storage_writer=writer)

@@ -101,7 +101,10 @@ class PerdureStorageWriter(StorageWriter):
         self._store, self._folder = location.split(_url(self.checkpoint_id), self._settings)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Return the plan unchanged. Every rank."""
+        """Return the plan unchanged, or raise before any rank writes. Every rank."""
+        for item in plan.items:
+            if item.type is not WriteItemType.BYTE_IO:
+                dcp_items.tensor_record(item)
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:

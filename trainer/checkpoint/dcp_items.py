@@ -50,7 +50,7 @@ def tensor_record(item: WriteItem) -> tuple[str, ItemRecord]:
     name, data = item.index.fqn, item.tensor_data
     assert data is not None  # noqa: S101 (for the type checker)
     dtype = DTYPE_NAMES.get(data.properties.dtype)
-    if dtype is None or name in shard.RESERVED:
+    if dtype is None or not shard.is_key(name):
         raise CheckpointError(
             f"tensor {name!r} ({data.properties.dtype}) cannot be stored: unsupported name or dtype"
         )

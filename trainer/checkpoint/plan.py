@@ -226,8 +226,10 @@ def describe(tensors: Mapping[str, Tensor]) -> list[LocalTensor]:
 
 
 def _check_storable(name: str, tensor: Tensor) -> None:
-    if name in shard.RESERVED:
-        raise CheckpointError(f"tensor name {name!r} is reserved by the format; rename the tensor")
+    if not shard.is_key(name):
+        raise CheckpointError(
+            f"tensor name {name!r} is reserved by the format or not Unicode; rename the tensor"
+        )
     if tensor.dtype not in DTYPE_NAMES:
         raise CheckpointError(
             f"tensor {name!r} has dtype {tensor.dtype}, which cannot be stored; dequantize it, or "

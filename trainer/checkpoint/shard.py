@@ -37,6 +37,11 @@ def digest(data: bytes | bytearray | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
+def is_key(name: str) -> bool:
+    """Return whether a tensor may have this name: not reserved, and valid Unicode."""
+    return name not in RESERVED and name == name.encode("utf-8", "replace").decode()
+
+
 def element_count(shape: Iterable[int]) -> int:
     """Return the number of elements of a shape."""
     return math.prod(shape)

@@ -111,7 +111,7 @@ def import_checkpoint(
     opaque = {name: value for name, value in source.objects.items() if type(value) is bytes}
     plain = {name: value for name, value in source.objects.items() if name not in opaque}
     for name, (dtype, _) in source.tensors.items():
-        if dtype not in DTYPE_NAMES or name in shard.RESERVED:
+        if dtype not in DTYPE_NAMES or not shard.is_key(name):
             raise CheckpointError(f"{source.url}: tensor {name!r} ({dtype}) cannot be stored")
     sizes = {name: (DTYPE_NAMES[dtype], shape) for name, (dtype, shape) in source.tensors.items()}
     sizes |= {name: ("U8", (len(value),)) for name, value in opaque.items()}

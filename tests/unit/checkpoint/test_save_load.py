@@ -57,9 +57,7 @@ RECIPES = st.tuples(
     st.integers(0, 255),
     st.sampled_from(sorted(SHAPE_CHANGES)),
 )
-NAMES = st.text(max_size=8).filter(
-    lambda n: n not in shard.RESERVED and not re.search("@[0-9,]+$", n)
-)
+NAMES = st.text(max_size=8).filter(lambda n: shard.is_key(n) and not re.search("@[0-9,]+$", n))
 
 
 @settings(max_examples=60, deadline=None)
@@ -220,9 +218,10 @@ def test_save_rejects_unsupported_tensor_by_name(tmp_path, make, reason):
     assert checkpoint.latest(store).step == 1
 
 
-def test_save_rejects_reserved_name(tmp_path):
-    with pytest.raises(CheckpointError, match="__metadata__"):
-        save(writer_on(LocalStore(tmp_path)), {"__metadata__": torch.ones(1)})
+@pytest.mark.parametrize("name", [*sorted(shard.RESERVED), "a\udc80"])
+def test_save_rejects_reserved_or_invalid_name(tmp_path, name):
+    with pytest.raises(CheckpointError, match=re.escape(repr(name))):
+        save(writer_on(LocalStore(tmp_path)), {name: torch.ones(1)})
 
 
 def test_save_rejects_unsupported_object_before_writing(tmp_path):
