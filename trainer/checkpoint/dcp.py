@@ -13,6 +13,7 @@ import os
 import secrets
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -103,8 +104,7 @@ class PerdureStorageWriter(StorageWriter):
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Return the plan unchanged, or raise before any rank writes. Every rank."""
         for item in plan.items:
-            if item.type is not WriteItemType.BYTE_IO:
-                dcp_items.tensor_record(item)
+            dcp_items.check_storable(item)
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -150,6 +150,7 @@ class PerdureStorageWriter(StorageWriter):
         if sizes:
             layout = shard.lay_out((key, *size) for key, size in sizes.items())
 
+            @lru_cache(maxsize=1)  # called for each part, and a planner may compute the tensor
             def tensor_of(key: str) -> Tensor:
                 source = tensors[key]
                 return source if isinstance(source, Tensor) else dcp_items.resolved(source, planner)

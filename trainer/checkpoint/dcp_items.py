@@ -41,19 +41,23 @@ class ItemRecord:
         return bool(self.dtype) and self.box.elements > 0
 
 
-def tensor_record(item: WriteItem) -> tuple[str, ItemRecord]:
-    """Return a tensor's key in the shard, and its record.
+def check_storable(item: WriteItem) -> None:
+    """Check name and dtype of an item.
 
     Raises:
-        CheckpointError: its name or dtype cannot be stored.
+        CheckpointError: it cannot be stored.
     """
     name, data = item.index.fqn, item.tensor_data
+    dtype = None if data is None else data.properties.dtype
+    if not shard.is_key(name) or (data is not None and dtype not in DTYPE_NAMES):
+        raise CheckpointError(f"{name!r} ({dtype}) cannot be stored: unsupported name or dtype")
+
+
+def tensor_record(item: WriteItem) -> tuple[str, ItemRecord]:
+    """Return a tensor's key in the shard, and its record; it was checked before."""
+    name, data = item.index.fqn, item.tensor_data
     assert data is not None  # noqa: S101 (for the type checker)
-    dtype = DTYPE_NAMES.get(data.properties.dtype)
-    if dtype is None or not shard.is_key(name):
-        raise CheckpointError(
-            f"tensor {name!r} ({data.properties.dtype}) cannot be stored: unsupported name or dtype"
-        )
+    dtype = DTYPE_NAMES[data.properties.dtype]
     box = Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
     is_complete = box.lengths == tuple(data.size)
     return shard.part_key(name, None if is_complete else box.offsets), ItemRecord(

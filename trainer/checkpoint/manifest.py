@@ -16,7 +16,7 @@ import xxhash
 
 from trainer.checkpoint.box import Box, any_overlap
 from trainer.checkpoint.dtypes import DTYPES
-from trainer.checkpoint.shard import element_count, part_key
+from trainer.checkpoint.shard import element_count, is_key, part_key
 from trainer.checkpoint.values import decode, dump, encode
 from trainer.errors import CheckpointError
 
@@ -129,7 +129,10 @@ class TensorEntry:
                 cells = [index] if index < math.prod(self.grid) else []
             yield from map(self.cell, cells)
         elif self.columns is not None:
-            yield from (box for file, box in self._rows(self.columns) if file == index)
+            table = self.columns
+            for row, file in enumerate(table["file"]):
+                if file == index:
+                    yield Box(tuple(table["offsets"][row]), tuple(table["lengths"][row]))
 
     def _rows(self, columns: Mapping[str, list[Any]]) -> Iterator[tuple[int, Box]]:
         """Yield each part in `columns` with the number of its file."""
@@ -345,6 +348,8 @@ def _validated(top: Mapping[str, Any]) -> Manifest:
     }
     total_bytes = sum(file.bytes for file in files.values())
     for name, entry in tensors.items():
+        if version > 1 and not is_key(name):
+            raise CheckpointError(f"{name!r} is not a valid name of a tensor")
         _check_entry(name, entry, tensors, len(files), total_bytes)
         if version > 1 and entry.grid is not None and not _is_full(entry):
             raise CheckpointError(f"tensor {name!r} has empty pieces in its grid {entry.grid}")

@@ -8,6 +8,7 @@ box. 512 ranks plan as fast as two.
 import hashlib
 import operator
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -115,7 +116,7 @@ def make(content: Content, world: World, previous: Plan | None = None) -> Plan:
     if world.all(previous is not None and previous.signature == signature) and previous:
         return previous
     shared, local_items = world.run_on_all(
-        lambda: (describe(content.tensors), describe(content.rank_local))
+        lambda: (describe(content.tensors), _describe_local(content.rank_local))
     )
     _check_same_tensors(shared, world)
     all_local = world.gather([(item.name, item.dtype, item.shape) for item in local_items])
@@ -125,6 +126,7 @@ def make(content: Content, world: World, previous: Plan | None = None) -> Plan:
         for rank, items in enumerate(all_local)
         for name, dtype, shape in items
     }
+    _check_names(shared, [name for items in all_local for name, _, _ in items])
     mine = [(item, item.box) for item in local_items if item.box.elements]
     for item, entry, boxes in assign(shared, _spreads(shared, world), local_bytes, world.rank):
         entries[item.name] = entry
@@ -223,6 +225,25 @@ def describe(tensors: Mapping[str, Tensor]) -> list[LocalTensor]:
         dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(data.size)
         items.append(LocalTensor(name, dtype, shape, box, sharding))
     return items
+
+
+def _describe_local(tensors: Mapping[str, Tensor]) -> list[LocalTensor]:
+    items = describe(tensors)
+    for item in items:
+        if item.box.lengths != item.shape:
+            raise CheckpointError(
+                f"tensor {item.name!r} belongs to one rank but is sharded over several; put it "
+                "into Content.tensors"
+            )
+    return items
+
+
+def _check_names(shared: Sequence[LocalTensor], local_names: Sequence[str]) -> None:
+    names = Counter([item.name for item in shared] + list(local_names))
+    if repeated := [name for name, count in names.items() if count > 1]:
+        raise CheckpointError(
+            f"tensor {repeated[0]!r} of one rank has the name of another tensor; rename it"
+        )
 
 
 def _check_storable(name: str, tensor: Tensor) -> None:

@@ -37,6 +37,8 @@ class Content:
     """Checksums of all blocks, in file order."""
     checksums_start: int
     """First byte of the block checksums; the size of the file in version 1."""
+    layout: shard.Layout | None = None
+    """Layout that follows from the manifest; None in version 1."""
 
 
 class ShardReader:
@@ -93,7 +95,7 @@ class ShardReader:
             check = _checksums_check(record, layout.checksums_start)
             self.read_verified(file, layout.checksums_start, data.data, [check])
         chunks = {chunk.key: chunk for chunk in layout.chunks}
-        return Content(chunks, data.view("<u8").tolist(), layout.checksums_start)
+        return Content(chunks, data.view("<u8").tolist(), layout.checksums_start, layout)
 
     def _layout(self, file: str, record: ShardFile) -> shard.Layout:
         """Return the layout of a shard of version 2, which follows from the manifest."""
@@ -116,10 +118,10 @@ class ShardReader:
             DamagedError: it does not.
         """
         record = self._manifest.files[file]
-        self.content(file)
+        layout = self.content(file).layout
         data = memoryview(bytearray(record.header_bytes))
         self.read_verified(file, 0, data, [_header_check(record)])
-        if self._manifest.version > 1 and data != self._layout(file, record).header:
+        if layout is not None and data != layout.header:
             raise self._damaged(file, "its header describes other tensors than its manifest")
 
     def parts(self, file: str, part_bytes: int) -> Generator[memoryview, None, None]:

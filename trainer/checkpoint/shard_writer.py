@@ -4,6 +4,7 @@ The header follows from the layout and comes first, the checksums of all blocks 
 part is hashed when it is handed to the store, which writes several parts at a time.
 """
 
+import threading
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -117,20 +118,25 @@ class LiveTensors:
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self._layout, self._tensor_of, self.check = layout, tensor_of, check
+        self.closed = threading.Event()
+        """Set when the tensors are not read any more."""
         self._chunk_starts = [chunk.start for chunk in layout.chunks]
         self._free: list[HostBuffer] = []
 
     def part(self, start: int, stop: int) -> memoryview:
         """Copy the file's bytes from `start` to `stop` into a buffer that no part uses."""
-        buffer = self._free.pop() if self._free else HostBuffer(stop - start, pinned=False)
+        buffer = self._free.pop() if self._free else None
+        if buffer is None or len(buffer) < stop - start:
+            buffer = HostBuffer(stop - start, pinned=False)
         memory = buffer.array[: stop - start]
         weakref.finalize(memory, self._free.append, buffer).atexit = False
         self._fill(memory, start)
         return memory.data
 
     def close(self) -> None:
-        """Free all buffers."""
+        """Free all buffers, and allow the tensors to change."""
         self._free.clear()
+        self.closed.set()
 
     def _fill(self, memory: Bytes, begin: int) -> None:
         end = begin + len(memory)
@@ -151,7 +157,12 @@ class LiveTensors:
 def _copy(tensor: Tensor, start: int, stop: int, target: Bytes) -> None:
     """Copy a byte range of a tensor, as if it were contiguous."""
     tensor = tensor.detach()
-    if tensor.device.type == "cpu" and is_plain(tensor):
+    if is_plain(tensor):
+        if tensor.device.type != "cpu":
+            item_bytes = tensor.element_size()
+            first, last = start // item_bytes, -(-stop // item_bytes)
+            tensor = as_bits(tensor).view(-1)[first:last].cpu()
+            start, stop = start - first * item_bytes, stop - first * item_bytes
         np.copyto(target, bytes_of(tensor)[start:stop])
         return
     if tensor.ndim == 0:

@@ -8,7 +8,7 @@ tensors are copied immediately. The copy can be written while it is still in pro
 import threading
 import time
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -28,6 +28,17 @@ _SLICE_BYTES = 4 << 20
 
 _Deferred = tuple[shard.Chunk, str, Tensor, int]
 """Destination, name, source, and the source's version when the copy started."""
+
+
+def call_before_updates(owner: object, method: Callable[[], None]) -> None:
+    """Call a method of `owner` before every update of every optimizer, while `owner` exists."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(*_: Any) -> None:
+        if (call := reference()) is not None:
+            call()
+
+    weakref.finalize(owner, register_optimizer_step_pre_hook(hook).remove)
 
 
 class Snapshot:
@@ -88,16 +99,13 @@ class Snapshot:
         if self._hooked:
             return
         self._hooked = True
-        snapshot = weakref.ref(self)
+        call_before_updates(self, self._stall)
 
-        def wait(*_: Any) -> None:
-            if (alive := snapshot()) is not None:
-                began = None if alive._finished else time.monotonic()
-                alive.wait()
-                if began is not None:
-                    alive.stall_s += time.monotonic() - began
-
-        weakref.finalize(self, register_optimizer_step_pre_hook(wait).remove)
+    def _stall(self) -> None:
+        began = None if self._finished else time.monotonic()
+        self.wait()
+        if began is not None:
+            self.stall_s += time.monotonic() - began
 
     def _copy_deferred(self, deferred: list[_Deferred], stream: "torch.cuda.Stream | None") -> None:
         try:

@@ -113,6 +113,8 @@ def import_checkpoint(
     for name, (dtype, _) in source.tensors.items():
         if dtype not in DTYPE_NAMES or not shard.is_key(name):
             raise CheckpointError(f"{source.url}: tensor {name!r} ({dtype}) cannot be stored")
+    for name in filter(lambda name: not shard.is_key(name), opaque):
+        raise CheckpointError(f"{source.url}: {name!r} cannot be stored under this name")
     sizes = {name: (DTYPE_NAMES[dtype], shape) for name, (dtype, shape) in source.tensors.items()}
     sizes |= {name: ("U8", (len(value),)) for name, value in opaque.items()}
     objects = {

@@ -17,7 +17,7 @@ from trainer.checkpoint.commit import UnconfirmedError, commit, deleted_unless_c
 from trainer.checkpoint.lineage import FOLDER, Attempt, Commit
 from trainer.checkpoint.manifest import Manifest, ShardFile, TensorEntry
 from trainer.checkpoint.shard_writer import LiveTensors, ShardBytes, write_shard
-from trainer.checkpoint.snapshot import Snapshot
+from trainer.checkpoint.snapshot import Snapshot, call_before_updates
 from trainer.checkpoint.state_tree import Content
 from trainer.cluster.world import World
 from trainer.core.locations import is_remote
@@ -77,6 +77,8 @@ class Writer:
         self._attempt = attempt
         self._plan: plan.Plan | None = None
         self._snapshot = Snapshot()
+        self._live: LiveTensors | None = None  # source of the newest save that is waited for
+        self._hooked = False
         self._saves = 0
         self._save: PendingSave | None = None
         self._unconfirmed: Commit | None = None  # the store failed while creating its manifest
@@ -147,6 +149,9 @@ class Writer:
             objects=objects,
             config=config or {},
         )
+        if isinstance(source, LiveTensors):
+            self._live = source
+            self._wait_before_updates()
         self._save = PendingSave(
             lambda: self._finish(draft, current.layout, source, problem, before_commit),
             after_commit,
@@ -191,11 +196,25 @@ class Writer:
                 complete = replace(draft, files=dict(self._aside.gather_results(write)))
                 committed = self._aside.run_on_rank0(commit_complete)
         finally:
+            source.close()  # also if no shard was written
             self._snapshot.wait()  # the store may have failed before the copy was complete
         if committed.save != draft.save:
             with suppress(StoreError):
                 self._store.delete(shard_keys)
         return committed
+
+    def _wait_before_updates(self) -> None:
+        """Make optimizers wait for a save that reads the tensors, should its caller not wait.
+
+        Versions alone do not reveal every update: fused optimizers and DTensors change none.
+        """
+        if not self._hooked:
+            self._hooked = True
+            call_before_updates(self, self._await_live)
+
+    def _await_live(self) -> None:
+        if self._live is not None:
+            self._live.closed.wait()
 
     def _commit(self, complete: Manifest) -> Manifest:
         """Create the manifest. Return it, or that of an earlier save of the same step.

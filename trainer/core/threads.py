@@ -40,9 +40,15 @@ def in_parallel(do: Callable[[T], object], items: Iterable[T], count: int) -> No
             errors.append(error)
 
     count = min(count, length_hint(items, count))
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
-    for thread in threads:
-        thread.start()
+    threads: list[threading.Thread] = []
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=work, daemon=True)
+            thread.start()
+            threads.append(thread)
+    except RuntimeError:  # no more threads in this container
+        if not threads:
+            raise
     for thread in threads:
         thread.join()
     if errors:
@@ -66,8 +72,9 @@ def map_ahead(do: Callable[[T], R], items: Iterable[T], count: int) -> Generator
         for item in items:
             if len(pending) == count:
                 yield pending.popleft().result()
-            pending.append(Future())
-            threading.Thread(target=call, args=(pending[-1], item), daemon=True).start()
+            future: Future[R] = Future()
+            threading.Thread(target=call, args=(future, item), daemon=True).start()
+            pending.append(future)
         while pending:
             yield pending.popleft().result()
     finally:

@@ -42,13 +42,11 @@ class ObstoreStore(RemoteStore):
 
     def write(self, key: str, total_bytes: int, parts: Iterable[memoryview]) -> None:
         """Put a small object in one request, and others in a multipart upload."""
-        import obstore
-
         path = self._path(key)
         self._check_absent(key)
         if total_bytes <= _ONE_PUT_BYTES:
             data = self._collected(parts, total_bytes)
-            self._try("write", key, lambda: self._call(obstore.put, path, data))
+            self._try("write", key, lambda: self._put(path, data))
         else:
             self._upload(key, total_bytes, parts)
 
@@ -109,14 +107,12 @@ class ObstoreStore(RemoteStore):
                 raise FileExistsError(path) from None
             if fault.code != "NotImplemented":
                 raise
-            self._call(obstore.put, path, data)
+            self._put(path, data)
 
     def replace(self, key: str, data: bytes) -> None:
         """Put it unconditionally, in one request."""
-        import obstore
-
         path = self._path(key)
-        self._try("replace", key, lambda: self._call(obstore.put, path, data))
+        self._try("replace", key, lambda: self._put(path, data))
 
     def read(self, key: str) -> bytes:
         """Get the object in one request."""
@@ -241,6 +237,11 @@ class ObstoreStore(RemoteStore):
         finally:
             self._remove(key)
         return "" if self._is_conditional else self._unsafe()
+
+    def _put(self, path: str, data: bytes | bytearray) -> None:
+        import obstore
+
+        self._call(obstore.put, path, data, use_multipart=False)  # else an upload above 5 MB
 
     # --- requests ------------------------------------------------------------------------------
 

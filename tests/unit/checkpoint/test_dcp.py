@@ -379,3 +379,13 @@ def test_dcp_load_reads_checkpoint_of_run(tmp_path):
     fresh = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
     state = load({"model": fresh.state_dict()}, tmp_path / "run")
     assert equal(dict(state["model"]), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("name", ["__padding__", "__checksums__", "a\ud800"])
+@pytest.mark.parametrize("value", [b"hellohel", torch.ones(2)])
+def test_save_rejects_reserved_or_invalid_name(tmp_path, name, value):
+    with pytest.raises(CheckpointException, match="cannot be stored"):
+        dcp.save(
+            {name: value, "w": torch.ones(2)}, storage_writer=PerdureStorageWriter(tmp_path / "x")
+        )
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -18,7 +18,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.faulty_stores import FaultyStore, put
+from support.saved_tensors import writer_on
 from support.savers import a_saver_for
+from torch import nn
 
 from trainer import checkpoint
 from trainer.checkpoint import lineage
@@ -153,6 +155,29 @@ def test_save_longer_than_grace_time_warns_once(tmp_path):
         "warning: a save takes 21 s",
         "warning: a save takes 22 s",
     ]
+
+
+def test_update_waits_for_an_abandoned_save_of_live_tensors(tmp_path):
+    """A fused optimizer changes no version, so only the wait keeps the checkpoint intact."""
+    store = FaultyStore(tmp_path)
+    store.part_bytes, store.hanging = 4096, ("put",)
+    weight = nn.Parameter(torch.zeros(100_000))
+    weight.grad = torch.ones(100_000)
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    pending = writer_on(store).start_save(Content(tensors={"w": weight}), step=1, is_blocking=True)
+    assert store.hangs.wait(60)
+    with pytest.raises(TimeoutError):
+        pending.result(0.01)  # and training goes on
+    update = threading.Thread(target=optimizer.step)
+    update.start()
+    update.join(0.5)  # without the wait, the update ends here
+    store.released.set()
+    committed = pending.result(60)
+    update.join(60)
+    assert weight.unique().tolist() == [pytest.approx(-0.1)]
+    loaded = {"w": torch.ones(100_000)}
+    checkpoint.load(store, committed, loaded)
+    assert loaded["w"].unique().tolist() == [0.0]
 
 
 # --- a store that fails --------------------------------------------------------------------------

@@ -105,6 +105,8 @@ HOSTILE: dict[str, Edit] = {
     },
     "block_bytes 0": set_at("block_bytes", to=0),
     "block_bytes above 1 MiB": set_at("block_bytes", to=(1 << 20) + 1),
+    "name that is not Unicode": set_at("tensors", "a\ud800", to={"alias": "model.weight"}),
+    "reserved name": set_at("tensors", "__checksums__", to={"alias": "model.weight"}),
     "unknown dtype": set_at("tensors", "model.weight", "dtype", to="F128"),
     "dtype a list": set_at("tensors", "model.weight", "dtype", to=["F32"]),
     "entry a list": set_at("tensors", "model.weight", to=[]),

@@ -8,6 +8,7 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.manifests import sample
@@ -17,7 +18,10 @@ from trainer.checkpoint.box import Box, any_overlap
 from trainer.checkpoint.division import divide
 from trainer.checkpoint.dtypes import DTYPES
 from trainer.checkpoint.manifest import ShardFile
-from trainer.checkpoint.plan import LocalTensor, Spread, assign
+from trainer.checkpoint.plan import LocalTensor, Spread, assign, make
+from trainer.checkpoint.state_tree import Content
+from trainer.cluster.world import World
+from trainer.errors import CheckpointError
 
 SHAPES = st.lists(st.integers(0, 300), max_size=3)
 TENSORS = st.lists(st.tuples(st.sampled_from(["F64", "F32", "BF16", "U8"]), SHAPES), max_size=12)
@@ -195,3 +199,12 @@ def test_bytes_of_large_jobs_are_balanced(spread_of):
         written.append(4 * sum(box.elements for box in boxes))
     average = 4 * sum(prod(item.shape) for item in items) / RANKS
     assert max(written) < 1.05 * average
+
+
+# --- tensors that only one rank has --------------------------------------------------------------
+
+
+def test_rank_local_tensor_with_a_name_of_all_ranks_is_rejected():
+    content = Content(tensors={"w": torch.ones(1)}, rank_local={"w": torch.ones(1)})
+    with pytest.raises(CheckpointError, match="'w' of one rank has the name of another"):
+        make(content, World())
