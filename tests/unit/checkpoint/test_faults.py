@@ -195,6 +195,7 @@ class NewResources:
         self._buffers = WeakSet(buffers())
 
     def count(self) -> tuple[int, int, int]:
+        join_save_threads()  # a save's result is there a moment before its thread ends
         gc.collect()
         return (
             len(set(threading.enumerate()) - self._threads),
