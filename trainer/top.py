@@ -16,7 +16,7 @@ from trainer.core.formatting import age, duration, number, plain, table
 from trainer.errors import DONE, PerdureError
 from trainer.reporting import overview
 from trainer.reporting.overview import Row
-from trainer.reporting.scales import SIZE, fitting
+from trainer.reporting.scales import fitting
 
 _MOST_PLACES = 1000
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -132,7 +132,7 @@ def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
         sum(value / (end - begin) for value in values[begin:end]) for begin, end in pairwise(bounds)
     ]
     scale = fitting(means, may_log=True)
-    return "".join(_BLOCKS[min(int(scale(mean) / SIZE * 8), 7)] for mean in means)
+    return "".join(_BLOCKS[min(int(scale(mean) * 8), 7)] for mean in means)
 
 
 _NARROW = {"lately": 130, "attempts": 115, "loss": 105, "saved": 95, "evaluation": 85, "best": 75}

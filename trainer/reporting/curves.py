@@ -58,7 +58,7 @@ def smoothed(raw: Points) -> Points:
 
 
 def thinned(all_points: Points, max_points: int = MOST_POINTS) -> Points:
-    """Return at most about `most` points: of each stretch the lowest and the highest."""
+    """Return at most about `max_points` points: the lowest and highest of each stretch."""
     if len(all_points) <= max_points:
         return all_points
     indices_drawn = {0, len(all_points) - 1}

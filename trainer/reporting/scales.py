@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from trainer.core.formatting import compact, duration, number, size
 
-SIZE = 1000.0
-"""Largest position."""
 _HUGE = 1e300
 _WIDE = 30.0
 """Ratio of largest to smallest value above which the scale is logarithmic."""
@@ -15,7 +13,7 @@ _WIDE = 30.0
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps `low` … `high` to 0 … SIZE; values outside are clipped."""
+    """Maps `low` … `high` to 0 … 1; values outside are clipped."""
 
     low: float
     high: float
@@ -25,7 +23,7 @@ class Scale:
         """Return the position of a value."""
         low, high = self._bent(self.low), self._bent(self.high)
         fraction = (self._bent(value) - low) / (high - low) if high > low else 0.5
-        return SIZE * min(max(fraction, 0.0), 1.0)
+        return min(max(fraction, 0.0), 1.0)
 
     def _bent(self, value: float) -> float:
         value = clipped(value)
@@ -59,16 +57,11 @@ def clipped(value: float) -> float:
     return min(max(value, -_HUGE), _HUGE)
 
 
-def is_rate(name: str) -> bool:
-    """Return whether a metric is a rate per second."""
-    return name.endswith("_per_s")
-
-
 def quantity(name: str, value: float | None) -> str:
     """Return a value with the unit implied by its name."""
     if value is None or not math.isfinite(value):
         return number(value)
-    if is_rate(name):
+    if name.endswith("_per_s"):
         text = compact(value) if abs(value) >= 1e6 else number(value)
         return f"{text} {name.removesuffix('_per_s').replace('_', ' ')}/s"
     if name.endswith("_bytes"):

@@ -12,7 +12,7 @@ from trainer.reporting import charts, curves, page, scales
 from trainer.reporting.charts import Axis, Chart
 from trainer.reporting.clock import Clock
 from trainer.reporting.curves import Curve
-from trainer.reporting.scales import SIZE, Scale, fitting
+from trainer.reporting.scales import Scale, fitting
 
 ANY = st.floats(allow_nan=False, allow_infinity=False)
 SANE = st.floats(-1e6, 1e6)
@@ -25,7 +25,7 @@ SANE = st.floats(-1e6, 1e6)
 def test_scale_is_monotonic_and_total(values, may_log):
     scale = fitting(values, may_log=may_log)
     places = [scale(value) for value in sorted(values)]
-    assert all(0 <= position <= SIZE for position in places)
+    assert all(0 <= position <= 1 for position in places)
     assert places == sorted(places)
 
 
@@ -37,7 +37,7 @@ def test_fitting_is_logarithmic_only_if_values_span_decades(values):
 
 def test_log_scale_maps_equal_ratios_to_equal_steps():
     scale = Scale(0.001, 1000.0, is_log=True)
-    assert [scale(10.0**power) for power in (-3, 0, 3)] == pytest.approx([0, SIZE / 2, SIZE])
+    assert [scale(10.0**power) for power in (-3, 0, 3)] == pytest.approx([0, 0.5, 1])
 
 
 def test_fitting_with_a_single_tiny_value_keeps_the_others_spread():
