@@ -1,16 +1,16 @@
 """Full, read-only, slow, hanging or failing disks: training continues and nothing is lost."""
 
-import contextlib
 import errno
 import gc
 import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import pytest
 import torch
@@ -157,58 +157,43 @@ def test_save_longer_than_grace_time_warns_once(tmp_path):
 # --- a store that fails --------------------------------------------------------------------------
 
 
-class NewResources:
-    """Threads, descriptors and buffers that this process did not hold when this was made.
-
-    Those of earlier tests may go at any time, so a count of all of them proves nothing.
-    """
-
-    def __init__(self) -> None:
-        self._threads = set(threading.enumerate())
-        self._descriptors = descriptors()
-        self._buffers = WeakSet(buffers())
-
-    def count(self) -> tuple[int, int, int]:
-        join_save_threads()  # a save's result is there a moment before its thread ends
-        gc.collect()
-        return (
-            len(set(threading.enumerate()) - self._threads),
-            len(descriptors() - self._descriptors),
-            len(set(buffers()) - set(self._buffers)),
-        )
-
-
-def descriptors() -> set[tuple[str, str]]:
-    """Return the open descriptors with what they refer to, but for the listing's own."""
-    open_ones = set()
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            open_ones.add((name, os.readlink(f"/proc/self/fd/{name}")))
-    return open_ones
-
-
-def buffers() -> list[HostBuffer]:
-    return [item for item in gc.get_objects() if type(item) is HostBuffer]
+@pytest.fixture(scope="module")
+def fresh_process() -> Iterator[ProcessPoolExecutor]:
+    """Yield a process without threads of earlier tests, such as mirrors that retry a copy."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield pool
 
 
 @pytest.mark.parametrize("how", ["before", "torn", "after"])
-def test_failed_saves_leak_no_thread_descriptor_buffer_or_file(tmp_path, how):
-    new = NewResources()
-    store = FaultyStore(tmp_path, how=how)
+def test_failed_saves_leak_no_thread_descriptor_buffer_or_file(tmp_path, fresh_process, how):
+    fresh_process.submit(check_leaks, tmp_path, how).result()
+
+
+def check_leaks(folder: Path, how: str) -> None:
+    """Assert that thirty failing saves leave process and store unchanged."""
+    store = FaultyStore(folder, how=how)
     job = Job(store, keep_last=1)
     assert job.save(1)
-    before, files = new.count(), LocalStore(tmp_path).list("")
+    before, files = resources(), LocalStore(folder).list("")
     assert before[2] > 0
     for step in range(2, 32):
         store.broken = (("open_new", "put", "finish", "list")[step % 4],)
         assert not job.save(step)
         assert len(job.messages) == step - 1  # one message per failure
         job.saver._failures = 0  # three consecutive failures would end the run
-    assert new.count() == before
-    assert LocalStore(tmp_path).list("") == files
+    assert resources() == before, (before, resources())
+    assert LocalStore(folder).list("") == files
     store.broken = ()
     assert job.save(32)
-    assert_intact(tmp_path, 32)
+    assert_intact(folder, 32)
+
+
+def resources() -> tuple[int, int, int]:
+    """Return the numbers of threads, open descriptors and buffers of this process."""
+    join_save_threads()  # a save's result is there a moment before its thread ends
+    gc.collect()
+    buffers = sum(type(item) is HostBuffer for item in gc.get_objects())
+    return threading.active_count(), len(os.listdir("/proc/self/fd")), buffers
 
 
 def fails_once(do: Callable[..., Any], number: int) -> Callable[..., Any]:
